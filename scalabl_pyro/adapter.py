@@ -1,0 +1,275 @@
+"""A language model with LoRA layers whose rank coordinates are scaled by a vector s.
+
+ΔW(s) = (α/r) · B · diag(s) · V for each adapted module, with V: (r, d_in), B: (d_out, r), s: (r,).
+The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its output by s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, _ConvNd
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .data import Batch
+from .readout import Readout
+
+__all__ = ["SubspaceAdapter"]
+
+_NAME = "default"
+
+
+class SubspaceAdapter:
+    """A function ``adapter(batch, s) → logits`` around a Hugging Face model with LoRA layers.
+
+    In the subspace form (``svd=True``) each fresh A is replaced by its singular value decomposition
+    A = U·diag(σ)·V: ``lora_A`` holds V with orthonormal rows, ``lora_B`` holds B·U, and
+    :attr:`init_loc` holds σ, so that s = σ computes what the LoRA layer did. With ``svd=False`` the
+    layers stay plain LoRA, and s = 1 (or ``None``) leaves them alone.
+
+    :param llm: any Hugging Face model; it is changed in place, as ``peft.get_peft_model`` does.
+    :param lora: rank, scaling α and target modules. Only what calls ``lora_B(lora_A(x))`` is served.
+    :param readout: turns the model's output into C logits.
+    :param svd: whether to bring the layers to the subspace form.
+    :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
+    :raises ValueError: if a target matches no module, or what PEFT builds would bypass the hook.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        lora: LoraConfig,
+        readout: Readout,
+        *,
+        svd: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        _check_config(llm, lora)
+        self.readout = readout
+        self.peft_model: PeftModel = get_peft_model(llm, lora)
+        self.layers: dict[str, LoraLayer] = {
+            name.removeprefix("base_model.model."): module
+            for name, module in self.peft_model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self._check_layers()
+        self.rank: int = lora.r
+        self.scaling: float = next(iter(self.layers.values())).scaling[_NAME]
+        self._s: tuple[Tensor, ...] | None = None
+        self._fired: list[int] | None = [0] * len(self.layers)
+        for index, layer in enumerate(self.layers.values()):
+            layer.lora_A[_NAME].register_forward_hook(self._scale_by(index))
+        self._hold_float32_heads()
+        self._llm: PreTrainedModel = self.peft_model.get_base_model()
+        self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointed = gradient_checkpointing
+        if gradient_checkpointing:
+            self._enable_checkpointing()
+        #: (M, r), the s at which the adapter computes what plain LoRA would
+        self.init_loc: Tensor = self._decompose() if svd else self._ones()
+
+    # ------------------------------------------------------------------ shape and parameters
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """The M adapted modules, in the order of the first dimension of s."""
+        return tuple(self.layers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, r)."""
+        return len(self.layers), self.rank
+
+    @property
+    def device(self) -> torch.device:
+        return self._first_A.weight.device
+
+    @property
+    def _first_A(self) -> nn.Linear:
+        return next(iter(self.layers.values())).lora_A[_NAME]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every tensor that is trained: the projections A (or V) and B, and any head, by name."""
+        return {
+            name.removeprefix("base_model.model."): parameter
+            for name, parameter in self.peft_model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def num_parameters(self) -> dict[str, int]:
+        """How many numbers are trained, in the LoRA projections and in heads apart."""
+        counts = {"lora": 0, "heads": 0}
+        for name, parameter in self.named_parameters().items():
+            counts["lora" if ".lora_" in name else "heads"] += parameter.numel()
+        return counts
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the model's dropout on (or off)."""
+        self.peft_model.train(mode)
+
+    def eval(self) -> None:
+        """Switch the model's dropout off."""
+        self.train(False)
+
+    # ------------------------------------------------------------------ forward
+
+    def __call__(self, batch: Batch, s: Tensor | None = None) -> Tensor:
+        """Logits of a batch, for each draw of s.
+
+        :param batch: B examples.
+        :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is plain LoRA.
+        :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist.
+        :raises ValueError: if s has another shape.
+
+        s stays bound until the next call, because a checkpointed backward pass runs the model again.
+        """
+        draws = self._bind(s)
+        inputs = batch.inputs
+        if draws.numel() > 1:
+            # (S·B, ...), draw-major
+            inputs = {k: v.repeat(draws.numel(), *[1] * (v.dim() - 1)) for k, v in inputs.items()}
+        if torch.is_grad_enabled():
+            self._check_checkpointing()
+        logits = self.readout(self._llm, inputs)  # (S·B, C)
+        if self._fired is not None and s is not None:
+            self._check_fired()
+        if logits.shape != (draws.numel() * len(batch), self.readout.num_classes):
+            raise ValueError(
+                f"the readout returned {tuple(logits.shape)}: expected"
+                f" {(draws.numel() * len(batch), self.readout.num_classes)}"
+            )
+        logits = logits.view(*draws, len(batch), -1)
+        return logits.masked_fill(~batch.choices, float("-inf"))
+
+    def _bind(self, s: Tensor | None) -> torch.Size:
+        if s is None:
+            self._s = None
+            return torch.Size()
+        if s.shape[-2:] != self.shape:
+            raise ValueError(f"s has shape {tuple(s.shape)}: expected (*draws, M, r) = (*draws, {self.shape[0]}, {self.shape[1]})")
+        self._s = s.reshape(-1, *self.shape).unbind(1)  # M of (S, r)
+        return s.shape[:-2]
+
+    def _scale_by(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._s is None:
+                return output
+            if self._fired is not None:
+                self._fired[index] += 1
+            s = self._s[index].to(output)  # (S, r)
+            if s.shape[0] == 1:
+                return output * s[0]
+            rows = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
+            return (rows * s.view(s.shape[0], *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
+
+        return hook
+
+    def _check_fired(self) -> None:
+        wrong = {n: c for n, c in zip(self.layers, self._fired or (), strict=True) if c != 1}
+        if wrong:
+            raise ValueError(
+                "these adapted modules were called another number of times than once in a forward"
+                f" pass, so s would not act as ΔW(s) says: {wrong}; leave them out of target_modules"
+            )
+        self._fired = None  # checked once: the hooks need not count any more
+
+    # ------------------------------------------------------------------ construction
+
+    def _check_layers(self) -> None:
+        for name, layer in self.layers.items():
+            if isinstance(layer, (Embedding, MultiheadAttention, _ConvNd)):
+                raise ValueError(
+                    f"{name} is adapted by {type(layer).__name__}, which does not call"
+                    " lora_B(lora_A(x)); target linear layers only"
+                )
+            if layer.lora_variant:
+                raise ValueError(
+                    f"{name} uses the LoRA variant {layer.lora_variant}; only plain LoRA is served"
+                )
+            if layer.merged:
+                raise ValueError(f"{name} is merged into its base layer; unmerge it first")
+            if min(layer.lora_A[_NAME].weight.shape) < layer.r[_NAME]:
+                raise ValueError(
+                    f"{name} has {layer.in_features} inputs, fewer than the rank {layer.r[_NAME]}"
+                )
+
+    def _hold_float32_heads(self) -> None:
+        """Train heads in float32, as PEFT does with A and B, whatever the base model's type."""
+        for module in self.peft_model.modules():
+            heads = getattr(module, "modules_to_save", None)
+            if isinstance(heads, nn.ModuleDict):
+                head = heads[_NAME].float()
+                head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.shape, device=self.device)
+
+    @torch.no_grad()
+    def _decompose(self) -> Tensor:
+        """A = U·diag(σ)·V; V takes the place of A, B·U that of B; returns σ (M, r) in float32."""
+        values = []
+        for layer in self.layers.values():
+            A, B = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+            U, sigma, V = torch.linalg.svd(A.float(), full_matrices=False)
+            A.copy_(V)
+            B.copy_(B.float() @ U)
+            values.append(sigma.to(self.device))
+        return torch.stack(values)
+
+    # ------------------------------------------------------------------ gradient checkpointing
+
+    def _enable_checkpointing(self) -> None:
+        # Recomputation must read the s of its own forward pass, not the last one that was bound.
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._rebound(self._s)
+
+        self._llm.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": contexts}
+        )
+
+    @contextmanager
+    def _rebound(self, s: tuple[Tensor, ...] | None) -> Iterator[None]:
+        bound, self._s = self._s, s
+        try:
+            yield
+        finally:
+            self._s = bound
+
+    def _check_checkpointing(self) -> None:
+        if not self._checkpointed and any(block.gradient_checkpointing for block in self._blocks):
+            raise ValueError(
+                "gradient checkpointing was switched on from outside and would recompute with"
+                " another s, silently; pass gradient_checkpointing=True to SubspaceAdapter instead"
+            )
+
+
+def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
+    if getattr(lora, "target_parameters", None):
+        raise ValueError("target_parameters bypasses the lora_A module: use target_modules")
+    ranks = set((lora.rank_pattern or {}).values()) | {lora.r}
+    if len(ranks) > 1:
+        raise ValueError(f"rank_pattern gives ranks {sorted(ranks)}: one rank r for all modules is needed")
+    if lora.alpha_pattern:
+        raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
+    if isinstance(llm, PeftModel):
+        raise ValueError("the model already carries a PEFT adapter: pass the base model")
+    targets = lora.target_modules
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in llm.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        linear = {n.rpartition(".")[2] for n, m in llm.named_modules() if isinstance(m, nn.Linear)}
+        raise ValueError(
+            f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
+            f" layers are {sorted(linear)}"
+        )

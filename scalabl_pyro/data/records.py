@@ -1,0 +1,71 @@
+"""One labelled question: the unit of data that every reader produces and every readout consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DataError", "Record"]
+
+_FIELDS = {"id", "question", "choices", "label"}
+
+
+class DataError(ValueError):
+    """Bad input data; the message names the place, the value, what was expected and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A question with C choices, and the index of the right one where it is known.
+
+    :param id: a name unique within its split.
+    :param question: the text that is asked or classified.
+    :param choices: the C ≥ 2 answers, or the class names.
+    :param label: 0-based index into ``choices``; ``None`` if unlabelled.
+    :raises DataError: if a field is empty, of the wrong type or out of range.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("id", "question"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(f"{name} is {value!r}: expected a text that is not empty")
+        if isinstance(self.choices, str) or not isinstance(self.choices, Iterable):
+            raise DataError(f"choices is {self.choices!r}: expected a list of texts")
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if len(self.choices) < 2:
+            raise DataError(f"choices is {list(self.choices)!r}: expected two choices or more")
+        for choice in self.choices:
+            if not isinstance(choice, str) or not choice.strip():
+                raise DataError(f"choices holds {choice!r}: expected texts that are not empty")
+        if self.label is not None:
+            if isinstance(self.label, bool) or not isinstance(self.label, int):
+                raise DataError(f"label is {self.label!r}: expected a 0-based index into choices")
+            if not 0 <= self.label < len(self.choices):
+                raise DataError(
+                    f"label is {self.label}, but the choices are numbered 0 to {len(self.choices) - 1}"
+                    " (labels are 0-based)"
+                )
+
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, Any]) -> Record:
+        """Build a record from a decoded JSON object with exactly the fields of this class.
+
+        :raises DataError: if a field is missing or unknown (``label`` may be left out), or invalid.
+        """
+        if not isinstance(row, Mapping):
+            raise DataError(f"found {type(row).__name__}: expected an object with {sorted(_FIELDS)}")
+        missing = sorted(_FIELDS - {"label"} - row.keys())
+        unknown = sorted(row.keys() - _FIELDS)
+        if missing or unknown:
+            raise DataError(
+                f"fields missing: {missing}; unknown: {unknown}; expected {sorted(_FIELDS)}"
+                " (label may be left out where it is not known)"
+            )
+        return cls(**row)

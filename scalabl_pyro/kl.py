@@ -1,0 +1,77 @@
+"""The weight β of the KL term: an effect handler that applies it, and schedules that anneal it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+
+__all__ = ["KLSchedule", "kl_weight"]
+
+
+class kl_weight(Messenger):
+    r"""Scale every latent site by β, in model and guide alike::
+
+        with kl_weight(0.1):
+            svi.step(batch)
+
+    Observed sites keep their scale, so any ELBO becomes
+
+    .. math:: \sum_n E_q[\log p(y_n \mid x_n, s)] - \beta \, KL(q(s) \,\|\, p(s)).
+
+    It works from outside, on any Pyro model and any guide. At β = 1 this is the ELBO; any other
+    value targets a tempered posterior, ∝ p(s)·p(y|x, s)^{1/β}.
+
+    :param weight: β > 0.
+    :raises ValueError: if β is not a finite number above 0.
+    """
+
+    def __init__(self, weight: float) -> None:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"the KL weight is {weight!r}: expected a finite number above 0")
+        super().__init__()
+        self.weight = float(weight)
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = self.weight * msg["scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class KLSchedule:
+    """β_t over the T training steps: it rises over the first ``fraction`` of them, then stays.
+
+    * ``constant``: β_t = β
+    * ``linear``: β_t = β · u
+    * ``cosine``: β_t = β · (1 − cos πu) / 2
+
+    with u = min(1, (t + 1) / (fraction · T)).
+
+    :param weight: the final β > 0; 1 ends at the ELBO.
+    :param shape: how β rises.
+    :param fraction: share of the steps during which it rises, in (0, 1].
+    :raises ValueError: if a value is out of range.
+    """
+
+    weight: float = 1.0
+    shape: Literal["constant", "linear", "cosine"] = "linear"
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        kl_weight(self.weight)
+        if self.shape not in ("constant", "linear", "cosine"):
+            raise ValueError(f"shape is {self.shape!r}: expected constant, linear or cosine")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction!r}: expected a number in (0, 1]")
+
+    def __call__(self, step: int, steps: int) -> float:
+        """β at 0-based ``step`` of ``steps``, above 0."""
+        u = min(1.0, (step + 1) / (self.fraction * steps))
+        if self.shape == "linear":
+            return self.weight * u
+        if self.shape == "cosine":
+            return self.weight * (1 - math.cos(math.pi * u)) / 2
+        return self.weight

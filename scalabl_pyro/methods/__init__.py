@@ -1,0 +1,22 @@
+"""Methods behind one interface, by the name that the command line uses."""
+
+from .base import Fitted, Method, PointMethod
+from .map import MAP
+from .mle import MLE
+from .scalabl import ScalaBL
+from .temperature import TemperatureScaling
+
+__all__ = [
+    "MAP",
+    "METHODS",
+    "MLE",
+    "Fitted",
+    "Method",
+    "PointMethod",
+    "ScalaBL",
+    "TemperatureScaling",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (MLE, MAP, TemperatureScaling, ScalaBL)
+}

@@ -1,0 +1,111 @@
+"""The interface of every method: ``fit(train, validation, seed) → Fitted``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pyro
+
+from ..adapter import SubspaceAdapter
+from ..data import Split
+from ..metrics import evaluate
+from ..model import LoRAModel
+from ..predict import Predictor, predict
+from ..svi import FitConfig, FitResult, fit, no_guide
+
+__all__ = ["Fitted", "Method", "PointMethod"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained method.
+
+    :param predictor: predicts.
+    :param result: the training history.
+    :param guide: the posterior over s, or ``None`` for a point estimate.
+    :param model: what was trained.
+    """
+
+    predictor: Predictor
+    result: FitResult
+    model: LoRAModel
+    guide: object | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to fine-tune, whose settings are its fields.
+
+    :param fit: settings of the training loop.
+    :param batch_size: B of a minibatch.
+    :param eval_batch_size: B in validation and prediction.
+    :param progress: show a bar.
+    """
+
+    name: ClassVar[str]
+    #: whether the method works on the subspace form of the adapter
+    svd: ClassVar[bool] = False
+
+    config: FitConfig = field(default_factory=FitConfig)
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    progress: bool = True
+
+    def fit(
+        self,
+        make_adapter: Callable[..., SubspaceAdapter],
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+    ) -> Fitted:
+        """Train on ``train``; nothing but ``validation`` may choose anything.
+
+        :param make_adapter: ``make_adapter(svd=…)`` builds a fresh adapter from the current random
+            state, which this method seeds.
+        :param seed: fixes initialisation, order of the data, and draws.
+        """
+        pyro.set_rng_seed(seed)
+        return self._fit(make_adapter(svd=self.svd), train, validation, seed=seed)
+
+    @abstractmethod
+    def _fit(
+        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+    ) -> Fitted:
+        """Train the fresh adapter."""
+
+    def _validate(
+        self, make_predictor: Callable[[], Predictor], validation: Split | None
+    ) -> Callable[[], float] | None:
+        """A function that gives the current NLL on the validation split."""
+        if validation is None:
+            return None
+
+        def nll() -> float:
+            found = predict(make_predictor(), validation.batches(self.eval_batch_size))
+            return evaluate(found.logits, found.labels)["nll"]
+
+        return nll
+
+
+@dataclass(frozen=True)
+class PointMethod(Method):
+    """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share."""
+
+    def _fit(
+        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+    ) -> Fitted:
+        model = LoRAModel(adapter, num_data=len(train))
+        predictor = Predictor(adapter)
+        result = fit(
+            model,
+            no_guide,
+            train.minibatches(self.batch_size, seed=seed),
+            self.config,
+            validate=self._validate(lambda: predictor, validation),
+            progress=self.progress,
+        )
+        return Fitted(predictor, result, model)

@@ -1,0 +1,21 @@
+"""Maximum a posteriori: plain LoRA fine-tuning with weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import PointMethod
+
+__all__ = ["MAP"]
+
+
+@dataclass(frozen=True)
+class MAP(PointMethod):
+    """As MLE, with AdamW's decoupled weight decay on A, B and heads (a Gaussian prior on them)."""
+
+    name: ClassVar[str] = "map"
+
+    def __post_init__(self) -> None:
+        if not self.config.weight_decay:
+            raise ValueError("method map needs a weight_decay above 0; without one it is mle")

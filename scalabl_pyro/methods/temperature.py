@@ -1,0 +1,60 @@
+"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599) of maximum likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adapter import SubspaceAdapter
+from ..data import Split
+from ..predict import predict
+from .base import Fitted, PointMethod
+
+__all__ = ["TemperatureScaling", "best_temperature"]
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T > 0 that minimises the NLL of softmax(logits / T).
+
+    :param logits: (N, C) of one point estimate.
+    :param labels: (N,).
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+    # A missing choice has probability 0 at any temperature, and −inf has no gradient.
+    finite = logits.double().masked_fill(logits.isinf(), -1e30)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(finite / log_temperature.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(log_temperature.exp())
+
+
+@dataclass(frozen=True)
+class TemperatureScaling(PointMethod):
+    """MLE, whose logits are divided by the temperature with the lowest validation NLL."""
+
+    name: ClassVar[str] = "temperature"
+
+    def _fit(
+        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+    ) -> Fitted:
+        if validation is None:
+            raise ValueError("method temperature needs a validation split")
+        fitted = super()._fit(adapter, train, validation, seed=seed)
+        return self.temper(fitted, validation)
+
+    def temper(self, fitted: Fitted, validation: Split) -> Fitted:
+        """The same trained model at its best temperature."""
+        found = predict(fitted.predictor, validation.batches(self.eval_batch_size))
+        if found.labels is None:
+            raise ValueError("method temperature needs labels in the validation split")
+        temperature = best_temperature(found.logits[0], found.labels)
+        return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))

@@ -1,0 +1,50 @@
+"""Quality and uncertainty of predictions, from log-probabilities and labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
+
+from .predict import average
+
+__all__ = ["entropy", "evaluate", "mutual_information"]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Predictive entropy H[p̄] in nats, (N,) from (S, N, C): total uncertainty."""
+    return torch.special.entr(average(logits).exp()).sum(-1)
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """H[p̄] − mean_k H[p_k] ≥ 0 in nats, (N,) from (S, N, C): how far the draws disagree."""
+    each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
+    return (entropy(logits) - each).clamp(min=0)
+
+
+def evaluate(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, float]:
+    """Metrics of the model average over S draws.
+
+    * ``acc``: accuracy; ``ece``: expected calibration error, L1, equal-width bins
+    * ``nll``: mean −log p̄(y_n), in nats; ``brier``: mean Σ_c (p̄_c − [c = y_n])², in [0, 2]
+    * ``entropy`` and ``mutual_information``: means, in nats
+
+    :param logits: (S, N, C).
+    :param labels: (N,).
+    """
+    log_probs = average(logits)  # (N, C)
+    probs = log_probs.exp()
+    classes = probs.shape[-1]
+    one_hot = torch.nn.functional.one_hot(labels, classes)
+    values = {
+        "acc": multiclass_accuracy(probs, labels, classes, average="micro"),
+        "ece": multiclass_calibration_error(probs, labels, classes, n_bins=bins, norm="l1"),
+        "nll": torch.nn.functional.nll_loss(log_probs, labels),
+        "brier": (probs - one_hot).square().sum(-1).mean(),
+        "entropy": entropy(logits).mean(),
+        "mutual_information": mutual_information(logits).mean(),
+    }
+    return {name: float(value) for name, value in values.items()}

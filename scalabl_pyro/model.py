@@ -1,0 +1,155 @@
+"""The probabilistic models: a language model with random subspace vectors, and one without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+from .adapter import SubspaceAdapter
+from .data import Batch
+
+__all__ = ["LoRAModel", "ScalaBLModel", "require_module_local_params"]
+
+
+def require_module_local_params() -> None:
+    """:raises RuntimeError: unless Pyro keeps parameters in their modules."""
+    if not pyro.settings.get("module_local_params"):
+        raise RuntimeError(
+            "Pyro's module_local_params is off, so a second model would silently inherit the first"
+            " one's parameters; call pyro.settings.set(module_local_params=True) first"
+            " (importing scalabl_pyro does)"
+        )
+
+
+class LoRAModel(PyroModule):
+    r"""A language model with LoRA points and no latent variable.
+
+    .. math:: y_n \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n)), \quad n = 1, …, N
+
+    Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
+    same ``fit`` trains point estimates and posteriors.
+
+    Every tensor that the adapter trains is a ``PyroParam`` here, and the very same object there, so
+    that plain ``pyro.infer.SVI`` steps it.
+
+    :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
+    :param num_data: N, which scales a minibatch to the data set.
+    :raises RuntimeError: if ``module_local_params`` is off.
+    """
+
+    def __init__(self, adapter: SubspaceAdapter, *, num_data: int) -> None:
+        require_module_local_params()
+        if num_data < 1:
+            raise ValueError(f"num_data is {num_data}: expected the number of training examples")
+        super().__init__()
+        self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters
+        self.num_data = num_data
+        self._projections: list[str] = []
+        self._declared = slice(None)
+        for name, parameter in adapter.named_parameters().items():
+            attribute = name.replace(".", "__")
+            setattr(self, attribute, PyroParam(parameter, constraints.real))
+            self._parameters[f"{attribute}_unconstrained"] = parameter  # not a copy of it
+            self._projections.append(attribute)
+
+    @property
+    def adapter(self) -> SubspaceAdapter:
+        return self._adapter[0]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, C); observes ``"label"`` if the batch has labels, and samples it otherwise."""
+        self._declare_projections()
+        return self._observe(batch, self.adapter(batch))
+
+    def _declare_projections(self) -> None:
+        for attribute in self._projections[self._declared]:
+            getattr(self, attribute)  # reading a PyroParam makes it a site
+
+    @contextmanager
+    def one_param_site(self) -> Iterator[None]:
+        """Declare one projection instead of all, which saves a site for each tensor.
+
+        For a loop that steps :meth:`SubspaceAdapter.named_parameters` itself; one site is what an
+        ELBO needs in order to run its backward pass.
+        """
+        self._declared = slice(1)
+        try:
+            yield
+        finally:
+            self._declared = slice(None)
+
+    def _observe(self, batch: Batch, logits: Tensor) -> Tensor:
+        labelled = batch.labels is not None
+        size = self.num_data if labelled else len(batch)
+        rows = torch.arange(len(batch), device=logits.device)  # given, so that Pyro draws no subset
+        with pyro.plate("data", size, subsample=rows, dim=-1):
+            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+        return logits
+
+
+class ScalaBLModel(LoRAModel):
+    r"""Bayesian LoRA in the subspace of s (ScalaBL, Samplawski et al. 2025, arXiv 2506.21408).
+
+    .. math::
+        s_{mj} &\sim p(s) && m = 1, …, M, \; j = 1, …, r \\
+        y_n \mid x_n, s &\sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; s)) && n = 1, …, N
+
+    with :math:`ΔW_m(s) = (α/r) \, B_m \, \mathrm{diag}(s_m) \, V_m`. All M vectors are one stacked
+    site ``"s"`` of shape (M, r); V, B and any head are learned points.
+
+    :param adapter: in the subspace form.
+    :param num_data: N.
+    :param prior: distribution of one coordinate, with a batch shape that expands to (M, r).
+    :raises ValueError: if the prior is not on the whole real line, or of another shape.
+    """
+
+    def __init__(
+        self,
+        adapter: SubspaceAdapter,
+        *,
+        num_data: int,
+        prior: dist.TorchDistribution | None = None,
+    ) -> None:
+        super().__init__(adapter, num_data=num_data)
+        prior = dist.Normal(0.0, 1.0) if prior is None else prior
+        if prior.event_shape or prior.support is not constraints.real:
+            raise ValueError(
+                f"the prior is {prior} with event shape {tuple(prior.event_shape)} and support"
+                f" {prior.support}: expected a distribution of one real number"
+            )
+        self.prior = _on(adapter.device, prior).expand(adapter.shape).to_event(2)
+
+    @property
+    def init_loc(self) -> Tensor:
+        """(M, r), where guides start: there the adapter computes what plain LoRA would."""
+        return self.adapter.init_loc
+
+    def init_loc_fn(self, site: dict) -> Tensor:
+        """For Pyro's own guides: ``AutoNormal(model, init_loc_fn=model.init_loc_fn)``."""
+        return self.init_loc.clone() if site["name"] == "s" else init_to_median(site)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""
+        self._declare_projections()
+        s = pyro.sample("s", self.prior)  # (*draws, M, r)
+        logits = self.adapter(batch, s)  # (*draws, B, C)
+        if logits.dim() > 2 and logits.shape[-3] == 1:
+            # Vectorised particles keep a dimension of size 1 where the data plate goes.
+            logits = logits.squeeze(-3)
+        return self._observe(batch, logits)
+
+
+def _on(device: torch.device, prior: dist.TorchDistribution) -> dist.TorchDistribution:
+    """The prior with its parameters on ``device``, where one of them is not there yet."""
+    if prior.sample().device == device:
+        return prior
+    parameters = {name: getattr(prior, name).to(device) for name in prior.arg_constraints}
+    return type(prior)(**parameters)
