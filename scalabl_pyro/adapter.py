@@ -6,6 +6,7 @@ The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its ou
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,6 +38,7 @@ class SubspaceAdapter:
     :param lora: rank, scaling α and target modules. Only what calls ``lora_B(lora_A(x))`` is served.
     :param readout: turns the model's output into C logits.
     :param svd: whether to bring the layers to the subspace form.
+    :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
     :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
     :raises ValueError: if a target matches no module, or what PEFT builds would bypass the hook.
     """
@@ -48,6 +50,7 @@ class SubspaceAdapter:
         readout: Readout,
         *,
         svd: bool = True,
+        base_dropout: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         _check_config(llm, lora)
@@ -67,10 +70,12 @@ class SubspaceAdapter:
             layer.lora_A[_NAME].register_forward_hook(self._scale_by(index))
         self._hold_float32_heads()
         self._llm: PreTrainedModel = self.peft_model.get_base_model()
+        self._base_dropout = base_dropout
         self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointed = gradient_checkpointing
         if gradient_checkpointing:
             self._enable_checkpointing()
+        self.peft_model.eval()
         #: (M, r), the s at which the adapter computes what plain LoRA would
         self.init_loc: Tensor = self._decompose() if svd else self._ones()
 
@@ -110,12 +115,47 @@ class SubspaceAdapter:
         return counts
 
     def train(self, mode: bool = True) -> None:
-        """Switch the model's dropout on (or off)."""
-        self.peft_model.train(mode)
+        """Switch training mode on (or off): LoRA dropout, and the base model's if that was asked for.
+
+        Otherwise the base model stays in evaluation mode, so that p(y | x, s) is a function of s
+        alone. Checkpointed blocks look at their own flag before they recompute.
+        """
+        if self._base_dropout:
+            self.peft_model.train(mode)
+        for layer in self.layers.values():
+            layer.lora_dropout.train(mode)
+        for block in self._blocks if self._checkpointed else ():
+            block.training = mode
 
     def eval(self) -> None:
-        """Switch the model's dropout off."""
+        """Switch training mode off."""
         self.train(False)
+
+    @contextmanager
+    @torch.no_grad()
+    def folded(self, s: Tensor) -> Iterator[PeftModel]:
+        """The PEFT model as ordinary LoRA at one s: A = diag(s)·V, until the context ends.
+
+        :param s: (M, r).
+        """
+        kept = [layer.lora_A[_NAME].weight.clone() for layer in self.layers.values()]
+        for layer, scale in zip(self.layers.values(), s, strict=True):
+            layer.lora_A[_NAME].weight.mul_(scale[:, None].to(layer.lora_A[_NAME].weight))
+        try:
+            yield self.peft_model
+        finally:
+            for layer, weight in zip(self.layers.values(), kept, strict=True):
+                layer.lora_A[_NAME].weight.copy_(weight)
+
+    def base_fingerprint(self) -> str:
+        """A hash of the frozen base model: names, shapes and the first values of its parameters."""
+        found = hashlib.sha256()
+        for name, parameter in self.peft_model.named_parameters():
+            # A head's untrained original is random, and of no effect.
+            if not (parameter.requires_grad or ".original_module." in name):
+                values = parameter.detach().flatten()[:64].float().cpu().tolist()
+                found.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+        return found.hexdigest()
 
     # ------------------------------------------------------------------ forward
 

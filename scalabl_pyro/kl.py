@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -57,7 +56,7 @@ class KLSchedule:
     """
 
     weight: float = 1.0
-    shape: Literal["constant", "linear", "cosine"] = "linear"
+    shape: str = "linear"
     fraction: float = 0.2
 
     def __post_init__(self) -> None:

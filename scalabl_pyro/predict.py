@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapter import SubspaceAdapter
-from .data import Batch
+from .data import Batch, Split
 from .guides import AutoSubspace
 
 __all__ = ["Predictions", "Predictor", "average", "draw", "predict"]
@@ -89,15 +89,19 @@ def average(logits: Tensor) -> Tensor:
 
 
 def predict(
-    predictor: Predictor, batches: Iterable[Batch], *, progress: bool = False
+    predictor: Predictor, split: Split, *, batch_size: int = 64, progress: bool = False
 ) -> Predictions:
-    """Run a predictor over a split, with the same draws for every batch."""
+    """Predict all N examples of a split, with the same draws for every batch.
+
+    Examples run in the order of their length, so that little is padded, and come back in their own.
+
+    :param batch_size: B of a forward pass before draws multiply it.
+    """
     predictor.adapter.eval()
-    logits, labels = [], []
-    for batch in tqdm(batches, disable=not progress):
-        logits.append(predictor.logits(batch).cpu())
-        labels.append(batch.labels)
-    known = [value.cpu() for value in labels if value is not None]
-    return Predictions(
-        torch.cat(logits, dim=1), torch.cat(known) if len(known) == len(labels) else None
-    )
+    order = sorted(range(len(split)), key=split.lengths.__getitem__)
+    found = []
+    for start in tqdm(range(0, len(order), batch_size), disable=not progress):
+        batch = split.collate([split[index] for index in order[start : start + batch_size]])
+        found.append(predictor.logits(batch).cpu())
+    logits = torch.cat(found, dim=1)[:, torch.tensor(order).argsort()]
+    return Predictions(logits, split.labels)

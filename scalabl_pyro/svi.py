@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -16,7 +16,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Batch
+from .data import Batch, Split
 from .guides import AutoSubspace
 from .kl import KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
@@ -33,13 +33,14 @@ class FitConfig:
     """Settings of :func:`fit`.
 
     :param steps: T, the optimizer's steps.
+    :param batch_size: B of a minibatch.
     :param lr: learning rate of the projections and heads.
     :param lr_guide: learning rate of the guide.
     :param weight_decay: AdamW's decoupled decay of the projections and heads.
     :param warmup: share of the steps over which learning rates rise linearly from 0.
     :param decay: how they fall afterwards: to 0 (``linear``, ``cosine``) or not (``constant``).
     :param clip_norm: largest norm of the gradient of −ELBO/N.
-    :param accumulation: minibatches a step.
+    :param accumulation: minibatches in a step.
     :param kl: schedule of the KL weight.
     :param eval_every: steps between two validations; 0 validates never.
     :param keep: which state to end with: the last, or the one with the best validation NLL.
@@ -47,20 +48,22 @@ class FitConfig:
     """
 
     steps: int = 1000
+    batch_size: int = 16
     lr: float = 1e-3
     lr_guide: float = 1e-2
     weight_decay: float = 0.0
     warmup: float = 0.06
-    decay: Literal["constant", "linear", "cosine"] = "linear"
+    decay: str = "linear"
     clip_norm: float = 1.0
     accumulation: int = 1
     kl: KLSchedule = field(default_factory=KLSchedule)
     eval_every: int = 0
-    keep: Literal["last", "best"] = "last"
+    keep: str = "last"
 
     def __post_init__(self) -> None:
         bounds = {
             "steps": (1, math.inf),
+            "batch_size": (1, math.inf),
             "lr": (0, math.inf),
             "lr_guide": (0, math.inf),
             "weight_decay": (0, math.inf),
@@ -109,9 +112,10 @@ def no_guide(*args: object, **kwargs: object) -> None:
 def fit(
     model: LoRAModel,
     guide: Callable[..., Any],
-    minibatches: Iterator[Batch],
+    train: Split,
     config: FitConfig,
     *,
+    seed: int = 0,
     elbo: ELBO | None = None,
     validate: Callable[[], float] | None = None,
     progress: bool = True,
@@ -123,16 +127,20 @@ def fit(
 
     :param model: with its projections; ``model.num_data`` is N.
     :param guide: any Pyro guide for the model, or :func:`no_guide` for a point estimate.
-    :param minibatches: an endless iterator, such as :meth:`scalabl_pyro.data.Split.minibatches`.
+    :param train: the N labelled examples.
+    :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
     :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
     :raises NonFiniteLossError: if the loss or the gradient is not finite.
-    :raises ValueError: if validation is asked for without ``validate``.
+    :raises ValueError: if an example has no label, or validation is asked for without ``validate``.
     """
+    if train.labels is None:
+        raise ValueError("training needs a label in every record")
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     adapter = model.adapter
+    minibatches = train.minibatches(config.batch_size, seed=seed)
     first = next(minibatches).to(adapter.device)
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():

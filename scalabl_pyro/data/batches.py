@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from .records import DataError, Record
 
@@ -74,6 +75,7 @@ class Split(Sequence[Example]):
         self.records = tuple(records)
         self.examples = tuple(examples)
         self.collate = collate
+        self._lengths = [max(map(len, example.rows["input_ids"])) for example in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -87,26 +89,39 @@ class Split(Sequence[Example]):
         labels = [example.label for example in self.examples]
         return None if None in labels else torch.tensor(labels)
 
-    def batches(self, batch_size: int) -> DataLoader[Batch]:
-        """All examples once, in order, in batches of at most ``batch_size``."""
-        return DataLoader(self, batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+    @property
+    def lengths(self) -> list[int]:
+        """(N,) tokens of each example's longest row."""
+        return self._lengths
 
     def minibatches(self, batch_size: int, *, seed: int) -> Iterator[Batch]:
         """An endless stream of batches, reshuffled at each epoch by a generator of its own.
 
-        The last, smaller batch of an epoch is dropped unless it is the only one, so that every
-        step has the same size.
+        Examples of similar length go together, so that little is padded. What does not fill a batch
+        is left out of its epoch (unless it is all there is), so that every step has the same size.
 
         :param seed: fixes the order, independently of the draws of s.
         """
-        batch_size = min(batch_size, len(self))
-        loader = DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=self.collate,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        sampler = _LengthGroups(self.lengths, min(batch_size, len(self)), seed)
+        loader = DataLoader(self, batch_sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
         while True:
             yield from loader
+
+
+class _LengthGroups(Sampler[list[int]]):
+    """Batches of similar length: shuffle, sort within windows of 8 batches, shuffle the batches."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = random.Random(seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, window = self.batch_size, 8 * self.batch_size
+        order = self.generator.sample(range(len(self.lengths)), len(self.lengths))
+        batches = []
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=self.lengths.__getitem__)
+            batches += [near[i : i + size] for i in range(0, len(near) - size + 1, size)]
+        self.generator.shuffle(batches)
+        return iter(batches)

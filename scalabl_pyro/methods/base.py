@@ -11,6 +11,7 @@ import pyro
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
+from ..guides import AutoSubspace
 from ..metrics import evaluate
 from ..model import LoRAModel
 from ..predict import Predictor, predict
@@ -32,15 +33,14 @@ class Fitted:
     predictor: Predictor
     result: FitResult
     model: LoRAModel
-    guide: object | None = None
+    guide: AutoSubspace | None = None
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A way to fine-tune, whose settings are its fields.
 
-    :param fit: settings of the training loop.
-    :param batch_size: B of a minibatch.
+    :param config: settings of the training loop.
     :param eval_batch_size: B in validation and prediction.
     :param progress: show a bar.
     """
@@ -50,7 +50,6 @@ class Method(ABC):
     svd: ClassVar[bool] = False
 
     config: FitConfig = field(default_factory=FitConfig)
-    batch_size: int = 16
     eval_batch_size: int = 64
     progress: bool = True
 
@@ -77,6 +76,14 @@ class Method(ABC):
     ) -> Fitted:
         """Train the fresh adapter."""
 
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
+        """The probabilistic model of these settings."""
+        return LoRAModel(adapter, num_data=num_data)
+
+    def make_guide(self, model: LoRAModel) -> AutoSubspace | None:
+        """The untrained guide, or ``None`` for a point estimate."""
+        return None
+
     def _validate(
         self, make_predictor: Callable[[], Predictor], validation: Split | None
     ) -> Callable[[], float] | None:
@@ -85,7 +92,7 @@ class Method(ABC):
             return None
 
         def nll() -> float:
-            found = predict(make_predictor(), validation.batches(self.eval_batch_size))
+            found = predict(make_predictor(), validation, batch_size=self.eval_batch_size)
             return evaluate(found.logits, found.labels)["nll"]
 
         return nll
@@ -98,13 +105,14 @@ class PointMethod(Method):
     def _fit(
         self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
-        model = LoRAModel(adapter, num_data=len(train))
+        model = self.make_model(adapter, num_data=len(train))
         predictor = Predictor(adapter)
         result = fit(
             model,
             no_guide,
-            train.minibatches(self.batch_size, seed=seed),
+            train,
             self.config,
+            seed=seed,
             validate=self._validate(lambda: predictor, validation),
             progress=self.progress,
         )

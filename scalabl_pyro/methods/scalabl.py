@@ -9,7 +9,7 @@ import pyro.distributions as dist
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..guides import GUIDES
+from ..guides import GUIDES, AutoSubspace
 from ..model import ScalaBLModel
 from ..predict import Predictor, draw
 from ..svi import fit
@@ -44,12 +44,21 @@ class ScalaBL(Method):
         if not self.prior_scale > 0:
             raise ValueError(f"prior_scale is {self.prior_scale}: expected a number above 0")
 
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
+        """The probabilistic model of these settings."""
+        return ScalaBLModel(
+            adapter, num_data=num_data, prior=dist.Normal(0.0, self.prior_scale)
+        )
+
+    def make_guide(self, model: ScalaBLModel) -> AutoSubspace:
+        """The untrained guide of these settings."""
+        return GUIDES[self.guide](model, init_scale=self.init_scale)
+
     def _fit(
         self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
-        prior = dist.Normal(0.0, self.prior_scale)
-        model = ScalaBLModel(adapter, num_data=len(train), prior=prior)
-        guide = GUIDES[self.guide](model, init_scale=self.init_scale)
+        model = self.make_model(adapter, num_data=len(train))
+        guide = self.make_guide(model)
 
         def predictor() -> Predictor:
             if not self.draws:
@@ -59,8 +68,9 @@ class ScalaBL(Method):
         result = fit(
             model,
             guide,
-            train.minibatches(self.batch_size, seed=seed),
+            train,
             self.config,
+            seed=seed,
             validate=self._validate(predictor, validation),
             progress=self.progress,
         )

@@ -53,7 +53,7 @@ class TemperatureScaling(PointMethod):
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:
         """The same trained model at its best temperature."""
-        found = predict(fitted.predictor, validation.batches(self.eval_batch_size))
+        found = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
         if found.labels is None:
             raise ValueError("method temperature needs labels in the validation split")
         temperature = best_temperature(found.logits[0], found.labels)

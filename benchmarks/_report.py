@@ -1,0 +1,46 @@
+"""What every benchmark shares: its last line is one JSON object, which ``--save`` also writes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
+
+
+def report(name: str, figures: dict[str, Any], *, save: bool) -> None:
+    """Print figures, command, versions and hardware as JSON; write results/<name>.json on demand."""
+    found = {
+        "figures": figures,
+        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "hardware": _hardware(),
+    }
+    if save:
+        write_json(RESULTS / f"{name}.json", found)
+    print(json.dumps(found))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def _hardware() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "gpu": gpus, "threads": torch.get_num_threads()}

@@ -1,0 +1,1 @@
+"""Default configurations, one YAML file per command."""

@@ -1,0 +1,205 @@
+"""Run folders: what a trained method leaves on disk, and how it is read again.
+
+* ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in
+* ``projections.safetensors`` A (or V), B and heads; ``posterior.safetensors`` the guide's
+  parameters and the bank of draws ``s`` (S, M, r)
+* ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
+* ``metrics.json``, ``history.csv``, ``environment.json``
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import RunConfig, build
+from .loading import Classes, load_readout, make_adapter
+from .methods import Fitted
+from .predict import Predictor
+from .readout import LabelTokens, Readout
+
+__all__ = ["CheckpointError", "Run", "load_run", "save_run"]
+
+FORMAT = 1
+PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
+
+
+class CheckpointError(ValueError):
+    """A run folder that is incomplete, of another format, or made on another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder, loaded.
+
+    :param predictor: gives the logits that it gave before saving.
+    :param guide: the posterior q(s), or ``None`` for a point estimate.
+    """
+
+    config: RunConfig
+    classes: Classes
+    predictor: Predictor
+    guide: Any | None
+
+    @property
+    def readout(self) -> Readout:
+        return self.predictor.adapter.readout
+
+
+def save_run(
+    folder: str | Path,
+    config: RunConfig,
+    classes: Classes,
+    fitted: Fitted,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write a run folder, whole or not at all.
+
+    :raises FileExistsError: if the folder exists.
+    """
+    folder = config.check_run_dir() if folder == config.run_dir else Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    adapter, draws = fitted.predictor.adapter, fitted.predictor.draws
+    guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
+    mean = fitted.guide.median()["s"] if fitted.guide is not None else torch.ones(adapter.shape)
+    with adapter.folded(mean) as peft_model:
+        # The base model's own embeddings are never part of an adapter.
+        peft_model.save_pretrained(part / "adapter", save_embedding_layers=False)
+    save_file(_tensors(adapter.named_parameters()), part / "projections.safetensors")
+    posterior = {f"guide.{name}": value for name, value in guide_state.items()}
+    if draws is not None:
+        posterior["s"] = draws
+    if posterior:
+        save_file(_tensors(posterior), part / "posterior.safetensors")
+    readout = adapter.readout
+    form = readout.form if isinstance(readout, LabelTokens) else None
+    _write_json(
+        part / "posterior.json",
+        {
+            "format": FORMAT,
+            "method": config.method,
+            "modules": adapter.module_names,
+            "rank": adapter.rank,
+            "scaling": adapter.scaling,
+            "kl_weight": config.fit.kl.weight,
+            "num_data": fitted.model.num_data,
+            "seed": config.seed,
+            "temperature": fitted.predictor.temperature,
+            "classes": asdict(classes) | {"form": form},
+            "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
+        },
+    )
+    OmegaConf.save(OmegaConf.structured(config), part / "config.yaml")
+    _write_json(part / "metrics.json", metrics)
+    _write_history(part / "history.csv", fitted.result.history)
+    _write_json(part / "environment.json", _environment())
+    part.rename(folder)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder and the base model it names.
+
+    :raises CheckpointError: if it is incomplete, of another format version, or was made on other
+        base weights.
+    """
+    folder = Path(folder)
+    info = json.loads(_existing(folder / "posterior.json").read_text())
+    if info.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
+            " use the version of scalabl_pyro named in its environment.json"
+        )
+    config = build(RunConfig, OmegaConf.load(_existing(folder / "config.yaml")))
+    info["classes"]["words"] = tuple(info["classes"]["words"])
+    classes = Classes(**info["classes"])
+    method = config.make_method()
+    # What was decomposed before saving comes with the projections.
+    adapter = make_adapter(config.model, config.lora, load_readout(config.model, classes), svd=False)
+    if list(adapter.module_names) != info["modules"]:
+        raise CheckpointError(
+            f"{folder} adapts {info['modules']}, but on this model the same settings adapt"
+            f" {list(adapter.module_names)}"
+        )
+    if adapter.base_fingerprint() != info["base_model"]["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} was made on other weights than those of {config.model.name!r}; set"
+            " model.name in its config.yaml to the model it was trained on"
+        )
+    _load_into(adapter.named_parameters(), _load_tensors(folder / "projections.safetensors"))
+    model = method.make_model(adapter, num_data=info["num_data"])
+    guide = method.make_guide(model)
+    draws = None
+    if guide is not None:
+        saved = _load_tensors(folder / "posterior.safetensors")
+        draws = saved.pop("s").to(adapter.device)
+        _load_into(
+            guide.state_dict(), {k.removeprefix("guide."): v for k, v in saved.items()}
+        )
+    return Run(config, classes, Predictor(adapter, draws, info["temperature"]), guide)
+
+
+@torch.no_grad()
+def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(value.shape) for name, value in targets.items()}
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != found:
+        wrong = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
+        raise CheckpointError(f"these tensors are missing, unknown or of another shape: {wrong}")
+    for name, target in targets.items():
+        target.copy_(saved[name])
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(_existing(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: {path.parent} is no complete run folder")
+    return path
+
+
+def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in values.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": sys.argv,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

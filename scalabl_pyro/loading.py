@@ -1,0 +1,193 @@
+"""Load a language model and its tokenizer, and build adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
+from peft import LoraConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .adapter import SubspaceAdapter
+from .data import PROMPTS, Record
+from .readout import READOUTS, LabelTokens, Readout
+
+__all__ = ["AdapterConfig", "Classes", "ModelConfig", "load_llm", "load_readout", "make_adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which language model, and how its answer is read.
+
+    :param name: a folder, or a name on the Hub.
+    :param readout: ``label_tokens``, ``sequence_classification`` or ``multiple_choice``.
+    :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
+    :param device: ``auto`` takes a GPU if there is one.
+    :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
+    :param revision: branch, tag or commit on the Hub.
+    :param prompt: for label tokens, a name in ``PROMPTS``.
+    :param chat: for label tokens, put prompts through the chat template.
+    :param truncate: cut prompts that are longer than the context instead of refusing them.
+    :raises ValueError: if a value is not one of those listed.
+    """
+
+    name: str
+    readout: str = "label_tokens"
+    dtype: str = "float32"
+    device: str = "auto"
+    attention: str | None = None
+    revision: str = "main"
+    prompt: str = "letters"
+    chat: bool = False
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "readout": sorted(READOUTS),
+            "dtype": ["float32", "bfloat16", "float16"],
+            "prompt": sorted(PROMPTS),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """LoRA: rank r, scaling α, target modules, dropout, and heads that are trained whole.
+
+    :param base_dropout: also train with the base model's own dropout.
+    :raises ValueError: if a value is out of range.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
+    dropout: float = 0.0
+    heads: tuple[str, ...] = ()
+    base_dropout: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "heads", tuple(self.heads))
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}: expected a rank of 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha}: expected a number above 0")
+
+    def lora(self) -> LoraConfig:
+        """The same as PEFT's configuration."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            target_modules=list(self.targets),
+            lora_dropout=self.dropout,
+            modules_to_save=list(self.heads) or None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The C classes of a run: what its data fixes about the readout.
+
+    :param count: C.
+    :param words: for label tokens, the word of each class.
+    :param form: for label tokens, whether a space leads the words; found when the readout is built.
+    """
+
+    count: int
+    words: tuple[str, ...] = ()
+    form: str | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, records: Sequence[Record]) -> Classes:
+        """The classes that these records need: those of all splits that will be read."""
+        words: tuple[str, ...] = ()
+        if config.readout == "label_tokens":
+            words = PROMPTS[config.prompt].label_words(records)
+        return cls(max(len(record.choices) for record in records), words)
+
+
+def load_readout(config: ModelConfig, classes: Classes) -> Readout:
+    """The tokenizer and the readout.
+
+    :raises FileNotFoundError: if the model cannot be found.
+    """
+    tokenizer: PreTrainedTokenizerBase = _load(config, AutoTokenizer)
+    limits = {
+        "max_length": _context(tokenizer, _load(config, AutoConfig)),
+        "truncate": config.truncate,
+    }
+    if config.readout == "label_tokens":
+        return LabelTokens(
+            tokenizer,
+            PROMPTS[config.prompt],
+            classes.words,
+            chat=config.chat,
+            form=classes.form,
+            **limits,
+        )
+    return READOUTS[config.readout](tokenizer, num_classes=classes.count, **limits)
+
+
+def load_llm(config: ModelConfig, readout: Readout) -> PreTrainedModel:
+    """The pretrained model that the readout reads, frozen in evaluation mode, on its device.
+
+    A head that the checkpoint lacks starts from the current random state.
+
+    :raises FileNotFoundError: if the model cannot be found.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if config.readout == "sequence_classification":
+        options["num_labels"] = readout.num_classes
+    llm = _load(config, getattr(transformers, readout.auto_class), **options)
+    llm.config.pad_token_id = readout.tokenizer.pad_token_id
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return llm.to(device)
+
+
+def make_adapter(
+    config: ModelConfig, adapter: AdapterConfig, readout: Readout, *, svd: bool
+) -> SubspaceAdapter:
+    """A fresh adapter on a freshly loaded model."""
+    return SubspaceAdapter(
+        load_llm(config, readout),
+        adapter.lora(),
+        readout,
+        svd=svd,
+        base_dropout=adapter.base_dropout,
+        gradient_checkpointing=adapter.gradient_checkpointing,
+    )
+
+
+def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
+    limits = [getattr(llm_config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return min([tokenizer.model_max_length, *(limit for limit in limits if limit)])
+
+
+def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
+    """``auto_class.from_pretrained``; a name that is not found says where it was looked for."""
+    try:
+        return auto_class.from_pretrained(config.name, revision=config.revision, **options)
+    except OSError as error:
+        place = Path(config.name)
+        looked = (
+            f"the folder {place.resolve()} is no complete model"
+            if place.exists()
+            else f"there is no folder {place.resolve()}, and neither the Hub nor its cache at"
+            f" {HF_HUB_CACHE} gave it"
+        )
+        raise FileNotFoundError(
+            f"model {config.name!r} not found: {looked}. Name a folder that holds config.json and"
+            f" the weights, or fetch it where there is a network: hf download {config.name}"
+        ) from error
