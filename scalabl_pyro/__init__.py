@@ -4,3 +4,52 @@ import pyro
 
 # Before any PyroModule is built: parameters belong to their modules, not to a global store.
 pyro.settings.set(module_local_params=True)
+
+from .adapter import SubspaceAdapter  # noqa: E402
+from .checkpoint import load_run, save_run  # noqa: E402
+from .data import Batch, DataError, Record, Split  # noqa: E402
+from .diagnostics import to_inference_data  # noqa: E402
+from .guides import (  # noqa: E402
+    AutoSubspaceLowRankMultivariateNormal,
+    AutoSubspaceMultivariateNormal,
+    AutoSubspaceNormal,
+)
+from .kl import KLSchedule, kl_weight  # noqa: E402
+from .metrics import entropy, evaluate, mutual_information  # noqa: E402
+from .model import LoRAModel, ScalaBLModel  # noqa: E402
+from .predict import Predictions, Predictor, average, draw, predict  # noqa: E402
+from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
+from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
+
+__all__ = [
+    "AutoSubspaceLowRankMultivariateNormal",
+    "AutoSubspaceMultivariateNormal",
+    "AutoSubspaceNormal",
+    "Batch",
+    "DataError",
+    "FitConfig",
+    "FitResult",
+    "KLSchedule",
+    "LabelTokens",
+    "LoRAModel",
+    "MultipleChoice",
+    "NonFiniteLossError",
+    "Predictions",
+    "Predictor",
+    "Record",
+    "ScalaBLModel",
+    "SequenceClassification",
+    "Split",
+    "SubspaceAdapter",
+    "average",
+    "draw",
+    "entropy",
+    "evaluate",
+    "fit",
+    "kl_weight",
+    "load_run",
+    "mutual_information",
+    "predict",
+    "save_run",
+    "to_inference_data",
+]

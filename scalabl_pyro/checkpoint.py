@@ -105,7 +105,7 @@ def save_run(
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },
     )
-    OmegaConf.save(OmegaConf.structured(config), part / "config.yaml")
+    OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
     _write_json(part / "metrics.json", metrics)
     _write_history(part / "history.csv", fitted.result.history)
     _write_json(part / "environment.json", _environment())
@@ -125,7 +125,9 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
             " use the version of scalabl_pyro named in its environment.json"
         )
-    config = build(RunConfig, OmegaConf.load(_existing(folder / "config.yaml")))
+    config = build(
+        RunConfig, OmegaConf.to_container(OmegaConf.load(_existing(folder / "config.yaml")))
+    )
     info["classes"]["words"] = tuple(info["classes"]["words"])
     classes = Classes(**info["classes"])
     method = config.make_method()

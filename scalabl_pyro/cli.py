@@ -184,7 +184,8 @@ def main() -> None:
     def run(overrides: DictConfig) -> None:
         try:
             values = OmegaConf.to_container(overrides, resolve=True)
-            print(json.dumps(command(build(config_class, values)), indent=2))
+            config = build(config_class, values)
+            print(json.dumps(command(config), indent=2))
         except (ValueError, OSError, NonFiniteLossError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             print(f"error: {error}", file=sys.stderr)

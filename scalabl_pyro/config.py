@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
 from .data import DataError, Record, check_split, hold_out, read_folder, read_jsonl, without_overlap
 from .loading import AdapterConfig, ModelConfig
@@ -122,18 +122,34 @@ class RunConfig:
         return folder
 
 
-def build(cls: type[T], values: Any) -> T:
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """An instance of a dataclass from a mapping, nested dataclasses included.
 
-    :raises ConfigError: if a key is unknown, a needed one is missing, or a value has the wrong type.
+    :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is missing,
+        or a value has the wrong type or is out of range.
     """
+    _check_keys(cls, values)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-    except OmegaConfBaseException as error:
-        key = error.full_key or error.key
-        known = [f.name for f in dataclasses.fields(error.object_type or cls)]
-        near = difflib.get_close_matches(str(error.key), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near and error.key not in known else ""
-        raise ConfigError(
-            f"setting {key}: {str(error).splitlines()[0]}; the settings there are {known}{hint}"
-        ) from error
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        found = [
+            e["msg"].removeprefix("Value error, ")
+            if e["type"] == "value_error"
+            else f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}"
+            for e in error.errors()
+        ]
+        raise ConfigError("; ".join(found)) from error
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], place: str = "") -> None:
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {place}{near[0]}?" if near else f"; expected one of {known}"
+            raise ConfigError(f"there is no setting {place}{key}{hint}")
+        if value == "???":
+            raise ConfigError(f"the setting {place}{key} is needed: give {place}{key}=…")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(hints[key], value, f"{place}{key}.")

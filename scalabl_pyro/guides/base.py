@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -75,3 +76,28 @@ class AutoSubspace(PyroModule):
     @abstractmethod
     def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
         """Marginal quantiles of each coordinate, {"s": (len(quantiles), M, r)}."""
+
+
+class JointNormal(AutoSubspace):
+    """A normal over all D = M·r coordinates at once; a subclass gives :meth:`joint`."""
+
+    @abstractmethod
+    def joint(self) -> TorchDistribution:
+        """q(vec s), with event shape (D,)."""
+
+    def get_posterior(self) -> TorchDistribution:
+        shape = self._init_loc.shape
+        to_matrix = dist.transforms.ReshapeTransform((shape.numel(),), shape)
+        return dist.TransformedDistribution(self.joint(), [to_matrix])
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """Mean and scale (D,) at the start."""
+        loc = self._init_loc.flatten()
+        return loc, torch.full_like(loc, self._init_scale)
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
+        joint = self.joint()
+        levels = torch.as_tensor(quantiles, dtype=joint.mean.dtype, device=joint.mean.device)
+        marginal = dist.Normal(joint.mean, joint.stddev)
+        return {"s": marginal.icdf(levels[:, None]).unflatten(-1, self._init_loc.shape)}

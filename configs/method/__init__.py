@@ -1,1 +1,0 @@
-"""One YAML file per method."""

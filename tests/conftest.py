@@ -1,0 +1,190 @@
+"""Small random models and made-up questions; real models and data where they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pyro
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from scalabl_pyro import LabelTokens, Record, ScalaBLModel, Split, SubspaceAdapter
+from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.readout import MultipleChoice, SequenceClassification
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORDS = ["the", "a", "cat", "dog", "bird", "runs", "sings", "sleeps", "red", "blue", "green", "tree"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real pretrained model."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED} with real models and data on this machine")
+    return SHARED
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; punctuation apart."""
+    vocabulary = ["<pad>", "<unk>", *WORDS, "Answer", ":", ".", "A", "B", "C", "D"]
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+
+
+def make_records(count: int, *, choices: int = 4, labelled: bool = True) -> list[Record]:
+    """Questions of different lengths."""
+    generator = torch.Generator().manual_seed(count)
+
+    def words(n: int) -> str:
+        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator))
+
+    return [
+        Record(
+            id=f"q{i}",
+            question=words(2 + i % 5),
+            choices=tuple(words(1 + j % 2) for j in range(choices)),
+            label=i % choices if labelled else None,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    return make_records(12)
+
+
+def tiny_llama(**overrides: object) -> LlamaForCausalLM:
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**(sizes | heads | overrides), pad_token_id=0)).eval()
+
+
+def tiny_bert_config(**overrides: object) -> BertConfig:
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, max_position_embeddings=64)
+    return BertConfig(**(sizes | heads | overrides))
+
+
+def lora(*targets: str, r: int = 4, **options: object) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), **options)
+
+
+def fill_lora_B(adapter: SubspaceAdapter) -> None:
+    """Random B, without which nothing depends on s."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters().items():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def make_causal(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAdapter]:
+    """Adapters on a tiny Llama read by label tokens, with a B that is not zero."""
+
+    def make(*, filled: bool = True, targets=("q_proj", "v_proj", "lm_head"), **options):
+        readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+        adapter = SubspaceAdapter(tiny_llama(), lora(*targets), readout, **options)
+        if filled:
+            fill_lora_B(adapter)
+        return adapter
+
+    return make
+
+
+@pytest.fixture
+def make_choice(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAdapter]:
+    """Adapters on a tiny BERT for multiple choice, with a trained head."""
+
+    def make(**options):
+        torch.manual_seed(1)
+        llm = BertForMultipleChoice(tiny_bert_config()).eval()
+        readout = MultipleChoice(tokenizer, num_classes=4, max_length=64)
+        config = lora("query", "value", modules_to_save=["classifier"])
+        adapter = SubspaceAdapter(llm, config, readout, **options)
+        fill_lora_B(adapter)
+        return adapter
+
+    return make
+
+
+@pytest.fixture
+def make_classifier(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAdapter]:
+    """Adapters on a tiny BERT with a sequence classification head."""
+
+    def make(**options):
+        torch.manual_seed(1)
+        llm = BertForSequenceClassification(tiny_bert_config(num_labels=4)).eval()
+        readout = SequenceClassification(tokenizer, num_classes=4, max_length=64)
+        config = lora("query", "value", modules_to_save=["classifier"])
+        adapter = SubspaceAdapter(llm, config, readout, **options)
+        fill_lora_B(adapter)
+        return adapter
+
+    return make
+
+
+@pytest.fixture(params=["make_causal", "make_choice", "make_classifier"])
+def adapter(request: pytest.FixtureRequest) -> SubspaceAdapter:
+    """An adapter with each readout."""
+    return request.getfixturevalue(request.param)()
+
+
+@pytest.fixture
+def split(adapter: SubspaceAdapter, records: list[Record]) -> Split:
+    return adapter.readout.encode(records)
+
+
+@pytest.fixture
+def model(adapter: SubspaceAdapter, split: Split) -> ScalaBLModel:
+    return ScalaBLModel(adapter, num_data=len(split))
+
+
+def whole(split: Split):
+    """All examples of a split as one batch."""
+    return split.collate(list(split))
+
+
+def write_jsonl(path: Path, records: list[Record]) -> Path:
+    rows = [{"id": r.id, "question": r.question, "choices": r.choices, "label": r.label} for r in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def local_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model folder in Hugging Face format."""
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_records, whole
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
+
+from scalabl_pyro import (
+    AutoSubspaceNormal,
+    FitConfig,
+    KLSchedule,
+    LoRAModel,
+    NonFiniteLossError,
+    ScalaBLModel,
+    fit,
+)
+from scalabl_pyro.svi import no_guide
+
+ELBOS = {
+    "Trace_ELBO": Trace_ELBO(max_plate_nesting=1),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO(max_plate_nesting=1),
+    "vectorised": Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+    "looped": Trace_ELBO(num_particles=2, max_plate_nesting=1),
+    "RenyiELBO": RenyiELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+}
+
+
+class NormalNormal(ScalaBLModel):
+    """Every label is a noisy reading of every coordinate: y_n ~ Normal(s_mj, 2), prior N(0, 1)."""
+
+    def forward(self, batch):
+        s = pyro.sample("s", self.prior)
+        with pyro.plate("data", self.num_data, subsample=torch.arange(len(batch)), dim=-1):
+            readings = batch.labels.float()[:, None, None].expand(-1, *self.adapter.shape)
+            pyro.sample("y", dist.Normal(s, 2.0).to_event(2), obs=readings)
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_a_conjugate_model_recovers_the_known_posterior(make_causal, beta):
+    adapter = make_causal(targets=("lm_head",))
+    split = adapter.readout.encode(make_records(40))
+    model = NormalNormal(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model, init_scale=0.5)
+    config = FitConfig(
+        steps=1500, batch_size=20, lr=0.0, lr_guide=0.03, clip_norm=1e3, kl=KLSchedule(beta)
+    )
+    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    fit(model, guide, split, config, elbo=elbo, progress=False)
+    precision = 1 + len(split) / (4 * beta)
+    mean = sum(e.label for e in split) / (4 * beta) / precision
+    q = guide.get_posterior().base_dist
+    assert float(q.loc.mean()) == pytest.approx(mean, abs=0.03)
+    assert float(q.scale.mean()) == pytest.approx(precision**-0.5, rel=0.05)
+
+
+def posterior_scale(make_causal, count: int, *, coin_flips: bool) -> float:
+    """Mean σ of q(s) with projections fixed, for labels the model can fit or none can."""
+    adapter = make_causal(targets=("q_proj", "v_proj"))
+    encoded = adapter.readout.encode(make_records(count))
+    with torch.no_grad():
+        truth = adapter(whole(encoded), 3 * adapter.init_loc).argmax(-1)
+    if coin_flips:
+        truth = torch.randint(4, (count,), generator=torch.Generator().manual_seed(0))
+    records = [
+        type(r)(r.id, r.question, r.choices, int(y))
+        for r, y in zip(encoded.records, truth, strict=True)
+    ]
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=count)
+    guide = AutoSubspaceNormal(model, init_scale=0.3)
+    config = FitConfig(steps=250, batch_size=32, lr=0.0, lr_guide=0.05, clip_norm=100.0)
+    before = {k: v.clone() for k, v in adapter.named_parameters().items()}
+    fit(model, guide, split, config, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in adapter.named_parameters().items())
+    return float(guide.scale.detach().mean())
+
+
+def test_the_posterior_contracts_with_data_and_depends_on_the_labels(make_causal):
+    scales = {
+        (count, flips): posterior_scale(make_causal, count, coin_flips=flips)
+        for count in (32, 512)
+        for flips in (False, True)
+    }
+    assert scales[512, False] < 0.7 * scales[32, False]
+    assert scales[512, True] < 0.9 * scales[32, True]
+    assert abs(scales[512, True] - scales[512, False]) > 0.03
+
+
+@pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS.keys())
+def test_fit_moves_every_trainable_tensor_under_any_elbo(adapter, split, elbo):
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    parameters = {**adapter.named_parameters(), **dict(guide.named_parameters())}
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    result = fit(
+        model, guide, split, FitConfig(steps=3, batch_size=4), elbo=elbo, progress=False
+    )
+    assert [n for n, value in parameters.items() if torch.equal(value, before[n])] == []
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+
+
+def test_fit_trains_a_point_estimate_and_pyros_own_guides(make_choice, records):
+    for make_guide in (lambda _: no_guide, AutoMultivariateNormal):
+        adapter = make_choice()
+        split = adapter.readout.encode(records)
+        model = (LoRAModel if make_guide is not AutoMultivariateNormal else ScalaBLModel)(
+            adapter, num_data=len(split)
+        )
+        before = {k: v.detach().clone() for k, v in adapter.named_parameters().items()}
+        config = FitConfig(steps=3, batch_size=4)
+        result = fit(model, make_guide(model), split, config, progress=False)
+        assert not any(torch.equal(v, before[k]) for k, v in adapter.named_parameters().items())
+        if make_guide is not AutoMultivariateNormal:
+            assert result.history[0]["loss"] == pytest.approx(result.history[0]["nll"], rel=1e-5)
+
+
+def test_history_adds_up(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    elbo = TraceMeanField_ELBO(max_plate_nesting=1)
+    config = FitConfig(steps=5, batch_size=4, kl=KLSchedule(2.0, "linear", 1.0))
+    history = fit(model, AutoSubspaceNormal(model), split, config, elbo=elbo, progress=False).history
+    assert [row["kl_weight"] for row in history] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    row = history[0]
+    expected = row["nll"] + row["kl_weight"] * float(
+        torch.distributions.kl_divergence(
+            AutoSubspaceNormal(ScalaBLModel(make_causal(), num_data=1)).get_posterior(), model.prior
+        ).detach()
+    ) / len(split)
+    assert row["loss"] == pytest.approx(expected, rel=0.02)
+
+
+def test_accumulation_averages_minibatches(make_causal, records):
+    """Two half batches accumulated are one whole batch, for a likelihood without noise."""
+    ends = []
+    for batch_size, accumulation in ((12, 1), (6, 2)):
+        adapter = make_causal(targets=("q_proj",))
+        split = adapter.readout.encode(records)
+        config = FitConfig(
+            steps=1, batch_size=batch_size, accumulation=accumulation, warmup=0.0, clip_norm=1e3
+        )
+        fit(LoRAModel(adapter, num_data=12), no_guide, split, config, progress=False)
+        ends.append(list(adapter.named_parameters().values()))
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_two_runs_with_one_seed_are_equal_to_the_bit(make_choice, records):
+    histories, weights = [], []
+    for _ in range(2):
+        pyro.set_rng_seed(11)
+        adapter = make_choice()
+        split = adapter.readout.encode(records)
+        model = ScalaBLModel(adapter, num_data=len(split))
+        result = fit(
+            model,
+            AutoSubspaceNormal(model),
+            split,
+            FitConfig(steps=4, batch_size=4),
+            seed=5,
+            progress=False,
+        )
+        histories.append(result.history)
+        weights.append(list(adapter.named_parameters().values()))
+    assert histories[0] == histories[1]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    seen = []
+    original = split.collate
+
+    def poisoned(examples):
+        batch = original(examples)
+        seen.append(len(seen))
+        if len(seen) == 4:
+            with torch.no_grad():  # what a step that is too long leaves behind
+                next(iter(adapter.named_parameters().values())).fill_(float("nan"))
+        return batch
+
+    split.collate = poisoned
+    with (
+        pytest.warns(UserWarning, match="NaN"),
+        pytest.raises(NonFiniteLossError, match="at step 4 of 9 the loss is nan"),
+    ):
+        fit(model, guide, split, FitConfig(steps=9, batch_size=4), progress=False)
+    parameters = [*adapter.named_parameters().values(), *guide.parameters()]
+    assert all(p.isfinite().all() for p in parameters)
+
+
+def test_the_best_state_is_kept_when_asked(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = LoRAModel(adapter, num_data=len(split))
+    states, values = [], iter([3.0, 1.0, 2.0])
+
+    def validate() -> float:
+        states.append([p.detach().clone() for p in adapter.named_parameters().values()])
+        return next(values)
+
+    config = FitConfig(steps=6, batch_size=4, eval_every=2, keep="best")
+    result = fit(model, no_guide, split, config, validate=validate, progress=False)
+    assert result.best_step == 4
+    kept = adapter.named_parameters().values()
+    assert all(torch.equal(a, b) for a, b in zip(kept, states[1], strict=True))
+    assert [row.get("validation_nll") for row in result.history] == [None, 3.0, None, 1.0, None, 2.0]
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_kl_schedules_are_positive_rise_and_end_at_their_weight(shape):
+    weights = [KLSchedule(3.0, shape, 0.5)(step, 10) for step in range(10)]
+    assert all(w > 0 for w in weights)
+    assert weights == sorted(weights)
+    assert weights[4:] == pytest.approx([3.0] * 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"decay": "step"}, "decay is 'step'"),
+        ({"keep": "first"}, "keep is 'first'"),
+        ({"keep": "best"}, "eval_every is 0"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FitConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": 0.0}, "KL weight is 0.0"),
+        ({"shape": "step"}, "shape is 'step'"),
+        ({"fraction": 0.0}, "fraction is 0.0"),
+    ],
+)
+def test_bad_schedules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        KLSchedule(**options)
+
+
+def test_training_needs_labels(make_causal):
+    adapter = make_causal()
+    split = adapter.readout.encode(make_records(4, labelled=False))
+    with pytest.raises(ValueError, match="label in every record"):
+        fit(LoRAModel(adapter, num_data=4), no_guide, split, FitConfig(steps=1), progress=False)
