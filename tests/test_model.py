@@ -172,7 +172,7 @@ def test_data_plate_scales_a_minibatch_to_the_data_set(model, split):
     log_prob = trace(pyro.condition(model, {"s": s})).get_trace(batch)
     log_prob.compute_log_prob()
     plain = torch.nn.functional.cross_entropy(model.adapter(batch, s), batch.labels).detach()
-    found = float(log_prob.nodes["label"]["log_prob_sum"])
+    found = float(log_prob.nodes["label"]["log_prob_sum"].detach())
     assert found == pytest.approx(-float(plain) * len(split), rel=1e-5)
 
 

@@ -1,0 +1,214 @@
+"""What a Bayesian step costs over a plain PEFT LoRA step.
+
+    python benchmarks/train_step.py --save
+
+``step_ratio``: a step of ``fit`` against a hand-written step on plain PEFT LoRA: the same Llama,
+batch, readout, loss, clipping and optimizer; interleaved pairs in one process, the order alternating.
+``pyro_ms``: what Pyro and the loop add to a step where the language model costs nothing (its logits
+are a constant plus the sum of s), optimizer excluded, with M modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyro
+import torch
+from _report import report
+from peft import LoraConfig, get_peft_model
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from scalabl_pyro import AutoSubspaceNormal, Batch, FitConfig, ScalaBLModel, SubspaceAdapter, fit
+from scalabl_pyro.data import Example, Record, Split
+from scalabl_pyro.readout import Readout
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+class LastToken(Readout):
+    """The first C entries of the vocabulary at the last position: a readout without a tokenizer."""
+
+    padding_side = truncation_side = "left"
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, num_classes: int = 4) -> None:
+        self.num_classes = num_classes
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        raise NotImplementedError("this readout is given tokens")
+
+    def __call__(self, llm: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = llm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits[:, : self.num_classes].float()
+
+
+class OneBatch(Split):
+    """The same batch for ever."""
+
+    def __init__(self, batch: Batch) -> None:
+        records = [Record(str(i), "q", ("a", "b"), 0) for i in range(len(batch))]
+        examples = [Example({"input_ids": [[0]]}, 2, 0) for _ in records]
+        super().__init__(records, examples, lambda _: batch)
+
+    def minibatches(self, batch_size: int, *, seed: int) -> Iterator[Batch]:
+        while True:
+            yield self.collate([])
+
+
+def llama(hidden: int, blocks: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 2.75) // 8 * 8,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+class Clock:
+    """Splits ``fit`` at its steps: the optimizer calls back, so the loop itself is measured."""
+
+    def __init__(self, steps: int, other: Callable[[], None] | None) -> None:
+        self.other, self.steps = other, steps
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.start = 0.0
+
+    def validate(self) -> float:
+        """Called at the end of every step of ``fit``; runs the other side outside the clock."""
+        self.ours.append(time.perf_counter() - self.start)
+        if self.other is not None:
+            start = time.perf_counter()
+            self.other()
+            self.theirs.append(time.perf_counter() - start)
+        self.start = time.perf_counter()
+        return 0.0
+
+
+def measure_step(pairs: int, hidden: int, blocks: int, batch_size: int, tokens: int) -> dict:
+    """Seconds a step on both sides, as a ratio with a bootstrap interval."""
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    readout = LastToken()
+    ids = torch.randint(0, 2048, (batch_size, tokens))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = Batch(inputs, torch.ones(batch_size, 4, dtype=torch.bool), torch.arange(batch_size) % 4)
+
+    plain = get_peft_model(llama(hidden, blocks), lora)
+    base = plain.get_base_model()
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+
+    def plain_step() -> None:
+        loss = nn.functional.cross_entropy(readout(base, inputs), batch.labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (loss.item() < float("inf") and norm < float("inf")):
+            raise RuntimeError("the loss is not finite")
+        optimizer.step()
+        optimizer.zero_grad()
+
+    adapter = SubspaceAdapter(llama(hidden, blocks), lora, readout)
+    model = ScalaBLModel(adapter, num_data=1000)
+    warmup = 5
+    clock = Clock(pairs, plain_step)
+    config = FitConfig(steps=pairs + warmup, lr=1e-4, eval_every=1)
+    fit(model, AutoSubspaceNormal(model), OneBatch(batch), config, validate=clock.validate, progress=False)
+    ours, theirs = np.array(clock.ours[warmup:]), np.array(clock.theirs[warmup:])
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, pairs, (2000, pairs))
+    medians = np.median(ours[draws], 1) / np.median(theirs[draws], 1)
+    return {
+        "step_ratio": float(np.median(ours) / np.median(theirs)),
+        "step_ratio_95": [float(x) for x in np.quantile(medians, [0.025, 0.975])],
+        "pair_ratio_median": float(np.median(ours / theirs)),
+        "ours_ms": 1e3 * float(np.median(ours)),
+        "plain_ms": 1e3 * float(np.median(theirs)),
+        "pairs": pairs,
+    }
+
+
+class FreeAdapter:
+    """An adapter with M modules whose language model costs nothing."""
+
+    def __init__(self, modules: int) -> None:
+        self.shape = (modules, 8)
+        self.init_loc = torch.ones(self.shape)
+        self.device = torch.device("cpu")
+        sizes = [(8, 64), (64, 8)] * modules
+        self.parameters = {f"m{i}": nn.Parameter(torch.zeros(s)) for i, s in enumerate(sizes)}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return self.parameters
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def eval(self) -> None: ...
+
+    def __call__(self, batch: Batch, s: torch.Tensor) -> torch.Tensor:
+        return batch.choices.float() + s.sum()
+
+
+def measure_pyro(modules: int, steps: int) -> dict[str, float]:
+    """Milliseconds a step without a language model, under ``fit`` and under plain SVI."""
+    batch = Batch({}, torch.ones(4, 4, dtype=torch.bool), torch.arange(4))
+    found = {}
+    adapter = FreeAdapter(modules)
+    model = ScalaBLModel(adapter, num_data=1000)
+    clock = Clock(steps, None)
+    optimizer_time = [0.0]
+    step = torch.optim.AdamW.step
+
+    def timed_step(self: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        start = time.perf_counter()
+        result = step(self, *args, **kwargs)
+        optimizer_time[0] += time.perf_counter() - start
+        return result
+
+    torch.optim.AdamW.step = timed_step
+    try:
+        config = FitConfig(steps=steps, eval_every=1)
+        fit(model, AutoSubspaceNormal(model), OneBatch(batch), config, validate=clock.validate, progress=False)
+    finally:
+        torch.optim.AdamW.step = step
+    found["fit"] = 1e3 * (float(np.median(clock.ours[1:])) - optimizer_time[0] / steps)
+
+    model = ScalaBLModel(FreeAdapter(modules), num_data=1000)
+    svi = SVI(
+        model,
+        AutoSubspaceNormal(model),
+        pyro.optim.AdamW({"lr": 1e-3}),
+        Trace_ELBO(max_plate_nesting=1),
+    )
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        svi.step(batch)
+        times.append(time.perf_counter() - start)
+    found["plain_svi_with_its_optimizers"] = 1e3 * float(np.median(times[1:]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=120)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--save", action="store_true", help="write results/train_step.json")
+    args = parser.parse_args()
+    figures = measure_step(args.pairs, args.hidden, args.blocks, args.batch, args.tokens)
+    figures["pyro_ms"] = {str(M): measure_pyro(M, max(20, args.pairs)) for M in (57, 129)}
+    report("train_step", figures, save=args.save)
+
+
+if __name__ == "__main__":
+    main()

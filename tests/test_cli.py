@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_records, tiny_llama, write_jsonl
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro.checkpoint import CheckpointError
+from scalabl_pyro.cli import main
+
+FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr_guide=0.3", "progress=false", "model.dtype=float32"]
+
+
+def scalabl(*words: str) -> int:
+    """The exit status of a command."""
+    sys.argv = ["scalabl", *map(str, words)]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, count in (("train", 16), ("validation", 8), ("test", 9)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(local_model, data, tmp_path, capsys):
+    """A finished run folder."""
+    where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={tmp_path / 'run'}"]
+    assert scalabl("train", *where, *FAST, "fit.lr=0.1") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("method", ["scalabl", "mle", "map", "temperature"])
+def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", f"method={method}", *where, *FAST) == 0
+    trained = json.loads(capsys.readouterr().out)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names - {"posterior.safetensors"} == {
+        "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
+        "posterior.json", "projections.safetensors",
+    }  # fmt: skip
+    assert ("posterior.safetensors" in names) == (method == "scalabl")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
+    with (tmp_path / "out" / "history.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+    assert scalabl("evaluate", "run=out", f"data.root={data}", "output=m.json", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+    assert json.loads((tmp_path / "m.json").read_text()) == trained["test"]
+
+    unlabelled = [Record(r.id, r.question, r.choices) for r in make_records(9)]
+    write_jsonl(tmp_path / "in.jsonl", unlabelled)
+    assert scalabl("predict", "run=out", "input=in.jsonl", "output=o.jsonl", "progress=false") == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [record.id for record in unlabelled]
+    for row, record in zip(rows, unlabelled, strict=True):
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert row["answer"] == record.choices[row["label"]]
+        assert row["entropy"] > 0
+        assert row["mutual_information"] >= 0
+
+
+def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, data, capsys):
+    found = []
+    for name in ("a", "b"):
+        where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={name}"]
+        assert scalabl("train", *where, *FAST) == 0
+        found.append(json.loads(capsys.readouterr().out) | {"run": ""})
+    assert found[0] == found[1]
+
+
+def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, capsys):
+    (data / "validation.jsonl").unlink()
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "data.validation_fraction=0.25") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"run", "test", "validation"}
+    assert json.loads(Path("out/posterior.json").read_text())["num_data"] == 12
+
+
+def test_posterior_mean_differs_from_the_average(run, data, capsys):
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 0
+    average = json.loads(capsys.readouterr().out)
+    words = ["posterior_mean=true", "progress=false"]
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", *words) == 0
+    mean = json.loads(capsys.readouterr().out)
+    assert mean["mutual_information"] < 1e-6 < 1e-5 < average["mutual_information"]
+
+
+def test_the_adapter_folder_is_plain_peft_at_the_posterior_mean(run):
+    loaded = load_run(run)
+    adapter, mean = loaded.predictor.adapter, loaded.guide.median()["s"]
+    split = loaded.readout.encode(make_records(5))
+    batch = split.collate(list(split))
+    plain = PeftModel.from_pretrained(tiny_llama(), run / "adapter").eval()
+    expected = loaded.readout(plain.get_base_model(), batch.inputs)
+    torch.testing.assert_close(adapter(batch, mean), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
+    lines = (shared / "data" / "openbookqa" / "train.jsonl").read_text().splitlines()
+    for name, part in (("train", lines[:40]), ("validation", lines[40:50]), ("test", lines[50:70])):
+        (tmp_path / "obqa").mkdir(exist_ok=True)
+        (tmp_path / "obqa" / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    model = shared / "models" / "stories260k"
+    words = [f"model.name={model}", "data.root=obqa", "run_dir=out", *FAST]
+    assert scalabl("train", *words) == 0
+    first, second = load_run("out"), load_run("out")
+    split = first.readout.encode(make_records(6))
+    logits = predict(first.predictor, split).logits
+    assert torch.equal(logits, predict(second.predictor, split).logits)
+    trained = json.loads(capsys.readouterr().out)["test"]
+    assert scalabl("evaluate", "run=out", "data.root=obqa", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit.kl.weight=0"], "KL weight is 0.0"),
+        (["method.draws=-1"], "draws is -1"),
+        (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
+        (["fit.steps=many"], "fit.steps is 'many'"),
+        (["model.name=???"], "model.name is needed"),
+        (["model.name=no/where"], "model 'no/where' not found"),
+        (["model.readout=vision"], "readout is 'vision'"),
+        (["lora.targets=[query]"], r"target_modules ['query'] match no module"),
+        (["data.root=nowhere"], "nowhere: expected a folder"),
+        (["data.path=x.jsonl"], "give exactly one"),
+        (["run_dir=."], "run folder . exists"),
+    ],
+)
+def test_bad_input_is_one_error_and_leaves_nothing(local_model, data, tmp_path, capsys, words, message):
+    before = sorted(tmp_path.rglob("*"))
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hydra_refuses_unknown_keys(capsys):
+    assert scalabl("train", "fit.stepz=3") == 1
+    assert "stepz" in capsys.readouterr().err
+
+
+def test_unknown_commands_show_the_usage(capsys):
+    assert scalabl("fly") == 2
+    assert "usage: scalabl COMMAND" in capsys.readouterr().err
+    assert scalabl("--help") == 0
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_checkpoint_of_another_format_is_refused(run):
+    edit_json(run / "posterior.json", format=99)
+    with pytest.raises(CheckpointError, match="has format 99, but this version reads format 1"):
+        load_run(run)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, local_model):
+    other = tiny_llama()
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    other.save_pretrained(local_model)
+    with pytest.raises(CheckpointError, match="made on other weights"):
+        load_run(run)
+
+
+def test_torn_and_missing_files_are_refused(run):
+    path = run / "projections.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="torn"):
+        load_run(run)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    with pytest.raises(CheckpointError, match="missing, unknown or of another shape"):
+        load_run(run)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no complete run folder"):
+        load_run(run)
+
+
+def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", make_records(2))
+    (tmp_path / "o.jsonl").write_text("mine")
+    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "o.jsonl").read_text() == "mine"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import make_records, write_jsonl
+
+from scalabl_pyro import DataError, LabelTokens, Record
+from scalabl_pyro.data import (
+    PROMPTS,
+    check_split,
+    hold_out,
+    iter_jsonl,
+    read_folder,
+    read_jsonl,
+    without_overlap,
+)
+from scalabl_pyro.readout import MultipleChoice
+
+GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 2}, "label is 2, but the choices are numbered 0 to 1"),
+        ({"label": -1}, "label is -1"),
+        ({"label": "b"}, "label is 'b'"),
+        ({"label": True}, "label is True"),
+        ({"choices": []}, r"choices is \[\]"),
+        ({"choices": "ab"}, "choices is 'ab'"),
+        ({"choices": ["a", " "]}, "choices holds ' '"),
+        ({"question": ""}, "question is ''"),
+        ({"answer": "a"}, r"unknown: \['answer'\]"),
+    ],
+)
+def test_bad_records_name_file_line_and_value(tmp_path, change, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
+    with pytest.raises(DataError, match=rf"bad.jsonl, line 2: .*{message}"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{\n", "line 1: not UTF-8 JSON"),
+        (b'{"id": "\xff"}\n', "line 1: not UTF-8 JSON"),
+        (b"[1]\n", "line 1: found list"),
+        (b"\n", "holds no records"),
+        (json.dumps(GOOD).encode() * 1 + b"\n" + json.dumps(GOOD).encode(), "id '1' occurs twice"),
+    ],
+)
+def test_malformed_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_jsonl(path)
+
+
+def test_missing_files_and_splits_are_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+        list(iter_jsonl(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match="expected a folder"):
+        read_folder(tmp_path)
+    with pytest.raises(DataError, match=r"no split 'test'; the data set has \['train'\]"):
+        check_split({"train": []}, "test")
+
+
+def test_records_round_trip(tmp_path):
+    records = [*make_records(5), *make_records(3, labelled=False)]
+    records = [Record(f"r{i}", r.question, r.choices, r.label) for i, r in enumerate(records)]
+    assert read_jsonl(write_jsonl(tmp_path / "x.jsonl", records)) == records
+
+
+def test_real_data_has_the_published_counts(shared):
+    counts = {"arc_challenge": (1119, 299, 1172), "openbookqa": (4957, 500, 500)}
+    for name, expected in counts.items():
+        splits = read_folder(shared / "data" / name)
+        assert tuple(len(splits[s]) for s in ("train", "validation", "test")) == expected
+
+
+def test_training_questions_that_are_tested_leave_training(shared, caplog):
+    splits = read_folder(shared / "data" / "openbookqa")
+    with caplog.at_level(logging.WARNING):
+        kept = without_overlap(splits["train"], splits["test"], name="test")
+    assert len(splits["train"]) - len(kept) == 14
+    assert "left out 14 training questions that are also in test" in caplog.text
+
+
+def test_hold_out_is_seeded_disjoint_and_complete():
+    records = make_records(30)
+    rest, held = hold_out(records, 0.1, seed=4)
+    assert (len(rest), len(held)) == (27, 3)
+    assert sorted([*rest, *held], key=records.index) == records
+    assert hold_out(records, 0.1, seed=4) == (rest, held)
+    assert hold_out(records, 0.1, seed=5)[1] != held
+    with pytest.raises(DataError, match=r"cannot hold out 0.9 of 1 records"):
+        hold_out(records[:1], 0.9, seed=0)
+
+
+def test_minibatches_cover_the_data_group_by_length_and_follow_the_seed(tokenizer):
+    readout = MultipleChoice(tokenizer, num_classes=4, max_length=64)
+    split = readout.encode(make_records(64))
+
+    def epoch(seed):
+        stream = split.minibatches(4, seed=seed)
+        return [next(stream) for _ in range(16)]
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a.labels, b.labels) for a, b in zip(first, other, strict=True))
+    assert sorted(torch.cat([b.labels for b in first]).tolist()) == sorted(split.labels.tolist())
+    padded = sum(int((b.inputs["attention_mask"] == 0).sum()) for b in first)
+    in_order = [split.collate(list(split)[i : i + 4]) for i in range(0, 64, 4)]
+    assert padded < sum(int((b.inputs["attention_mask"] == 0).sum()) for b in in_order)
+
+
+def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
+    records = make_records(6)
+    prompt = PROMPTS["letters"]
+    short = LabelTokens(tokenizer, prompt, "ABCD", max_length=15)
+    with pytest.raises(DataError, match=r"of 6 prompts exceed the context of 15 tokens \(longest"):
+        short.encode(records)
+    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=15, truncate=True)
+    with caplog.at_level(logging.WARNING):
+        split = cutting.encode(records)
+    assert max(split.lengths) == 15
+    assert "cut on the left" in caplog.text
+    ending = tokenizer("Answer:").input_ids
+    assert all(example.rows["input_ids"][0][-2:] == ending for example in split)
+
+
+def test_label_words_share_one_form(shared, tokenizer):
+    from transformers import AutoTokenizer
+
+    sentencepiece = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    readout = LabelTokens(sentencepiece, PROMPTS["letters"], "ABCD", max_length=512)
+    assert readout.form == "plain"
+    assert sentencepiece.convert_ids_to_tokens(readout.label_ids) == ["A", "B", "C", "D"]
+    assert LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64).form == "space"
+    with pytest.raises(ValueError, match=r"are not single, distinct tokens after 'Answer:'.*plain"):
+        LabelTokens(tokenizer, PROMPTS["classes"], ["red cat", "dog"], max_length=64)
+
+
+def test_class_names_must_be_the_same_in_every_record():
+    with pytest.raises(DataError, match="needs the same choices in every record"):
+        PROMPTS["classes"].label_words(make_records(3))
+    same = [Record(str(i), "text", ("good", "bad"), 0) for i in range(3)]
+    assert PROMPTS["classes"].label_words(same) == ("good", "bad")
+
+
+def test_more_choices_than_classes_are_refused(tokenizer):
+    readout = MultipleChoice(tokenizer, num_classes=3, max_length=64)
+    with pytest.raises(DataError, match="has 4 choices, but the readout has 3"):
+        readout.encode(make_records(2))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scalabl_pyro import FitConfig, KLSchedule, evaluate, predict
+from scalabl_pyro.guides import GUIDES
+from scalabl_pyro.methods import MAP, METHODS, MLE, ScalaBL, TemperatureScaling
+
+CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
+METHOD_OPTIONS = {"map": {"config": FitConfig(steps=3, batch_size=4, weight_decay=0.1)}}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("validated", [False, True])
+def test_every_method_fits_predicts_and_repeats(make_choice, records, name, validated):
+    options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
+    if validated:
+        options["config"] = FitConfig(
+            steps=4, batch_size=4, eval_every=2, keep="best",
+            weight_decay=options["config"].weight_decay,
+        )
+    split = make_choice().readout.encode(records)
+    found = []
+    for _ in range(2):
+        fitted = METHODS[name](**options).fit(make_choice, split, split, seed=3)
+        assert fitted.predictor.num_draws == (10 if name == "scalabl" else 1)
+        found.append(predict(fitted.predictor, split).logits)
+    assert torch.equal(*found)
+    assert set(evaluate(found[0], split.labels)) >= {"acc", "ece", "nll", "brier"}
+    assert ("validation_nll" in fitted.result.history[1]) == validated
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_scalabl_takes_any_guide(make_causal, records, guide):
+    split = make_causal().readout.encode(records)
+    method = ScalaBL(CONFIG, progress=False, guide=guide, draws=3)
+    fitted = method.fit(make_causal, split, None, seed=0)
+    assert predict(fitted.predictor, split).logits.shape == (3, len(split), 4)
+
+
+def test_scalabl_predicts_at_its_median_without_draws(make_causal, records):
+    split = make_causal().readout.encode(records)
+    fitted = ScalaBL(CONFIG, progress=False, draws=0).fit(make_causal, split, None, seed=0)
+    assert fitted.predictor.num_draws == 1
+    assert torch.equal(fitted.predictor.draws[0], fitted.guide.median()["s"])
+
+
+def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(make_choice, records):
+    split = make_choice().readout.encode(records)
+    config = FitConfig(steps=40, batch_size=4, lr=0.05)  # long enough to be over-confident
+    plain = MLE(config, progress=False).fit(make_choice, split, split, seed=0)
+    scaled = TemperatureScaling(config, progress=False).fit(make_choice, split, split, seed=0)
+    before, after = (predict(f.predictor, split).logits for f in (plain, scaled))
+    nll = [evaluate(x, split.labels)["nll"] for x in (before, after)]
+    assert nll[1] < nll[0]
+    assert torch.equal(before.argmax(-1), after.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MLE(FitConfig(weight_decay=0.1)), "use method map"),
+        (lambda: MAP(FitConfig()), "weight_decay above 0"),
+        (lambda: ScalaBL(guide="flow"), "guide is 'flow'"),
+        (lambda: ScalaBL(draws=-1), "draws is -1"),
+        (lambda: ScalaBL(prior_scale=0.0), "prior_scale is 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_temperature_needs_a_validation_split(make_choice, records):
+    split = make_choice().readout.encode(records)
+    with pytest.raises(ValueError, match="needs a validation split"):
+        TemperatureScaling(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
