@@ -16,7 +16,7 @@ PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
 
 def report(name: str, figures: dict[str, Any], *, save: bool) -> None:
-    """Print figures, command, versions and hardware as JSON; write results/<name>.json on demand."""
+    """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked."""
     found = {
         "figures": figures,
         "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
@@ -40,7 +40,9 @@ def _hardware() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
         cpu = f"{names[0]}, {len(names)} cores" if names else cpu
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "gpu": gpus, "threads": torch.get_num_threads()}

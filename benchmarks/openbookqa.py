@@ -174,7 +174,9 @@ def main() -> None:
     }
     paired = {
         row: {
-            key: mean_and_error([a[key] - b[key] for a, b in zip(rows["scalabl"], runs, strict=True)])
+            key: mean_and_error(
+                [a[key] - b[key] for a, b in zip(rows["scalabl"], runs, strict=True)]
+            )
             for key in ("acc", "ece", "nll", "brier")
         }
         for row, runs in rows.items()

@@ -16,7 +16,7 @@ from .guides import (  # noqa: E402
 )
 from .kl import KLSchedule, kl_weight  # noqa: E402
 from .metrics import entropy, evaluate, mutual_information  # noqa: E402
-from .model import LoRAModel, ScalaBLModel  # noqa: E402
+from .model import LoRAModel, Projections, ScalaBLModel  # noqa: E402
 from .predict import Predictions, Predictor, average, draw, predict  # noqa: E402
 from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
 from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
@@ -36,6 +36,7 @@ __all__ = [
     "NonFiniteLossError",
     "Predictions",
     "Predictor",
+    "Projections",
     "Record",
     "ScalaBLModel",
     "SequenceClassification",

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,7 +36,7 @@ class SubspaceAdapter:
     layers stay plain LoRA, and s = 1 (or ``None``) leaves them alone.
 
     :param llm: any Hugging Face model; it is changed in place, as ``peft.get_peft_model`` does.
-    :param lora: rank, scaling α and target modules. Only what calls ``lora_B(lora_A(x))`` is served.
+    :param lora: rank, scaling α and target modules; layers must call ``lora_B(lora_A(x))``.
     :param readout: turns the model's output into C logits.
     :param svd: whether to bring the layers to the subspace form.
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
@@ -62,14 +63,16 @@ class SubspaceAdapter:
             if isinstance(module, LoraLayer)
         }
         self._check_layers()
+        self._A = [cast(nn.Linear, layer.lora_A[_NAME]) for layer in self.layers.values()]
+        self._B = [cast(nn.Linear, layer.lora_B[_NAME]) for layer in self.layers.values()]
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[_NAME]
         self._s: tuple[Tensor, ...] | None = None
         self._fired: list[int] | None = [0] * len(self.layers)
-        for index, layer in enumerate(self.layers.values()):
-            layer.lora_A[_NAME].register_forward_hook(self._scale_by(index))
+        for index, A in enumerate(self._A):
+            A.register_forward_hook(self._scale_by(index))
         self._hold_float32_heads()
-        self._llm: PreTrainedModel = self.peft_model.get_base_model()
+        self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
         self._base_dropout = base_dropout
         self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointed = gradient_checkpointing
@@ -93,11 +96,7 @@ class SubspaceAdapter:
 
     @property
     def device(self) -> torch.device:
-        return self._first_A.weight.device
-
-    @property
-    def _first_A(self) -> nn.Linear:
-        return next(iter(self.layers.values())).lora_A[_NAME]
+        return self._A[0].weight.device
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every tensor that is trained: the projections A (or V) and B, and any head, by name."""
@@ -115,7 +114,7 @@ class SubspaceAdapter:
         return counts
 
     def train(self, mode: bool = True) -> None:
-        """Switch training mode on (or off): LoRA dropout, and the base model's if that was asked for.
+        """Switch training mode on (or off): LoRA's dropout, and the base model's if asked for.
 
         Otherwise the base model stays in evaluation mode, so that p(y | x, s) is a function of s
         alone. Checkpointed blocks look at their own flag before they recompute.
@@ -138,14 +137,14 @@ class SubspaceAdapter:
 
         :param s: (M, r).
         """
-        kept = [layer.lora_A[_NAME].weight.clone() for layer in self.layers.values()]
-        for layer, scale in zip(self.layers.values(), s, strict=True):
-            layer.lora_A[_NAME].weight.mul_(scale[:, None].to(layer.lora_A[_NAME].weight))
+        kept = [A.weight.clone() for A in self._A]
+        for A, scale in zip(self._A, s, strict=True):
+            A.weight.mul_(scale[:, None].to(A.weight))
         try:
             yield self.peft_model
         finally:
-            for layer, weight in zip(self.layers.values(), kept, strict=True):
-                layer.lora_A[_NAME].weight.copy_(weight)
+            for A, weight in zip(self._A, kept, strict=True):
+                A.weight.copy_(weight)
 
     def base_fingerprint(self) -> str:
         """A hash of the frozen base model: names, shapes and the first values of its parameters."""
@@ -167,7 +166,7 @@ class SubspaceAdapter:
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist.
         :raises ValueError: if s has another shape.
 
-        s stays bound until the next call, because a checkpointed backward pass runs the model again.
+        s stays bound until the next call, for a checkpointed backward pass runs the model again.
         """
         draws = self._bind(s)
         inputs = batch.inputs
@@ -192,7 +191,10 @@ class SubspaceAdapter:
             self._s = None
             return torch.Size()
         if s.shape[-2:] != self.shape:
-            raise ValueError(f"s has shape {tuple(s.shape)}: expected (*draws, M, r) = (*draws, {self.shape[0]}, {self.shape[1]})")
+            raise ValueError(
+                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
+                f" (*draws, {self.shape[0]}, {self.shape[1]})"
+            )
         self._s = s.reshape(-1, *self.shape).unbind(1)  # M of (S, r)
         return s.shape[:-2]
 
@@ -214,8 +216,8 @@ class SubspaceAdapter:
         wrong = {n: c for n, c in zip(self.layers, self._fired or (), strict=True) if c != 1}
         if wrong:
             raise ValueError(
-                "these adapted modules were called another number of times than once in a forward"
-                f" pass, so s would not act as ΔW(s) says: {wrong}; leave them out of target_modules"
+                "these adapted modules were not called once in a forward pass, but so often, and s"
+                f" would not act as ΔW(s) says: {wrong}; leave them out of target_modules"
             )
         self._fired = None  # checked once: the hooks need not count any more
 
@@ -234,7 +236,7 @@ class SubspaceAdapter:
                 )
             if layer.merged:
                 raise ValueError(f"{name} is merged into its base layer; unmerge it first")
-            if min(layer.lora_A[_NAME].weight.shape) < layer.r[_NAME]:
+            if layer.in_features < layer.r[_NAME]:
                 raise ValueError(
                     f"{name} has {layer.in_features} inputs, fewer than the rank {layer.r[_NAME]}"
                 )
@@ -254,11 +256,10 @@ class SubspaceAdapter:
     def _decompose(self) -> Tensor:
         """A = U·diag(σ)·V; V takes the place of A, B·U that of B; returns σ (M, r) in float32."""
         values = []
-        for layer in self.layers.values():
-            A, B = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-            U, sigma, V = torch.linalg.svd(A.float(), full_matrices=False)
-            A.copy_(V)
-            B.copy_(B.float() @ U)
+        for A, B in zip(self._A, self._B, strict=True):
+            U, sigma, V = torch.linalg.svd(A.weight.float(), full_matrices=False)
+            A.weight.copy_(V)
+            B.weight.copy_(B.weight.float() @ U)
             values.append(sigma.to(self.device))
         return torch.stack(values)
 
@@ -269,9 +270,7 @@ class SubspaceAdapter:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), self._rebound(self._s)
 
-        self._llm.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": contexts}
-        )
+        self._llm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     @contextmanager
     def _rebound(self, s: tuple[Tensor, ...] | None) -> Iterator[None]:
@@ -294,7 +293,9 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
         raise ValueError("target_parameters bypasses the lora_A module: use target_modules")
     ranks = set((lora.rank_pattern or {}).values()) | {lora.r}
     if len(ranks) > 1:
-        raise ValueError(f"rank_pattern gives ranks {sorted(ranks)}: one rank r for all modules is needed")
+        raise ValueError(
+            f"rank_pattern gives ranks {sorted(ranks)}: one rank r for all modules is needed"
+        )
     if lora.alpha_pattern:
         raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
     if isinstance(llm, PeftModel):

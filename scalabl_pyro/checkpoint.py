@@ -80,7 +80,7 @@ def save_run(
     mean = fitted.guide.median()["s"] if fitted.guide is not None else torch.ones(adapter.shape)
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
-        peft_model.save_pretrained(part / "adapter", save_embedding_layers=False)
+        peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
     save_file(_tensors(adapter.named_parameters()), part / "projections.safetensors")
     posterior = {f"guide.{name}": value for name, value in guide_state.items()}
     if draws is not None:
@@ -132,7 +132,9 @@ def load_run(folder: str | Path) -> Run:
     classes = Classes(**info["classes"])
     method = config.make_method()
     # What was decomposed before saving comes with the projections.
-    adapter = make_adapter(config.model, config.lora, load_readout(config.model, classes), svd=False)
+    adapter = make_adapter(
+        config.model, config.lora, load_readout(config.model, classes), svd=False
+    )
     if list(adapter.module_names) != info["modules"]:
         raise CheckpointError(
             f"{folder} adapts {info['modules']}, but on this model the same settings adapt"
@@ -150,9 +152,7 @@ def load_run(folder: str | Path) -> Run:
     if guide is not None:
         saved = _load_tensors(folder / "posterior.safetensors")
         draws = saved.pop("s").to(adapter.device)
-        _load_into(
-            guide.state_dict(), {k.removeprefix("guide."): v for k, v in saved.items()}
-        )
+        _load_into(guide.state_dict(), {k.removeprefix("guide."): v for k, v in saved.items()})
     return Run(config, classes, Predictor(adapter, draws, info["temperature"]), guide)
 
 

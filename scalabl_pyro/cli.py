@@ -100,8 +100,6 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         records = read_jsonl(config.data["path"])
     run = load_run(config.run)
     split = run.readout.encode(records)
-    if split.labels is None:
-        raise ConfigError("evaluation needs a label in every record; scalabl predict needs none")
     found = predict(
         _predictor(run, config), split, batch_size=config.batch_size, progress=config.progress
     )
@@ -184,8 +182,7 @@ def main() -> None:
     def run(overrides: DictConfig) -> None:
         try:
             values = OmegaConf.to_container(overrides, resolve=True)
-            config = build(config_class, values)
-            print(json.dumps(command(config), indent=2))
+            print(json.dumps(command(build(config_class, values)), indent=2))
         except (ValueError, OSError, NonFiniteLossError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             print(f"error: {error}", file=sys.stderr)

@@ -122,11 +122,11 @@ class RunConfig:
         return folder
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type[T], values: Any) -> T:
     """An instance of a dataclass from a mapping, nested dataclasses included.
 
-    :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is missing,
-        or a value has the wrong type or is out of range.
+    :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is
+        missing, or a value has the wrong type or is out of range.
     """
     _check_keys(cls, values)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import arviz as az
 
 from .data import Split
@@ -16,7 +18,7 @@ def to_inference_data(
     """The draws of a posterior as arviz's ``InferenceData``.
 
     * ``posterior``: ``s`` (chain, draw, module, rank)
-    * ``log_likelihood``: ``label`` (chain, draw, example), log p(y_n | x_n, s_k), if a split is given
+    * ``log_likelihood``: ``label`` (chain, draw, example), log p(y_n | x_n, s_k), of a given split
     * ``observed_data``: ``label`` (example)
 
     Draws of a guide are independent, in one chain: R-hat and effective sample size say nothing
@@ -28,7 +30,7 @@ def to_inference_data(
     """
     if predictor.draws is None:
         raise ValueError("a point estimate has no posterior: the predictor holds no draws")
-    groups = {"posterior": {"s": predictor.draws.cpu().numpy()[None]}}
+    groups: dict[str, Any] = {"posterior": {"s": predictor.draws.cpu().numpy()[None]}}
     dims = {"s": ["module", "rank"], "label": ["example"]}
     coords = {
         "module": list(predictor.adapter.module_names),

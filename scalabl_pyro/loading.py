@@ -66,7 +66,7 @@ class AdapterConfig:
     """
 
     r: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
     dropout: float = 0.0
     heads: tuple[str, ...] = ()
@@ -120,10 +120,7 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
     :raises FileNotFoundError: if the model cannot be found.
     """
     tokenizer: PreTrainedTokenizerBase = _load(config, AutoTokenizer)
-    limits = {
-        "max_length": _context(tokenizer, _load(config, AutoConfig)),
-        "truncate": config.truncate,
-    }
+    max_length = _context(tokenizer, _load(config, AutoConfig))
     if config.readout == "label_tokens":
         return LabelTokens(
             tokenizer,
@@ -131,9 +128,12 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
             classes.words,
             chat=config.chat,
             form=classes.form,
-            **limits,
+            max_length=max_length,
+            truncate=config.truncate,
         )
-    return READOUTS[config.readout](tokenizer, num_classes=classes.count, **limits)
+    return READOUTS[config.readout](
+        tokenizer, num_classes=classes.count, max_length=max_length, truncate=config.truncate
+    )
 
 
 def load_llm(config: ModelConfig, readout: Readout) -> PreTrainedModel:
@@ -171,7 +171,9 @@ def make_adapter(
 
 
 def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
-    limits = [getattr(llm_config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [
+        getattr(llm_config, name, None) for name in ("max_position_embeddings", "n_positions")
+    ]
     return min([tokenizer.model_max_length, *(limit for limit in limits if limit)])
 
 

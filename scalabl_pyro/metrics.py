@@ -25,7 +25,7 @@ def mutual_information(logits: Tensor) -> Tensor:
     return (entropy(logits) - each).clamp(min=0)
 
 
-def evaluate(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, float]:
+def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
     * ``acc``: accuracy; ``ece``: expected calibration error, L1, equal-width bins
@@ -34,7 +34,10 @@ def evaluate(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, flo
 
     :param logits: (S, N, C).
     :param labels: (N,).
+    :raises ValueError: if there are no labels.
     """
+    if labels is None:
+        raise ValueError("evaluation needs a label in every record")
     log_probs = average(logits)  # (N, C)
     probs = log_probs.exp()
     classes = probs.shape[-1]

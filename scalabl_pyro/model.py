@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapter import SubspaceAdapter
 from .data import Batch
 
-__all__ = ["LoRAModel", "ScalaBLModel", "require_module_local_params"]
+__all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
 
 
 def require_module_local_params() -> None:
@@ -29,6 +29,52 @@ def require_module_local_params() -> None:
         )
 
 
+class Projections(PyroModule):
+    """Everything an adapter trains, as Pyro parameters: A (or V), B and heads.
+
+    Each ``PyroParam`` holds the very tensor that the PEFT layer holds, so that plain
+    ``pyro.infer.SVI`` steps it. Call it once in a model to declare them all::
+
+        projections = Projections(adapter)
+
+        def model(batch):
+            projections()
+            s = pyro.sample("s", dist.Normal(0.0, 1.0).expand(adapter.shape).to_event(2))
+            with pyro.plate("data", num_data, subsample_size=len(batch)):
+                pyro.sample("label", dist.Categorical(logits=adapter(batch, s)), obs=batch.labels)
+
+    :raises RuntimeError: if ``module_local_params`` is off.
+    """
+
+    def __init__(self, adapter: SubspaceAdapter) -> None:
+        require_module_local_params()
+        super().__init__()
+        self._names: list[str] = []
+        self._declared = slice(None)
+        for name, parameter in adapter.named_parameters().items():
+            attribute = name.replace(".", "__")
+            setattr(self, attribute, PyroParam(parameter, constraints.real))
+            self._parameters[f"{attribute}_unconstrained"] = parameter  # not a copy of it
+            self._names.append(attribute)
+
+    def forward(self) -> None:
+        for name in self._names[self._declared]:
+            getattr(self, name)  # reading a PyroParam makes it a site
+
+    @contextmanager
+    def one_site(self) -> Iterator[None]:
+        """Declare one tensor instead of all, which saves a site for each of the others.
+
+        For a loop that steps :meth:`SubspaceAdapter.named_parameters` itself; one site is what an
+        ELBO needs in order to run its backward pass.
+        """
+        self._declared = slice(1)
+        try:
+            yield
+        finally:
+            self._declared = slice(None)
+
+
 class LoRAModel(PyroModule):
     r"""A language model with LoRA points and no latent variable.
 
@@ -36,9 +82,6 @@ class LoRAModel(PyroModule):
 
     Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
     same ``fit`` trains point estimates and posteriors.
-
-    Every tensor that the adapter trains is a ``PyroParam`` here, and the very same object there, so
-    that plain ``pyro.infer.SVI`` steps it.
 
     :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
     :param num_data: N, which scales a minibatch to the data set.
@@ -52,13 +95,7 @@ class LoRAModel(PyroModule):
         super().__init__()
         self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters
         self.num_data = num_data
-        self._projections: list[str] = []
-        self._declared = slice(None)
-        for name, parameter in adapter.named_parameters().items():
-            attribute = name.replace(".", "__")
-            setattr(self, attribute, PyroParam(parameter, constraints.real))
-            self._parameters[f"{attribute}_unconstrained"] = parameter  # not a copy of it
-            self._projections.append(attribute)
+        self.projections = Projections(adapter)
 
     @property
     def adapter(self) -> SubspaceAdapter:
@@ -66,25 +103,8 @@ class LoRAModel(PyroModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); observes ``"label"`` if the batch has labels, and samples it otherwise."""
-        self._declare_projections()
+        self.projections()
         return self._observe(batch, self.adapter(batch))
-
-    def _declare_projections(self) -> None:
-        for attribute in self._projections[self._declared]:
-            getattr(self, attribute)  # reading a PyroParam makes it a site
-
-    @contextmanager
-    def one_param_site(self) -> Iterator[None]:
-        """Declare one projection instead of all, which saves a site for each tensor.
-
-        For a loop that steps :meth:`SubspaceAdapter.named_parameters` itself; one site is what an
-        ELBO needs in order to run its backward pass.
-        """
-        self._declared = slice(1)
-        try:
-            yield
-        finally:
-            self._declared = slice(None)
 
     def _observe(self, batch: Batch, logits: Tensor) -> Tensor:
         labelled = batch.labels is not None
@@ -138,7 +158,7 @@ class ScalaBLModel(LoRAModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""
-        self._declare_projections()
+        self.projections()
         s = pyro.sample("s", self.prior)  # (*draws, M, r)
         logits = self.adapter(batch, s)  # (*draws, B, C)
         if logits.dim() > 2 and logits.shape[-3] == 1:

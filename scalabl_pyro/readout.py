@@ -169,7 +169,9 @@ class LabelTokens(Readout):
         before = self.tokenizer(anchor).input_ids
         pieces = {}
         for name in [form] if form else forms:
-            rows = [self.tokenizer(anchor + forms[name] + word).input_ids for word in self.label_words]
+            rows = [
+                self.tokenizer(anchor + forms[name] + word).input_ids for word in self.label_words
+            ]
             added = [row[len(before) :] for row in rows if row[: len(before)] == before]
             if [len(ids) for ids in added] == [1] * len(rows):
                 ids = [ids[0] for ids in added]
@@ -184,11 +186,14 @@ class LabelTokens(Readout):
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         text = self.prompt.render(record)
         if self.chat:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            message = [{"role": "user", "content": text}]
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, tokenize=False
+                )
             )
-        else:
-            ids = self.tokenizer(text).input_ids
+        # A chat template writes the special tokens itself.
+        ids = self.tokenizer(text, add_special_tokens=not self.chat).input_ids
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -245,7 +250,7 @@ def _keeps_logits(cls: type[PreTrainedModel]) -> bool:
 
 
 def _left_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rotate each row so that its last attended token comes last; left-padded rows stay as they are."""
+    """Rotate each row so that its last attended token comes last; left-padded rows stay."""
     mask = inputs["attention_mask"]  # (R, T)
     steps = torch.arange(mask.shape[-1], device=mask.device)
     last = (mask * steps).argmax(-1, keepdim=True)  # (R, 1)

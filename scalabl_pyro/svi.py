@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -96,8 +96,8 @@ class FitConfig:
 class FitResult(NamedTuple):
     """What :func:`fit` returns.
 
-    :param history: a row a step: ``step``, ``loss`` (−ELBO/N), ``nll``, ``kl`` (nats), ``kl_weight``,
-        ``lr`` (factor), and ``validation_nll`` where it was computed.
+    :param history: a row a step: ``step``, ``loss`` (−ELBO/N), ``nll``, ``kl`` (nats),
+        ``kl_weight``, ``lr`` (factor), and ``validation_nll`` where it was computed.
     :param best_step: the step kept: the last, or the one with the lowest validation NLL.
     """
 
@@ -116,7 +116,7 @@ def fit(
     config: FitConfig,
     *,
     seed: int = 0,
-    elbo: ELBO | None = None,
+    elbo: Any = None,
     validate: Callable[[], float] | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -160,7 +160,7 @@ def fit(
     per_example = 1 / (model.num_data * config.accumulation)
 
     adapter.train()
-    with model.one_param_site(), tqdm(total=config.steps, disable=not progress) as bar:
+    with model.projections.one_site(), tqdm(total=config.steps, disable=not progress) as bar:
         for step in range(config.steps):
             beta = config.kl(step, config.steps)
             loss, nll = 0.0, 0.0
@@ -186,18 +186,18 @@ def fit(
             good.take()
             optimizer.step()
             optimizer.zero_grad()
-            row = {
+            row: dict[str, float] = {
                 "step": step + 1,
                 "loss": loss,
                 "nll": nll,
                 "kl": _kl(model, guide, (loss - nll) * model.num_data / beta),
                 "kl_weight": beta,
-                "lr": scheduler.get_last_lr()[0] / config.lr if config.lr else 0.0,
+                "lr": config.learning_rate(step),
             }
             scheduler.step()
-            if config.eval_every and (step + 1) % config.eval_every == 0:
+            if validate is not None and config.eval_every and (step + 1) % config.eval_every == 0:
                 adapter.eval()
-                row["validation_nll"] = validate()  # type: ignore[misc]
+                row["validation_nll"] = validate()
                 adapter.train()
                 if row["validation_nll"] < best_nll:
                     best_nll, best_step = row["validation_nll"], step + 1
@@ -223,7 +223,8 @@ class _ObservedNLL(Messenger):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["is_observed"]:
-            self._terms.append(msg["fn"].log_prob(msg["value"]).detach().mean())
+            distribution: Any = msg["fn"]
+            self._terms.append(distribution.log_prob(msg["value"]).detach().mean())
 
     def mean(self) -> float:
         """Mean over examples and particles."""
@@ -250,7 +251,7 @@ class _Snapshot:
 
 @torch.no_grad()
 def _kl(model: LoRAModel, guide: Callable[..., Any], estimate: float) -> float:
-    """KL(q‖p) in nats: in closed form for our guides where torch has it, else the loss's estimate."""
+    """KL(q‖p) in nats: in closed form where torch has it, else the loss's own estimate."""
     if isinstance(model, ScalaBLModel) and isinstance(guide, AutoSubspace):
         try:
             return float(torch.distributions.kl_divergence(guide.get_posterior(), model.prior))

@@ -28,7 +28,20 @@ from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.readout import MultipleChoice, SequenceClassification
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = ["the", "a", "cat", "dog", "bird", "runs", "sings", "sleeps", "red", "blue", "green", "tree"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sings",
+    "sleeps",
+    "red",
+    "blue",
+    "green",
+    "tree",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +188,10 @@ def whole(split: Split):
 
 
 def write_jsonl(path: Path, records: list[Record]) -> Path:
-    rows = [{"id": r.id, "question": r.question, "choices": r.choices, "label": r.label} for r in records]
+    rows = [
+        {"id": r.id, "question": r.question, "choices": r.choices, "label": r.label}
+        for r in records
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -15,7 +15,13 @@ from scalabl_pyro import Record, load_run, predict
 from scalabl_pyro.checkpoint import CheckpointError
 from scalabl_pyro.cli import main
 
-FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr_guide=0.3", "progress=false", "model.dtype=float32"]
+FAST = [
+    "fit.steps=4",
+    "fit.batch_size=4",
+    "fit.lr_guide=0.3",
+    "progress=false",
+    "model.dtype=float32",
+]
 
 
 def scalabl(*words: str) -> int:
@@ -65,7 +71,9 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     with (tmp_path / "out" / "history.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
 
-    assert scalabl("evaluate", "run=out", f"data.root={data}", "output=m.json", "progress=false") == 0
+    assert (
+        scalabl("evaluate", "run=out", f"data.root={data}", "output=m.json", "progress=false") == 0
+    )
     assert json.loads(capsys.readouterr().out) == trained["test"]
     assert json.loads((tmp_path / "m.json").read_text()) == trained["test"]
 
@@ -150,7 +158,9 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
         (["run_dir=."], "run folder . exists"),
     ],
 )
-def test_bad_input_is_one_error_and_leaves_nothing(local_model, data, tmp_path, capsys, words, message):
+def test_bad_input_is_one_error_and_leaves_nothing(
+    local_model, data, tmp_path, capsys, words, message
+):
     before = sorted(tmp_path.rglob("*"))
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", *where, *FAST, *words) == 1

@@ -61,7 +61,7 @@ def test_malformed_files_are_refused(tmp_path, content, message):
 
 
 def test_missing_files_and_splits_are_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
         list(iter_jsonl(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DataError, match="expected a folder"):
         read_folder(tmp_path)

@@ -17,7 +17,10 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
     options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
     if validated:
         options["config"] = FitConfig(
-            steps=4, batch_size=4, eval_every=2, keep="best",
+            steps=4,
+            batch_size=4,
+            eval_every=2,
+            keep="best",
             weight_decay=options["config"].weight_decay,
         )
     split = make_choice().readout.encode(records)

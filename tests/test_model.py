@@ -17,7 +17,14 @@ from pyro.infer.autoguide import (
 )
 from pyro.poutine import trace
 
-from scalabl_pyro import AutoSubspaceNormal, LoRAModel, ScalaBLModel, draw, kl_weight
+from scalabl_pyro import (
+    AutoSubspaceNormal,
+    LoRAModel,
+    Projections,
+    ScalaBLModel,
+    draw,
+    kl_weight,
+)
 from scalabl_pyro.guides import GUIDES, AutoSubspace
 from scalabl_pyro.predict import Predictor
 
@@ -144,10 +151,37 @@ def test_the_torch_idiom_trains_pyros_own_guides(make_causal, records, guide_cla
     assert draw(guide, 3, seed=0, batch=batch).shape == (3, *adapter.shape)
 
 
+def test_a_function_by_hand_trains_as_the_class_does(make_causal, records):
+    """A plain Pyro function on adapter(batch, s) gives the loss and the steps of ScalaBLModel."""
+    ends, losses = [], []
+    for by_hand in (False, True):
+        pyro.set_rng_seed(2)
+        adapter = make_causal()
+        split = adapter.readout.encode(records)
+        model = ScalaBLModel(adapter, num_data=len(split))
+        guide = AutoSubspaceNormal(model)
+        if by_hand:
+            projections = Projections(adapter)
+
+            def model(batch, adapter=adapter, projections=projections):
+                projections()
+                s = pyro.sample("s", dist.Normal(0.0, 1.0).expand(adapter.shape).to_event(2))
+                with pyro.plate("data", len(records), subsample=torch.arange(len(batch))):
+                    logits = adapter(batch, s)
+                    pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(max_plate_nesting=1))
+        losses.append([svi.step(whole(split)) for _ in range(3)])
+        ends.append(list(adapter.named_parameters().values()))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_no_frozen_parameter_is_a_pyro_site(model, split):
     sites = trace(model).get_trace(whole(split)).nodes
     declared = {name for name, site in sites.items() if site["type"] == "param"}
-    trained = {name.replace(".", "__") for name in model.adapter.named_parameters()}
+    names = model.adapter.named_parameters()
+    trained = {"projections." + name.replace(".", "__") for name in names}
     assert declared == trained
     sampled = {n for n, site in sites.items() if site["type"] == "sample"}
     assert sampled == {"s", "data", "label"} or sampled == {"s", "label"}
@@ -223,9 +257,10 @@ def test_draws_do_not_touch_the_global_random_state(model):
 
 
 def test_module_local_params_are_required(make_causal):
-    with pyro.settings.context(module_local_params=False):
-        with pytest.raises(RuntimeError, match=r"module_local_params=True"):
-            LoRAModel(make_causal(), num_data=3)
+    adapter = make_causal()
+    off = pyro.settings.context(module_local_params=False)
+    with off, pytest.raises(RuntimeError, match="module_local_params=True"):
+        LoRAModel(adapter, num_data=3)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ def test_metrics_against_their_definitions():
     found = evaluate(probs.log()[None], labels)
     assert found["acc"] == pytest.approx(0.75)
     assert found["nll"] == pytest.approx(-np.log([0.8, 0.4, 0.7, 0.9]).mean(), rel=1e-5)
-    assert found["brier"] == pytest.approx((2 * np.array([0.2, 0.6, 0.3, 0.1]) ** 2).mean(), rel=1e-5)
+    assert found["brier"] == pytest.approx(
+        (2 * np.array([0.2, 0.6, 0.3, 0.1]) ** 2).mean(), rel=1e-5
+    )
     # Four bins of one example each: |accuracy − confidence| averages.
     assert found["ece"] == pytest.approx(np.mean([0.2, 0.6, 0.3, 0.1]), rel=1e-5)
     assert found["mutual_information"] == pytest.approx(0.0, abs=1e-6)
@@ -63,7 +65,9 @@ def test_temperature_recovers_a_known_scale():
     assert best_temperature(logits * 3, labels) == pytest.approx(3.0, rel=0.05)
 
 
-def test_inference_data_has_named_coordinates_and_true_log_likelihoods(make_causal, records, tmp_path):
+def test_inference_data_has_named_coordinates_and_true_log_likelihoods(
+    make_causal, records, tmp_path
+):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     guide = AutoSubspaceNormal(ScalaBLModel(adapter, num_data=len(split)), init_scale=0.3)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from .records import DataError, Record
 
@@ -19,7 +19,7 @@ __all__ = ["Batch", "Example", "Split"]
 class Example:
     """One tokenised record: one row of tokens, or one row per choice.
 
-    :param rows: the model's inputs by name, each a list of token lists: ``rows["input_ids"][i][t]``.
+    :param rows: the model's inputs by name, token t of row i at ``rows["input_ids"][i][t]``.
     :param num_choices: how many of the C classes this record offers.
     :param label: index of the right choice, or ``None``.
     """
@@ -103,9 +103,9 @@ class Split(Sequence[Example]):
         :param seed: fixes the order, independently of the draws of s.
         """
         sampler = _LengthGroups(self.lengths, min(batch_size, len(self)), seed)
-        loader = DataLoader(self, batch_sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
         while True:
-            yield from loader
+            for indices in sampler:
+                yield self.collate([self.examples[index] for index in indices])
 
 
 class _LengthGroups(Sampler[list[int]]):

@@ -49,8 +49,8 @@ class Record:
                 raise DataError(f"label is {self.label!r}: expected a 0-based index into choices")
             if not 0 <= self.label < len(self.choices):
                 raise DataError(
-                    f"label is {self.label}, but the choices are numbered 0 to {len(self.choices) - 1}"
-                    " (labels are 0-based)"
+                    f"label is {self.label}, but the choices are numbered 0 to"
+                    f" {len(self.choices) - 1} (labels are 0-based)"
                 )
 
     @classmethod
@@ -60,7 +60,9 @@ class Record:
         :raises DataError: if a field is missing or unknown (``label`` may be left out), or invalid.
         """
         if not isinstance(row, Mapping):
-            raise DataError(f"found {type(row).__name__}: expected an object with {sorted(_FIELDS)}")
+            raise DataError(
+                f"found {type(row).__name__}: expected an object with {sorted(_FIELDS)}"
+            )
         missing = sorted(_FIELDS - {"label"} - row.keys())
         unknown = sorted(row.keys() - _FIELDS)
         if missing or unknown:

@@ -87,7 +87,7 @@ class JointNormal(AutoSubspace):
 
     def get_posterior(self) -> TorchDistribution:
         shape = self._init_loc.shape
-        to_matrix = dist.transforms.ReshapeTransform((shape.numel(),), shape)
+        to_matrix = dist.transforms.ReshapeTransform(torch.Size([shape.numel()]), shape)
         return dist.TransformedDistribution(self.joint(), [to_matrix])
 
     def _start(self) -> tuple[Tensor, Tensor]:

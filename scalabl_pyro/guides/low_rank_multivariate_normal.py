@@ -23,6 +23,10 @@ class AutoSubspaceLowRankMultivariateNormal(JointNormal):
     :param rank: K of the covariance, about √D if left out; not the r of LoRA.
     """
 
+    loc: Tensor  # (D,)
+    scale: Tensor  # (D,)
+    cov_factor: Tensor  # (D, K)
+
     def __init__(
         self,
         model: ScalaBLModel,
@@ -37,11 +41,12 @@ class AutoSubspaceLowRankMultivariateNormal(JointNormal):
             rank = round(loc.numel() ** 0.5)
         if not 1 <= rank <= loc.numel():
             raise ValueError(f"rank is {rank}: expected 1 to M·r = {loc.numel()}")
-        self.loc = PyroParam(loc, constraints.real, event_dim=1)
         # σ²(E[W Wᵀ] + 1) = init_scale², with entries of W that start at variance 1 / K.
-        self.scale = PyroParam(scale / 2**0.5, constraints.softplus_positive, event_dim=1)
+        scale = scale / 2**0.5
         factor = torch.randn(loc.numel(), rank, device=loc.device) / rank**0.5
-        self.cov_factor = PyroParam(factor, constraints.real, event_dim=2)
+        self.loc = PyroParam(loc, constraints.real, 1)  # type: ignore[assignment]
+        self.scale = PyroParam(scale, constraints.softplus_positive, 1)  # type: ignore[assignment]
+        self.cov_factor = PyroParam(factor, constraints.real, 2)  # type: ignore[assignment]
 
     def joint(self) -> dist.LowRankMultivariateNormal:
         return dist.LowRankMultivariateNormal(

@@ -24,15 +24,19 @@ class AutoSubspaceMultivariateNormal(JointNormal):
     depend on the correlations.
     """
 
+    loc: Tensor  # (D,)
+    scale: Tensor  # (D,)
+    scale_tril: Tensor  # (D, D)
+
     def __init__(
         self, model: ScalaBLModel, *, init_loc: Tensor | None = None, init_scale: float = 0.05
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
         loc, scale = self._start()
-        self.loc = PyroParam(loc, constraints.real, event_dim=1)
-        self.scale = PyroParam(scale, constraints.softplus_positive, event_dim=1)
         eye = torch.eye(loc.numel(), device=loc.device)
-        self.scale_tril = PyroParam(eye, constraints.unit_lower_cholesky, event_dim=2)
+        self.loc = PyroParam(loc, constraints.real, 1)  # type: ignore[assignment]
+        self.scale = PyroParam(scale, constraints.softplus_positive, 1)  # type: ignore[assignment]
+        self.scale_tril = PyroParam(eye, constraints.unit_lower_cholesky, 2)  # type: ignore[assignment]
 
     def joint(self) -> dist.MultivariateNormal:
         return dist.MultivariateNormal(self.loc, scale_tril=self.scale[:, None] * self.scale_tril)

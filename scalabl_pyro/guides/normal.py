@@ -24,15 +24,17 @@ class AutoSubspaceNormal(AutoSubspace):
     The KL divergence to a normal prior is exact under ``TraceMeanField_ELBO``.
     """
 
+    loc: Tensor  # (M, r)
+    scale: Tensor  # (M, r)
     scale_constraint = constraints.softplus_positive
 
     def __init__(
         self, model: ScalaBLModel, *, init_loc: Tensor | None = None, init_scale: float = 0.05
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
-        self.loc = PyroParam(self._init_loc, constraints.real, event_dim=2)
+        self.loc = PyroParam(self._init_loc, constraints.real, 2)  # type: ignore[assignment]
         scale = torch.full_like(self._init_loc, self._init_scale)
-        self.scale = PyroParam(scale, self.scale_constraint, event_dim=2)
+        self.scale = PyroParam(scale, self.scale_constraint, 2)  # type: ignore[assignment]
 
     def get_posterior(self) -> dist.Independent:
         return dist.Normal(self.loc, self.scale).to_event(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro
 
@@ -80,7 +80,7 @@ class Method(ABC):
         """The probabilistic model of these settings."""
         return LoRAModel(adapter, num_data=num_data)
 
-    def make_guide(self, model: LoRAModel) -> AutoSubspace | None:
+    def make_guide(self, model: Any) -> AutoSubspace | None:
         """The untrained guide, or ``None`` for a point estimate."""
         return None
 

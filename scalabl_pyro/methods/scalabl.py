@@ -46,9 +46,7 @@ class ScalaBL(Method):
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
         """The probabilistic model of these settings."""
-        return ScalaBLModel(
-            adapter, num_data=num_data, prior=dist.Normal(0.0, self.prior_scale)
-        )
+        return ScalaBLModel(adapter, num_data=num_data, prior=dist.Normal(0.0, self.prior_scale))
 
     def make_guide(self, model: ScalaBLModel) -> AutoSubspace:
         """The untrained guide of these settings."""
