@@ -1,8 +1,9 @@
-"""Gate of the embedded world and model: what plain LoRA, trained by maximum likelihood, does on them.
+"""Gate of the embedded world and model: what plain LoRA does on them by maximum likelihood.
 
-``python benchmarks/tiny_gate.py [--save]`` fine-tunes the embedded model for a fixed budget with PEFT alone, 5 seeds, and
-prints one JSON object as its last line. The gate: at least 60 % of the known facts right, and unseen ones at chance.
-The learning rate is the one with the best accuracy on validation.
+``python benchmarks/tiny_gate.py [--save]`` fine-tunes the embedded model for a fixed budget with
+PEFT alone, 5 seeds, and prints one JSON object as its last line. The gate: at least 60 % of the
+known facts right, and the unseen ones at chance. The learning rate is the one with the best
+accuracy on validation.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from scalabl_pyro.data.records import Record
-from scalabl_pyro.tiny import LETTERS, model_hash, model_path, prompt, world, world_hash
+from scalabl_pyro.tiny import COLOURS, model_hash, model_path, prompt, world, world_hash
 
 SEEDS = range(5)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 STEPS, BATCH = 500, 16
 BINS = 15
 RESULT = Path(__file__).parent / "results" / "tiny_gate.json"
@@ -34,10 +40,10 @@ RESULT = Path(__file__).parent / "results" / "tiny_gate.json"
 Encoded = dict[str, torch.Tensor]
 
 
-def encode(tokenizer, records: Sequence[Record]) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> Encoded:
     """Left-padded prompts with explicit positions, and the labels."""
-    texts = [prompt(record.question, record.choices) for record in records]
-    encoded = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    texts = [prompt(record.question) for record in records]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
     mask = encoded["attention_mask"]
     return {
         "input_ids": encoded["input_ids"],
@@ -47,18 +53,24 @@ def encode(tokenizer, records: Sequence[Record]) -> Encoded:
     }
 
 
-def letter_logits(model: PreTrainedModel, batch: Encoded, letters: torch.Tensor) -> torch.Tensor:
-    """Logits (B, C) of the letters behind the prompts."""
+def answer_logits(model: PreTrainedModel, batch: Encoded, answers: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C) of the answers behind the prompts."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, letters].float()
+    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, answers].float()
 
 
-def fine_tune(data: Encoded, letters: torch.Tensor, learning_rate: float, seed: int) -> PreTrainedModel:
+def load() -> PreTrainedModel:
+    """The embedded model in float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        model_path(), dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def fine_tune(data: Encoded, answers: torch.Tensor, learning_rate: float, seed: int) -> PeftModel:
     """Plain LoRA by maximum likelihood for a fixed number of steps; linear decay, no early stop."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32, attn_implementation="eager")
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(load(), config).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
@@ -68,7 +80,7 @@ def fine_tune(data: Encoded, letters: torch.Tensor, learning_rate: float, seed: 
             order = torch.randperm(len(data["labels"]))
         rows, order = order[:BATCH], order[BATCH:]
         batch = {name: value[rows] for name, value in data.items()}
-        loss = cross_entropy(letter_logits(model, batch, letters), batch["labels"])
+        loss = cross_entropy(answer_logits(model, batch, answers), batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -77,12 +89,11 @@ def fine_tune(data: Encoded, letters: torch.Tensor, learning_rate: float, seed: 
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, data: Encoded, letters: torch.Tensor) -> dict[str, float]:
-    """Accuracy, expected calibration error, negative log-likelihood, confidence and entropy (in nats)."""
-    chunks = range(0, len(data["labels"]), 100)
-    logits = torch.cat(
-        [letter_logits(model, {name: value[i : i + 100] for name, value in data.items()}, letters) for i in chunks]
-    )
+def evaluate(model: PreTrainedModel, data: Encoded, answers: torch.Tensor) -> dict[str, float]:
+    """Accuracy, expected calibration error, and the mean NLL, confidence and entropy (in nats)."""
+    starts = range(0, len(data["labels"]), 100)
+    chunks = ({name: value[i : i + 100] for name, value in data.items()} for i in starts)
+    logits = torch.cat([answer_logits(model, chunk, answers) for chunk in chunks])
     logp = logits.log_softmax(-1)
     confidence, predicted = logp.exp().max(-1)
     right = (predicted == data["labels"]).float()
@@ -100,9 +111,18 @@ def evaluate(model: PreTrainedModel, data: Encoded, letters: torch.Tensor) -> di
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     """Mean and standard error over seeds of each figure."""
     columns = {name: [run[name] for run in runs] for name in runs[0]}
+    root = len(runs) ** 0.5
     return {
-        name: [round(statistics.mean(values), 4), round(statistics.stdev(values) / len(values) ** 0.5, 4)]
-        for name, values in columns.items()
+        name: [round(statistics.mean(column), 4), round(statistics.stdev(column) / root, 4)]
+        for name, column in columns.items()
+    }
+
+
+def rounded(splits: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The figures of one run, to four digits."""
+    return {
+        split: {name: round(figure, 4) for name, figure in row.items()}
+        for split, row in splits.items()
     }
 
 
@@ -110,26 +130,31 @@ def gate() -> dict[str, object]:
     """Choose the learning rate on validation, train the seeds, and judge."""
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    letters = torch.tensor([tokenizer.encode(f" {letter}") for letter in LETTERS]).squeeze(1)
+    answers = torch.tensor([tokenizer.encode(f" {colour}") for colour in COLOURS]).squeeze(1)
     data = {name: encode(tokenizer, records) for name, records in world().splits.items()}
 
-    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32, attn_implementation="eager").eval()
-    before = {name: evaluate(base, data[name], letters) for name in ("test", "unseen", "shifted")}
-    validation = {}
+    base = load().eval()
+    before = {name: evaluate(base, data[name], answers) for name in ("test", "unseen", "shifted")}
+    rates: dict[float, dict[str, dict[str, float]]] = {}
     for rate in LEARNING_RATES:
-        model = fine_tune(data["train"], letters, rate, seed=0)
-        validation[rate] = evaluate(model, data["validation"], letters)["acc"]
-        print(f"learning rate {rate:g}: validation accuracy {validation[rate]:.3f}", flush=True)
-    rate = max(validation, key=validation.__getitem__)
+        model = fine_tune(data["train"], answers, rate, seed=0)
+        rates[rate] = {
+            name: evaluate(model, data[name], answers) for name in ("validation", "test", "unseen")
+        }
+        accuracy = rates[rate]["validation"]["acc"]
+        print(f"learning rate {rate:g}: validation accuracy {accuracy:.3f}", flush=True)
+    rate = max(rates, key=lambda rate: rates[rate]["validation"]["acc"])
 
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("train", "test", "unseen", "shifted")}
+    splits = ("train", "test", "unseen", "shifted")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in splits}
     for seed in SEEDS:
-        model = fine_tune(data["train"], letters, rate, seed)
+        model = fine_tune(data["train"], answers, rate, seed)
         for name, results in runs.items():
-            results.append(evaluate(model, data[name], letters))
-        print(f"seed {seed}: " + ", ".join(f"{name} {runs[name][-1]['acc']:.3f}" for name in runs), flush=True)
+            results.append(evaluate(model, data[name], answers))
+        accuracies = ", ".join(f"{name} {results[-1]['acc']:.3f}" for name, results in runs.items())
+        print(f"seed {seed}: accuracy on {accuracies}", flush=True)
     after = {name: summarise(results) for name, results in runs.items()}
-    chance, (unseen, over_seeds) = 1 / len(LETTERS), after["unseen"]["acc"]
+    chance, (unseen, over_seeds) = 1 / len(COLOURS), after["unseen"]["acc"]
     error = (chance * (1 - chance) / len(data["unseen"]["labels"]) + over_seeds**2) ** 0.5
     known = after["test"]["acc"][0]
     return {
@@ -140,20 +165,23 @@ def gate() -> dict[str, object]:
             "passed": known >= 0.60 and abs(unseen - chance) <= 2 * error,
         },
         "mle_mean_and_standard_error": after,
-        "before_fine_tuning": {name: {k: round(v, 4) for k, v in row.items()} for name, row in before.items()},
+        "before_fine_tuning": rounded(before),
         "learning_rate": rate,
-        "validation_acc": {f"{r:g}": round(acc, 4) for r, acc in validation.items()},
+        "by_learning_rate_seed_0": {f"{r:g}": rounded(row) for r, row in rates.items()},
         "budget": {"steps": STEPS, "batch": BATCH, "seeds": list(SEEDS)},
         "world_sha256": world_hash(),
         "model_sha256": model_hash(),
         "seconds": round(time.monotonic() - start, 1),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")
+        },
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads",
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true", help=f"also write {RESULT.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))

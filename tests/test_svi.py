@@ -89,10 +89,10 @@ def test_the_posterior_contracts_with_data_and_depends_on_the_labels(make_causal
         for count in (32, 512)
         for flips in (False, True)
     }
-    print(scales)
     assert scales[512, False] < 0.7 * scales[32, False]
-    assert scales[512, True] < 0.9 * scales[32, True]
-    assert abs(scales[512, True] - scales[512, False]) > 0.03
+    # Coin flips say little: they only rule out large s, which would answer with confidence.
+    assert scales[512, True] < scales[32, True] - 0.03
+    assert scales[512, True] - scales[512, False] > 0.2
 
 
 @pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS.keys())
