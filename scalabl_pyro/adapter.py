@@ -79,8 +79,7 @@ class SubspaceAdapter:
         if gradient_checkpointing:
             self._enable_checkpointing()
         self.peft_model.eval()
-        #: (M, r), the s at which the adapter computes what plain LoRA would
-        self.init_loc: Tensor = self._decompose() if svd else self._ones()
+        self._init_loc = self._decompose() if svd else torch.ones(self.shape, device=self.device)
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -93,6 +92,11 @@ class SubspaceAdapter:
     def shape(self) -> tuple[int, int]:
         """(M, r)."""
         return len(self.layers), self.rank
+
+    @property
+    def init_loc(self) -> Tensor:
+        """(M, r), the s at which the adapter computes what plain LoRA would; a copy."""
+        return self._init_loc.clone()
 
     @property
     def device(self) -> torch.device:
@@ -248,9 +252,6 @@ class SubspaceAdapter:
             if isinstance(heads, nn.ModuleDict):
                 head = heads[_NAME].float()
                 head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
-
-    def _ones(self) -> Tensor:
-        return torch.ones(self.shape, device=self.device)
 
     @torch.no_grad()
     def _decompose(self) -> Tensor:

@@ -4,6 +4,7 @@
 * ``projections.safetensors`` A (or V), B and heads; ``posterior.safetensors`` the guide's
   parameters and the bank of draws ``s`` (S, M, r)
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
+* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
 * ``metrics.json``, ``history.csv``, ``environment.json``
 """
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from .config import RunConfig, build
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
-from .predict import Predictor
+from .predict import Predictions, Predictor
 from .readout import LabelTokens, Readout
 
 __all__ = ["CheckpointError", "Run", "load_run", "save_run"]
@@ -66,6 +67,7 @@ def save_run(
     classes: Classes,
     fitted: Fitted,
     metrics: Mapping[str, Any],
+    predictions: Mapping[str, Predictions],
 ) -> None:
     """Write a run folder, whole or not at all.
 
@@ -105,6 +107,10 @@ def save_run(
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },
     )
+    logits = {f"{split}.logits": found.logits for split, found in predictions.items()}
+    labels = {f"{split}.labels": found.labels for split, found in predictions.items()}
+    known = {name: value for name, value in labels.items() if value is not None}
+    save_file(_tensors(logits | known), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
     _write_json(part / "metrics.json", metrics)
     _write_history(part / "history.csv", fitted.result.history)

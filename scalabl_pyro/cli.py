@@ -1,4 +1,4 @@
-"""The command line: ``scalabl train``, ``scalabl evaluate``, ``scalabl predict``.
+"""The command line: ``scalabl train``, ``evaluate``, ``predict`` and ``compare``.
 
 The first word picks a command; everything after it is Hydra's own: overrides such as
 ``fit.steps=100``, ``--multirun``, ``--cfg job``, ``--help``.
@@ -16,16 +16,19 @@ from typing import Any
 
 import hydra
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from .checkpoint import Run, load_run, save_run
+from .checkpoint import Run, load_run
+from .compare import CompareConfig, compare
 from .config import ConfigError, RunConfig, build
-from .data import Record, check_split, iter_jsonl, read_folder, read_jsonl
-from .loading import Classes, load_readout, make_adapter
+from .console import quiet_libraries
+from .data import DataSource, Record, iter_records
+from .experiment import run
+from .files import write_whole
 from .metrics import entropy, evaluate, mutual_information
 from .predict import Predictor, average, predict
+from .report import format_table
 from .svi import NonFiniteLossError
 
 __all__ = ["main"]
@@ -36,6 +39,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   train      fine-tune a model on labelled records and write a run folder
   evaluate   metrics of a run folder on a labelled split
   predict    answers, probabilities and uncertainty for records with or without labels
+  compare    methods × seeds in one table, with pictures; finished runs are skipped
 
 scalabl COMMAND --help shows the settings of a command with their defaults."""
 
@@ -45,7 +49,7 @@ class EvaluateConfig:
     """Settings of ``scalabl evaluate``, described in configs/evaluate.yaml."""
 
     run: str
-    data: dict[str, Any]
+    data: DataSource
     split: str = "test"
     posterior_mean: bool = False
     output: str | None = None
@@ -66,46 +70,22 @@ class PredictConfig:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train, evaluate on every split but the training one, and write the run folder."""
-    folder = config.check_run_dir()
-    splits = config.data.splits(seed=config.seed)
-    classes = Classes.of(config.model, [r for records in splits.values() for r in records])
-    readout = load_readout(config.model, classes)
-    encoded = {name: readout.encode(records) for name, records in splits.items()}
-
-    fitted = config.make_method().fit(
-        lambda *, svd: make_adapter(config.model, config.lora, readout, svd=svd),
-        encoded["train"],
-        encoded["validation"],
-        seed=config.seed,
-    )
-    metrics = {}
-    for name, split in encoded.items():
-        if name != "train":
-            found = predict(
-                fitted.predictor, split, batch_size=config.eval_batch_size, progress=config.progress
-            )
-            metrics[name] = evaluate(found.logits, found.labels)
-    save_run(folder, config, classes, fitted, metrics)
-    return {"run": str(folder), **metrics}
+    """Train and evaluate; the result is a run folder."""
+    return {"run": config.run_dir, **run(config)}
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics of a run folder on one split."""
-    if (config.data.get("root") is None) == (config.data.get("path") is None):
-        raise ConfigError("give exactly one of data.root and data.path")
-    if config.data.get("root") is not None:
-        records = check_split(read_folder(config.data["root"]), config.split)
-    else:
-        records = read_jsonl(config.data["path"])
-    run = load_run(config.run)
-    split = run.readout.encode(records)
+    trained = load_run(config.run)
+    classes = config.data.classes or _class_names(trained)
+    records = replace(config.data, classes=classes).read_split(config.split)
+    split = trained.readout.encode(records)
     found = predict(
-        _predictor(run, config), split, batch_size=config.batch_size, progress=config.progress
+        _predictor(trained, config), split, batch_size=config.batch_size, progress=config.progress
     )
     metrics = evaluate(found.logits, found.labels)
     if config.output is not None:
-        _write_whole(Path(config.output), [json.dumps(metrics)])
+        write_whole(Path(config.output), json.dumps(metrics) + "\n")
     return metrics
 
 
@@ -114,25 +94,37 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     output = Path(config.output)
     if output.exists():
         raise FileExistsError(f"the output {output} exists; choose another, or remove it")
-    records = list(iter_jsonl(config.input))
-    run = load_run(config.run)
-    predictor = _predictor(run, config)
-    run.readout.encode(records)  # every record is checked before the first is predicted
+    trained = load_run(config.run)
+    records = list(iter_records(config.input, _class_names(trained)))
+    predictor = _predictor(trained, config)
+    trained.readout.encode(records)  # every record is checked before the first is predicted
     lines = []
     for start in tqdm(range(0, len(records), config.batch_size), disable=not config.progress):
         chunk = records[start : start + config.batch_size]
-        logits = predict(predictor, run.readout.encode(chunk)).logits
+        logits = predict(predictor, trained.readout.encode(chunk)).logits
         lines += _answers(chunk, logits)
-    _write_whole(output, lines)
+    write_whole(output, "".join(f"{line}\n" for line in lines))
     return {"output": str(output), "records": len(records)}
 
 
-def _predictor(run: Run, config: EvaluateConfig | PredictConfig) -> Predictor:
+def compare_methods(config: CompareConfig) -> str:
+    """Methods × seeds in one table."""
+    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
+
+
+def _predictor(trained: Run, config: EvaluateConfig | PredictConfig) -> Predictor:
     if not config.posterior_mean:
-        return run.predictor
-    if run.guide is None:
+        return trained.predictor
+    if trained.guide is None:
         raise ConfigError(f"{config.run} is a point estimate: posterior_mean=true means nothing")
-    return replace(run.predictor, draws=run.guide.median()["s"][None])
+    return replace(trained.predictor, draws=trained.guide.median()["s"][None])
+
+
+def _class_names(trained: Run) -> tuple[str, ...]:
+    """The choices that all records of a run share, where it knows them."""
+    model = trained.config.model
+    named = model.readout == "label_tokens" and model.prompt == "classes"
+    return trained.config.data.classes or (trained.classes.words if named else ())
 
 
 def _answers(records: list[Record], logits: torch.Tensor) -> list[str]:
@@ -154,17 +146,11 @@ def _answers(records: list[Record], logits: torch.Tensor) -> list[str]:
     ]
 
 
-def _write_whole(path: Path, lines: list[str]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "train": (RunConfig, train),
     "evaluate": (EvaluateConfig, evaluate_run),
     "predict": (PredictConfig, predict_file),
+    "compare": (CompareConfig, compare_methods),
 }
 
 
@@ -176,16 +162,16 @@ def main() -> None:
         sys.exit(0 if asked else 2)
     name = sys.argv.pop(1)
     config_class, command = COMMANDS[name]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
 
-    def run(overrides: DictConfig) -> None:
+    def task(overrides: DictConfig) -> None:
         try:
             values = OmegaConf.to_container(overrides, resolve=True)
-            print(json.dumps(command(build(config_class, values)), indent=2))
+            found = command(build(config_class, values))
+            print(found if isinstance(found, str) else json.dumps(found, indent=2))
         except (ValueError, OSError, NonFiniteLossError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
-    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(run)()
+    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(task)()

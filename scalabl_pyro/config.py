@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from .data import DataError, Record, check_split, hold_out, read_folder, read_jsonl, without_overlap
+from .data import DataError, DataSource, Record, check_split, disjoint, hold_out
 from .loading import AdapterConfig, ModelConfig
 from .methods import METHODS, Method
 from .svi import FitConfig
@@ -26,50 +26,46 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class DataConfig:
-    """Where the records come from; exactly one of ``path`` and ``root``.
+class DataConfig(DataSource):
+    """The records of a run: a source, and what is made of its splits.
 
-    :param path: one JSON Lines file to train on.
-    :param root: a folder with ``train.jsonl`` and, where there are, ``validation.jsonl`` and
-        ``test.jsonl``.
     :param limit: train on the first so many records.
     :param validation_fraction: share of the training records held out where there is no validation
         split.
+    :raises ValueError: if a value is out of range.
     """
 
-    path: str | None = None
-    root: str | None = None
     limit: int | None = None
     validation_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.root is None):
-            raise ConfigError(
-                f"data.path is {self.path!r} and data.root is {self.root!r}: give exactly one"
-            )
+        DataSource.__post_init__(self)
         if self.limit is not None and self.limit < 2:
             raise ConfigError(f"data.limit is {self.limit}: expected 2 or more")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction is {self.validation_fraction}: expected a number between"
+                " 0 and 1"
+            )
 
     def splits(self, *, seed: int) -> dict[str, list[Record]]:
-        """The records by split; training questions that occur in another split are left out.
+        """The labelled records by split, of which no question stands in two (see ``disjoint``).
 
+        :param seed: fixes which records are held out for validation where there is no such split.
         :raises DataError: if a file is missing or bad.
         """
-        if self.root is not None:
-            splits = read_folder(self.root)
-        else:
-            splits = {"train": read_jsonl(str(self.path))}
+        splits = self.read()
         train = check_split(splits, "train")
-        for name, records in splits.items():
-            if name != "train":
-                train = without_overlap(train, records, name=name)
-        train = train[: self.limit]
         if "validation" not in splits:
-            train, splits["validation"] = hold_out(train, self.validation_fraction, seed=seed)
-        splits["train"] = train
+            splits["train"], splits["validation"] = hold_out(
+                train, self.validation_fraction, seed=seed
+            )
+        splits = disjoint(splits)
+        splits["train"] = splits["train"][: self.limit]
         for name, records in splits.items():
-            if any(record.label is None for record in records):
-                raise DataError(f"the split {name} holds records without a label")
+            for record in records:
+                if record.label is None:
+                    raise DataError(f"the record {record.id!r} of the split {name} has no label")
         return splits
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from .adapter import SubspaceAdapter
 from .data import PROMPTS, Record
 from .readout import READOUTS, LabelTokens, Readout
+from .tiny import model_path
 
 __all__ = ["AdapterConfig", "Classes", "ModelConfig", "load_llm", "load_readout", "make_adapter"]
 
@@ -24,7 +25,7 @@ __all__ = ["AdapterConfig", "Classes", "ModelConfig", "load_llm", "load_readout"
 class ModelConfig:
     """Which language model, and how its answer is read.
 
-    :param name: a folder, or a name on the Hub.
+    :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
     :param readout: ``label_tokens``, ``sequence_classification`` or ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
     :param device: ``auto`` takes a GPU if there is one.
@@ -179,8 +180,9 @@ def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
 
 def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
     """``auto_class.from_pretrained``; a name that is not found says where it was looked for."""
+    name = str(model_path()) if config.name == "embedded" else config.name
     try:
-        return auto_class.from_pretrained(config.name, revision=config.revision, **options)
+        return auto_class.from_pretrained(name, revision=config.revision, **options)
     except OSError as error:
         place = Path(config.name)
         looked = (

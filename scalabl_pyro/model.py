@@ -154,7 +154,7 @@ class ScalaBLModel(LoRAModel):
 
     def init_loc_fn(self, site: dict) -> Tensor:
         """For Pyro's own guides: ``AutoNormal(model, init_loc_fn=model.init_loc_fn)``."""
-        return self.init_loc.clone() if site["name"] == "s" else init_to_median(site)
+        return self.init_loc if site["name"] == "s" else init_to_median(site)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""

@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import Batch, Split
 from .guides import AutoSubspace
@@ -178,6 +178,7 @@ def fit(
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 good.restore()
+                adapter.eval()
                 raise NonFiniteLossError(
                     f"at step {step + 1} of {config.steps} the loss is {loss} and the norm of its"
                     f" gradient {float(norm)}; the parameters are those of step {max(step - 1, 0)},"

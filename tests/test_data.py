@@ -11,10 +11,11 @@ from scalabl_pyro import DataError, LabelTokens, Record
 from scalabl_pyro.data import (
     PROMPTS,
     check_split,
+    disjoint,
     hold_out,
-    iter_jsonl,
+    iter_records,
     read_folder,
-    read_jsonl,
+    read_records,
     without_overlap,
 )
 from scalabl_pyro.readout import MultipleChoice
@@ -40,7 +41,7 @@ def test_bad_records_name_file_line_and_value(tmp_path, change, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(DataError, match=rf"bad.jsonl, line 2: .*{message}"):
-        read_jsonl(path)
+        read_records(path)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,12 @@ def test_malformed_files_are_refused(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_jsonl(path)
+        read_records(path)
 
 
 def test_missing_files_and_splits_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
-        list(iter_jsonl(tmp_path / "nowhere.jsonl"))
+        list(iter_records(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DataError, match="expected a folder"):
         read_folder(tmp_path)
     with pytest.raises(DataError, match=r"no split 'test'; the data set has \['train'\]"):
@@ -72,14 +73,22 @@ def test_missing_files_and_splits_are_named(tmp_path):
 def test_records_round_trip(tmp_path):
     records = [*make_records(5), *make_records(3, labelled=False)]
     records = [Record(f"r{i}", r.question, r.choices, r.label) for i, r in enumerate(records)]
-    assert read_jsonl(write_jsonl(tmp_path / "x.jsonl", records)) == records
+    assert read_records(write_jsonl(tmp_path / "x.jsonl", records)) == records
 
 
-def test_real_data_has_the_published_counts(shared):
-    counts = {"arc_challenge": (1119, 299, 1172), "openbookqa": (4957, 500, 500)}
-    for name, expected in counts.items():
-        splits = read_folder(shared / "data" / name)
-        assert tuple(len(splits[s]) for s in ("train", "validation", "test")) == expected
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("arc_challenge", {"train": 1119, "validation": 299, "test": 1172}),
+        ("openbookqa", {"train": 4957, "validation": 500, "test": 500}),
+        ("winogrande_s", {"train": 640, "test": 1267}),
+        ("mmlu/college_chemistry", {"dev": 5, "validation": 8, "test": 100}),
+        ("mmlu/college_physics", {"dev": 5, "validation": 11, "test": 102}),
+    ],
+)
+def test_real_data_has_the_published_counts(shared, name, counts):
+    splits = read_folder(shared / "data" / name)
+    assert {split: len(records) for split, records in splits.items()} == counts
 
 
 def test_training_questions_that_are_tested_leave_training(shared, caplog):
@@ -87,7 +96,17 @@ def test_training_questions_that_are_tested_leave_training(shared, caplog):
     with caplog.at_level(logging.WARNING):
         kept = without_overlap(splits["train"], splits["test"], name="test")
     assert len(splits["train"]) - len(kept) == 14
-    assert "left out 14 training questions that are also in test" in caplog.text
+    assert "left out 14 questions of train that are also in test" in caplog.text
+
+
+def test_what_is_tested_is_neither_trained_nor_validated_on():
+    a, b, c, d, e = make_records(5)
+    splits = {"train": [a, b, c, d], "validation": [b, c, e], "test": [c], "shifted": [d]}
+    found = disjoint(splits)
+    assert found == {"train": [a], "validation": [b, e], "test": [c], "shifted": [d]}
+    assert len(splits["train"]) == 4
+    with pytest.raises(DataError, match="every question of validation is also in test"):
+        disjoint({"train": [a], "validation": [c], "test": [c]})
 
 
 def test_hold_out_is_seeded_disjoint_and_complete():

@@ -1,22 +1,31 @@
 """Records, readers, prompts and batches."""
 
 from .batches import Batch, Example, Split
+from .hub import Task
 from .prompts import PROMPTS, Prompt
-from .readers import check_split, hold_out, iter_jsonl, read_folder, read_jsonl, without_overlap
+from .readers import iter_records, read_folder, read_jsonl, read_records
 from .records import DataError, Record
+from .source import DataSource
+from .splits import check_split, disjoint, hold_out, without_overlap
+from .tasks import TASKS
 
 __all__ = [
     "PROMPTS",
+    "TASKS",
     "Batch",
     "DataError",
+    "DataSource",
     "Example",
     "Prompt",
     "Record",
     "Split",
+    "Task",
     "check_split",
+    "disjoint",
     "hold_out",
-    "iter_jsonl",
+    "iter_records",
     "read_folder",
     "read_jsonl",
+    "read_records",
     "without_overlap",
 ]

@@ -1,110 +1,93 @@
-"""Read records from JSON Lines: one file, or a folder with a file per split."""
+"""Read records from files: JSON Lines or CSV, one file, or a folder with a file per split."""
 
 from __future__ import annotations
 
 import json
-import logging
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from .csv_rows import class_names, csv_rows
 from .records import DataError, Record
 
-__all__ = ["check_split", "hold_out", "iter_jsonl", "read_folder", "read_jsonl", "without_overlap"]
-
-log = logging.getLogger(__name__)
+__all__ = ["FORMATS", "iter_records", "read_folder", "read_records"]
 
 
-def iter_jsonl(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a UTF-8 JSON Lines file, one object a line, as they are read.
+def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Line numbers and decoded objects of a UTF-8 JSON Lines file, one a line.
 
-    :raises DataError: at the first bad line, with the file, the line's number and the reason.
+    :param classes: not needed here: every record spells out its choices.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield Record.from_mapping(json.loads(line.decode("utf-8")))
+                yield number, json.loads(line.decode("utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 JSON ({error})") from error
-            except DataError as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
+FORMATS = {".jsonl": jsonl_rows, ".csv": csv_rows}
+
+
+def iter_records(path: str | Path, classes: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the records of a ``.jsonl`` or ``.csv`` file as they are read.
+
+    :param classes: the class names that a CSV file of texts needs.
+    :raises DataError: at the first bad line or repeated id, with file, line, value and reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix not in FORMATS:
+        raise DataError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
+    first: dict[str, int] = {}
+    for line, fields in FORMATS[path.suffix](path, classes):
+        try:
+            record = Record.from_mapping(fields)
+        except DataError as error:
+            raise DataError(f"{path}, line {line}: {error}") from error
+        if record.id in first:
+            raise DataError(
+                f"{path}, line {line}: the id {record.id!r} occurs twice, first on line"
+                f" {first[record.id]}; ids name one record each"
+            )
+        first[record.id] = line
+        yield record
+
+
+def read_records(path: str | Path, classes: Sequence[str] = ()) -> list[Record]:
     """All records of one file.
 
-    :raises DataError: if a line is bad, an id occurs twice, or there is no record.
+    :param classes: as for :func:`iter_records`.
+    :raises DataError: if a line is bad, or there is no record.
     """
-    records = list(iter_jsonl(path))
+    records = list(iter_records(path, classes))
     if not records:
         raise DataError(f"{path}: holds no records")
-    seen: set[str] = set()
-    for record in records:
-        if record.id in seen:
-            raise DataError(f"{path}: the id {record.id!r} occurs twice; ids name one record each")
-        seen.add(record.id)
     return records
 
 
-def read_folder(root: str | Path) -> dict[str, list[Record]]:
-    """The splits of a folder, ``<split>.jsonl`` each, by name.
+def read_folder(root: str | Path, classes: Sequence[str] = ()) -> dict[str, list[Record]]:
+    """The splits of a folder, ``<split>.jsonl`` or ``<split>.csv`` each, by name.
 
-    :raises DataError: if the folder does not exist or holds no ``.jsonl`` file.
+    :param classes: class names for CSV files of texts; by default those in ``train.csv``.
+    :raises DataError: if the folder does not exist, holds no such file, or two for one split.
     """
     root = Path(root)
-    paths = sorted(root.glob("*.jsonl"))
+    paths = sorted(path for path in root.glob("*") if path.suffix in FORMATS)
     if not paths:
-        raise DataError(f"{root}: expected a folder with files such as train.jsonl and test.jsonl")
-    return {path.stem: read_jsonl(path) for path in paths}
-
-
-def check_split(splits: dict[str, list[Record]], name: str) -> list[Record]:
-    """The split called ``name``.
-
-    :raises DataError: if it does not exist; the message lists those that do.
-    """
-    if name not in splits:
-        raise DataError(f"there is no split {name!r}; the data set has {sorted(splits)}")
-    return splits[name]
-
-
-def hold_out(
-    records: Sequence[Record], fraction: float, *, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Split off a random fraction, for data sets without a validation split.
-
-    :param fraction: share of the records to hold out, between 0 and 1; at least one is.
-    :returns: the remaining records and those held out, each in the original order.
-    :raises DataError: if nothing would remain on either side.
-    """
-    count = max(1, round(fraction * len(records)))
-    if not 0 < fraction < 1 or count >= len(records):
-        raise DataError(f"cannot hold out {fraction} of {len(records)} records")
-    held = set(random.Random(seed).sample(range(len(records)), count))
-    rest = [record for index, record in enumerate(records) if index not in held]
-    return rest, [records[index] for index in sorted(held)]
-
-
-def without_overlap(
-    records: Sequence[Record], others: Sequence[Record], *, name: str
-) -> list[Record]:
-    """The records whose question and set of choices do not occur in ``others``.
-
-    :param name: what ``others`` is called in the log, where the number left out is reported.
-    """
-
-    def key(record: Record) -> tuple[str, frozenset[str]]:
-        return record.question.casefold(), frozenset(choice.casefold() for choice in record.choices)
-
-    taken = {key(record) for record in others}
-    kept = [record for record in records if key(record) not in taken]
-    if len(kept) < len(records):
-        log.warning(
-            "left out %d training questions that are also in %s", len(records) - len(kept), name
+        raise DataError(
+            f"{root}: expected a folder with files such as train.jsonl and test.jsonl, or train.csv"
         )
-    return kept
+    by_split: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in by_split:
+            raise DataError(f"{by_split[path.stem]} and {path}: expected one file for each split")
+        by_split[path.stem] = path
+    classes = classes or class_names(root / "train.csv")
+    return {name: read_records(path, classes) for name, path in by_split.items()}
+
+
+read_jsonl = read_records

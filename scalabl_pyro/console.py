@@ -1,0 +1,29 @@
+"""What other libraries print while a command runs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+import transformers
+
+__all__ = ["quiet_libraries", "quiet_worker"]
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own output: no loading bars, no other library's deprecations."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel("ERROR")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
+
+
+def quiet_worker() -> None:
+    """The same in a process of a pool, with one thread.
+
+    Processes that share cores and spin for each other's threads are many times slower.
+    """
+    quiet_libraries()
+    torch.set_num_threads(1)

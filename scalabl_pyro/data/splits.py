@@ -1,0 +1,81 @@
+"""Splits that never mix: hold out a part, and leave out what another split also asks."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+
+from .records import DataError, Record
+
+__all__ = ["check_split", "disjoint", "hold_out", "without_overlap"]
+
+log = logging.getLogger(__name__)
+
+
+def check_split(splits: Mapping[str, list[Record]], name: str) -> list[Record]:
+    """The split called ``name``.
+
+    :raises DataError: if it does not exist; the message lists those that do.
+    """
+    if name not in splits:
+        raise DataError(f"there is no split {name!r}; the data set has {sorted(splits)}")
+    return splits[name]
+
+
+def hold_out(
+    records: Sequence[Record], fraction: float, *, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Split off a random fraction, for data sets without a validation split.
+
+    :param fraction: share of the records to hold out, between 0 and 1; at least one is.
+    :returns: the remaining records and those held out, each in the original order.
+    :raises DataError: if nothing would remain on either side.
+    """
+    count = max(1, round(fraction * len(records)))
+    if not 0 < fraction < 1 or count >= len(records):
+        raise DataError(f"cannot hold out {fraction} of {len(records)} records")
+    held = set(random.Random(seed).sample(range(len(records)), count))
+    rest = [record for index, record in enumerate(records) if index not in held]
+    return rest, [records[index] for index in sorted(held)]
+
+
+def disjoint(splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
+    """Splits of which no question is trained on and also validated on or tested on.
+
+    The training split gives way to all others and the validation split to all but that one, so
+    that what is tested stays whole.
+
+    :raises DataError: if nothing would remain of a split.
+    """
+    found = dict(splits)
+    for name, kept in (("train", {"train"}), ("validation", {"train", "validation"})):
+        for other in sorted(found.keys() - kept) if name in found else ():
+            found[name] = without_overlap(found[name], splits[other], name=other, split=name)
+            if not found[name]:
+                raise DataError(f"every question of {name} is also in {other}: nothing remains")
+    return found
+
+
+def without_overlap(
+    records: Sequence[Record], others: Sequence[Record], *, name: str, split: str = "train"
+) -> list[Record]:
+    """The records whose question and set of choices do not occur in ``others``.
+
+    :param name: what ``others`` is called in the log, where the number left out is reported.
+    :param split: what ``records`` is called there.
+    """
+
+    def key(record: Record) -> tuple[str, frozenset[str]]:
+        return record.question.casefold(), frozenset(choice.casefold() for choice in record.choices)
+
+    taken = {key(record) for record in others}
+    kept = [record for record in records if key(record) not in taken]
+    if len(kept) < len(records):
+        log.warning(
+            "left out %d questions of %s that are also in %s",
+            len(records) - len(kept),
+            split,
+            name,
+        )
+    return kept

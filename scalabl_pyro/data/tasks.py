@@ -1,0 +1,114 @@
+"""Data sets by name, one entry each: where they are, and how a row becomes a record."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from .hub import Row, Task
+from .records import DataError, Record
+
+__all__ = ["TASKS", "EmbeddedTask", "find_task"]
+
+
+class EmbeddedTask:
+    """The invented world in this package."""
+
+    def read(self, hub_path: str | None = None) -> dict[str, list[Record]]:
+        """Its splits.
+
+        :raises DataError: if ``hub_path`` is given.
+        """
+        # The world is made of records, whose package this is.
+        from ..tiny import world
+
+        if hub_path is not None:
+            raise DataError("data.hub_path: data.task=embedded is generated and has no copies")
+        return world().splits
+
+
+def find_task(name: str) -> Task | EmbeddedTask:
+    """The entry of ``TASKS``.
+
+    :raises DataError: if there is none; the message suggests the nearest.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        listed = [key for key in TASKS if not key.startswith("mmlu:")] + ["mmlu:<subject>"]
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {listed}"
+        raise DataError(f"there is no data set {name!r}; {hint}")
+    return TASKS[name]
+
+
+def _index(answer: object, keys: Sequence[object]) -> int:
+    if answer not in keys:
+        raise DataError(f"the answer is {answer!r}: expected one of {list(keys)}")
+    return list(keys).index(answer)
+
+
+def _openbookqa(row: Row) -> dict[str, Any]:
+    return _arc({**row, "question": row["question_stem"]})
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    choices = row["choices"]
+    return {
+        "id": row["id"],
+        "question": row["question"],
+        "choices": choices["text"],
+        "label": _index(row["answerKey"], choices["label"]),
+    }
+
+
+def _winogrande(row: Row) -> dict[str, Any]:
+    return {
+        "question": row["sentence"],
+        "choices": [row["option1"], row["option2"]],
+        "label": _index(row["answer"], ["1", "2"]),
+    }
+
+
+def _boolq(row: Row) -> dict[str, Any]:
+    return {
+        "question": f"{row['passage']}\n{row['question']}?",
+        "choices": ["no", "yes"],
+        "label": _index(row["answer"], [False, True]),
+    }
+
+
+def _mmlu(row: Row) -> dict[str, Any]:
+    return {"question": row["question"], "choices": row["choices"], "label": row["answer"]}
+
+
+_ALL = {"train": "train", "validation": "validation", "test": "test"}
+# The labels of the official test split are not public.
+_VALIDATION_IS_TEST = {"train": "train", "test": "validation"}
+_NO_TRAIN = {"dev": "dev", "validation": "validation", "test": "test"}
+_SUBJECTS = """
+abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology
+college_chemistry college_computer_science college_mathematics college_medicine college_physics
+computer_security conceptual_physics econometrics electrical_engineering elementary_mathematics
+formal_logic global_facts high_school_biology high_school_chemistry high_school_computer_science
+high_school_european_history high_school_geography high_school_government_and_politics
+high_school_macroeconomics high_school_mathematics high_school_microeconomics high_school_physics
+high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning
+management marketing medical_genetics miscellaneous moral_disputes moral_scenarios nutrition
+philosophy prehistory professional_accounting professional_law professional_medicine
+professional_psychology public_relations security_studies sociology us_foreign_policy virology
+world_religions
+"""
+
+TASKS: dict[str, Task | EmbeddedTask] = {
+    "embedded": EmbeddedTask(),
+    "openbookqa": Task("allenai/openbookqa", "main", _openbookqa, _ALL),
+    "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", _arc, _ALL),
+    "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", _arc, _ALL),
+    "winogrande_xs": Task("allenai/winogrande", "winogrande_xs", _winogrande, _VALIDATION_IS_TEST),
+    "winogrande_s": Task("allenai/winogrande", "winogrande_s", _winogrande, _VALIDATION_IS_TEST),
+    "winogrande_m": Task("allenai/winogrande", "winogrande_m", _winogrande, _VALIDATION_IS_TEST),
+    "winogrande_l": Task("allenai/winogrande", "winogrande_l", _winogrande, _VALIDATION_IS_TEST),
+    "boolq": Task("google/boolq", "default", _boolq, _VALIDATION_IS_TEST),
+    **{f"mmlu:{name}": Task("cais/mmlu", name, _mmlu, _NO_TRAIN) for name in _SUBJECTS.split()},
+}

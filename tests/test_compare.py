@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import make_records, write_jsonl
+
+from scalabl_pyro import Predictions
+from scalabl_pyro.cli import main
+from scalabl_pyro.report import load_predictions
+
+
+@pytest.fixture
+def compare(tmp_path, local_model, monkeypatch):
+    """``scalabl compare`` on a tiny model and made-up questions, in this process's folder."""
+    for name, count in (("train", 16), ("validation", 8), ("test", 9), ("unseen", 7)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> None:
+        where = [f"model.name={local_model}", "data.task=null", "+data.root=data", "out=out"]
+        fast = ["model.prompt=letters", "fit.steps=3", "fit.batch_size=4", "progress=false"]
+        monkeypatch.setattr(sys, "argv", ["scalabl", "compare", *where, *fast, "jobs=1", *words])
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, "the command failed"
+
+    return run
+
+
+def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, tmp_path, capsys):
+    methods = (
+        "methods={mle: [{method: {name: mle}, fit: {lr: 0.0}}, {method: {name: mle}, fit: {lr: 0.1}}],"
+        " scalabl: [{method: {name: scalabl, draws: 3}}]}"
+    )
+    compare("seeds=[0]", methods)
+    first = {p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}
+    assert len(first) == 2 + 1 + 1
+    compare("seeds=[0,1]", methods)
+    second = {p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}
+    assert first.items() <= second.items()
+    assert len(second) == len(first) + 2
+
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    trials = {t["trial"]["fit"]["lr"]: t["validation_nll"] for t in table["trials"]["mle"]}
+    assert table["chosen"]["mle"]["fit"]["lr"] == min(trials, key=trials.get)
+    seeds = [
+        json.loads((p / "metrics.json").read_text())["unseen"]["nll"]
+        for p in sorted((tmp_path / "out/runs").iterdir())
+        if p.name.startswith("scalabl")
+    ]
+    mean, error = table["metrics"]["scalabl"]["unseen"]["nll"]
+    assert mean == pytest.approx(sum(seeds) / 2)
+    assert error == pytest.approx(abs(seeds[0] - seeds[1]) / 2, abs=1e-9)
+    assert 0 <= table["auroc_of_entropy"]["mle"]["unseen"][0] <= 1
+    assert "scalabl" in table["minus_mle"]
+    assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "out/table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * 2 * 4
+    assert (tmp_path / "out/table.txt").read_text().strip() in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_predictions_of_a_run_are_kept(compare, tmp_path):
+    compare("seeds=[0]", "methods={scalabl: [{method: {name: scalabl, draws: 3}}]}")
+    (folder,) = (tmp_path / "out/runs").iterdir()
+    found = load_predictions(folder)
+    assert set(found) == {"validation", "test", "unseen"}
+    assert isinstance(found["test"], Predictions)
+    assert found["test"].logits.shape == (3, 9, 4)
+    assert torch.equal(found["unseen"].labels, torch.arange(7) % 4)
+    assert math.isfinite(float(found["test"].logits.sum()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seeds=[1,1]"], "expected different numbers"),
+        (["seeds=[1,100]"], "tuning_seed 100 is among the seeds"),
+        (["methods={mle: []}"], "expected one trial or more"),
+        (["methods={mle: [{method: {name: mle}, lr: 1}]}"], "overrides ['lr']"),
+        (["methods={mle: [{method: {name: mla}}]}"], "method.name is 'mla'"),
+    ],
+)
+def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):
+    with pytest.raises(AssertionError, match="command failed"):
+        compare(*words)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

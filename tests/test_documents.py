@@ -1,0 +1,84 @@
+"""Every snippet and command of README, and every notebook, runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import make_records, write_jsonl
+from nbclient import NotebookClient
+
+from scalabl_pyro.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "python"))))
+def test_python_in_the_readme_runs(number):
+    names: dict[str, object] = {}
+    exec(compile(blocks(ROOT / "README.md", "python")[number], "README.md", "exec"), names)
+    assert names["predictor"].draws.shape == (10, 10, 8)
+    assert 0 < names["loss"] / len(names["train"]) < 10
+
+
+def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
+    """The commands as printed, on a local model and data, with short training."""
+    for name, count in (("train", 20), ("test", 6)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    write_jsonl(tmp_path / "questions.jsonl", make_records(3, labelled=False))
+    rows = [f"the {word} runs,{name}" for word, name in zip(["cat", "dog"] * 10, ["red", "blue"] * 10)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,class", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        line
+        for block in blocks(ROOT / "README.md", "bash")
+        for line in block.splitlines()
+        if line.startswith("scalabl ")
+    ]
+    assert len(commands) == 5
+    for command in commands:
+        for old, new in {
+            "Qwen/Qwen2.5-0.5B": str(local_model),
+            "MODEL_FOLDER": str(local_model),
+            "FOLDER": "data",
+        }.items():
+            command = command.replace(old, new)
+        words = [*shlex.split(command), "progress=false"]
+        if words[1] in ("train", "compare"):
+            words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
+        if words[1] == "compare":
+            words += ["seeds=[0]", "jobs=1"]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, command
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "runs/mine-compared/table.csv").exists()
+    assert (tmp_path / "runs/reviews/metrics.json").exists()
+
+
+def test_make_targets_in_the_readme_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^make (\w+)", "\n".join(blocks(ROOT / "README.md", "bash")), re.MULTILINE)
+    assert named == ["demo", "test"]
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_run_and_are_committed_executed(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code), "commit the notebook executed"
+    assert any("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
+    for cell in code:
+        cell.source = re.sub(r"^STEPS = \d+", "STEPS = 4", cell.source, flags=re.MULTILINE)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
