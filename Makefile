@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 
 export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND ?= Agg
+# Processes that share cores are many times slower if their threads spin while they wait.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint format slow clean
 
@@ -16,6 +18,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/scalabl compare
 
 test: lint
 	$(BIN)/pytest --numprocesses 2

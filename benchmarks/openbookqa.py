@@ -22,7 +22,7 @@ import torch
 import transformers
 from _report import report, write_json
 
-from scalabl_pyro.data import Split, read_jsonl, without_overlap
+from scalabl_pyro.data import Split, disjoint, read_folder
 from scalabl_pyro.kl import KLSchedule
 from scalabl_pyro.loading import AdapterConfig, Classes, ModelConfig, load_readout, make_adapter
 from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL, TemperatureScaling
@@ -62,12 +62,8 @@ class Bench:
             model, readout="multiple_choice", dtype="bfloat16", attention="eager"
         )
         self.adapter = AdapterConfig(targets=("query", "value"), heads=("classifier",))
-        root = Path(data)
-        records = {name: read_jsonl(root / f"{name}.jsonl") for name in ("validation", "test")}
-        train = read_jsonl(root / "train.jsonl")
-        for name, others in records.items():
-            train = without_overlap(train, others, name=name)
-        records["train"] = train[:1000]
+        records = disjoint(read_folder(data))
+        records["train"] = records["train"][:1000]
         self.readout = load_readout(self.config, Classes(4))
         self.splits: dict[str, Split] = {k: self.readout.encode(v) for k, v in records.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from scalabl_pyro import LabelTokens, Record, ScalaBLModel, Split, SubspaceAdapter
+from scalabl_pyro.cli import main
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.readout import MultipleChoice, SequenceClassification
 
@@ -204,3 +206,14 @@ def local_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def scalabl(*words: object) -> int:
+    """Run a command in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["scalabl", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0

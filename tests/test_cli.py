@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_records, tiny_llama, write_jsonl
+from conftest import make_records, scalabl, tiny_llama, write_jsonl
+from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from scalabl_pyro import Record, load_run, predict
 from scalabl_pyro.checkpoint import CheckpointError
-from scalabl_pyro.cli import main
+from scalabl_pyro.config import DataConfig, RunConfig, build
+from scalabl_pyro.loading import AdapterConfig, ModelConfig
+from scalabl_pyro.methods import METHODS, ScalaBL
 
 FAST = [
     "fit.steps=4",
@@ -24,20 +26,9 @@ FAST = [
 ]
 
 
-def scalabl(*words: str) -> int:
-    """The exit status of a command."""
-    sys.argv = ["scalabl", *map(str, words)]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 @pytest.fixture(autouse=True)
 def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
 
 
 @pytest.fixture
@@ -64,7 +55,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"posterior.safetensors"} == {
         "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
-        "posterior.json", "projections.safetensors",
+        "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
     assert ("posterior.safetensors" in names) == (method == "scalabl")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
@@ -221,3 +212,16 @@ def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
     assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 1
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "o.jsonl").read_text() == "mine"
+
+
+def test_default_settings_are_those_of_the_classes(capsys):
+    """The files in configs/ say what the classes say, but for what a run must choose itself."""
+    assert scalabl("train", "--cfg", "job", "model.name=x", "data.task=embedded", "run_dir=y") == 0
+    values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
+    assert values["fit"]["kl"].pop("weight") == 10.0  # the class ends at the ELBO
+    method = values.pop("method")
+    config = build(RunConfig, values)
+    assert config == RunConfig(
+        ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), run_dir="y"
+    )
+    assert METHODS[method.pop("name")](**method) == ScalaBL()

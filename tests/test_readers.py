@@ -245,7 +245,7 @@ def test_copies_that_are_incomplete_are_refused(tmp_path):
 
 def test_without_network_the_error_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     help = "hf download --repo-type dataset allenai/openbookqa --local-dir COPY.*data.root="
     with pytest.raises(DataError, match=help):
         DataSource(task="openbookqa").read()

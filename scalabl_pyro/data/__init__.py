@@ -3,7 +3,7 @@
 from .batches import Batch, Example, Split
 from .hub import Task
 from .prompts import PROMPTS, Prompt
-from .readers import iter_records, read_folder, read_jsonl, read_records
+from .readers import iter_records, read_folder, read_records
 from .records import DataError, Record
 from .source import DataSource
 from .splits import check_split, disjoint, hold_out, without_overlap
@@ -25,7 +25,6 @@ __all__ = [
     "hold_out",
     "iter_records",
     "read_folder",
-    "read_jsonl",
     "read_records",
     "without_overlap",
 ]

@@ -28,7 +28,10 @@ def csv_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, dict[str
     rows = _cells(path)
     columns = _columns(path, rows)
     if "text" in columns and not classes:
-        raise DataError(f"{path}: the classes are not known; give data.classes=[name,name,…]")
+        raise DataError(
+            f"{path}: the classes are not known; give data.classes=[name,name,…], or a file with"
+            " the columns question, choice_1, choice_2, …"
+        )
     for count, (line, cells) in enumerate(rows, start=1):
         row = dict(zip(columns, cells, strict=True))
         try:
@@ -98,8 +101,8 @@ def _columns(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
     double = sorted({name for name in found if found.count(name) > 1})
     if missing or unknown or double:
         raise DataError(
-            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; double: {double};"
-            f" found {found}; {EXPECTED}"
+            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; double:"
+            f" {double}; found {found}; {EXPECTED}"
         )
     if numbered != [name for name in required if name in numbered]:
         raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")

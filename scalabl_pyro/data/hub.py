@@ -57,9 +57,10 @@ class Task:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
-        place = hub_path or self.path
         if hub_path is not None and not Path(hub_path).is_dir():
             raise DataError(f"data.hub_path: there is no folder {hub_path}")
+        # A whole path, because names such as csv mean a file format to datasets.
+        place = str(Path(hub_path).resolve()) if hub_path is not None else self.path
         try:
             # The cache does not notice when a copy's files change; streaming goes without it.
             found = load_dataset(place, self.name, streaming=hub_path is not None)

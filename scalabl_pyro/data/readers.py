@@ -88,6 +88,3 @@ def read_folder(root: str | Path, classes: Sequence[str] = ()) -> dict[str, list
         by_split[path.stem] = path
     classes = classes or class_names(root / "train.csv")
     return {name: read_records(path, classes) for name, path in by_split.items()}
-
-
-read_jsonl = read_records
