@@ -9,16 +9,13 @@ accuracy on validation.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from _report import report
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -35,7 +32,6 @@ SEEDS = range(5)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 STEPS, BATCH = 500, 16
 BINS = 15
-RESULT = Path(__file__).parent / "results" / "tiny_gate.json"
 
 Encoded = dict[str, torch.Tensor]
 
@@ -172,24 +168,15 @@ def gate() -> dict[str, object]:
         "world_sha256": world_hash(),
         "model_sha256": model_hash(),
         "seconds": round(time.monotonic() - start, 1),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")
-        },
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads",
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", action="store_true", help=f"also write {RESULT.name}")
+    parser.add_argument("--save", action="store_true", help="also write results/tiny_gate.json")
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    result = gate()
-    if arguments.save:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report("tiny_gate", gate(), save=arguments.save)
 
 
 if __name__ == "__main__":

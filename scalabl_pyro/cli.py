@@ -123,8 +123,8 @@ def _predictor(trained: Run, config: EvaluateConfig | PredictConfig) -> Predicto
 def _class_names(trained: Run) -> tuple[str, ...]:
     """The choices that all records of a run share, where it knows them."""
     model = trained.config.model
-    named = model.readout == "label_tokens" and model.prompt == "classes"
-    return trained.config.data.classes or (trained.classes.words if named else ())
+    letters = model.readout == "label_tokens" and model.prompt == "letters"
+    return trained.config.data.classes or (() if letters else trained.classes.words)
 
 
 def _answers(records: list[Record], logits: torch.Tensor) -> list[str]:

@@ -98,7 +98,7 @@ class Classes:
     """The C classes of a run: what its data fixes about the readout.
 
     :param count: C.
-    :param words: for label tokens, the word of each class.
+    :param words: the word of each class for label tokens, its name for sequence classification.
     :param form: for label tokens, whether a space leads the words; found when the readout is built.
     """
 
@@ -112,6 +112,8 @@ class Classes:
         words: tuple[str, ...] = ()
         if config.readout == "label_tokens":
             words = PROMPTS[config.prompt].label_words(records)
+        elif config.readout == "sequence_classification":
+            words = PROMPTS["classes"].label_words(records)
         return cls(max(len(record.choices) for record in records), words)
 
 
@@ -143,11 +145,22 @@ def load_llm(config: ModelConfig, readout: Readout) -> PreTrainedModel:
     A head that the checkpoint lacks starts from the current random state.
 
     :raises FileNotFoundError: if the model cannot be found.
+    :raises ValueError: if it has a trained head for another number of classes.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     if config.readout == "sequence_classification":
+        found = _load(config, AutoConfig)
+        trained = any(
+            readout.auto_class.removeprefix("AutoModel") in name
+            for name in found.architectures or ()
+        )
+        if trained and found.num_labels != readout.num_classes:
+            raise ValueError(
+                f"{config.name!r} has a head for {found.num_labels} classes, but the data has"
+                f" {readout.num_classes}: use its base model without a head"
+            )
         options["num_labels"] = readout.num_classes
     llm = _load(config, getattr(transformers, readout.auto_class), **options)
     llm.config.pad_token_id = readout.tokenizer.pad_token_id

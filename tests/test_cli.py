@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_records, scalabl, tiny_llama, write_jsonl
+from conftest import make_records, scalabl, tiny_bert_config, tiny_llama, write_jsonl
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, BertModel
 
 from scalabl_pyro import Record, load_run, predict
 from scalabl_pyro.checkpoint import CheckpointError
@@ -225,3 +226,28 @@ def test_default_settings_are_those_of_the_classes(capsys):
         ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), run_dir="y"
     )
     assert METHODS[method.pop("name")](**method) == ScalaBL()
+
+
+def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, tokenizer, capsys):
+    torch.manual_seed(0)
+    BertModel(tiny_bert_config()).save_pretrained("bert")
+    BertForSequenceClassification(tiny_bert_config(num_labels=2)).save_pretrained("headed")
+    tokenizer.save_pretrained("headed")
+    tokenizer.save_pretrained("bert")
+    rows = [f"the cat runs {i} times,{('red', 'blue', 'green')[i % 3]}" for i in range(30)]
+    Path("texts.csv").write_text("\n".join(["text,class", *rows]) + "\n")
+    Path("new.csv").write_text("text\nthe dog sings\na bird sleeps\n")
+    words = [
+        "model.name=bert",
+        "model.readout=sequence_classification",
+        "lora.targets=[query,value]",
+    ]
+    words += ["lora.heads=[classifier]", "data.path=texts.csv", "run_dir=out", *FAST]
+    assert scalabl("train", *words, "model.name=headed") == 1
+    assert "has a head for 2 classes, but the data has 3" in capsys.readouterr().err
+    assert scalabl("train", *words) == 0
+    assert scalabl("predict", "run=out", "input=new.csv", "output=o.jsonl", "progress=false") == 0
+    answers = [json.loads(line)["answer"] for line in Path("o.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert set(answers) <= {"red", "blue", "green"}
+    assert scalabl("evaluate", "run=out", "data.path=texts.csv", "progress=false") == 0

@@ -31,7 +31,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     for name, count in (("train", 20), ("test", 6)):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
     write_jsonl(tmp_path / "questions.jsonl", make_records(3, labelled=False))
-    rows = [f"the cat runs{' a' * i},{('red', 'blue')[i % 2]}" for i in range(20)]
+    rows = [f"the cat runs {i} times,{('red', 'blue')[i % 2]}" for i in range(200)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,class", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
     commands = [
