@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import matplotlib.pyplot as plt
 import torch
 import transformers
 from _report import report, write_json
@@ -32,6 +34,7 @@ from scalabl_pyro.svi import FitConfig
 
 STEPS, BATCH, DRAWS = 400, 16, 10
 TUNING_SEED, SEEDS = 100, range(5)
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 TRIALS: dict[str, dict[str, Callable[[], Method]]] = {
     "mle": {
@@ -129,6 +132,13 @@ def early_stopped(bench: Bench, trial: str, seed: int) -> dict[str, dict[str, fl
     return {"mle early-stopped": row}
 
 
+def without_posterior(bench: Bench, trial: str, seed: int) -> dict[str, dict[str, float]]:
+    """MLE at ScalaBL's learning rate, which was not tuned for it: the same training but for s."""
+    lr = TRIALS["scalabl"][trial]().config.lr
+    fitted = bench.fit(MLE(FitConfig(steps=STEPS, batch_size=BATCH, lr=lr)), seed)
+    return {f"mle at lr={lr:g}": bench.evaluate(fitted.predictor, "test")}
+
+
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     x = torch.tensor(values, dtype=torch.float64)
     return float(x.mean()), float(x.std() / len(values) ** 0.5)
@@ -160,6 +170,11 @@ def main() -> None:
                     f"seed {seed} early {chosen[name]}",
                     lambda seed=seed: early_stopped(bench, chosen["mle"], seed),
                 )
+            if name == "scalabl":
+                found |= bench.cached(
+                    f"seed {seed} without posterior {chosen[name]}",
+                    lambda seed=seed: without_posterior(bench, chosen["scalabl"], seed),
+                )
             for row, metrics in found.items():
                 rows.setdefault(row, []).append(metrics)
     if args.only:
@@ -180,7 +195,31 @@ def main() -> None:
     }
     figures = {"trials": trials, "chosen": chosen, "test": table, "scalabl minus": paired}
     print_table(table, paired)
+    if args.save:
+        plot_table(table, IMAGES / "openbookqa.png")
     report("openbookqa", figures, save=args.save)
+
+
+def plot_table(table: dict, path: Path) -> None:
+    """NLL and ECE of each row, mean ± standard error; further left is better."""
+    names = sorted(table, key=lambda name: -table[name]["nll"][0])
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.6), layout="constrained", sharey=True)
+    for axis, metric, label, unit in zip(
+        axes, ("nll", "ece"), ("NLL (nats)", "ECE (%)"), (1, 100), strict=True
+    ):
+        for row, name in enumerate(names):
+            value, error = (unit * x for x in table[name][metric])
+            colour = "C1" if name == "scalabl" else "C0"
+            axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=3)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].axvline(math.log(4), color="gray", linestyle="--", linewidth=1, label="guessing")
+    axes[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=130)
+    part.replace(path)
 
 
 def print_table(table: dict, paired: dict) -> None:

@@ -165,7 +165,7 @@ class SubspaceAdapter:
     def __call__(self, batch: Batch, s: Tensor | None = None) -> Tensor:
         """Logits of a batch, for each draw of s.
 
-        :param batch: B examples.
+        :param batch: B examples, moved to the adapter's device if need be.
         :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is plain LoRA.
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist.
         :raises ValueError: if s has another shape.
@@ -173,12 +173,15 @@ class SubspaceAdapter:
         s stays bound until the next call, for a checkpointed backward pass runs the model again.
         """
         draws = self._bind(s)
+        batch = batch.to(self.device)
         inputs = batch.inputs
         if draws.numel() > 1:
             # (S·B, ...), draw-major
             inputs = {k: v.repeat(draws.numel(), *[1] * (v.dim() - 1)) for k, v in inputs.items()}
         if torch.is_grad_enabled():
             self._check_checkpointing()
+        if self._fired is not None:
+            self._fired = [0] * len(self.layers)
         logits = self.readout(self._llm, inputs)  # (S·B, C)
         if self._fired is not None and s is not None:
             self._check_fired()

@@ -62,18 +62,17 @@ class Run:
 
 
 def save_run(
-    folder: str | Path,
     config: RunConfig,
     classes: Classes,
     fitted: Fitted,
     metrics: Mapping[str, Any],
     predictions: Mapping[str, Predictions],
 ) -> None:
-    """Write a run folder, whole or not at all.
+    """Write the run folder that the configuration names, whole or not at all.
 
     :raises FileExistsError: if the folder exists.
     """
-    folder = config.check_run_dir() if folder == config.run_dir else Path(folder)
+    folder = config.check_run_dir()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -125,7 +124,10 @@ def load_run(folder: str | Path) -> Run:
         base weights.
     """
     folder = Path(folder)
-    info = json.loads(_existing(folder / "posterior.json").read_text())
+    try:
+        info = json.loads(_existing(folder / "posterior.json").read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / 'posterior.json'} is torn: {error}") from error
     if info.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
@@ -157,6 +159,8 @@ def load_run(folder: str | Path) -> Run:
     draws = None
     if guide is not None:
         saved = _load_tensors(folder / "posterior.safetensors")
+        if "s" not in saved:
+            raise CheckpointError(f"{folder / 'posterior.safetensors'} holds no draws s")
         draws = saved.pop("s").to(adapter.device)
         _load_into(guide.state_dict(), {k.removeprefix("guide."): v for k, v in saved.items()})
     return Run(config, classes, Predictor(adapter, draws, info["temperature"]), guide)

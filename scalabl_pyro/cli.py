@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from .files import write_whole
 from .metrics import entropy, evaluate, mutual_information
 from .predict import Predictor, average, predict
 from .report import format_table
-from .svi import NonFiniteLossError
 
 __all__ = ["main"]
 
@@ -56,6 +55,9 @@ class EvaluateConfig:
     batch_size: int = 64
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size)
+
 
 @dataclass(frozen=True, slots=True)
 class PredictConfig:
@@ -67,6 +69,14 @@ class PredictConfig:
     posterior_mean: bool = False
     batch_size: int = 64
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}: expected 1 or more")
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -98,12 +108,14 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     records = list(iter_records(config.input, _class_names(trained)))
     predictor = _predictor(trained, config)
     trained.readout.encode(records)  # every record is checked before the first is predicted
-    lines = []
-    for start in tqdm(range(0, len(records), config.batch_size), disable=not config.progress):
-        chunk = records[start : start + config.batch_size]
-        logits = predict(predictor, trained.readout.encode(chunk)).logits
-        lines += _answers(chunk, logits)
-    write_whole(output, "".join(f"{line}\n" for line in lines))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(records), config.batch_size), disable=not config.progress):
+            chunk = trained.readout.encode(records[start : start + config.batch_size])
+            logits = predict(predictor, chunk, batch_size=config.batch_size).logits
+            file.writelines(f"{line}\n" for line in _answers(chunk.records, logits))
+    part.replace(output)
     return {"output": str(output), "records": len(records)}
 
 
@@ -127,7 +139,7 @@ def _class_names(trained: Run) -> tuple[str, ...]:
     return trained.config.data.classes or (() if letters else trained.classes.words)
 
 
-def _answers(records: list[Record], logits: torch.Tensor) -> list[str]:
+def _answers(records: Sequence[Record], logits: torch.Tensor) -> list[str]:
     probs = average(logits).exp()
     rows = zip(records, probs, entropy(logits), mutual_information(logits), strict=True)
     return [
@@ -169,7 +181,7 @@ def main() -> None:
             values = OmegaConf.to_container(overrides, resolve=True)
             found = command(build(config_class, values))
             print(found if isinstance(found, str) else json.dumps(found, indent=2))
-        except (ValueError, OSError, NonFiniteLossError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

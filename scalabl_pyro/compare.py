@@ -7,15 +7,17 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .config import ConfigError, DataConfig, RunConfig, build
 from .console import quiet_worker
+from .data import check_split
 from .experiment import run
 from .loading import AdapterConfig, ModelConfig
 from .report import write_report
@@ -31,7 +33,8 @@ class CompareConfig:
     :param methods: a row's name → its trials, each a mapping that overrides ``method`` and ``fit``.
         Where there are several, the one with the lowest validation NLL on ``tuning_seed`` is taken.
     :param seeds: the seeds of the table's rows.
-    :param jobs: runs at a time, each in a process of its own; 0 takes one for each core.
+    :param jobs: runs at a time, each in a process of its own; 0 takes one for each core, or one
+        in all where there is a GPU.
     """
 
     model: ModelConfig
@@ -60,8 +63,13 @@ class CompareConfig:
             for trial in trials:
                 self.run_config(name, trial, self.tuning_seed)
 
-    def run_config(self, name: str, trial: dict[str, Any], seed: int) -> RunConfig:
-        """The configuration of one run, whose folder is named by a hash of all that defines it."""
+    def run_config(
+        self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""
+    ) -> RunConfig:
+        """The configuration of one run, whose folder is named by a hash of all that defines it.
+
+        :param data_hash: of the records themselves, which a path does not pin down.
+        """
         unknown = sorted(trial.keys() - {"method", "fit"})
         if unknown:
             raise ConfigError(f"methods.{name} overrides {unknown}: expected method and fit")
@@ -74,71 +82,78 @@ class CompareConfig:
             "eval_batch_size": self.eval_batch_size,
             "seed": seed,
         }
-        key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-        folder = Path(self.out) / "runs" / f"{name.replace(' ', '-')}-{key}-seed{seed}"
-        return build(RunConfig, values | {"run_dir": str(folder), "progress": False})
+        config = build(RunConfig, values | {"run_dir": "", "progress": False})
+        defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
+        key = hashlib.sha256(defined.encode()).hexdigest()[:10]
+        return replace(config, run_dir=str(Path(self.out) / "runs" / f"{name}-{key}-seed{seed}"))
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Run what has not run yet, then write the table and pictures to ``config.out``.
 
     :returns: the table, as in ``table.json``.
+    :raises DataError: if the data cannot be read or have no test split.
+    :raises RuntimeError: if a run fails; the message names its settings, and other runs are kept.
     """
+    data_hash = _data_hash(config.data)
+
+    def run_config(name: str, trial: dict[str, Any], seed: int) -> RunConfig:
+        return config.run_config(name, trial, seed, data_hash=data_hash)
+
+    def validation_nll(name: str, trial: dict[str, Any]) -> float:
+        folder = Path(run_config(name, trial, config.tuning_seed).run_dir)
+        return json.loads((folder / "metrics.json").read_text())["validation"]["nll"]
+
     tuned = {name: trials for name, trials in config.methods.items() if len(trials) > 1}
-    _run_all(
-        config,
-        [
-            config.run_config(n, t, config.tuning_seed)
-            for n, trials in tuned.items()
-            for t in trials
-        ],
-        "trials",
-    )
+    attempts = [run_config(n, t, config.tuning_seed) for n, row in tuned.items() for t in row]
+    _run_all(config, attempts, "trials")
+    trials: dict[str, list[dict[str, Any]]] = {
+        name: [{"trial": t, "validation_nll": validation_nll(name, t)} for t in row]
+        for name, row in tuned.items()
+    }
     chosen = {
-        name: min(
-            trials, key=lambda t: _validation_nll(config.run_config(name, t, config.tuning_seed))
-        )
+        name: min(trials[name], key=lambda found: found["validation_nll"])["trial"]
         if name in tuned
-        else trials[0]
-        for name, trials in config.methods.items()
+        else row[0]
+        for name, row in config.methods.items()
     }
     runs = {
-        name: [config.run_config(name, trial, seed) for seed in config.seeds]
+        name: [run_config(name, trial, seed) for seed in config.seeds]
         for name, trial in chosen.items()
     }
     _run_all(config, [r for row in runs.values() for r in row], "runs")
-    trials = {
-        name: [
-            {
-                "trial": t,
-                "validation_nll": _validation_nll(config.run_config(name, t, config.tuning_seed)),
-            }
-            for t in trials
-        ]
-        for name, trials in tuned.items()
-    }
     folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
     return write_report(Path(config.out), folders, chosen=chosen, trials=trials)
+
+
+def _data_hash(data: DataConfig) -> str:
+    splits = data.splits(seed=0)
+    check_split(splits, "test")
+    rows = {name: [asdict(record) for record in records] for name, records in splits.items()}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> None:
     todo = [r for r in {r.run_dir: r for r in runs}.values() if not Path(r.run_dir).exists()]
     if not todo:
         return
-    jobs = min(config.jobs or os.cpu_count() or 1, len(todo))
-    context = get_context("spawn")
-    with (
-        ProcessPoolExecutor(jobs, context, initializer=quiet_worker) as pool,
-        tqdm(total=len(todo), desc=what, disable=not config.progress) as bar,
-    ):
-        for done in as_completed([pool.submit(run, r) for r in todo]):
-            done.result()
+    cores = os.cpu_count() or 1
+    # Runs would share a GPU's memory.
+    jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(todo))
+    pool = ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=quiet_worker, initargs=(max(1, cores // jobs),)
+    )
+    with pool, tqdm(total=len(todo), desc=what, disable=not config.progress) as bar:
+        started = {pool.submit(run, r): r for r in todo}
+        for done in as_completed(started):
+            error = done.exception()
+            if error is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise RuntimeError(
+                    f"the run {started[done].run_dir} (method {started[done].method}) failed:"
+                    f" {error}; finished runs are kept, and the same command goes on from there"
+                ) from error
             bar.update()
-
-
-def _validation_nll(config: RunConfig) -> float:
-    metrics = json.loads((Path(config.run_dir) / "metrics.json").read_text())
-    return metrics["validation"]["nll"]
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -109,12 +109,17 @@ class RunConfig:
         return build(METHODS[name], settings | shared)
 
     def check_run_dir(self) -> Path:
-        """:raises FileExistsError: if the run folder exists."""
+        """The run folder, in a place that can be written.
+
+        :raises FileExistsError: if it exists.
+        :raises OSError: if the folder that is to hold it cannot be made.
+        """
         folder = Path(self.run_dir)
         if folder.exists():
             raise FileExistsError(
                 f"the run folder {folder} exists; choose another run_dir, or remove it"
             )
+        folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
 
 

@@ -20,10 +20,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
 
 
-def quiet_worker() -> None:
-    """The same in a process of a pool, with one thread.
+def quiet_worker(threads: int) -> None:
+    """The same in a process of a pool, with its share of the threads.
 
     Processes that share cores and spin for each other's threads are many times slower.
     """
     quiet_libraries()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)

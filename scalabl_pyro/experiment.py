@@ -17,7 +17,7 @@ def run(config: RunConfig) -> dict[str, dict[str, float]]:
     :returns: metrics by split.
     :raises FileExistsError: if the run folder exists.
     """
-    folder = config.check_run_dir()
+    config.check_run_dir()
     splits = config.data.splits(seed=config.seed)
     classes = Classes.of(config.model, [r for records in splits.values() for r in records])
     readout = load_readout(config.model, classes)
@@ -36,5 +36,5 @@ def run(config: RunConfig) -> dict[str, dict[str, float]]:
         for name, split in encoded.items()
     }
     metrics = {name: evaluate(*found) for name, found in predictions.items()}
-    save_run(folder, config, classes, fitted, metrics, predictions)
+    save_run(config, classes, fitted, metrics, predictions)
     return metrics

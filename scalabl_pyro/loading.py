@@ -139,30 +139,41 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
     )
 
 
-def load_llm(config: ModelConfig, readout: Readout) -> PreTrainedModel:
-    """The pretrained model that the readout reads, frozen in evaluation mode, on its device.
+def load_llm(
+    config: ModelConfig, readout: Readout, *, heads: Sequence[str] = ()
+) -> PreTrainedModel:
+    """The pretrained model that the readout reads, in evaluation mode, on its device.
 
-    A head that the checkpoint lacks starts from the current random state.
+    :param heads: modules to be trained whole; where the checkpoint lacks them, they start from the
+        current random state.
 
     :raises FileNotFoundError: if the model cannot be found.
-    :raises ValueError: if it has a trained head for another number of classes.
+    :raises ValueError: if it has a trained head for another number of classes, or lacks weights
+        that nothing would train.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     if config.readout == "sequence_classification":
-        found = _load(config, AutoConfig)
+        known = _load(config, AutoConfig)
         trained = any(
             readout.auto_class.removeprefix("AutoModel") in name
-            for name in found.architectures or ()
+            for name in known.architectures or ()
         )
-        if trained and found.num_labels != readout.num_classes:
+        if trained and known.num_labels != readout.num_classes:
             raise ValueError(
-                f"{config.name!r} has a head for {found.num_labels} classes, but the data has"
+                f"{config.name!r} has a head for {known.num_labels} classes, but the data has"
                 f" {readout.num_classes}: use its base model without a head"
             )
         options["num_labels"] = readout.num_classes
-    llm = _load(config, getattr(transformers, readout.auto_class), **options)
+    auto_class = getattr(transformers, readout.auto_class)
+    llm, found = _load(config, auto_class, output_loading_info=True, **options)
+    untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
+    if untrained:
+        raise ValueError(
+            f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random:"
+            " train them whole, as in lora.heads=[classifier]"
+        )
     llm.config.pad_token_id = readout.tokenizer.pad_token_id
     device = config.device
     if device == "auto":
@@ -175,7 +186,7 @@ def make_adapter(
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model."""
     return SubspaceAdapter(
-        load_llm(config, readout),
+        load_llm(config, readout, heads=adapter.heads),
         adapter.lora(),
         readout,
         svd=svd,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -104,9 +105,14 @@ class LoRAModel(PyroModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); observes ``"label"`` if the batch has labels, and samples it otherwise."""
         self.projections()
-        return self._observe(batch, self.adapter(batch))
+        return self.observe(batch, self.adapter(batch))
 
-    def _observe(self, batch: Batch, logits: Tensor) -> Tensor:
+    def observe(self, batch: Batch, logits: Tensor) -> Tensor:
+        """The likelihood: ``"label"`` in the plate ``"data"``; override it for another one.
+
+        :param logits: (\\*draws, B, C), returned as they are.
+        """
+        batch = batch.to(logits.device)
         labelled = batch.labels is not None
         size = self.num_data if labelled else len(batch)
         rows = torch.arange(len(batch), device=logits.device)  # given, so that Pyro draws no subset
@@ -140,12 +146,20 @@ class ScalaBLModel(LoRAModel):
     ) -> None:
         super().__init__(adapter, num_data=num_data)
         prior = dist.Normal(0.0, 1.0) if prior is None else prior
-        if prior.event_shape or prior.support is not constraints.real:
+        reals = torch.tensor([-1e6, 0.0, 1e6], device=prior.sample().device)
+        support = cast(constraints.Constraint, prior.support)
+        if prior.event_shape or not support.check(reals).all():
             raise ValueError(
                 f"the prior is {prior} with event shape {tuple(prior.event_shape)} and support"
                 f" {prior.support}: expected a distribution of one real number"
             )
-        self.prior = _on(adapter.device, prior).expand(adapter.shape).to_event(2)
+        try:
+            self.prior = _on(adapter.device, prior).expand(adapter.shape).to_event(2)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the prior has batch shape {tuple(prior.batch_shape)}, which does not expand to"
+                f" (M, r) = {adapter.shape}"
+            ) from error
 
     @property
     def init_loc(self) -> Tensor:
@@ -164,12 +178,16 @@ class ScalaBLModel(LoRAModel):
         if logits.dim() > 2 and logits.shape[-3] == 1:
             # Vectorised particles keep a dimension of size 1 where the data plate goes.
             logits = logits.squeeze(-3)
-        return self._observe(batch, logits)
+        return self.observe(batch, logits)
 
 
 def _on(device: torch.device, prior: dist.TorchDistribution) -> dist.TorchDistribution:
-    """The prior with its parameters on ``device``, where one of them is not there yet."""
+    """The prior with its parameters on ``device``, where they are not there yet."""
     if prior.sample().device == device:
         return prior
     parameters = {name: getattr(prior, name).to(device) for name in prior.arg_constraints}
-    return type(prior)(**parameters)
+    try:
+        # The values were checked when the prior was built.
+        return type(prior)(**parameters, validate_args=False)
+    except TypeError as error:
+        raise ValueError(f"the prior {prior} is not on {device}: build it there") from error

@@ -61,7 +61,6 @@ class Predictor:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
-        batch = batch.to(self.adapter.device)
         if self.draws is None:
             return self.adapter(batch)[None] / self.temperature
         rows = math.prod(batch.inputs["input_ids"].shape[:-1])
@@ -85,7 +84,8 @@ def average(logits: Tensor) -> Tensor:
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
     """
-    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    # Rounding may leave a sure answer just above probability 1.
+    return (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
 
 
 def predict(

@@ -34,7 +34,6 @@ class Readout(ABC):
     """
 
     padding_side: ClassVar[str]
-    truncation_side: ClassVar[str]
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
 
@@ -80,7 +79,7 @@ class Readout(ABC):
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
                 too_long, longest = too_long + 1, max(longest, length)
-                rows = {name: [self._cut(row) for row in value] for name, value in rows.items()}
+                rows = self._truncate(record)
             examples.append(Example(rows, len(record.choices), record.label))
         if too_long:
             found = (
@@ -89,13 +88,12 @@ class Readout(ABC):
             )
             if not self.truncate:
                 raise DataError(f"{found}; shorten them, or set truncate=true to cut them")
-            log.warning("%s; cut on the %s", found, self.truncation_side)
+            log.warning("%s; the questions were cut", found)
         return Split(records, examples, self.collate)
 
-    def _cut(self, row: list[int]) -> list[int]:
-        if self.truncation_side == "left":
-            return row[-self.max_length :]
-        return row[: self.max_length]
+    @abstractmethod
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        """The rows of a record that is too long, cut to ``max_length``."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack B examples, padded to the longest."""
@@ -136,7 +134,6 @@ class LabelTokens(Readout):
     """
 
     padding_side = "left"
-    truncation_side = "left"  # the answer follows the prompt's end
     auto_class = "AutoModelForCausalLM"
 
     def __init__(
@@ -166,12 +163,11 @@ class LabelTokens(Readout):
         forms = {"space": " ", "plain": ""}
         if form is not None and form not in forms:
             raise ValueError(f"form is {form!r}: expected one of {list(forms)}")
-        before = self.tokenizer(anchor).input_ids
+        anchor = self._templated(anchor)
+        before = self._ids(anchor)
         pieces = {}
         for name in [form] if form else forms:
-            rows = [
-                self.tokenizer(anchor + forms[name] + word).input_ids for word in self.label_words
-            ]
+            rows = [self._ids(anchor + forms[name] + word) for word in self.label_words]
             added = [row[len(before) :] for row in rows if row[: len(before)] == before]
             if [len(ids) for ids in added] == [1] * len(rows):
                 ids = [ids[0] for ids in added]
@@ -184,17 +180,25 @@ class LabelTokens(Readout):
         )
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
-        text = self.prompt.render(record)
-        if self.chat:
-            message = [{"role": "user", "content": text}]
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, tokenize=False
-                )
-            )
-        # A chat template writes the special tokens itself.
-        ids = self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+        ids = self._ids(self._templated(self.prompt.render(record)))
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        # The end stays: the answer follows it.
+        rows = self._tokenize(record)
+        return {name: [row[-self.max_length :] for row in value] for name, value in rows.items()}
+
+    def _templated(self, text: str) -> str:
+        if not self.chat:
+            return text
+        message = [{"role": "user", "content": text}]
+        return str(
+            self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        return list(self.tokenizer(text, add_special_tokens=not self.chat).input_ids)
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         inputs = _left_padded(inputs)
@@ -209,11 +213,14 @@ class SequenceClassification(Readout):
     """A classification head on the text of the question, one class per choice."""
 
     padding_side = "right"
-    truncation_side = "right"
     auto_class = "AutoModelForSequenceClassification"
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        found = self.tokenizer(record.question, truncation=True, max_length=self.max_length)
+        return {name: [ids] for name, ids in found.items()}
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         return llm(**inputs).logits.float()
@@ -223,12 +230,22 @@ class MultipleChoice(Readout):
     """A score for each (question, choice) pair (``AutoModelForMultipleChoice``); rows (B, C, T)."""
 
     padding_side = "right"
-    truncation_side = "right"
     auto_class = "AutoModelForMultipleChoice"
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         questions = [record.question] * len(record.choices)
         return dict(self.tokenizer(questions, list(record.choices)).items())
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        # Of a pair, the question alone: a choice that is cut is no choice.
+        questions = [record.question] * len(record.choices)
+        found = self.tokenizer(
+            questions,
+            list(record.choices),
+            truncation="only_first",
+            max_length=self.max_length,
+        )
+        return dict(found.items())
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         # A missing choice is scored as a copy of the first one and masked afterwards.

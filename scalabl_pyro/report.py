@@ -92,7 +92,7 @@ def format_table(table: Mapping[str, Any]) -> str:
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             auroc = table["auroc_of_entropy"][name].get(split)
-            last = f"{auroc[0]:.3f} ± {auroc[1]:.3f}" if auroc else ""
+            last = _cell(auroc, 1, 3) if auroc else ""
             lines.append(f"{split:12s}{name:16s}{_cells(row[split])}{last:>16s}")
     for name, row in table.get(f"minus_{REFERENCE}", {}).items():
         for split, cells in row.items():
@@ -100,10 +100,17 @@ def format_table(table: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: Mapping[str, tuple[float, float]]) -> str:
-    percent = [f"{100 * row[m][0]:.1f} ± {100 * row[m][1]:.1f}" for m in ("acc", "ece")]
-    plain = [f"{row[m][0]:.3f} ± {row[m][1]:.3f}" for m in ("nll", "brier")]
+def _cells(row: Mapping[str, tuple[float, float | None]]) -> str:
+    percent = [_cell(row[m], 100, 1) for m in ("acc", "ece")]
+    plain = [_cell(row[m], 1, 3) for m in ("nll", "brier")]
     return f"{percent[0]:>14s}{percent[1]:>14s}{plain[0]:>18s}{plain[1]:>16s}"
+
+
+def _cell(value: tuple[float, float | None], unit: float, digits: int) -> str:
+    mean, error = value
+    return f"{unit * mean:.{digits}f}" + (
+        f" ± {unit * error:.{digits}f}" if error is not None else ""
+    )
 
 
 def _csv(table: Mapping[str, Any]) -> str:
@@ -116,10 +123,10 @@ def _csv(table: Mapping[str, Any]) -> str:
     return file.getvalue()
 
 
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
+def _mean(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error, which one value does not have."""
     x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(x.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return float(x.mean()), float(x.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def _auroc(run: Mapping[str, Predictions], split: str) -> float:

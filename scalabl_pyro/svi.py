@@ -42,7 +42,8 @@ class FitConfig:
     :param clip_norm: largest norm of the gradient of −ELBO/N.
     :param accumulation: minibatches in a step.
     :param kl: schedule of the KL weight.
-    :param eval_every: steps between two validations; 0 validates never.
+    :param eval_every: steps between two validations, of which the last is at the end; 0 validates
+        never.
     :param keep: which state to end with: the last, or the one with the best validation NLL.
     :raises ValueError: if a value is out of range.
     """
@@ -68,13 +69,16 @@ class FitConfig:
             "lr_guide": (0, math.inf),
             "weight_decay": (0, math.inf),
             "warmup": (0, 1),
-            "clip_norm": (0, math.inf),
             "accumulation": (1, math.inf),
             "eval_every": (0, math.inf),
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {low} to {high}")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
+            )
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay is {self.decay!r}: expected constant, linear or cosine")
         if self.keep not in ("last", "best"):
@@ -141,11 +145,14 @@ def fit(
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     adapter = model.adapter
     minibatches = train.minibatches(config.batch_size, seed=seed)
-    first = next(minibatches).to(adapter.device)
+    first = next(minibatches)
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():
             guide(first)  # Pyro's automatic guides make their parameters at the first call
-    trained = list(adapter.named_parameters().values())
+    # The model's own parameters: the adapter's, and any that a prior learns.
+    trained = list(
+        {id(p): p for p in (*adapter.named_parameters().values(), *model.parameters())}.values()
+    )
     inferred = list(guide.parameters()) if isinstance(guide, nn.Module) else []
     groups = [{"params": trained, "lr": config.lr, "weight_decay": config.weight_decay}]
     if inferred:
@@ -167,14 +174,13 @@ def fit(
             # Pyro's checks are worth their time once: shapes and supports do not change.
             with pyro.validation_enabled(step == 0), kl_weight(beta):
                 for _ in range(config.accumulation):
-                    batch = next(minibatches).to(adapter.device) if batch is None else batch
+                    batch = next(minibatches) if batch is None else batch
                     with _ObservedNLL() as observed:
                         loss += elbo.loss_and_grads(model, guide, batch) * per_example
                     nll += observed.mean() / config.accumulation
                     batch = None
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(per_example)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, per_example)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 good.restore()
@@ -185,8 +191,6 @@ def fit(
                     " the last good one; lower lr or lr_guide, or clip_norm"
                 )
             good.take()
-            optimizer.step()
-            optimizer.zero_grad()
             row: dict[str, float] = {
                 "step": step + 1,
                 "loss": loss,
@@ -195,12 +199,19 @@ def fit(
                 "kl_weight": beta,
                 "lr": config.learning_rate(step),
             }
+            optimizer.step()
+            optimizer.zero_grad()
             scheduler.step()
-            if validate is not None and config.eval_every and (step + 1) % config.eval_every == 0:
+            last = step + 1 == config.steps
+            if (
+                validate is not None
+                and config.eval_every
+                and (last or not (step + 1) % config.eval_every)
+            ):
                 adapter.eval()
                 row["validation_nll"] = validate()
                 adapter.train()
-                if row["validation_nll"] < best_nll:
+                if row["validation_nll"] < best_nll or math.isinf(best_nll):
                     best_nll, best_step = row["validation_nll"], step + 1
                     best.take()
             history.append(row)
@@ -236,24 +247,24 @@ class _Snapshot:
     """A copy of parameters that can be taken again and put back."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+        self._parameters: list[Tensor] = list(parameters)
         self._values = [copy.deepcopy(parameter.detach()) for parameter in parameters]
 
     @torch.no_grad()
     def take(self) -> None:
-        for value, parameter in zip(self._values, self._parameters, strict=True):
-            value.copy_(parameter)
+        torch._foreach_copy_(self._values, self._parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
-        for value, parameter in zip(self._values, self._parameters, strict=True):
-            parameter.copy_(value)
+        torch._foreach_copy_(self._parameters, self._values)
 
 
 @torch.no_grad()
 def _kl(model: LoRAModel, guide: Callable[..., Any], estimate: float) -> float:
     """KL(q‖p) in nats: in closed form where torch has it, else the loss's own estimate."""
-    if isinstance(model, ScalaBLModel) and isinstance(guide, AutoSubspace):
+    if not isinstance(model, ScalaBLModel):
+        return 0.0
+    if isinstance(guide, AutoSubspace):
         try:
             return float(torch.distributions.kl_divergence(guide.get_posterior(), model.prior))
         except NotImplementedError:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import fill_lora_B, lora, make_records, tiny_llama, whole
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
-from scalabl_pyro import LabelTokens, SubspaceAdapter
+from scalabl_pyro import AutoSubspaceNormal, LabelTokens, ScalaBLModel, SubspaceAdapter
 from scalabl_pyro.data import PROMPTS, Batch
 from scalabl_pyro.predict import average
 
@@ -118,6 +119,16 @@ def test_left_right_and_single_prompts_give_the_same_logits(tokenizer, architect
     torch.testing.assert_close(adapter(right, s), singles, atol=1e-5, rtol=1e-5)
 
 
+def test_a_forward_pass_that_failed_does_not_count(make_causal, records):
+    adapter = make_causal()
+    batch = whole(adapter.readout.encode(records))
+    with pytest.raises(IndexError):
+        adapter(
+            replace(batch, inputs={k: v + 99 for k, v in batch.inputs.items()}), adapter.init_loc
+        )
+    adapter(batch, adapter.init_loc)
+
+
 def test_missing_choices_are_masked_and_entropy_stays_finite(make_choice):
     adapter = make_choice()
     batch = whole(adapter.readout.encode(make_records(5, choices=3)))
@@ -155,7 +166,8 @@ def test_parameter_counts_of_qwen_on_the_meta_device(
     modules, parameters = expected
     assert adapter.shape == (modules, 8)
     assert adapter.num_parameters() == {"lora": parameters, "heads": 0}
-    assert 2 * modules * 8 == {57: 912, 129: 2064}[modules]
+    guide = AutoSubspaceNormal(ScalaBLModel(adapter, num_data=1))
+    assert sum(p.numel() for p in guide.parameters()) == {57: 912, 129: 2064}[modules]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from transformers import BertForSequenceClassification, BertModel
 from scalabl_pyro import Record, load_run, predict
 from scalabl_pyro.checkpoint import CheckpointError
 from scalabl_pyro.config import DataConfig, RunConfig, build
+from scalabl_pyro.data import read_folder
 from scalabl_pyro.loading import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS, ScalaBL
+from scalabl_pyro.report import load_predictions
 
 FAST = [
     "fit.steps=4",
@@ -125,11 +127,15 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
     model = shared / "models" / "stories260k"
     words = [f"model.name={model}", "data.root=obqa", "run_dir=out", *FAST]
     assert scalabl("train", *words) == 0
-    first, second = load_run("out"), load_run("out")
-    split = first.readout.encode(make_records(6))
-    logits = predict(first.predictor, split).logits
-    assert torch.equal(logits, predict(second.predictor, split).logits)
-    trained = json.loads(capsys.readouterr().out)["test"]
+    before = load_predictions(Path("out"))["test"].logits
+    loaded = load_run("out")
+    split = loaded.readout.encode(read_folder("obqa")["test"])
+    assert torch.equal(before, predict(loaded.predictor, split).logits)
+    words = ["input=obqa/test.jsonl", "output=o.jsonl", "progress=false"]
+    assert scalabl("predict", "run=out", *words) == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 20
+    capsys.readouterr()
+    trained = json.loads(Path("out/metrics.json").read_text())["test"]
     assert scalabl("evaluate", "run=out", "data.root=obqa", "progress=false") == 0
     assert json.loads(capsys.readouterr().out) == trained
 
@@ -243,6 +249,8 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
         "lora.targets=[query,value]",
     ]
     words += ["lora.heads=[classifier]", "data.path=texts.csv", "run_dir=out", *FAST]
+    assert scalabl("train", *words, "lora.heads=[]") == 1
+    assert "would stay random: train them whole" in capsys.readouterr().err
     assert scalabl("train", *words, "model.name=headed") == 1
     assert "has a head for 2 classes, but the data has 3" in capsys.readouterr().err
     assert scalabl("train", *words) == 0

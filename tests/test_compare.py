@@ -46,13 +46,19 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
     assert first.items() <= second.items()
     assert len(second) == len(first) + 2
 
+    write_jsonl(tmp_path / "data/test.jsonl", make_records(10))
+    assert compare("seeds=[0]", *methods) == 0
+    assert len(list((tmp_path / "out/runs").iterdir())) == len(second) + 4, "other data, other runs"
+    write_jsonl(tmp_path / "data/test.jsonl", make_records(9))
+    assert compare("seeds=[0,1]", *methods) == 0
+
     table = json.loads((tmp_path / "out/table.json").read_text())
     trials = {t["trial"]["fit"]["lr"]: t["validation_nll"] for t in table["trials"]["mle"]}
     assert table["chosen"]["mle"]["fit"]["lr"] == min(trials, key=trials.get)
     seeds = [
         json.loads((p / "metrics.json").read_text())["unseen"]["nll"]
         for p in sorted((tmp_path / "out/runs").iterdir())
-        if p.name.startswith("scalabl")
+        if p.name.startswith("scalabl") and p.name in second
     ]
     mean, error = table["metrics"]["scalabl"]["unseen"]["nll"]
     assert mean == pytest.approx(sum(seeds) / 2)
@@ -64,6 +70,20 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
         assert len(list(csv.DictReader(file))) == 2 * 2 * 4
     assert (tmp_path / "out/table.txt").read_text().strip() in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_a_comparison_without_a_test_split_is_refused_before_any_run(compare, tmp_path, capsys):
+    (tmp_path / "data/test.jsonl").unlink()
+    assert compare("seeds=[0]") == 1
+    assert "there is no split 'test'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named(compare, capsys):
+    assert compare("seeds=[0]", "lora.targets=[nowhere]") == 1
+    error = capsys.readouterr().err
+    assert "failed: target_modules ['nowhere'] match no module" in error
+    assert "finished runs are kept" in error
 
 
 def test_predictions_of_a_run_are_kept(compare, tmp_path):

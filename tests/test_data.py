@@ -137,6 +137,34 @@ def test_minibatches_cover_the_data_group_by_length_and_follow_the_seed(tokenize
     assert padded < sum(int((b.inputs["attention_mask"] == 0).sum()) for b in in_order)
 
 
+def test_no_example_is_left_out_for_its_length(tokenizer):
+    split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(15))
+    stream = split.minibatches(4, seed=0)
+    seen = [next(stream).inputs["attention_mask"].sum((1, 2)).tolist() for _ in range(60)]
+    longest = max(sum(map(sum, e.rows["attention_mask"])) for e in split)
+    assert longest in {tokens for batch in seen for tokens in batch}
+
+
+def test_a_pair_that_is_too_long_loses_its_question_not_its_choice(tokenizer):
+    record = Record("1", "the cat runs " * 20, ("red", "blue", "green"), 1)
+    readout = MultipleChoice(tokenizer, num_classes=3, max_length=16, truncate=True)
+    rows = readout.encode([record])[0].rows["input_ids"]
+    assert {len(row) for row in rows} == {16}
+    assert tokenizer.convert_ids_to_tokens([row[-1] for row in rows]) == ["red", "blue", "green"]
+
+
+def test_chat_prompts_find_label_words_after_the_template(tokenizer):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %} Answer :"
+    tokenizer.chat_template = template
+    readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
+    split = readout.encode([Record("1", "the cat", ("red", "blue"), 0)])
+    words = tokenizer.convert_ids_to_tokens(split[0].rows["input_ids"][0])
+    assert words[-2:] == ["Answer", ":"]
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
+
+
 def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     records = make_records(6)
     prompt = PROMPTS["letters"]
@@ -147,7 +175,7 @@ def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         split = cutting.encode(records)
     assert max(split.lengths) == 15
-    assert "cut on the left" in caplog.text
+    assert "questions were cut" in caplog.text
     ending = tokenizer("Answer:").input_ids
     assert all(example.rows["input_ids"][0][-2:] == ending for example in split)
 

@@ -8,21 +8,24 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import whole
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    init_to_value,
 )
 from pyro.poutine import trace
 
 from scalabl_pyro import (
     AutoSubspaceNormal,
+    FitConfig,
     LoRAModel,
     Projections,
     ScalaBLModel,
     draw,
+    fit,
     kl_weight,
 )
 from scalabl_pyro.guides import GUIDES, AutoSubspace
@@ -187,6 +190,29 @@ def test_no_frozen_parameter_is_a_pyro_site(model, split):
     assert sampled == {"s", "data", "label"} or sampled == {"s", "label"}
 
 
+def test_one_step_of_fit_is_one_llm_forward(model, split):
+    calls = []
+    model.adapter.peft_model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    config = FitConfig(steps=3, batch_size=4)
+    fit(model, AutoSubspaceNormal(model), split, config, progress=False)
+    assert len(calls) == 3
+
+
+def test_nuts_runs_on_the_same_model_and_predicts_alike(make_causal, records):
+    adapter = make_causal(targets=("lm_head",))
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    for parameter in adapter.named_parameters().values():
+        parameter.requires_grad_(False)
+    kernel = NUTS(model, init_strategy=init_to_value(values={"s": model.init_loc}))
+    mcmc = MCMC(kernel, num_samples=30, warmup_steps=30, disable_progbar=True)
+    mcmc.run(whole(split))
+    draws = mcmc.get_samples()["s"]
+    assert draws.shape == (30, *adapter.shape)
+    assert draws.std(0).min() > 0.1
+    assert Predictor(adapter, draws).logits(whole(split)).shape == (30, len(split), 4)
+
+
 @pytest.mark.parametrize("guide_kind", ["ours", "vectorised"])
 def test_one_step_is_one_llm_forward(model, split, guide_kind):
     calls = []
@@ -261,6 +287,16 @@ def test_module_local_params_are_required(make_causal):
     off = pyro.settings.context(module_local_params=False)
     with off, pytest.raises(RuntimeError, match="module_local_params=True"):
         LoRAModel(adapter, num_data=3)
+
+
+def test_priors_on_the_real_line_are_taken_whatever_their_class(make_causal):
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-1.0, 1.0]), 0.5)
+    )
+    model = ScalaBLModel(make_causal(), num_data=3, prior=mixture)
+    assert model.prior.event_shape == model.adapter.shape
+    with pytest.raises(ValueError, match="batch shape"):
+        ScalaBLModel(make_causal(), num_data=3, prior=dist.Normal(torch.zeros(3), 1.0))
 
 
 @pytest.mark.parametrize(

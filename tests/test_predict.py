@@ -50,6 +50,14 @@ def test_metrics_against_their_definitions():
     assert found["mutual_information"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("draws", [7, 47, 49])
+def test_sure_answers_do_not_round_above_one(draws):
+    logits = torch.zeros(draws, 2, 2)
+    logits[:, 0, 0] = 200.0
+    found = evaluate(logits, torch.tensor([0, 0]))
+    assert found["ece"] == pytest.approx(0.25, abs=1e-5)
+
+
 def test_mutual_information_is_the_disagreement_of_draws():
     sure = torch.tensor([[[50.0, 0.0]], [[0.0, 50.0]]])
     assert float(mutual_information(sure)) == pytest.approx(np.log(2), rel=1e-4)

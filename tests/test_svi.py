@@ -9,6 +9,7 @@ import torch
 from conftest import make_records, whole
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.nn import PyroParam
 
 from scalabl_pyro import (
     AutoSubspaceNormal,
@@ -217,6 +218,7 @@ def test_the_best_state_is_kept_when_asked(make_causal, records):
     assert result.best_step == 4
     kept = adapter.named_parameters().values()
     assert all(torch.equal(a, b) for a, b in zip(kept, states[1], strict=True))
+    assert math.isfinite(result.history[-1]["kl"])
     assert [row.get("validation_nll") for row in result.history] == [
         None,
         3.0,
@@ -225,6 +227,35 @@ def test_the_best_state_is_kept_when_asked(make_causal, records):
         None,
         2.0,
     ]
+
+
+def test_the_last_step_is_validated_whatever_the_interval(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    config = FitConfig(steps=5, batch_size=4, eval_every=10, keep="best")
+    before = {k: v.clone() for k, v in adapter.named_parameters().items()}
+    model = LoRAModel(adapter, num_data=12)
+    result = fit(model, no_guide, split, config, validate=lambda: 1.0, progress=False)
+    assert result.best_step == 5
+    assert not any(torch.equal(v, before[k]) for k, v in adapter.named_parameters().items())
+
+
+def test_what_a_prior_learns_is_trained_too(make_causal, records):
+    class LearnedScale(ScalaBLModel):
+        def __init__(self, adapter, **options):
+            super().__init__(adapter, **options)
+            self.tau = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+        def forward(self, batch):
+            self.projections()
+            s = pyro.sample("s", dist.Normal(0.0, self.tau).expand(self.adapter.shape).to_event(2))
+            return self.observe(batch, self.adapter(batch, s))
+
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = LearnedScale(adapter, num_data=len(split))
+    fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=5, lr=0.05), progress=False)
+    assert float(model.tau.detach()) != 1.0
 
 
 @pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
@@ -240,6 +271,7 @@ def test_kl_schedules_are_positive_rise_and_end_at_their_weight(shape):
     [
         ({"steps": 0}, "steps is 0"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"decay": "step"}, "decay is 'step'"),
         ({"keep": "first"}, "keep is 'first'"),
         ({"keep": "best"}, "eval_every is 0"),

@@ -118,10 +118,12 @@ class _LengthGroups(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         size, window = self.batch_size, 8 * self.batch_size
-        order = self.generator.sample(range(len(self.lengths)), len(self.lengths))
+        # What fills no batch is left out before sorting: at random, not the longest.
+        count = len(self.lengths) // size * size
+        order = self.generator.sample(range(len(self.lengths)), count)
         batches = []
         for start in range(0, len(order), window):
             near = sorted(order[start : start + window], key=self.lengths.__getitem__)
-            batches += [near[i : i + size] for i in range(0, len(near) - size + 1, size)]
+            batches += [near[i : i + size] for i in range(0, len(near), size)]
         self.generator.shuffle(batches)
         return iter(batches)
