@@ -9,19 +9,24 @@ from .adapter import SubspaceAdapter  # noqa: E402
 from .checkpoint import load_run, save_run  # noqa: E402
 from .data import Batch, DataError, Record, Split  # noqa: E402
 from .diagnostics import to_inference_data  # noqa: E402
+from .elbos import make_elbo  # noqa: E402
 from .guides import (  # noqa: E402
+    AutoSubspaceDelta,
     AutoSubspaceLowRankMultivariateNormal,
     AutoSubspaceMultivariateNormal,
     AutoSubspaceNormal,
+    make_guide,
 )
-from .kl import KLSchedule, kl_weight  # noqa: E402
+from .kl import KLBudget, KLSchedule, kl_weight  # noqa: E402
 from .metrics import entropy, evaluate, mutual_information  # noqa: E402
 from .model import LoRAModel, Projections, ScalaBLModel  # noqa: E402
 from .predict import Predictions, Predictor, average, draw, predict  # noqa: E402
+from .priors import make_prior  # noqa: E402
 from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
 from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
 
 __all__ = [
+    "AutoSubspaceDelta",
     "AutoSubspaceLowRankMultivariateNormal",
     "AutoSubspaceMultivariateNormal",
     "AutoSubspaceNormal",
@@ -29,6 +34,7 @@ __all__ = [
     "DataError",
     "FitConfig",
     "FitResult",
+    "KLBudget",
     "KLSchedule",
     "LabelTokens",
     "LoRAModel",
@@ -49,6 +55,9 @@ __all__ = [
     "fit",
     "kl_weight",
     "load_run",
+    "make_elbo",
+    "make_guide",
+    "make_prior",
     "mutual_information",
     "predict",
     "save_run",

@@ -7,9 +7,11 @@ The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its ou
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -19,12 +21,14 @@ from peft.tuners.lora.layer import Embedding, MultiheadAttention, _ConvNd
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data import Batch
+from .data import Batch, Split
 from .readout import Readout
+from .trunk import Trunk
 
-__all__ = ["SubspaceAdapter"]
+__all__ = ["PROJECTIONS", "SubspaceAdapter"]
 
 _NAME = "default"
+PROJECTIONS = ("free", "unit", "frozen_v", "fixed")
 
 
 class SubspaceAdapter:
@@ -35,13 +39,27 @@ class SubspaceAdapter:
     :attr:`init_loc` holds σ, so that s = σ computes what the LoRA layer did. With ``svd=False`` the
     layers stay plain LoRA, and s = 1 (or ``None``) leaves them alone.
 
+    What is trained beside s is the choice of ``projections``:
+
+    * ``free``: V, B and heads;
+    * ``unit``: the same, but V acts with rows of unit norm, which identifies the scale of s;
+    * ``frozen_v``: B and heads, while V stays where it starts;
+    * ``fixed``: nothing, for inference on s alone.
+
     :param llm: any Hugging Face model; it is changed in place, as ``peft.get_peft_model`` does.
     :param lora: rank, scaling α and target modules; layers must call ``lora_B(lora_A(x))``.
     :param readout: turns the model's output into C logits.
+    :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from. In the
+        subspace form its update B·A = U·diag(σ)·V becomes B = U·diag(σ), V and s = 1, which
+        computes the same.
     :param svd: whether to bring the layers to the subspace form.
+    :param projections: what is trained, as above.
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
     :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
-    :raises ValueError: if a target matches no module, or what PEFT builds would bypass the hook.
+    :param share_trunk: run the blocks below the first random vector once for all draws, which
+        computes the same (see :class:`~scalabl_pyro.trunk.Trunk`).
+    :raises ValueError: if a target matches no module, what PEFT builds would bypass the hook, or
+        ``start`` does not fit the model.
     """
 
     def __init__(
@@ -50,13 +68,21 @@ class SubspaceAdapter:
         lora: LoraConfig,
         readout: Readout,
         *,
+        start: str | Path | None = None,
         svd: bool = True,
+        projections: str = "free",
         base_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        share_trunk: bool = True,
     ) -> None:
         _check_config(llm, lora)
+        if projections not in PROJECTIONS:
+            raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
         self.readout = readout
-        self.peft_model: PeftModel = get_peft_model(llm, lora)
+        self.trained = start is not None
+        self.peft_model = (
+            get_peft_model(llm, lora) if start is None else _load_trained(llm, lora, start)
+        )
         self.layers: dict[str, LoraLayer] = {
             name.removeprefix("base_model.model."): module
             for name, module in self.peft_model.named_modules()
@@ -73,13 +99,29 @@ class SubspaceAdapter:
             A.register_forward_hook(self._scale_by(index))
         self._hold_float32_heads()
         self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
+        self.trunk = Trunk(self._llm, self.module_names)
+        self._share_trunk = share_trunk
         self._base_dropout = base_dropout
         self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointed = gradient_checkpointing
         if gradient_checkpointing:
             self._enable_checkpointing()
         self.peft_model.eval()
-        self._init_loc = self._decompose() if svd else torch.ones(self.shape, device=self.device)
+        self._stored = {
+            name: parameter
+            for name, parameter in self.peft_model.named_parameters()
+            if parameter.requires_grad
+        }
+        self._unit = projections == "unit"
+        frozen = {"frozen_v": self._A, "fixed": self.peft_model.modules()}.get(projections, ())
+        for module in frozen:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self._init_loc = torch.ones(self.shape, device=self.device)
+        if svd and start is None:
+            self._init_loc = self._decompose()
+        elif svd:
+            self._decompose_product()
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -102,13 +144,21 @@ class SubspaceAdapter:
     def device(self) -> torch.device:
         return self._A[0].weight.device
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every tensor that is trained: the projections A (or V) and B, and any head, by name."""
+    def state(self) -> dict[str, nn.Parameter]:
+        """The projections A (or V) and B, and any head, by name, trained or not."""
         return {
             name.removeprefix("base_model.model."): parameter
-            for name, parameter in self.peft_model.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in self._stored.items()
         }
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of :meth:`state` that are trained."""
+        return {name: p for name, p in self.state().items() if p.requires_grad}
+
+    @property
+    def B(self) -> list[nn.Parameter]:
+        """The M matrices B, (d_out, r) each."""
+        return [B.weight for B in self._B]
 
     def num_parameters(self) -> dict[str, int]:
         """How many numbers are trained, in the LoRA projections and in heads apart."""
@@ -142,11 +192,13 @@ class SubspaceAdapter:
         :param s: (M, r).
         """
         kept = [A.weight.clone() for A in self._A]
-        for A, scale in zip(self._A, s, strict=True):
+        for A, scale in zip(self._A, self._effective(s), strict=True):
             A.weight.mul_(scale[:, None].to(A.weight))
+        bound, self._s = self._s, None
         try:
             yield self.peft_model
         finally:
+            self._s = bound
             for A, weight in zip(self._A, kept, strict=True):
                 A.weight.copy_(weight)
 
@@ -155,26 +207,34 @@ class SubspaceAdapter:
         found = hashlib.sha256()
         for name, parameter in self.peft_model.named_parameters():
             # A head's untrained original is random, and of no effect.
-            if not (parameter.requires_grad or ".original_module." in name):
+            if not (name in self._stored or ".original_module." in name):
                 values = parameter.detach().flatten()[:64].float().cpu().tolist()
                 found.update(f"{name} {tuple(parameter.shape)} {values}".encode())
         return found.hexdigest()
 
     # ------------------------------------------------------------------ forward
 
-    def __call__(self, batch: Batch, s: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, batch: Batch, s: Tensor | None = None, *, per_example: bool = False
+    ) -> Tensor:
         """Logits of a batch, for each draw of s.
 
         :param batch: B examples, moved to the adapter's device if need be.
-        :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is plain LoRA.
-        :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist.
+        :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
+        :param per_example: s is (B, M, r), one for each example, and the logits are (B, C).
+        :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist. A readout may put
+            further dimensions before C.
         :raises ValueError: if s has another shape.
 
         s stays bound until the next call, for a checkpointed backward pass runs the model again.
         """
         draws = self._bind(s)
+        if per_example:
+            if tuple(draws) != (len(batch),):
+                raise ValueError(f"there are {tuple(draws)} draws of s for {len(batch)} examples")
+            draws = torch.Size()  # the batch's own rows, which are not repeated
         batch = batch.to(self.device)
-        inputs = batch.inputs
+        inputs, hidden = self.trunk.take(batch.inputs)
         if draws.numel() > 1:
             # (S·B, ...), draw-major
             inputs = {k: v.repeat(draws.numel(), *[1] * (v.dim() - 1)) for k, v in inputs.items()}
@@ -182,28 +242,87 @@ class SubspaceAdapter:
             self._check_checkpointing()
         if self._fired is not None:
             self._fired = [0] * len(self.layers)
-        logits = self.readout(self._llm, inputs)  # (S·B, C)
+        with self._trunk_of(hidden, s, draws, math.prod(inputs["input_ids"].shape[:-1])):
+            logits = self.readout(self._llm, inputs)  # (S·B, C)
         if self._fired is not None and s is not None:
             self._check_fired()
-        if logits.shape != (draws.numel() * len(batch), self.readout.num_classes):
-            raise ValueError(
-                f"the readout returned {tuple(logits.shape)}: expected"
-                f" {(draws.numel() * len(batch), self.readout.num_classes)}"
-            )
-        logits = logits.view(*draws, len(batch), -1)
+        expected = (draws.numel() * len(batch), self.readout.num_classes)
+        if (logits.shape[0], logits.shape[-1]) != expected:
+            raise ValueError(f"the readout returned {tuple(logits.shape)}: expected {expected}")
+        logits = logits.unflatten(0, (*draws, len(batch)))
         return logits.masked_fill(~batch.choices, float("-inf"))
 
+    @contextmanager
+    def bound(self, s: Tensor | None) -> Iterator[PreTrainedModel]:
+        """The language model with s bound, for as many forward passes as the context holds.
+
+        :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
+        :raises ValueError: if s has another shape.
+        """
+        with self._rebound(self._s):
+            self._bind(s)
+            yield self._llm
+
+    def cache_trunk(self, split: Split, *, batch_size: int = 64) -> Split:
+        """The same split, with the trunk computed once: whatever is then run on it, a fit, a chain
+        or a prediction, runs the blocks from the first adapted one on, with the same result.
+
+        Hidden states stay in memory on the CPU: a vector for each token of each row.
+
+        :param batch_size: B of a forward pass.
+        :raises ValueError: if the adapter has no trunk, the trunk holds something that is trained,
+            or ``base_dropout`` is on.
+        """
+        if self._base_dropout:
+            raise ValueError(
+                "base_dropout is on, and draws new masks in every pass: the trunk's output cannot"
+                " be kept; set base_dropout=False"
+            )
+
+        def run(batch: Batch) -> Tensor:
+            return self.readout(self._llm, batch.to(self.device).inputs)
+
+        return self.trunk.cache(split, run, batch_size=batch_size)
+
+    def _trunk_of(
+        self, hidden: Tensor | None, s: Tensor | None, draws: torch.Size, rows: int
+    ) -> AbstractContextManager[None]:
+        """How the blocks below the first random vector run in one forward pass."""
+        S = draws.numel()
+        if hidden is not None:
+            return self.trunk.replaced(hidden, draws=S)
+        dropout = self._base_dropout and self.peft_model.training  # a mask for each draw
+        if s is None or S == 1 or dropout or not self._share_trunk:
+            return nullcontext()
+        depth = self.trunk.depth_for(s.reshape(-1, *self.shape))
+        if not depth:
+            return nullcontext()
+        # In the trunk there are the rows of one draw only.
+        self._s = tuple(
+            values[:1] if block < depth else values
+            for values, block in zip(self._s or (), self.trunk.block_of, strict=True)
+        )
+        return self.trunk.shared(depth, rows=rows, draws=S)
+
     def _bind(self, s: Tensor | None) -> torch.Size:
-        if s is None:
+        if s is None and not self._unit:
             self._s = None
             return torch.Size()
+        if s is None:
+            s = torch.ones(self.shape, device=self.device)
         if s.shape[-2:] != self.shape:
             raise ValueError(
                 f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
                 f" (*draws, {self.shape[0]}, {self.shape[1]})"
             )
-        self._s = s.reshape(-1, *self.shape).unbind(1)  # M of (S, r)
+        self._s = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
         return s.shape[:-2]
+
+    def _effective(self, s: Tensor) -> Tensor:
+        """The s that multiplies V's rows as they are stored."""
+        if not self._unit:
+            return s
+        return s / torch.stack([torch.linalg.vector_norm(A.weight, dim=1) for A in self._A])
 
     def _scale_by(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -267,6 +386,26 @@ class SubspaceAdapter:
             values.append(sigma.to(self.device))
         return torch.stack(values)
 
+    @torch.no_grad()
+    def _decompose_product(self) -> None:
+        """B·A = U·diag(σ)·V; V takes the place of A, U·diag(σ) that of B."""
+        for A, B in zip(self._A, self._B, strict=True):
+            Q_B, R_B = torch.linalg.qr(B.weight.double())  # (d_out, r), (r, r)
+            Q_A, R_A = torch.linalg.qr(A.weight.double().mT)  # (d_in, r), (r, r)
+            U, sigma, V = torch.linalg.svd(R_B @ R_A.mT)
+            A.weight.copy_(V @ Q_A.mT)
+            B.weight.copy_(Q_B @ U * sigma)
+
+    @torch.no_grad()
+    def move_start(self, loc: Tensor) -> None:
+        """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
+
+        :param loc: (M, r), nowhere 0.
+        """
+        for B, scale in zip(self._B, self._init_loc / loc, strict=True):
+            B.weight.mul_(scale)
+        self._init_loc = loc.to(self._init_loc)
+
     # ------------------------------------------------------------------ gradient checkpointing
 
     def _enable_checkpointing(self) -> None:
@@ -290,6 +429,17 @@ class SubspaceAdapter:
                 "gradient checkpointing was switched on from outside and would recompute with"
                 " another s, silently; pass gradient_checkpointing=True to SubspaceAdapter instead"
             )
+
+
+def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:
+    lora.inference_mode = False
+    try:
+        return PeftModel.from_pretrained(llm, str(start), config=lora, is_trainable=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the adapter {start} does not fit {type(llm).__name__}: {error}; load the base model"
+            " that it was trained on"
+        ) from error
 
 
 def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:

@@ -1,8 +1,8 @@
 """Run folders: what a trained method leaves on disk, and how it is read again.
 
 * ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in
-* ``projections.safetensors`` A (or V), B and heads; ``posterior.safetensors`` the guide's
-  parameters and the bank of draws ``s`` (S, M, r)
+* ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
+  guide's parameters and the bank of draws ``s`` (S, M, r)
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
 * ``metrics.json``, ``history.csv``, ``environment.json``
@@ -16,7 +16,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def save_run(
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
-    save_file(_tensors(adapter.named_parameters()), part / "projections.safetensors")
+    save_file(_tensors(adapter.state()), part / "projections.safetensors")
     posterior = {f"guide.{name}": value for name, value in guide_state.items()}
     if draws is not None:
         posterior["s"] = draws
@@ -139,9 +139,14 @@ def load_run(folder: str | Path) -> Run:
     info["classes"]["words"] = tuple(info["classes"]["words"])
     classes = Classes(**info["classes"])
     method = config.make_method()
-    # What was decomposed before saving comes with the projections.
+    # What was decomposed before saving comes with the projections; the adapter that training
+    # started from may be gone, and what was saved has the same layers.
+    start = str(folder / "adapter") if config.lora.start is not None else None
     adapter = make_adapter(
-        config.model, config.lora, load_readout(config.model, classes), svd=False
+        config.model,
+        replace(config.lora, start=start),
+        load_readout(config.model, classes),
+        svd=False,
     )
     if list(adapter.module_names) != info["modules"]:
         raise CheckpointError(
@@ -153,7 +158,7 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
             " model.name in its config.yaml to the model it was trained on"
         )
-    _load_into(adapter.named_parameters(), _load_tensors(folder / "projections.safetensors"))
+    _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
     model = method.make_model(adapter, num_data=info["num_data"])
     guide = method.make_guide(model)
     draws = None

@@ -1,4 +1,4 @@
-"""The weight β of the KL term: an effect handler that applies it, and schedules that anneal it."""
+"""The weight β of the KL term: a handler that applies it, a schedule, and a budget in nats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 
-__all__ = ["KLSchedule", "kl_weight"]
+__all__ = ["KLBudget", "KLSchedule", "kl_weight"]
 
 
 class kl_weight(Messenger):
@@ -49,15 +49,20 @@ class KLSchedule:
 
     with u = min(1, (t + 1) / (fraction · T)).
 
+    With a ``budget`` of C nats, :class:`KLBudget` adapts the weight on top, so that training ends
+    at KL(q‖p) = C whatever the number of steps; the schedule then only gives the start.
+
     :param weight: the final β > 0; 1 ends at the ELBO.
     :param shape: how β rises.
     :param fraction: share of the steps during which it rises, in (0, 1].
+    :param budget: C > 0 in nats; no budget if left out.
     :raises ValueError: if a value is out of range.
     """
 
     weight: float = 1.0
     shape: str = "linear"
     fraction: float = 0.2
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         kl_weight(self.weight)
@@ -65,6 +70,8 @@ class KLSchedule:
             raise ValueError(f"shape is {self.shape!r}: expected constant, linear or cosine")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction!r}: expected a number in (0, 1]")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget is {self.budget!r}: expected a number of nats above 0")
 
     def __call__(self, step: int, steps: int) -> float:
         """β at 0-based ``step`` of ``steps``, above 0."""
@@ -74,3 +81,29 @@ class KLSchedule:
         if self.shape == "cosine":
             return self.weight * (1 - math.cos(math.pi * u)) / 2
         return self.weight
+
+
+class KLBudget:
+    r"""Minimise −E_q[log p(y | x, s)] subject to KL(q‖p) = C, by adapting a factor on β.
+
+    .. math:: \log λ_t = 2 e_t + I_t, \quad I_{t+1} = I_t + e_t / 50, \quad
+              e_t = \mathrm{clip}(\log(KL_t / C), -2, 2)
+
+    The factor λ on β rises while the guide spends more than C nats and falls while it spends less:
+    dual ascent on the Lagrangian (Rezende & Viola 2018, arXiv 1810.00597), with a proportional term
+    that keeps it from swinging (Shao et al. 2020, arXiv 2004.05988). At the end the guide minimises
+    the tempered objective whose weight happens to be λβ.
+
+    :param nats: C > 0.
+    """
+
+    def __init__(self, nats: float) -> None:
+        self.nats = nats
+        self.integral = 0.0
+        self.factor = 1.0
+
+    def update(self, kl: float) -> None:
+        """Take the KL(q‖p) of a step, in nats."""
+        excess = min(2.0, max(-2.0, math.log(max(kl, 1e-12) / self.nats)))
+        self.integral += excess / 50
+        self.factor = math.exp(2 * excess + self.integral)

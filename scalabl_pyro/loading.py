@@ -11,9 +11,17 @@ import torch
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import is_bitsandbytes_available
 
-from .adapter import SubspaceAdapter
+from .adapter import PROJECTIONS, SubspaceAdapter
 from .data import PROMPTS, Record
 from .readout import READOUTS, LabelTokens, Readout
 from .tiny import model_path
@@ -28,7 +36,13 @@ class ModelConfig:
     :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
     :param readout: ``label_tokens``, ``sequence_classification`` or ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
+    :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
+        quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,
+        arXiv 2208.07339). Embeddings, the output layer and heads stay in ``dtype``, in which 4-bit
+        layers compute; 8-bit layers round their inputs too, batch by batch.
     :param device: ``auto`` takes a GPU if there is one.
+    :param device_map: spreads the layers over several GPUs instead: ``auto``, ``balanced``,
+        ``balanced_low_0`` or ``sequential``.
     :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
     :param revision: branch, tag or commit on the Hub.
     :param prompt: for label tokens, a name in ``PROMPTS``.
@@ -40,7 +54,9 @@ class ModelConfig:
     name: str
     readout: str = "label_tokens"
     dtype: str = "float32"
+    quantization: str | None = None
     device: str = "auto"
+    device_map: str | None = None
     attention: str | None = None
     revision: str = "main"
     prompt: str = "letters"
@@ -51,6 +67,8 @@ class ModelConfig:
         allowed = {
             "readout": sorted(READOUTS),
             "dtype": ["float32", "bfloat16", "float16"],
+            "quantization": [None, "4bit", "8bit"],
+            "device_map": [None, "auto", "balanced", "balanced_low_0", "sequential"],
             "prompt": sorted(PROMPTS),
         }
         for name, values in allowed.items():
@@ -62,6 +80,11 @@ class ModelConfig:
 class AdapterConfig:
     """LoRA: rank r, scaling α, target modules, dropout, and heads that are trained whole.
 
+    :param layers: indices of the blocks to adapt; all of them if empty.
+    :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
+        scaling, targets, dropout, layers and heads are then its own.
+    :param projections: what is trained beside s: ``free``, ``unit``, ``frozen_v`` or ``fixed`` (see
+        :class:`SubspaceAdapter`).
     :param base_dropout: also train with the base model's own dropout.
     :raises ValueError: if a value is out of range.
     """
@@ -71,24 +94,35 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
     dropout: float = 0.0
     heads: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    start: str | None = None
+    projections: str = "free"
     base_dropout: bool = False
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "layers", tuple(self.layers))
         if self.r < 1:
             raise ValueError(f"r is {self.r}: expected a rank of 1 or more")
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}: expected a number above 0")
+        if self.projections not in PROJECTIONS:
+            raise ValueError(
+                f"projections is {self.projections!r}: expected one of {list(PROJECTIONS)}"
+            )
 
     def lora(self) -> LoraConfig:
-        """The same as PEFT's configuration."""
+        """The same as PEFT's configuration, or that of the adapter to start from."""
+        if self.start is not None:
+            return LoraConfig.from_pretrained(self.start)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             target_modules=list(self.targets),
             lora_dropout=self.dropout,
+            layers_to_transform=list(self.layers) or None,
             modules_to_save=list(self.heads) or None,
         )
 
@@ -149,9 +183,16 @@ def load_llm(
 
     :raises FileNotFoundError: if the model cannot be found.
     :raises ValueError: if it has a trained head for another number of classes, or lacks weights
-        that nothing would train.
+        that nothing would train; or if quantisation is asked for without bitsandbytes.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    auto_class = getattr(transformers, readout.auto_class)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "device_map": config.device_map or {"": _device(config)},
+    }
+    if config.quantization is not None:
+        skeleton = load_skeleton(config, auto_class)
+        options["quantization_config"] = _quantization(config, unquantized(skeleton, heads))
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     if config.readout == "sequence_classification":
@@ -166,7 +207,6 @@ def load_llm(
                 f" {readout.num_classes}: use its base model without a head"
             )
         options["num_labels"] = readout.num_classes
-    auto_class = getattr(transformers, readout.auto_class)
     llm, found = _load(config, auto_class, output_loading_info=True, **options)
     untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
     if untrained:
@@ -175,23 +215,69 @@ def load_llm(
             " train them whole, as in lora.heads=[classifier]"
         )
     llm.config.pad_token_id = readout.tokenizer.pad_token_id
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return llm.to(device)
+    for module in llm.modules():
+        # On CPUs with bfloat16 instructions, bitsandbytes would repack 4-bit weights at the first
+        # prediction: rounded anew, and no gradient would pass them any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return llm
+
+
+def load_skeleton(config: ModelConfig, auto_class: Any, **options: Any) -> PreTrainedModel:
+    """The model without its weights, on the meta device: nothing but its config.json is read.
+
+    :param options: replace entries of config.json.
+    """
+    with torch.device("meta"):
+        return auto_class.from_config(
+            _load(config, AutoConfig, **options),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+        )
+
+
+def unquantized(llm: PreTrainedModel, heads: Sequence[str]) -> list[str]:
+    """The modules that quantisation leaves alone: the output layer, what is tied to it, heads."""
+    return [*get_keys_to_not_convert(llm), *heads]
 
 
 def make_adapter(
     config: ModelConfig, adapter: AdapterConfig, readout: Readout, *, svd: bool
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model."""
+    lora = adapter.lora()
     return SubspaceAdapter(
-        load_llm(config, readout, heads=adapter.heads),
-        adapter.lora(),
+        load_llm(config, readout, heads=lora.modules_to_save or ()),
+        lora,
         readout,
+        start=adapter.start,
         svd=svd,
+        projections=adapter.projections,
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,
+    )
+
+
+def _device(config: ModelConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise ValueError(
+            f"quantization is {config.quantization!r}, which needs bitsandbytes: run pip install"
+            " bitsandbytes, or set quantization=null"
+        )
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=skip,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
 )
 
 from .predict import average
 
-__all__ = ["entropy", "evaluate", "mutual_information"]
+__all__ = ["auroc", "entropy", "evaluate", "mutual_information"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -23,6 +24,17 @@ def mutual_information(logits: Tensor) -> Tensor:
     """H[p̄] − mean_k H[p_k] ≥ 0 in nats, (N,) from (S, N, C): how far the draws disagree."""
     each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
     return (entropy(logits) - each).clamp(min=0)
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve of a score ≥ 0 for telling the positive examples, ties at one half.
+
+    :param scores: (N,), such as :func:`entropy`.
+    :param positive: (N,), such as whether the answer was wrong.
+    """
+    # torchmetrics takes scores outside [0, 1] for logits; only their order counts.
+    top = scores.max().clamp(min=torch.finfo(scores.dtype).tiny)
+    return float(binary_auroc(scores / top, positive.long()))
 
 
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
+from pyro.distributions import TorchDistribution, constraints
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from torch.distributions import biject_to
 
 from .adapter import SubspaceAdapter
 from .data import Batch
+from .priors import FixedPrior, Prior
 
 __all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
 
@@ -133,8 +134,13 @@ class ScalaBLModel(LoRAModel):
 
     :param adapter: in the subspace form.
     :param num_data: N.
-    :param prior: distribution of one coordinate, with a batch shape that expands to (M, r).
-    :raises ValueError: if the prior is not on the whole real line, or of another shape.
+    :param prior: distribution of one coordinate, with a batch shape that expands to (M, r), or a
+        :class:`~scalabl_pyro.priors.Prior`; a standard normal if left out. Where the adapter's
+        start lies outside its support, the start moves inside, and B with it, so that the same is
+        computed there.
+    :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
+        density joins the objective; none if left out.
+    :raises ValueError: if the prior is of another shape, or ``scale_B`` not above 0.
     """
 
     def __init__(
@@ -142,24 +148,24 @@ class ScalaBLModel(LoRAModel):
         adapter: SubspaceAdapter,
         *,
         num_data: int,
-        prior: dist.TorchDistribution | None = None,
+        prior: TorchDistribution | Prior | None = None,
+        scale_B: float | None = None,
     ) -> None:
         super().__init__(adapter, num_data=num_data)
-        prior = dist.Normal(0.0, 1.0) if prior is None else prior
-        reals = torch.tensor([-1e6, 0.0, 1e6], device=prior.sample().device)
-        support = cast(constraints.Constraint, prior.support)
-        if prior.event_shape or not support.check(reals).all():
-            raise ValueError(
-                f"the prior is {prior} with event shape {tuple(prior.event_shape)} and support"
-                f" {prior.support}: expected a distribution of one real number"
-            )
-        try:
-            self.prior = _on(adapter.device, prior).expand(adapter.shape).to_event(2)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the prior has batch shape {tuple(prior.batch_shape)}, which does not expand to"
-                f" (M, r) = {adapter.shape}"
-            ) from error
+        if prior is None:
+            prior = dist.Normal(0.0, 1.0)
+        if not isinstance(prior, Prior):
+            prior = FixedPrior(adapter.shape, prior)
+            prior.to_device(adapter.device)
+        if prior.shape != adapter.shape:
+            raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
+        if scale_B is not None and not scale_B > 0:
+            raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
+        self.prior = prior.to(adapter.device)
+        self.scale_B = scale_B
+        real = prior.support is constraints.real
+        if not (real or prior.support.check(adapter.init_loc).all()):
+            adapter.move_start(biject_to(prior.support)(torch.zeros_like(adapter.init_loc)))
 
     @property
     def init_loc(self) -> Tensor:
@@ -173,21 +179,12 @@ class ScalaBLModel(LoRAModel):
     def forward(self, batch: Batch) -> Tensor:
         """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""
         self.projections()
-        s = pyro.sample("s", self.prior)  # (*draws, M, r)
+        s = pyro.sample("s", self.prior())  # (*draws, M, r)
+        if self.scale_B is not None:
+            log_p = sum(dist.Normal(0.0, self.scale_B).log_prob(B).sum() for B in self.adapter.B)
+            pyro.factor("prior_B", log_p)
         logits = self.adapter(batch, s)  # (*draws, B, C)
-        if logits.dim() > 2 and logits.shape[-3] == 1:
+        if s.dim() > 2 and s.shape[-3] == 1:
             # Vectorised particles keep a dimension of size 1 where the data plate goes.
-            logits = logits.squeeze(-3)
+            logits = logits.squeeze(s.dim() - 3)
         return self.observe(batch, logits)
-
-
-def _on(device: torch.device, prior: dist.TorchDistribution) -> dist.TorchDistribution:
-    """The prior with its parameters on ``device``, where they are not there yet."""
-    if prior.sample().device == device:
-        return prior
-    parameters = {name: getattr(prior, name).to(device) for name in prior.arg_constraints}
-    try:
-        # The values were checked when the prior was built.
-        return type(prior)(**parameters, validate_args=False)
-    except TypeError as error:
-        raise ValueError(f"the prior {prior} is not on {device}: build it there") from error

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torchmetrics.functional.classification import binary_auroc
 
 from .files import write_whole
-from .metrics import entropy
+from .metrics import auroc, entropy
 from .plots import plot_comparison
 from .predict import Predictions
 
@@ -131,9 +130,4 @@ def _mean(values: list[float]) -> tuple[float, float | None]:
 
 def _auroc(run: Mapping[str, Predictions], split: str) -> float:
     known, other = entropy(run["test"].logits), entropy(run[split].logits)
-    target = torch.cat([torch.zeros(len(known)), torch.ones(len(other))]).long()
-    # Ranks only, since torchmetrics takes scores outside [0, 1] for logits.
-    scores = torch.cat([known, other]) / torch.log(
-        torch.tensor(float(run["test"].logits.shape[-1]))
-    )
-    return float(binary_auroc(scores.clamp(0, 1), target))
+    return auroc(torch.cat([known, other]), torch.arange(len(known) + len(other)) >= len(known))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Batch, Split
 from .guides import AutoSubspace
-from .kl import KLSchedule, kl_weight
+from .kl import KLBudget, KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
 
 __all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
@@ -136,7 +138,8 @@ def fit(
     :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
     :raises NonFiniteLossError: if the loss or the gradient is not finite.
-    :raises ValueError: if an example has no label, or validation is asked for without ``validate``.
+    :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
+        the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
     """
     if train.labels is None:
         raise ValueError("training needs a label in every record")
@@ -149,17 +152,19 @@ def fit(
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():
             guide(first)  # Pyro's automatic guides make their parameters at the first call
-    # The model's own parameters: the adapter's, and any that a prior learns.
-    trained = list(
-        {id(p): p for p in (*adapter.named_parameters().values(), *model.parameters())}.values()
-    )
-    inferred = list(guide.parameters()) if isinstance(guide, nn.Module) else []
-    groups = [{"params": trained, "lr": config.lr, "weight_decay": config.weight_decay}]
-    if inferred:
-        groups.append({"params": inferred, "lr": config.lr_guide, "weight_decay": 0.0})
+    trained = list(adapter.named_parameters().values())
+    # A prior's own parameters are variational ones: they move with the guide's.
+    known = {id(parameter) for parameter in trained}
+    inferred = [p for p in model.parameters() if id(p) not in known]
+    inferred += list(guide.parameters()) if isinstance(guide, nn.Module) else []
+    groups = [
+        {"params": trained, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": inferred, "lr": config.lr_guide, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate)
     parameters = [*trained, *inferred]
+    budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
     good = _Snapshot(parameters)
     best, best_nll, best_step = _Snapshot(parameters), math.inf, config.steps
     history: list[dict[str, float]] = []
@@ -169,10 +174,11 @@ def fit(
     adapter.train()
     with model.projections.one_site(), tqdm(total=config.steps, disable=not progress) as bar:
         for step in range(config.steps):
-            beta = config.kl(step, config.steps)
+            beta = config.kl(step, config.steps) * (budget.factor if budget else 1.0)
             loss, nll = 0.0, 0.0
-            # Pyro's checks are worth their time once: shapes and supports do not change.
-            with pyro.validation_enabled(step == 0), kl_weight(beta):
+            first_step = _Sites(parameters) if step == 0 else nullcontext()
+            # Checks are worth their time once: sites, shapes and supports do not change.
+            with pyro.validation_enabled(step == 0), first_step, kl_weight(beta):
                 for _ in range(config.accumulation):
                     batch = next(minibatches) if batch is None else batch
                     with _ObservedNLL() as observed:
@@ -199,6 +205,8 @@ def fit(
                 "kl_weight": beta,
                 "lr": config.learning_rate(step),
             }
+            if budget:
+                budget.update(row["kl"])
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -234,7 +242,8 @@ class _ObservedNLL(Messenger):
         self._terms: list[Tensor] = []
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if msg["is_observed"]:
+        # In the data plate: a factor outside it is no likelihood.
+        if msg["is_observed"] and msg["cond_indep_stack"]:
             distribution: Any = msg["fn"]
             self._terms.append(distribution.log_prob(msg["value"]).detach().mean())
 
@@ -259,14 +268,45 @@ class _Snapshot:
         torch._foreach_copy_(self._parameters, self._values)
 
 
+class _Sites(Messenger):
+    """Refuses sites that training would pass over: uncovered latents, and unknown parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._known = {id(parameter) for parameter in parameters}
+        self._seen: dict[str, int] = {}
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        auxiliary = msg["infer"].get("is_auxiliary")  # a guide's own, as in Pyro's joint guides
+        if not (msg["is_observed"] or auxiliary or site_is_subsample(msg)):
+            self._seen[msg["name"]] = self._seen.get(msg["name"], 0) + 1
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        value: Any = msg["value"]
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if id(leaf) not in self._known:
+            raise ValueError(
+                f"the parameter {msg['name']!r} belongs to no module that fit trains, and would"
+                " never move: write the guide as a PyroModule that holds it as a PyroParam"
+            )
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        # A covered site passes twice: in the guide, and again in the model.
+        uncovered = sorted(name for name, count in self._seen.items() if count < 2)
+        if uncovered and error[0] is None:
+            raise ValueError(
+                f"the latent sites {uncovered} are in the model or in the guide alone: every latent"
+                " site of the model needs one of the same name in the guide"
+            )
+
+
 @torch.no_grad()
 def _kl(model: LoRAModel, guide: Callable[..., Any], estimate: float) -> float:
-    """KL(q‖p) in nats: in closed form where torch has it, else the loss's own estimate."""
+    """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate."""
     if not isinstance(model, ScalaBLModel):
         return 0.0
-    if isinstance(guide, AutoSubspace):
-        try:
-            return float(torch.distributions.kl_divergence(guide.get_posterior(), model.prior))
-        except NotImplementedError:
-            return estimate
-    return estimate
+    exact = None
+    if isinstance(guide, AutoSubspace) and not model.prior.latents:
+        exact = guide.kl(model.prior())
+    return estimate if exact is None else exact

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import fill_lora_B, lora, make_records, tiny_llama, whole
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
@@ -231,3 +232,77 @@ def test_real_llama_starts_as_the_pretrained_model(shared):
     assert AutoConfig.from_pretrained(folder).num_hidden_layers * 2 == adapter.shape[0]
     torch.testing.assert_close(adapter(batch, adapter.init_loc), expected, atol=1e-4, rtol=1e-4)
     assert isinstance(adapter.peft_model, nn.Module)
+
+
+def test_every_example_may_have_its_own_s(adapter, split):
+    batch = split.collate(list(split)[:3])
+    s = adapter.init_loc * torch.rand(3, *adapter.shape)
+    own = adapter(batch, s, per_example=True)
+    each = torch.stack([adapter(split.collate([split[n]]), s[n])[0] for n in range(3)])
+    torch.testing.assert_close(own, each, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"2\,\) draws of s for 3 examples"):
+        adapter(batch, s[:2], per_example=True)
+
+
+@pytest.mark.parametrize("projections", ["free", "unit", "frozen_v", "fixed"])
+def test_what_is_trained_beside_s(make_choice, projections):
+    adapter = make_choice(projections=projections)
+    trained, stored = set(adapter.named_parameters()), set(adapter.state())
+    kinds = {name.split(".")[-3] for name in trained if ".lora_" in name}
+    assert (
+        kinds
+        == {
+            "free": {"lora_A", "lora_B"},
+            "unit": {"lora_A", "lora_B"},
+            "frozen_v": {"lora_B"},
+            "fixed": set(),
+        }[projections]
+    )
+    assert any("classifier" in name for name in trained) == (projections != "fixed")
+    assert any("classifier" in name for name in stored)
+    assert sum(".lora_" in name for name in stored) == 2 * adapter.shape[0]
+
+
+def test_unit_rows_leave_the_scale_to_s(make_causal, records):
+    adapter = make_causal(projections="unit")
+    split = adapter.readout.encode(records)
+    batch = split.collate(list(split))
+    before = adapter(batch, adapter.init_loc)
+    with torch.no_grad():
+        for name, V in adapter.state().items():
+            if ".lora_A." in name:
+                V *= torch.rand(len(V), 1) + 0.5
+    torch.testing.assert_close(adapter(batch, adapter.init_loc), before)
+    with adapter.folded(adapter.init_loc):
+        outside = adapter.readout(adapter.peft_model.get_base_model(), batch.inputs)
+    torch.testing.assert_close(outside, before, atol=1e-5, rtol=1e-5)
+    adapter(batch, adapter.init_loc).sum().backward()
+    along = [
+        (V * V.grad).sum(-1).abs().max() / V.grad.abs().max()
+        for name, V in adapter.state().items()
+        if ".lora_A." in name and V.grad is not None
+    ]
+    # No gradient along a row: its length does not matter.
+    assert len(along) == len(adapter.module_names)
+    assert max(along) < 1e-4
+
+
+def test_a_trained_adapter_starts_at_s_1_with_its_own_logits(make_causal, records, tmp_path):
+    source = make_causal(svd=False)
+    split = source.readout.encode(records)
+    batch = split.collate(list(split))
+    source.peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = source(batch)
+    started = make_causal(start=tmp_path, filled=False)
+    assert torch.equal(started.init_loc, torch.ones(started.shape))
+    torch.testing.assert_close(started(batch, started.init_loc), expected, atol=1e-5, rtol=1e-5)
+    V = started.state()[next(n for n in started.state() if ".lora_A." in n)]
+    torch.testing.assert_close((V @ V.mT).detach(), torch.eye(len(V)), atol=1e-5, rtol=0)
+
+
+def test_a_trained_adapter_of_another_base_is_refused(make_causal, tmp_path):
+    make_causal(svd=False).peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    config = LoraConfig.from_pretrained(tmp_path)
+    wider = tiny_llama(hidden_size=48)
+    with pytest.raises(ValueError, match="does not fit LlamaForCausalLM"):
+        SubspaceAdapter(wider, config, make_causal().readout, start=tmp_path)

@@ -37,7 +37,7 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
 @pytest.mark.parametrize("guide", GUIDES)
 def test_scalabl_takes_any_guide(make_causal, records, guide):
     split = make_causal().readout.encode(records)
-    method = ScalaBL(CONFIG, progress=False, guide=guide, draws=3)
+    method = ScalaBL(CONFIG, progress=False, guide={"name": guide}, draws=3)
     fitted = method.fit(make_causal, split, None, seed=0)
     assert predict(fitted.predictor, split).logits.shape == (3, len(split), 4)
 
@@ -65,9 +65,12 @@ def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(make_ch
     [
         (lambda: MLE(FitConfig(weight_decay=0.1)), "use method map"),
         (lambda: MAP(FitConfig()), "weight_decay above 0"),
-        (lambda: ScalaBL(guide="flow"), "guide is 'flow'"),
+        (lambda: ScalaBL(guide={"name": "flow"}), "guide.name is 'flow'"),
         (lambda: ScalaBL(draws=-1), "draws is -1"),
-        (lambda: ScalaBL(prior_scale=0.0), "prior_scale is 0.0"),
+        (lambda: ScalaBL(prior={"name": "normal", "width": 1}), "prior normal does not take"),
+        (lambda: ScalaBL(prior={"name": "cauchy"}), "prior.name is 'cauchy'"),
+        (lambda: ScalaBL(guide={"name": "normal", "rank": 2}), "no option \\['rank'\\]"),
+        (lambda: ScalaBL(elbo={"name": "iwae"}), "elbo.name is 'iwae'"),
     ],
 )
 def test_bad_settings_are_refused(build, message):

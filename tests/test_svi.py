@@ -14,6 +14,7 @@ from pyro.nn import PyroParam
 from scalabl_pyro import (
     AutoSubspaceNormal,
     FitConfig,
+    KLBudget,
     KLSchedule,
     LoRAModel,
     NonFiniteLossError,
@@ -35,7 +36,7 @@ class NormalNormal(ScalaBLModel):
     """Every label is a noisy reading of every coordinate: y_n ~ Normal(s_mj, 2), prior N(0, 1)."""
 
     def forward(self, batch):
-        s = pyro.sample("s", self.prior)
+        s = pyro.sample("s", self.prior())
         with pyro.plate("data", self.num_data, subsample=torch.arange(len(batch)), dim=-1):
             readings = batch.labels.float()[:, None, None].expand(-1, *self.adapter.shape)
             pyro.sample("y", dist.Normal(s, 2.0).to_event(2), obs=readings)
@@ -133,11 +134,9 @@ def test_history_adds_up(make_causal, records):
     ).history
     assert [row["kl_weight"] for row in history] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     row = history[0]
-    expected = row["nll"] + row["kl_weight"] * float(
-        torch.distributions.kl_divergence(
-            AutoSubspaceNormal(ScalaBLModel(make_causal(), num_data=1)).get_posterior(), model.prior
-        ).detach()
-    ) / len(split)
+    start = AutoSubspaceNormal(ScalaBLModel(make_causal(), num_data=1)).get_posterior()
+    kl = torch.distributions.kl_divergence(start, model.prior()).detach()
+    expected = row["nll"] + row["kl_weight"] * float(kl) / len(split)
     assert row["loss"] == pytest.approx(expected, rel=0.02)
 
 
@@ -300,3 +299,54 @@ def test_training_needs_labels(make_causal):
     split = adapter.readout.encode(make_records(4, labelled=False))
     with pytest.raises(ValueError, match="label in every record"):
         fit(LoRAModel(adapter, num_data=4), no_guide, split, FitConfig(steps=1), progress=False)
+
+
+def test_a_kl_budget_is_reached(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    ends = {}
+    for nats in (5.0, 20.0):
+        model = ScalaBLModel(adapter, num_data=1000)
+        guide = AutoSubspaceNormal(model)
+        config = FitConfig(steps=600, lr=0.0, lr_guide=0.02, kl=KLSchedule(budget=nats))
+        history = fit(model, guide, split, config, progress=False).history
+        ends[nats] = sum(row["kl"] for row in history[-50:]) / 50
+        assert ends[nats] == pytest.approx(nats, rel=0.15)
+    weights = KLBudget(10.0)
+    weights.update(1e9)
+    assert weights.factor > 1
+    weights.update(0.0)
+    weights.update(0.0)
+    assert weights.factor < 1
+
+
+def test_a_budget_must_be_positive():
+    with pytest.raises(ValueError, match="budget is -1"):
+        KLSchedule(budget=-1)
+
+
+def test_a_latent_site_without_a_guide_is_refused(make_causal, records):
+    class Extra(ScalaBLModel):
+        def forward(self, batch):
+            pyro.sample("extra", dist.Normal(0.0, 1.0))
+            return super().forward(batch)
+
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = Extra(adapter, num_data=len(split))
+    alone = pytest.warns(UserWarning, match="in model but not guide")  # Pyro's, before ours
+    with alone, pytest.raises(ValueError, match=r"latent sites \['extra'\] are in the model or in"):
+        fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)
+
+
+def test_a_parameter_that_would_not_move_is_refused(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+
+    def guide(batch):
+        loc = pyro.param("loc", model.init_loc)
+        return {"s": pyro.sample("s", dist.Normal(loc, 0.1).to_event(2))}
+
+    with pytest.raises(ValueError, match="'loc' belongs to no module that fit trains"):
+        fit(model, guide, split, FitConfig(steps=1), progress=False)

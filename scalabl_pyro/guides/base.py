@@ -8,25 +8,30 @@ from collections.abc import Sequence
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
+from pyro.distributions import TorchDistribution, constraints
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from torch.distributions import biject_to
 
 from ..model import ScalaBLModel, require_module_local_params
 
-__all__ = ["AutoSubspace"]
+__all__ = ["AutoSubspace", "JointNormal"]
 
 
 class AutoSubspace(PyroModule):
-    """A guide that samples the site ``"s"`` (M, r) directly from :meth:`get_posterior`.
+    r"""A guide that samples the site ``"s"`` (M, r) directly from :meth:`get_posterior`.
 
-    Its parameters exist from the start, without a trace of the model; it keeps no reference to the
-    language model, so it pickles and saves alone. A subclass defines its parameters in ``__init__``
-    and the distribution in :meth:`get_posterior`.
+    .. math:: z \sim q(z) \text{ on } R^{M × r}, \qquad s = t(z)
 
-    :param model: gives the shape and the start of s.
-    :param init_loc: (M, r), the initial mean; ``model.init_loc`` if left out.
-    :param init_scale: initial standard deviation of each coordinate, above 0.
+    where t maps the real line to the prior's support (the identity for a prior on the real line).
+    Further latent sites of the prior, such as a scale, get an independent normal each in the same
+    way. The parameters exist from the start, without a trace of the model; the guide keeps no
+    reference to the language model, so it pickles and saves alone. A subclass defines its
+    parameters in ``__init__``, q(z) in :meth:`base` and its marginals in :meth:`marginals`.
+
+    :param model: gives the shape, the support and the start of s.
+    :param init_loc: (M, r), the initial median of s; ``model.init_loc`` if left out.
+    :param init_scale: initial standard deviation of each coordinate of z, above 0.
     :raises ValueError: if a value is out of range or of another shape.
     """
 
@@ -47,20 +52,47 @@ class AutoSubspace(PyroModule):
             )
         if not init_scale > 0:
             raise ValueError(f"init_scale is {init_scale!r}: expected a number above 0")
-        self._init_loc = loc.detach().clone()
+        support = model.prior.support
+        self._to_support = None if support is constraints.real else biject_to(support)
+        if self._to_support is not None and not support.check(loc).all():
+            raise ValueError(f"init_loc leaves the support of the prior, {support}")
+        self._init_loc = self._unconstrained(loc.detach())
         self._init_scale = float(init_scale)
+        self._latents = model.prior.latents
+        for name, latent in self._latents.items():
+            zeros = self._init_loc.new_zeros(latent.shape)
+            setattr(self, f"{name}_loc", PyroParam(zeros, constraints.real, 2))
+            scale = torch.full_like(zeros, init_scale)
+            setattr(self, f"{name}_scale", PyroParam(scale, constraints.softplus_positive, 2))
 
     @abstractmethod
+    def base(self) -> TorchDistribution:
+        """q(z), with event shape (M, r)."""
+
+    @abstractmethod
+    def marginals(self) -> dist.Normal:
+        """The marginal of each coordinate of z, with batch shape (M, r)."""
+
     def get_posterior(self) -> TorchDistribution:
         """q(s), with event shape (M, r)."""
+        if self._to_support is None:
+            return self.base()
+        return dist.TransformedDistribution(self.base(), [self._to_support])
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Sample ``"s"``; the arguments are the model's and are ignored."""
-        return {"s": pyro.sample("s", self.get_posterior())}
+        """Sample every latent site; the arguments are the model's and are ignored."""
+        found = {"s": pyro.sample("s", self.get_posterior())}
+        for name, latent in self._latents.items():
+            q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
+            to_support = biject_to(latent.support)
+            found[name] = pyro.sample(
+                name, dist.TransformedDistribution(q, [to_support]).to_event(2)
+            )
+        return found
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:
-        """(S, M, r) independent draws.
+        """(S, M, r) independent draws of s.
 
         :raises ValueError: if S < 1.
         """
@@ -70,34 +102,79 @@ class AutoSubspace(PyroModule):
 
     @torch.no_grad()
     def median(self) -> dict[str, Tensor]:
-        """The median of each coordinate, {"s": (M, r)}."""
+        """The median of each coordinate of s, {"s": (M, r)}."""
         return {"s": self.quantiles([0.5])["s"][0]}
 
-    @abstractmethod
+    @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
-        """Marginal quantiles of each coordinate, {"s": (len(quantiles), M, r)}."""
+        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}."""
+        marginals = self.marginals()
+        levels = torch.as_tensor(quantiles, dtype=marginals.loc.dtype, device=marginals.loc.device)
+        return {"s": self._constrained(marginals.icdf(levels[:, None, None]))}
+
+    def entropy(self) -> Tensor:
+        """H(q) of z in nats."""
+        return self.base().entropy()
+
+    @torch.no_grad()
+    def kl(self, prior: TorchDistribution) -> float | None:
+        r"""KL(q‖p) in nats where it has a closed form, a normal q and a normal prior p.
+
+        .. math:: KL(q \,\|\, p) = -H(q) - \sum_{mj} E_q[\log p(s_{mj})]
+        """
+        p = getattr(prior, "base_dist", None)
+        if self._latents or self._to_support is not None or not isinstance(p, dist.Normal):
+            return None
+        q = self.marginals()
+        cross = 0.5 * ((q.loc - p.loc) ** 2 + q.scale**2) / p.scale**2 - p.log_prob(p.loc)
+        return float(cross.sum() - self.entropy())
+
+    def _constrained(self, z: Tensor) -> Tensor:
+        return z if self._to_support is None else self._to_support(z)
+
+    def _unconstrained(self, s: Tensor) -> Tensor:
+        return s.clone() if self._to_support is None else self._to_support.inv(s)
 
 
 class JointNormal(AutoSubspace):
-    """A normal over all D = M·r coordinates at once; a subclass gives :meth:`joint`."""
+    """A multivariate normal with correlations; a subclass gives :meth:`joint`.
+
+    :param per_module: a normal of its own for each module's r coordinates (event shape (r,), batch
+        shape (M,)) instead of one over all D = M·r coordinates (event shape (D,)).
+    """
+
+    def __init__(
+        self,
+        model: ScalaBLModel,
+        *,
+        init_loc: Tensor | None = None,
+        init_scale: float = 0.05,
+        per_module: bool = False,
+    ) -> None:
+        super().__init__(model, init_loc=init_loc, init_scale=init_scale)
+        self.per_module = per_module
 
     @abstractmethod
-    def joint(self) -> TorchDistribution:
-        """q(vec s), with event shape (D,)."""
+    def joint(self) -> dist.MultivariateNormal | dist.LowRankMultivariateNormal:
+        """q(z), with event shape (D,), or (r,) per module."""
 
-    def get_posterior(self) -> TorchDistribution:
+    def base(self) -> TorchDistribution:
+        if self.per_module:
+            return self.joint().to_event(1)
         shape = self._init_loc.shape
         to_matrix = dist.transforms.ReshapeTransform(torch.Size([shape.numel()]), shape)
         return dist.TransformedDistribution(self.joint(), [to_matrix])
 
-    def _start(self) -> tuple[Tensor, Tensor]:
-        """Mean and scale (D,) at the start."""
-        loc = self._init_loc.flatten()
-        return loc, torch.full_like(loc, self._init_scale)
+    def entropy(self) -> Tensor:
+        return self.joint().entropy().sum()  # a reshape keeps volumes
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
+    def marginals(self) -> dist.Normal:
         joint = self.joint()
-        levels = torch.as_tensor(quantiles, dtype=joint.mean.dtype, device=joint.mean.device)
-        marginal = dist.Normal(joint.mean, joint.stddev)
-        return {"s": marginal.icdf(levels[:, None]).unflatten(-1, self._init_loc.shape)}
+        shape = self._init_loc.shape
+        return dist.Normal(joint.mean.reshape(shape), joint.stddev.reshape(shape))
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """Mean and scale at the start, (D,), or (M, r) per module."""
+        loc = self._init_loc if self.per_module else self._init_loc.flatten()
+        return loc, torch.full_like(loc, self._init_scale)

@@ -1,4 +1,4 @@
-"""Full-rank guide: one multivariate normal across all modules."""
+"""Full-rank guide: all correlations, across all modules or within each."""
 
 from __future__ import annotations
 
@@ -15,28 +15,38 @@ __all__ = ["AutoSubspaceMultivariateNormal"]
 
 
 class AutoSubspaceMultivariateNormal(JointNormal):
-    r"""Multivariate normal over the D = M·r coordinates, D + D·(D + 1)/2 numbers.
+    r"""Multivariate normal, D + D·(D + 1)/2 numbers over D = M·r coordinates (or M times as many
+    with D = r).
 
-    .. math:: q(\mathrm{vec}\, s) = \mathrm{Normal}(μ, L L^⊤), \quad
+    .. math:: q(\mathrm{vec}\, z) = \mathrm{Normal}(μ, L L^⊤), \quad
               L = \mathrm{diag}(σ) \, U, \; U \text{ unit lower triangular}
 
     σ and U apart, as in Pyro's ``AutoMultivariateNormal``, so that a step in scale does not
     depend on the correlations.
+
+    :param per_module: correlations within each module only.
     """
 
-    loc: Tensor  # (D,)
-    scale: Tensor  # (D,)
-    scale_tril: Tensor  # (D, D)
+    loc: Tensor  # (*M, D)
+    scale: Tensor  # (*M, D)
+    scale_tril: Tensor  # (*M, D, D)
 
     def __init__(
-        self, model: ScalaBLModel, *, init_loc: Tensor | None = None, init_scale: float = 0.05
+        self,
+        model: ScalaBLModel,
+        *,
+        init_loc: Tensor | None = None,
+        init_scale: float = 0.05,
+        per_module: bool = False,
     ) -> None:
-        super().__init__(model, init_loc=init_loc, init_scale=init_scale)
+        super().__init__(model, init_loc=init_loc, init_scale=init_scale, per_module=per_module)
         loc, scale = self._start()
-        eye = torch.eye(loc.numel(), device=loc.device)
-        self.loc = PyroParam(loc, constraints.real, 1)  # type: ignore[assignment]
-        self.scale = PyroParam(scale, constraints.softplus_positive, 1)  # type: ignore[assignment]
-        self.scale_tril = PyroParam(eye, constraints.unit_lower_cholesky, 2)  # type: ignore[assignment]
+        eye = torch.eye(loc.shape[-1], device=loc.device).expand(*loc.shape, -1).contiguous()
+        dims = loc.dim()
+        self.loc = PyroParam(loc, constraints.real, dims)  # type: ignore[assignment]
+        self.scale = PyroParam(scale, constraints.softplus_positive, dims)  # type: ignore[assignment]
+        self.scale_tril = PyroParam(eye, constraints.unit_lower_cholesky, dims + 1)  # type: ignore[assignment]
 
     def joint(self) -> dist.MultivariateNormal:
-        return dist.MultivariateNormal(self.loc, scale_tril=self.scale[:, None] * self.scale_tril)
+        tril = self.scale[..., None] * self.scale_tril
+        return dist.MultivariateNormal(self.loc, scale_tril=tril)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -19,7 +17,7 @@ __all__ = ["AutoSubspaceNormal"]
 class AutoSubspaceNormal(AutoSubspace):
     r"""Diagonal normal, 2·M·r numbers.
 
-    .. math:: q(s) = \prod_{m, j} \mathrm{Normal}(s_{mj} \mid μ_{mj}, σ_{mj})
+    .. math:: q(z) = \prod_{m, j} \mathrm{Normal}(z_{mj} \mid μ_{mj}, σ_{mj})
 
     The KL divergence to a normal prior is exact under ``TraceMeanField_ELBO``.
     """
@@ -36,10 +34,8 @@ class AutoSubspaceNormal(AutoSubspace):
         scale = torch.full_like(self._init_loc, self._init_scale)
         self.scale = PyroParam(scale, self.scale_constraint, 2)  # type: ignore[assignment]
 
-    def get_posterior(self) -> dist.Independent:
-        return dist.Normal(self.loc, self.scale).to_event(2)
+    def base(self) -> dist.Independent:
+        return self.marginals().to_event(2)
 
-    @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
-        levels = torch.as_tensor(quantiles, dtype=self.loc.dtype, device=self.loc.device)
-        return {"s": self.get_posterior().base_dist.icdf(levels[:, None, None])}
+    def marginals(self) -> dist.Normal:
+        return dist.Normal(self.loc, self.scale)

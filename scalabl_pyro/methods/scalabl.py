@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import pyro.distributions as dist
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..guides import GUIDES, AutoSubspace
+from ..elbos import make_elbo
+from ..guides import AutoSubspace, check_guide, make_guide
 from ..model import ScalaBLModel
 from ..predict import Predictor, draw
+from ..priors import make_prior
 from ..svi import fit
 from .base import Fitted, Method
 
@@ -22,35 +22,41 @@ __all__ = ["ScalaBL"]
 class ScalaBL(Method):
     """Samplawski et al. 2025 (arXiv 2506.21408), with one correct objective.
 
-    :param guide: name of the guide in ``GUIDES``.
-    :param init_scale: initial standard deviation of q(s).
-    :param prior_scale: standard deviation of the prior, Normal(0, prior_scale²).
+    :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
+    :param prior: ``name``, a key of ``PRIORS``, and that prior's own options. The mean of a normal, if
+        not given, is 0, or 1 where the adapter starts from trained weights, at s = 1.
+    :param scale_B: standard deviation of a normal prior on the entries of B; none if left out.
+    :param elbo: ``name``, a key of ``ELBOS``, and that ELBO's own options.
     :param draws: S of the bank that predicts; 0 predicts at the posterior's median.
     """
 
     name: ClassVar[str] = "scalabl"
     svd: ClassVar[bool] = True
 
-    guide: str = "normal"
-    init_scale: float = 0.05
-    prior_scale: float = 1.0
+    guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
+    prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
+    scale_B: float | None = None
+    elbo: dict[str, Any] = field(default_factory=lambda: {"name": "trace"})
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if self.guide not in GUIDES:
-            raise ValueError(f"guide is {self.guide!r}: expected one of {sorted(GUIDES)}")
+        # Whatever is wrong is found before anything is loaded.
+        make_prior((1, 1), **self.prior)
+        make_elbo(**self.elbo)
+        check_guide(**self.guide)
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
-        if not self.prior_scale > 0:
-            raise ValueError(f"prior_scale is {self.prior_scale}: expected a number above 0")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
         """The probabilistic model of these settings."""
-        return ScalaBLModel(adapter, num_data=num_data, prior=dist.Normal(0.0, self.prior_scale))
+        options = {"loc": 1.0} if adapter.trained and self.prior["name"] == "normal" else {}
+        with adapter.device:
+            prior = make_prior(adapter.shape, **(options | self.prior))
+        return ScalaBLModel(adapter, num_data=num_data, prior=prior, scale_B=self.scale_B)
 
     def make_guide(self, model: ScalaBLModel) -> AutoSubspace:
         """The untrained guide of these settings."""
-        return GUIDES[self.guide](model, init_scale=self.init_scale)
+        return make_guide(model, **self.guide)
 
     def _fit(
         self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
@@ -69,6 +75,7 @@ class ScalaBL(Method):
             train,
             self.config,
             seed=seed,
+            elbo=make_elbo(**self.elbo),
             validate=self._validate(predictor, validation),
             progress=self.progress,
         )

@@ -1,0 +1,86 @@
+"""The work that several benchmarks share: an encoder on 1,000 questions of OpenBookQA."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from _report import write_json
+
+from scalabl_pyro.data import Split, disjoint, read_folder
+from scalabl_pyro.loading import AdapterConfig, Classes, ModelConfig, load_readout, make_adapter
+from scalabl_pyro.methods import Fitted, Method
+from scalabl_pyro.metrics import auroc, entropy, evaluate, mutual_information
+from scalabl_pyro.predict import Predictor, predict
+
+TRAIN, OOD = 1000, "college_physics"
+
+
+class Bench:
+    """all-MiniLM-L6-v2, multiple choice, LoRA r = 8 on query and value (M = 12).
+
+    :param model: folder of the encoder.
+    :param data: folder with ``openbookqa/`` and ``mmlu/``, JSON Lines of records.
+    :param work: where finished runs are kept, a small JSON file each.
+    """
+
+    def __init__(self, model: str, data: str, work: str) -> None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.work = Path(work)
+        self.config = ModelConfig(
+            model, readout="multiple_choice", dtype="bfloat16", attention="eager"
+        )
+        self.adapter = AdapterConfig(targets=("query", "value"), heads=("classifier",))
+        records = disjoint(read_folder(Path(data) / "openbookqa"))
+        self.fresh = records["train"][TRAIN:]
+        records["train"] = records["train"][:TRAIN]
+        records["ood"] = read_folder(Path(data) / "mmlu" / OOD)["test"]
+        self.readout = load_readout(self.config, Classes(4))
+        self.splits: dict[str, Split] = {k: self.readout.encode(v) for k, v in records.items()}
+
+    def fit(self, method: Method, seed: int, *, base_dropout: bool = False) -> Fitted:
+        """Train on the 1,000 questions."""
+        adapter = replace(self.adapter, base_dropout=base_dropout)
+
+        def make(*, svd: bool):
+            return make_adapter(self.config, adapter, self.readout, svd=svd)
+
+        return method.fit(make, self.splits["train"], self.splits["validation"], seed=seed)
+
+    def validate(self, predictor: Predictor) -> dict[str, float]:
+        found = predict(predictor, self.splits["validation"])
+        return evaluate(found.logits, found.labels)
+
+    def test(self, predictor: Predictor) -> dict[str, float]:
+        """Metrics on test, and AUROCs of the two uncertainties.
+
+        ``wrong``: tells wrong answers from right ones; ``ood``: tells college physics from test.
+        """
+        test, ood = (predict(predictor, self.splits[name]) for name in ("test", "ood"))
+        metrics = evaluate(test.logits, test.labels)
+        wrong = test.logits.softmax(-1).mean(0).argmax(-1) != test.labels
+        for name, score in (("entropy", entropy), ("mi", mutual_information)):
+            metrics[f"{name}_auroc_wrong"] = auroc(score(test.logits), wrong)
+            metrics[f"{name}_auroc_ood"] = auroc_between(score(test.logits), score(ood.logits))
+        return metrics
+
+    def cached(self, name: str, run: Callable[[], dict]) -> dict:
+        """The result of an earlier run, or run now."""
+        path = self.work / f"{name}.json".replace(" ", "_")
+        if not path.exists():
+            print(f"running {name}", flush=True)
+            write_json(path, run())
+        return json.loads(path.read_text())
+
+
+def auroc_between(known: torch.Tensor, other: torch.Tensor) -> float:
+    """AUROC of a score for telling two samples apart, high for ``other``."""
+    return auroc(torch.cat([known, other]), torch.arange(len(known) + len(other)) >= len(known))

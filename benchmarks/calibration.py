@@ -1,0 +1,246 @@
+"""Calibration of ScalaBL's variants and of its baselines: a real encoder, real questions, 5 seeds.
+
+    python benchmarks/calibration.py --model FOLDER --data FOLDER --save
+
+Fine-tunes an encoder (made for all-MiniLM-L6-v2) for multiple choice with LoRA r = 8 on query and
+value, on 1,000 questions of OpenBookQA in batches of 16, last checkpoint unless a row says other.
+Each row has at most four trials, chosen by validation NLL on a seed of their own; the chosen one
+runs on five further seeds, which are tested. Finished runs are kept in ``--work`` and not run
+again, so that rows may be run apart (``--steps``, ``--rows``) and put together without either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _openbookqa import Bench
+from _report import RESULTS, report
+
+from scalabl_pyro.kl import KLSchedule
+from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL, TemperatureScaling
+from scalabl_pyro.predict import Predictor
+from scalabl_pyro.svi import FitConfig
+
+BATCH, DRAWS = 16, 10
+TUNING_SEED, SEEDS = 100, range(5)
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+
+#: what a row trains, from the number of steps; its trials by label
+Trials = dict[str, Callable[[int], Method]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, and the further rows that its training runs give.
+
+    :param derive: name of a row → (bench, fitted) → the predictor that it tests.
+    """
+
+    trials: Trials
+    base_dropout: bool = False
+    derive: dict[str, Callable[[Bench, Fitted], Predictor]] = field(default_factory=dict)
+
+
+def fit_config(steps: int, **settings: object) -> FitConfig:
+    return FitConfig(steps=steps, batch_size=BATCH, **settings)  # type: ignore[arg-type]
+
+
+def mle(lr: float, **settings: object) -> Callable[[int], Method]:
+    return lambda steps: MLE(fit_config(steps, lr=lr, **settings), progress=False)
+
+
+def decayed(lr: float, decay: float) -> Callable[[int], Method]:
+    return lambda steps: MAP(fit_config(steps, lr=lr, weight_decay=decay), progress=False)
+
+
+def scalabl(lr: float, weight: float, **settings: object) -> Callable[[int], Method]:
+    return lambda steps: ScalaBL(
+        fit_config(steps, lr=lr, kl=KLSchedule(weight)),
+        draws=DRAWS,
+        progress=False,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def tempered(bench: Bench, fitted: Fitted) -> Predictor:
+    scaling = TemperatureScaling(progress=False)
+    return scaling.temper(fitted, bench.splits["validation"]).predictor
+
+
+def posterior_mean(bench: Bench, fitted: Fitted) -> Predictor:
+    return Predictor(fitted.model.adapter, fitted.guide.median()["s"][None])
+
+
+ROWS: dict[str, Row] = {
+    "MLE": Row(
+        {f"lr={lr:g}": mle(lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)},
+        derive={"MLE tempered": tempered},
+    ),
+    "MLE early-stopped": Row(
+        {f"lr={lr:g}": mle(lr, eval_every=25, keep="best") for lr in (3e-4, 1e-3, 3e-3)}
+    ),
+    "MAP": Row(
+        {
+            f"lr={lr:g} weight_decay={decay:g}": decayed(lr, decay)
+            for lr, decay in ((3e-4, 0.1), (3e-4, 1.0), (1e-3, 0.1), (1e-3, 1.0))
+        }
+    ),
+    "tempered ELBO": Row(
+        {
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            for lr, weight in ((1e-3, 10), (1e-3, 30), (1e-3, 100), (2e-3, 30))
+        },
+        derive={"its posterior mean": posterior_mean},
+    ),
+    "MLE at lr 2e-3": Row({"lr=0.002": mle(2e-3)}),
+    "plain ELBO": Row({f"lr={lr:g}": scalabl(lr, 1.0) for lr in (3e-4, 1e-3, 2e-3)}),
+    "MLE with dropout": Row({f"lr={lr:g}": mle(lr) for lr in (3e-4, 1e-3)}, base_dropout=True),
+}
+
+
+def summary(fitted: Fitted) -> dict[str, float]:
+    """KL in nats, and the median of σ/|μ|, of a posterior."""
+    if fitted.guide is None:
+        return {}
+    q = fitted.guide.get_posterior()
+    ratio = q.stddev / q.mean.abs()
+    return {"kl": fitted.result.history[-1]["kl"], "noise_to_signal": float(ratio.median())}
+
+
+def trial(bench: Bench, name: str, label: str, steps: int) -> float:
+    """Validation NLL of one trial."""
+
+    def run() -> dict:
+        row = ROWS[name]
+        fitted = bench.fit(row.trials[label](steps), TUNING_SEED, base_dropout=row.base_dropout)
+        return bench.validate(fitted.predictor) | summary(fitted)
+
+    return bench.cached(f"{steps} {name} {label} trial", run)["nll"]
+
+
+def tested(bench: Bench, name: str, label: str, steps: int, seed: int) -> dict[str, dict]:
+    """The rows that come from one training run, on test."""
+
+    def run() -> dict:
+        row = ROWS[name]
+        fitted = bench.fit(row.trials[label](steps), seed, base_dropout=row.base_dropout)
+        found = {name: bench.test(fitted.predictor) | summary(fitted)}
+        if fitted.result.best_step != steps:
+            found[name]["step"] = fitted.result.best_step
+        for other, derive in row.derive.items():
+            found[other] = bench.test(derive(bench, fitted))
+        return found
+
+    return bench.cached(f"{steps} {name} {label} seed {seed}", run)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    return float(x.mean()), float(x.std() / len(values) ** 0.5)
+
+
+def table(bench: Bench, names: list[str], steps: int) -> dict:
+    """All figures at one number of steps."""
+    trials, chosen, rows = {}, {}, {}
+    for name in names:
+        labels = ROWS[name].trials
+        trials[name] = {label: trial(bench, name, label, steps) for label in labels}
+        chosen[name] = min(trials[name], key=trials[name].get)
+        for seed in SEEDS:
+            for row, metrics in tested(bench, name, chosen[name], steps, seed).items():
+                rows.setdefault(row, []).append(metrics)
+    figures = {
+        "trials": trials,
+        "chosen": chosen,
+        "test": {
+            row: {key: mean_and_error([run.get(key, steps) for run in runs]) for key in runs[0]}
+            for row, runs in rows.items()
+        },
+    }
+    if "tempered ELBO" in rows:
+        figures["tempered ELBO minus"] = {
+            row: {
+                key: mean_and_error(
+                    [a[key] - b[key] for a, b in zip(rows["tempered ELBO"], runs, strict=True)]
+                )
+                for key in ("acc", "ece", "nll", "brier")
+            }
+            for row, runs in rows.items()
+            if row != "tempered ELBO"
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--data", required=True, help="folder with openbookqa/ and mmlu/")
+    parser.add_argument(
+        "--work", default=str(RESULTS / "calibration_runs"), help="where finished runs are kept"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[400, 800])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--save", action="store_true", help="write results/calibration.json")
+    args = parser.parse_args()
+    bench = Bench(args.model, args.data, args.work)
+    figures = {}
+    for steps in args.steps:
+        figures[str(steps)] = table(bench, args.rows, steps)
+        print_table(steps, figures[str(steps)])
+    if args.save:
+        plot_tables(figures, IMAGES / "calibration.png")
+    report("calibration", figures, save=args.save)
+
+
+def plot_tables(figures: dict, path: Path) -> None:
+    """NLL and ECE of each row, mean ± standard error; further left is better."""
+    first = next(iter(figures.values()))["test"]
+    names = sorted(first, key=lambda name: -first[name]["nll"][0])
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8.5, 0.3 * len(names) + 0.8), layout="constrained", sharey=True
+    )
+    for shift, (steps, found) in enumerate(figures.items()):
+        for axis, metric, unit in zip(axes, ("nll", "ece"), (1, 100), strict=True):
+            points = [
+                (i, found["test"][n][metric]) for i, n in enumerate(names) if n in found["test"]
+            ]
+            rows = [i - 0.2 * shift for i, _ in points]
+            values = [unit * value for _, (value, _) in points]
+            errors = [unit * error for _, (_, error) in points]
+            axis.errorbar(
+                values, rows, xerr=errors, fmt="o", ms=4, color=f"C{shift}", label=f"{steps} steps"
+            )
+    for axis, label in zip(axes, ("NLL (nats)", "ECE (%)"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].axvline(math.log(4), color="gray", linestyle="--", linewidth=1, label="guessing")
+    axes[1].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=130)
+    part.replace(path)
+
+
+def print_table(steps: int, figures: dict) -> None:
+    print(f"{f'{steps} steps, test':22s}{'ACC %':>13s}{'ECE %':>13s}{'NLL':>16s}{'Brier':>16s}")
+    for name, row in figures["test"].items():
+        print(f"{name:22s}" + _cells(row))
+    for name, row in figures.get("tempered ELBO minus", {}).items():
+        print(f"tempered ELBO − {name:22s}" + _cells(row))
+
+
+def _cells(row: dict) -> str:
+    percent = (f"{100 * row[k][0]:.1f} ± {100 * row[k][1]:.1f}" for k in ("acc", "ece"))
+    plain = (f"{row[k][0]:.3f} ± {row[k][1]:.3f}" for k in ("nll", "brier"))
+    return "".join(f"{c:>13s}" for c in percent) + "".join(f"{c:>16s}" for c in plain)
+
+
+if __name__ == "__main__":
+    main()

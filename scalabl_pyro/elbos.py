@@ -1,0 +1,36 @@
+"""ELBOs by the name that configurations use; any of Pyro's may be passed to ``fit`` itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+
+__all__ = ["ELBOS", "make_elbo"]
+
+ELBOS: dict[str, type] = {
+    "renyi": RenyiELBO,
+    "trace": Trace_ELBO,
+    "trace_mean_field": TraceMeanField_ELBO,
+}
+
+
+def make_elbo(name: str = "trace", *, num_particles: int = 1, **options: Any) -> Any:
+    """The ELBO of that name; several particles (P) run as one batch.
+
+    :param options: such as ``alpha`` of ``renyi``.
+    :raises ValueError: if there is no such ELBO or option, or P < 1.
+    """
+    if name not in ELBOS:
+        raise ValueError(f"elbo.name is {name!r}: expected one of {sorted(ELBOS)}")
+    if num_particles < 1:
+        raise ValueError(f"elbo.num_particles is {num_particles}: expected 1 or more")
+    try:
+        return ELBOS[name](
+            num_particles=num_particles,
+            vectorize_particles=num_particles > 1,
+            max_plate_nesting=1,
+            **options,
+        )
+    except TypeError as error:
+        raise ValueError(f"the ELBO {name} does not take {options}: {error}") from error

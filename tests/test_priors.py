@@ -1,0 +1,106 @@
+"""Priors: by name, of any distribution, learned, and the scale of B."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.poutine import trace
+
+from scalabl_pyro import AutoSubspaceNormal, ScalaBLModel, fit
+from scalabl_pyro.priors import PRIORS, FixedPrior, LearnedNormal, make_prior
+from scalabl_pyro.svi import FitConfig
+
+
+@pytest.mark.parametrize("name", sorted(PRIORS))
+def test_every_prior_gives_a_density_over_all_coordinates(name):
+    prior = make_prior((3, 2), name)
+    s = prior()
+    assert s.event_shape == (3, 2)
+    draw = s.sample()
+    assert prior.support.check(draw).all()
+    assert torch.isfinite(s.log_prob(draw))
+    assert set(trace(prior).get_trace().stochastic_nodes) == set(prior.latents)
+
+
+def test_named_priors_take_options():
+    s = torch.full((3, 2), 0.7)
+    assert float(make_prior((3, 2), "normal", loc=1.0, scale=2.0)().log_prob(s)) == pytest.approx(
+        float(dist.Normal(1.0, 2.0).log_prob(s).sum())
+    )
+    assert float(make_prior((3, 2), "laplace", scale=3.0)().log_prob(s)) == pytest.approx(
+        float(dist.Laplace(0.0, 3.0).log_prob(s).sum())
+    )
+
+
+@pytest.mark.parametrize("name", ["hierarchical_normal", "horseshoe", "learned_normal"])
+def test_scales_must_be_positive(name):
+    with pytest.raises(ValueError, match="scale is 0.0: expected a number above 0"):
+        make_prior((3, 2), name, scale=0.0)
+
+
+def test_priors_on_an_interval_are_taken_whatever_their_class(make_causal):
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-1.0, 1.0]), 0.5)
+    )
+    model = ScalaBLModel(make_causal(), num_data=3, prior=mixture)
+    assert model.prior().event_shape == model.adapter.shape
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (dist.Normal(torch.zeros(3), 1.0), "batch shape"),
+        (dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), "one continuous number"),
+        (dist.Poisson(1.0), "one continuous number"),
+        (FixedPrior((1, 2), dist.Normal(0.0, 1.0)), r"the prior has shape \(1, 2\)"),
+    ],
+)
+def test_other_priors_are_refused(make_causal, prior, message):
+    with pytest.raises(ValueError, match=message):
+        ScalaBLModel(make_causal(), num_data=3, prior=prior)
+
+
+@pytest.mark.parametrize("per_module", [False, True])
+def test_a_learned_scale_goes_where_empirical_bayes_puts_it(make_causal, records, per_module):
+    """With q(s) held, the best τ² is the mean of μ² + σ² over the coordinates that share it."""
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    prior = LearnedNormal(adapter.shape, scale=0.3, per_module=per_module)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=prior)
+    guide = AutoSubspaceNormal(model, init_scale=0.1).requires_grad_(False)
+    config = FitConfig(steps=400, batch_size=2, lr=0.0, lr_guide=0.1, clip_norm=1e9)
+    fit(model, guide, split, config, progress=False)
+    q = guide.marginals()
+    square = q.loc**2 + q.scale**2
+    best = square.mean(-1, keepdim=True).sqrt() if per_module else square.mean().sqrt()
+    torch.testing.assert_close(prior.scale.detach(), best.expand_as(prior.scale), rtol=0.05, atol=0)
+
+
+def test_a_prior_on_B_adds_its_log_density(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    batch = split.collate(list(split))
+
+    def log_joint(scale_B):
+        model = ScalaBLModel(adapter, num_data=len(split), scale_B=scale_B)
+        torch.manual_seed(0)
+        return float(trace(model).get_trace(batch).log_prob_sum().detach())
+
+    expected = sum(float(dist.Normal(0.0, 0.5).log_prob(B).sum().detach()) for B in adapter.B)
+    assert log_joint(0.5) - log_joint(None) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="scale_B is -1"):
+        log_joint(-1)
+
+
+def test_the_density_of_B_is_no_part_of_the_likelihood(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    found = []
+    for scale_B in (None, 0.01):
+        model = ScalaBLModel(adapter, num_data=len(split), scale_B=scale_B)
+        torch.manual_seed(0)
+        config = FitConfig(steps=1, batch_size=len(split), lr=0.0, lr_guide=0.0)
+        found.append(fit(model, AutoSubspaceNormal(model), split, config, progress=False).history)
+    assert found[0][0]["nll"] == pytest.approx(found[1][0]["nll"], rel=1e-6)
+    assert found[1][0]["loss"] > found[0][0]["loss"]
