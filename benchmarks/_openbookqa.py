@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from _report import write_json
 
 from scalabl_pyro.data import Split, disjoint, read_folder
 from scalabl_pyro.loading import AdapterConfig, Classes, ModelConfig, load_readout, make_adapter
@@ -28,32 +28,37 @@ class Bench:
 
     :param model: folder of the encoder.
     :param data: folder with ``openbookqa/`` and ``mmlu/``, JSON Lines of records.
-    :param work: where finished runs are kept, a small JSON file each.
+    :param runs: JSON Lines of finished runs, which are not run again.
     """
 
-    def __init__(self, model: str, data: str, work: str) -> None:
+    def __init__(self, model: str, data: str, runs: str | Path) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.work = Path(work)
+        self.runs = Path(runs)
         self.config = ModelConfig(
             model, readout="multiple_choice", dtype="bfloat16", attention="eager"
         )
         self.adapter = AdapterConfig(targets=("query", "value"), heads=("classifier",))
         records = disjoint(read_folder(Path(data) / "openbookqa"))
-        self.fresh = records["train"][TRAIN:]
         records["train"] = records["train"][:TRAIN]
         records["ood"] = read_folder(Path(data) / "mmlu" / OOD)["test"]
         self.readout = load_readout(self.config, Classes(4))
         self.splits: dict[str, Split] = {k: self.readout.encode(v) for k, v in records.items()}
 
-    def fit(self, method: Method, seed: int, *, base_dropout: bool = False) -> Fitted:
-        """Train on the 1,000 questions."""
-        adapter = replace(self.adapter, base_dropout=base_dropout)
+    def fit(
+        self, method: Method, seed: int, *, questions: slice = slice(None), **adapter: Any
+    ) -> Fitted:
+        """Train on the 1,000 questions, or some of them.
+
+        :param adapter: settings of the adapter that differ.
+        """
+        settings = replace(self.adapter, **adapter)
 
         def make(*, svd: bool):
-            return make_adapter(self.config, adapter, self.readout, svd=svd)
+            return make_adapter(self.config, settings, self.readout, svd=svd)
 
-        return method.fit(make, self.splits["train"], self.splits["validation"], seed=seed)
+        train = self.readout.encode(self.splits["train"].records[questions])
+        return method.fit(make, train, self.splits["validation"], seed=seed)
 
     def validate(self, predictor: Predictor) -> dict[str, float]:
         found = predict(predictor, self.splits["validation"])
@@ -74,11 +79,16 @@ class Bench:
 
     def cached(self, name: str, run: Callable[[], dict]) -> dict:
         """The result of an earlier run, or run now."""
-        path = self.work / f"{name}.json".replace(" ", "_")
-        if not path.exists():
+        finished = {}
+        if self.runs.exists():
+            for line in self.runs.read_text().splitlines():
+                finished |= json.loads(line)
+        if name not in finished:
             print(f"running {name}", flush=True)
-            write_json(path, run())
-        return json.loads(path.read_text())
+            finished[name] = run()
+            with self.runs.open("a") as file:  # one write, so that two processes may share it
+                file.write(json.dumps({name: finished[name]}) + "\n")
+        return finished[name]
 
 
 def auroc_between(known: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,7 +5,7 @@
 Fine-tunes an encoder (made for all-MiniLM-L6-v2) for multiple choice with LoRA r = 8 on query and
 value, on 1,000 questions of OpenBookQA in batches of 16, last checkpoint unless a row says other.
 Each row has at most four trials, chosen by validation NLL on a seed of their own; the chosen one
-runs on five further seeds, which are tested. Finished runs are kept in ``--work`` and not run
+runs on five further seeds, which are tested. Finished runs are kept in ``--runs`` and not run
 again, so that rows may be run apart (``--steps``, ``--rows``) and put together without either.
 """
 
@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,6 +26,7 @@ from _report import RESULTS, report
 
 from scalabl_pyro.kl import KLSchedule
 from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL, TemperatureScaling
+from scalabl_pyro.methods.reference import Reference
 from scalabl_pyro.predict import Predictor
 from scalabl_pyro.svi import FitConfig
 
@@ -39,19 +42,22 @@ Trials = dict[str, Callable[[int], Method]]
 class Row:
     """A row of the table, and the further rows that its training runs give.
 
+    :param adapter: settings of the adapter that differ from the other rows'.
+    :param fit: trains, from (bench, method, seed, **adapter).
     :param derive: name of a row → (bench, fitted) → the predictor that it tests.
     """
 
     trials: Trials
-    base_dropout: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+    fit: Callable[..., Fitted] = Bench.fit
     derive: dict[str, Callable[[Bench, Fitted], Predictor]] = field(default_factory=dict)
 
 
-def fit_config(steps: int, **settings: object) -> FitConfig:
-    return FitConfig(steps=steps, batch_size=BATCH, **settings)  # type: ignore[arg-type]
+def fit_config(steps: int, **settings: Any) -> FitConfig:
+    return FitConfig(steps=steps, batch_size=BATCH, **settings)
 
 
-def mle(lr: float, **settings: object) -> Callable[[int], Method]:
+def mle(lr: float, **settings: Any) -> Callable[[int], Method]:
     return lambda steps: MLE(fit_config(steps, lr=lr, **settings), progress=False)
 
 
@@ -59,12 +65,19 @@ def decayed(lr: float, decay: float) -> Callable[[int], Method]:
     return lambda steps: MAP(fit_config(steps, lr=lr, weight_decay=decay), progress=False)
 
 
-def scalabl(lr: float, weight: float, **settings: object) -> Callable[[int], Method]:
+def scalabl(lr: float, weight: float = 1.0, **settings: Any) -> Callable[[int], Method]:
+    budget = settings.pop("budget", None)
     return lambda steps: ScalaBL(
-        fit_config(steps, lr=lr, kl=KLSchedule(weight)),
+        fit_config(steps, lr=lr, kl=KLSchedule(weight, budget=budget)),
         draws=DRAWS,
         progress=False,
-        **settings,  # type: ignore[arg-type]
+        **settings,
+    )
+
+
+def reference(lr: float) -> Callable[[int], Method]:
+    return lambda steps: Reference(
+        fit_config(steps, lr=lr, lr_guide=lr), draws=DRAWS, progress=False
     )
 
 
@@ -75,6 +88,16 @@ def tempered(bench: Bench, fitted: Fitted) -> Predictor:
 
 def posterior_mean(bench: Bench, fitted: Fitted) -> Predictor:
     return Predictor(fitted.model.adapter, fitted.guide.median()["s"][None])
+
+
+def trained_then_s(bench: Bench, method: Method, seed: int) -> Fitted:
+    """MLE on the first 800 questions, then inference on s alone on the other 200."""
+    first = bench.fit(mle(3e-4)(method.config.steps), seed, questions=slice(800))
+    with TemporaryDirectory() as folder:
+        first.predictor.adapter.peft_model.save_pretrained(folder)
+        return bench.fit(
+            method, seed, questions=slice(800, None), start=folder, projections="fixed"
+        )
 
 
 ROWS: dict[str, Row] = {
@@ -100,7 +123,54 @@ ROWS: dict[str, Row] = {
     ),
     "MLE at lr 2e-3": Row({"lr=0.002": mle(2e-3)}),
     "plain ELBO": Row({f"lr={lr:g}": scalabl(lr, 1.0) for lr in (3e-4, 1e-3, 2e-3)}),
-    "MLE with dropout": Row({f"lr={lr:g}": mle(lr) for lr in (3e-4, 1e-3)}, base_dropout=True),
+    "KL budget": Row(
+        {
+            f"lr={lr:g} budget={nats}": scalabl(lr, budget=nats)
+            for lr, nats in ((1e-3, 30), (2e-3, 10), (2e-3, 30), (2e-3, 60))
+        }
+    ),
+    "unit-norm V": Row(
+        {
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            for lr, weight in ((1e-3, 30), (2e-3, 10), (2e-3, 30), (2e-3, 100))
+        },
+        adapter={"projections": "unit"},
+    ),
+    "prior on B": Row(
+        {
+            f"scale_B={scale:g} kl_weight={weight:g}": scalabl(2e-3, weight, scale_B=scale)
+            for scale, weight in ((0.01, 1), (0.03, 1), (0.03, 10), (0.03, 30))
+        }
+    ),
+    "frozen V": Row(
+        {
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            for lr, weight in ((2e-3, 10), (2e-3, 30), (5e-3, 10), (5e-3, 30))
+        },
+        adapter={"projections": "frozen_v"},
+    ),
+    "trained, then s on fresh data": Row(
+        {
+            f"scale={scale:g} kl_weight={weight:g}": scalabl(
+                0.0, weight, prior={"name": "normal", "scale": scale}
+            )
+            for scale, weight in ((0.3, 1), (1.0, 1), (1.0, 10))
+        },
+        fit=trained_then_s,
+    ),
+    "reference": Row(
+        {f"lr={lr:g}": reference(lr) for lr in (3e-4, 1e-3, 2e-3)},
+    ),
+    "MLE with dropout": Row(
+        {f"lr={lr:g}": mle(lr) for lr in (3e-4, 1e-3)}, adapter={"base_dropout": True}
+    ),
+    "tempered ELBO with dropout": Row(
+        {
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            for lr, weight in ((1e-3, 10), (1e-3, 30), (2e-3, 10), (2e-3, 30))
+        },
+        adapter={"base_dropout": True},
+    ),
 }
 
 
@@ -108,8 +178,8 @@ def summary(fitted: Fitted) -> dict[str, float]:
     """KL in nats, and the median of σ/|μ|, of a posterior."""
     if fitted.guide is None:
         return {}
-    q = fitted.guide.get_posterior()
-    ratio = q.stddev / q.mean.abs()
+    q = fitted.guide.marginals()
+    ratio = (q.scale / q.loc.abs()).detach()
     return {"kl": fitted.result.history[-1]["kl"], "noise_to_signal": float(ratio.median())}
 
 
@@ -118,7 +188,7 @@ def trial(bench: Bench, name: str, label: str, steps: int) -> float:
 
     def run() -> dict:
         row = ROWS[name]
-        fitted = bench.fit(row.trials[label](steps), TUNING_SEED, base_dropout=row.base_dropout)
+        fitted = row.fit(bench, row.trials[label](steps), TUNING_SEED, **row.adapter)
         return bench.validate(fitted.predictor) | summary(fitted)
 
     return bench.cached(f"{steps} {name} {label} trial", run)["nll"]
@@ -129,7 +199,7 @@ def tested(bench: Bench, name: str, label: str, steps: int, seed: int) -> dict[s
 
     def run() -> dict:
         row = ROWS[name]
-        fitted = bench.fit(row.trials[label](steps), seed, base_dropout=row.base_dropout)
+        fitted = row.fit(bench, row.trials[label](steps), seed, **row.adapter)
         found = {name: bench.test(fitted.predictor) | summary(fitted)}
         if fitted.result.best_step != steps:
             found[name]["step"] = fitted.result.best_step
@@ -182,13 +252,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", required=True, help="folder with openbookqa/ and mmlu/")
     parser.add_argument(
-        "--work", default=str(RESULTS / "calibration_runs"), help="where finished runs are kept"
+        "--runs", default=str(RESULTS / "calibration_runs.jsonl"), help="finished runs"
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 800])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--save", action="store_true", help="write results/calibration.json")
     args = parser.parse_args()
-    bench = Bench(args.model, args.data, args.work)
+    bench = Bench(args.model, args.data, args.runs)
     figures = {}
     for steps in args.steps:
         figures[str(steps)] = table(bench, args.rows, steps)

@@ -13,55 +13,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyro
 import torch
 from _report import report
+from _steps import Clock, LastToken, OneBatch, plain_step, ratio, seconds
 from peft import LoraConfig, get_peft_model
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalabl_pyro import AutoSubspaceNormal, Batch, FitConfig, ScalaBLModel, SubspaceAdapter, fit
-from scalabl_pyro.data import Example, Record, Split
-from scalabl_pyro.readout import Readout
 
 TARGETS = ["q_proj", "v_proj"]
-
-
-class LastToken(Readout):
-    """The first C entries of the vocabulary at the last position: a readout without a tokenizer."""
-
-    padding_side = "left"
-    auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, num_classes: int = 4) -> None:
-        self.num_classes = num_classes
-
-    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
-        raise NotImplementedError("this readout is given tokens")
-
-    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
-        raise NotImplementedError("this readout is given tokens")
-
-    def __call__(self, llm: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits = llm(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits[:, : self.num_classes].float()
-
-
-class OneBatch(Split):
-    """The same batch for ever."""
-
-    def __init__(self, batch: Batch) -> None:
-        records = [Record(str(i), "q", ("a", "b"), 0) for i in range(len(batch))]
-        examples = [Example({"input_ids": [[0]]}, 2, 0) for _ in records]
-        super().__init__(records, examples, lambda _: batch)
-
-    def minibatches(self, batch_size: int, *, seed: int) -> Iterator[Batch]:
-        while True:
-            yield self.collate([])
 
 
 def llama(hidden: int, blocks: int) -> LlamaForCausalLM:
@@ -77,26 +42,6 @@ def llama(hidden: int, blocks: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-class Clock:
-    """Splits ``fit`` at its steps: the optimizer calls back, so the loop itself is measured."""
-
-    def __init__(self, steps: int, other: Callable[[], None] | None) -> None:
-        self.other, self.steps = other, steps
-        self.ours: list[float] = []
-        self.theirs: list[float] = []
-        self.start = 0.0
-
-    def validate(self) -> float:
-        """Called at the end of every step of ``fit``; runs the other side outside the clock."""
-        self.ours.append(time.perf_counter() - self.start)
-        if self.other is not None:
-            start = time.perf_counter()
-            self.other()
-            self.theirs.append(time.perf_counter() - start)
-        self.start = time.perf_counter()
-        return 0.0
-
-
 def measure_step(pairs: int, hidden: int, blocks: int, batch_size: int, tokens: int) -> dict:
     """Seconds a step on both sides, as a ratio with a bootstrap interval."""
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
@@ -110,19 +55,13 @@ def measure_step(pairs: int, hidden: int, blocks: int, batch_size: int, tokens: 
     parameters = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
 
-    def plain_step() -> None:
-        loss = nn.functional.cross_entropy(readout(base, inputs), batch.labels)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not (loss.item() < float("inf") and norm < float("inf")):
-            raise RuntimeError("the loss is not finite")
-        optimizer.step()
-        optimizer.zero_grad()
+    def other() -> float:
+        return seconds(lambda: plain_step(readout, base, batch, parameters, optimizer))
 
     adapter = SubspaceAdapter(llama(hidden, blocks), lora, readout)
     model = ScalaBLModel(adapter, num_data=1000)
     warmup = 5
-    clock = Clock(pairs, plain_step)
+    clock = Clock(other)
     config = FitConfig(steps=pairs + warmup, lr=1e-4, eval_every=1)
     fit(
         model,
@@ -133,12 +72,10 @@ def measure_step(pairs: int, hidden: int, blocks: int, batch_size: int, tokens: 
         progress=False,
     )
     ours, theirs = np.array(clock.ours[warmup:]), np.array(clock.theirs[warmup:])
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, pairs, (2000, pairs))
-    medians = np.median(ours[draws], 1) / np.median(theirs[draws], 1)
+    step_ratio, interval = ratio(ours, theirs)
     return {
-        "step_ratio": float(np.median(ours) / np.median(theirs)),
-        "step_ratio_95": [float(x) for x in np.quantile(medians, [0.025, 0.975])],
+        "step_ratio": step_ratio,
+        "step_ratio_95": interval,
         "pair_ratio_median": float(np.median(ours / theirs)),
         "ours_ms": 1e3 * float(np.median(ours)),
         "plain_ms": 1e3 * float(np.median(theirs)),
@@ -202,7 +139,7 @@ def measure_pyro(modules: int, steps: int) -> dict[str, float]:
     found = {}
     adapter = FreeAdapter(modules)
     model = ScalaBLModel(adapter, num_data=1000)
-    clock = Clock(steps, None)
+    clock = Clock(None)
     optimizer_times: list[float] = []
     step = torch.optim.AdamW.step
 

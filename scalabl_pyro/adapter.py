@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data import Batch, Split
+from .distributed import shard
 from .readout import Readout
 from .trunk import Trunk
 
@@ -101,6 +102,7 @@ class SubspaceAdapter:
         self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
         self.trunk = Trunk(self._llm, self.module_names)
         self._share_trunk = share_trunk
+        self._fingerprint: str | None = None
         self._base_dropout = base_dropout
         self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
         self._checkpointed = gradient_checkpointing
@@ -156,7 +158,7 @@ class SubspaceAdapter:
         return {name: p for name, p in self.state().items() if p.requires_grad}
 
     @property
-    def B(self) -> list[nn.Parameter]:
+    def B(self) -> list[Tensor]:
         """The M matrices B, (d_out, r) each."""
         return [B.weight for B in self._B]
 
@@ -202,8 +204,15 @@ class SubspaceAdapter:
             for A, weight in zip(self._A, kept, strict=True):
                 A.weight.copy_(weight)
 
+    def shard(self) -> None:
+        """Spread the base model over the processes that train together (see ``distributed``)."""
+        self._fingerprint = self.base_fingerprint()  # while the weights are all here
+        shard(self._llm, self._stored.values())
+
     def base_fingerprint(self) -> str:
         """A hash of the frozen base model: names, shapes and the first values of its parameters."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         found = hashlib.sha256()
         for name, parameter in self.peft_model.named_parameters():
             # A head's untrained original is random, and of no effect.
@@ -433,13 +442,18 @@ class SubspaceAdapter:
 
 def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:
     lora.inference_mode = False
+    model = cast(PeftModel, get_peft_model(llm, lora))
     try:
-        return PeftModel.from_pretrained(llm, str(start), config=lora, is_trainable=True)
+        found = model.load_adapter(str(start), _NAME, is_trainable=True)
+        wrong = [*found.missing_keys, *found.unexpected_keys]
+        if wrong:
+            raise RuntimeError(f"only one of them has {wrong}")
     except RuntimeError as error:
         raise ValueError(
             f"the adapter {start} does not fit {type(llm).__name__}: {error}; load the base model"
             " that it was trained on"
         ) from error
+    return model
 
 
 def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:

@@ -5,7 +5,7 @@
   guide's parameters and the bank of draws ``s`` (S, M, r)
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
-* ``metrics.json``, ``history.csv``, ``environment.json``
+* ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import RunConfig, build
+from .data import Record
+from .files import whole_folder
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
-from .predict import Predictions, Predictor
+from .predict import Predictions, Predictor, predict_proba
 from .readout import LabelTokens, Readout
 
 __all__ = ["CheckpointError", "Run", "load_run", "save_run"]
@@ -60,6 +61,29 @@ class Run:
     def readout(self) -> Readout:
         return self.predictor.adapter.readout
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The choices that all records of the run share, where it knows them."""
+        model = self.config.model
+        letters = model.readout == "label_tokens" and model.prompt == "letters"
+        return self.config.data.classes or (() if letters else self.classes.words)
+
+    def predict_proba(self, inputs: Sequence[Record | str], *, batch_size: int = 64) -> Tensor:
+        """Probabilities of the Bayesian model average, (N, C).
+
+        :param inputs: records, or texts where all share the choices of the run.
+        :raises ValueError: if texts are given and the run knows no choices.
+        """
+        if any(isinstance(x, str) for x in inputs) and not self.class_names:
+            raise ValueError(
+                "the choices of this run differ from record to record: give records with choices"
+            )
+        records = [
+            x if isinstance(x, Record) else Record(str(n), x, self.class_names)
+            for n, x in enumerate(inputs)
+        ]
+        return predict_proba(self.predictor, records, batch_size=batch_size)
+
 
 def save_run(
     config: RunConfig,
@@ -67,18 +91,30 @@ def save_run(
     fitted: Fitted,
     metrics: Mapping[str, Any],
     predictions: Mapping[str, Predictions],
+    trials: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
 
     :raises FileExistsError: if the folder exists.
     """
-    folder = config.check_run_dir()
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with whole_folder(config.check_run_dir()) as part:
+        _write_run(part, config, classes, fitted, metrics, predictions, trials)
+
+
+def _write_run(
+    part: Path,
+    config: RunConfig,
+    classes: Classes,
+    fitted: Fitted,
+    metrics: Mapping[str, Any],
+    predictions: Mapping[str, Predictions],
+    trials: Sequence[Mapping[str, Any]],
+) -> None:
     adapter, draws = fitted.predictor.adapter, fitted.predictor.draws
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
-    mean = fitted.guide.median()["s"] if fitted.guide is not None else torch.ones(adapter.shape)
+    mean = torch.ones(adapter.shape) if draws is None else draws.mean(0)
+    if fitted.guide is not None:
+        mean = fitted.guide.median()["s"]
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
@@ -112,9 +148,10 @@ def save_run(
     save_file(_tensors(logits | known), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
     _write_json(part / "metrics.json", metrics)
+    if trials:
+        _write_json(part / "trials.json", list(trials))
     _write_history(part / "history.csv", fitted.result.history)
     _write_json(part / "environment.json", _environment())
-    part.rename(folder)
 
 
 def load_run(folder: str | Path) -> Run:

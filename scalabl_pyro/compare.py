@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig, RunConfig, build
+from .config import ConfigError, DataConfig, RunConfig, build, merged
 from .console import quiet_worker
 from .data import check_split
 from .experiment import run
 from .loading import AdapterConfig, ModelConfig
 from .report import write_report
-from .svi import FitConfig
+from .svi import FitConfig, NonFiniteLossError
 
 __all__ = ["CompareConfig", "compare"]
 
@@ -77,7 +77,7 @@ class CompareConfig:
             "model": asdict(self.model),
             "lora": asdict(self.lora),
             "data": asdict(self.data),
-            "fit": _merged(asdict(self.fit), trial.get("fit", {})),
+            "fit": merged(asdict(self.fit), trial.get("fit", {})),
             "method": trial["method"],
             "eval_batch_size": self.eval_batch_size,
             "seed": seed,
@@ -85,7 +85,9 @@ class CompareConfig:
         config = build(RunConfig, values | {"run_dir": "", "progress": False})
         defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]
-        return replace(config, run_dir=str(Path(self.out) / "runs" / f"{name}-{key}-seed{seed}"))
+        return replace(
+            config, resume=True, run_dir=str(Path(self.out) / "runs" / f"{name}-{key}-seed{seed}")
+        )
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -100,19 +102,27 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     def run_config(name: str, trial: dict[str, Any], seed: int) -> RunConfig:
         return config.run_config(name, trial, seed, data_hash=data_hash)
 
-    def validation_nll(name: str, trial: dict[str, Any]) -> float:
-        folder = Path(run_config(name, trial, config.tuning_seed).run_dir)
-        return json.loads((folder / "metrics.json").read_text())["validation"]["nll"]
+    def validation_nll(name: str, trial: dict[str, Any]) -> float | None:
+        folder = run_config(name, trial, config.tuning_seed).run_dir
+        if folder in diverged:
+            return None
+        return json.loads((Path(folder) / "metrics.json").read_text())["validation"]["nll"]
 
     tuned = {name: trials for name, trials in config.methods.items() if len(trials) > 1}
     attempts = [run_config(n, t, config.tuning_seed) for n, row in tuned.items() for t in row]
-    _run_all(config, attempts, "trials")
+    diverged = _run_all(config, attempts, "trials")
     trials: dict[str, list[dict[str, Any]]] = {
         name: [{"trial": t, "validation_nll": validation_nll(name, t)} for t in row]
         for name, row in tuned.items()
     }
+    for name, row in trials.items():
+        if all(found["validation_nll"] is None for found in row):
+            raise RuntimeError(f"every trial of {name} diverged: lower lr or lr_guide")
     chosen = {
-        name: min(trials[name], key=lambda found: found["validation_nll"])["trial"]
+        name: min(
+            (found for found in trials[name] if found["validation_nll"] is not None),
+            key=lambda found: found["validation_nll"],
+        )["trial"]
         if name in tuned
         else row[0]
         for name, row in config.methods.items()
@@ -121,7 +131,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         name: [run_config(name, trial, seed) for seed in config.seeds]
         for name, trial in chosen.items()
     }
-    _run_all(config, [r for row in runs.values() for r in row], "runs")
+    lost = _run_all(config, [r for row in runs.values() for r in row], "runs")
+    if lost:
+        raise RuntimeError(f"these runs diverged: {sorted(lost)}; lower lr or lr_guide")
     folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
     return write_report(Path(config.out), folders, chosen=chosen, trials=trials)
 
@@ -133,10 +145,12 @@ def _data_hash(data: DataConfig) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> None:
+def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> set[str]:
+    """Run what has no run folder yet; returns the folders that stay empty, as training diverged."""
+    diverged: set[str] = set()
     todo = [r for r in {r.run_dir: r for r in runs}.values() if not Path(r.run_dir).exists()]
     if not todo:
-        return
+        return diverged
     cores = os.cpu_count() or 1
     # Runs would share a GPU's memory.
     jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(todo))
@@ -147,17 +161,13 @@ def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> Non
         started = {pool.submit(run, r): r for r in todo}
         for done in as_completed(started):
             error = done.exception()
-            if error is not None:
+            if isinstance(error, NonFiniteLossError):
+                diverged.add(started[done].run_dir)
+            elif error is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise RuntimeError(
                     f"the run {started[done].run_dir} (method {started[done].method}) failed:"
                     f" {error}; finished runs are kept, and the same command goes on from there"
                 ) from error
             bar.update()
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return base | {
-        key: _merged(base[key], value) if isinstance(value, dict) and key in base else value
-        for key, value in changes.items()
-    }
+    return diverged

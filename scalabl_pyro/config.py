@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -19,6 +19,9 @@ from .svi import FitConfig
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 
 T = TypeVar("T")
+
+#: settings that may change between an interruption and its resumption
+NO_MATTER = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
 
 
 class ConfigError(ValueError):
@@ -70,11 +73,33 @@ class DataConfig(DataSource):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of unfinished training.
+
+    :param every: steps between two of them.
+    :param keep: how many are kept.
+    :raises ConfigError: if a number is below 1.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}: expected 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything that defines a training run.
 
     :param method: ``name``, a key of ``METHODS``, and that method's own fields.
     :param run_dir: the folder to write, which must not exist.
+    :param checkpoint: how often an unfinished run is saved.
+    :param resume: go on with an unfinished run of the same settings, if there is one.
+    :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
+        trained, and the one with the lowest validation NLL is kept.
     """
 
     model: ModelConfig
@@ -83,6 +108,9 @@ class RunConfig:
     run_dir: str
     method: dict[str, Any] = field(default_factory=lambda: {"name": "scalabl"})
     fit: FitConfig = field(default_factory=FitConfig)
+    trials: tuple[dict[str, Any], ...] = ()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: bool = False
     eval_batch_size: int = 64
     seed: int = 0
     progress: bool = True
@@ -91,6 +119,7 @@ class RunConfig:
         if self.eval_batch_size < 1:
             raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
         self.make_method()
+        self.attempts()
 
     def make_method(self) -> Method:
         """The method with its settings.
@@ -108,6 +137,38 @@ class RunConfig:
         }
         return build(METHODS[name], settings | shared)
 
+    def attempts(self) -> list[RunConfig]:
+        """The configurations to train, of which one is kept: those of the trials, or this one.
+
+        :raises ConfigError: if a trial overrides something else, or is wrong.
+        """
+        if not self.trials:
+            return [self]
+        return [replace(self.changed(trial), trials=()) for trial in self.trials]
+
+    def changed(self, trial: Mapping[str, Any]) -> RunConfig:
+        """This configuration with another ``method`` or another ``fit``, or parts of them.
+
+        :raises ConfigError: if the trial overrides something else, or is wrong.
+        """
+        unknown = sorted(trial.keys() - {"method", "fit"})
+        if unknown:
+            raise ConfigError(f"a trial overrides {unknown}: expected method and fit")
+        method = dict(trial.get("method", {}))
+        if method.get("name", self.method["name"]) == self.method["name"]:
+            method = merged(self.method, method)  # another method has settings of its own
+        fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})))
+        return replace(self, method=method, fit=fit, trials=())
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """The settings that differ from another run's, of those that change what is trained."""
+        mine, others = (_flat(asdict(config)) for config in (self, other))
+        return [
+            f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
+            for key in sorted(mine.keys() | others.keys())
+            if mine.get(key) != others.get(key) and key.split(".")[0] not in NO_MATTER
+        ]
+
     def check_run_dir(self) -> Path:
         """The run folder, in a place that can be written.
 
@@ -121,6 +182,22 @@ class RunConfig:
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        found |= _flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
+    return found
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, in nested mappings too."""
+    return dict(base) | {
+        key: merged(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
 
 
 def build(cls: type[T], values: Any) -> T:

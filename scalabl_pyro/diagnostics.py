@@ -1,48 +1,286 @@
-"""Posteriors in arviz: draws of s and log-likelihoods with named coordinates."""
+"""Posteriors in arviz, leave-one-out cross-validation, and whether a guide fits its posterior."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from scipy.special import logsumexp
+from torch import Tensor
 
 from .data import Split
+from .guides import AutoSubspace
+from .model import ScalaBLModel
 from .predict import Predictor, predict
 
-__all__ = ["to_inference_data"]
+__all__ = ["loo", "pareto_k", "to_inference_data"]
 
 
 def to_inference_data(
-    predictor: Predictor, split: Split | None = None, *, batch_size: int = 64
+    predictor: Predictor,
+    split: Split | None = None,
+    *,
+    model: ScalaBLModel | None = None,
+    guide: AutoSubspace | None = None,
+    history: Sequence[Mapping[str, float]] = (),
+    chains: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> az.InferenceData:
-    """The draws of a posterior as arviz's ``InferenceData``.
+    """The draws of a posterior, and what is known about them, as arviz's ``InferenceData``.
 
-    * ``posterior``: ``s`` (chain, draw, module, rank)
-    * ``log_likelihood``: ``label`` (chain, draw, example), log p(y_n | x_n, s_k), of a given split
-    * ``observed_data``: ``label`` (example)
+    ======================== =========================== ==================================
+    group                    variable (dimensions)       comes with
+    ======================== =========================== ==================================
+    ``posterior``            ``s`` (…, module, rank)     always
+    ``observed_data``        ``label`` (example)         ``split``
+    ``log_likelihood``       ``label`` (…, example)      ``split``: log p(y_n | x_n, s_k)
+    ``posterior_predictive`` ``label`` (…, example)      ``split``: a draw of p(y | x_n, s_k)
+    ``prior``                ``s`` (…, module, rank)     ``model``: as many draws of p(s)
+    ``log_prior``            ``s`` (…)                   ``guide``: log p(s_k)
+    ``sample_stats``         ``log_q`` (…)               ``guide``: log q(s_k)
+    ``sample_stats``         ``loss``, ``kl``, … (step)  ``history``; a step is not a draw
+    ======================== =========================== ==================================
 
-    Draws of a guide are independent, in one chain: R-hat and effective sample size say nothing
-    about them. A temperature is part of the likelihood.
+    where … is (chain, draw). Further latent sites of the prior stand beside ``s``: in ``posterior``
+    and ``log_prior`` with ``guide``, in ``prior`` always; log q is that of all of them.
 
-    :param predictor: with a bank of draws.
-    :param split: labelled examples.
-    :raises ValueError: if there are no draws, or a record has no label.
+    R-hat and effective sample size are for the chains of a sampler. Draws of a guide are
+    independent by construction: R-hat says nothing about them, and their effective sample size is S
+    however far q is from the posterior. :func:`pareto_k` is the check for a guide.
+
+    :param predictor: with a bank of draws (S, M, r). Its temperature is part of the likelihood.
+    :param split: labelled examples; :func:`loo` and :func:`pareto_k` need the training split.
+    :param model: the model with the prior of s.
+    :param guide: the q that the draws come from.
+    :param history: what :func:`~scalabl_pyro.svi.fit` returns under that name.
+    :param chains: how many chains of equal length follow each other in the bank.
+    :param seed: fixes the draws from the prior and of labels.
+    :raises ValueError: if there are no draws, or they do not divide into chains; if a record has no
+        label; if ``guide`` comes without ``model``, or is a point.
     """
     if predictor.draws is None:
         raise ValueError("a point estimate has no posterior: the predictor holds no draws")
-    groups: dict[str, Any] = {"posterior": {"s": predictor.draws.cpu().numpy()[None]}}
-    dims = {"s": ["module", "rank"], "label": ["example"]}
-    coords = {
+    num_draws = len(predictor.draws)
+    if chains < 1 or num_draws % chains:
+        raise ValueError(f"chains is {chains}: expected a divisor of the {num_draws} draws")
+    if guide is not None and model is None:
+        raise ValueError("log p(s) − log q(s) needs the prior too: pass model beside guide")
+    if guide is not None and isinstance(guide.get_posterior(), dist.Delta):
+        raise ValueError(f"{type(guide).__name__} is a point, which has no density q(s)")
+    coords: dict[str, Any] = {
         "module": list(predictor.adapter.module_names),
         "rank": range(predictor.adapter.rank),
     }
-    if split is not None:
-        found = predict(predictor, split, batch_size=batch_size)
-        if found.labels is None:
-            raise ValueError("the log-likelihood needs a label in every record")
-        each = found.logits.log_softmax(-1)  # (S, N, C)
-        index = found.labels.expand(len(each), -1)[..., None]
-        groups["log_likelihood"] = {"label": each.gather(-1, index)[None, ..., 0].numpy()}
-        groups["observed_data"] = {"label": found.labels.numpy()}
-        coords["example"] = [record.id for record in split.records]
-    return az.from_dict(**groups, coords=coords, dims=dims)
+    dims = {"s": ["module", "rank"], "label": ["example"]}
+    sites = {"s": predictor.draws}
+    draws: dict[str, dict[str, Tensor]] = {}  # variables (S, ...) by group
+    densities: dict[str, dict[str, Tensor]] = {}  # variables (S,) by group
+    observed: dict[str, np.ndarray] = {}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        if split is not None:
+            log_likelihood, replicated, labels = _predictions(predictor, split, batch_size)
+            draws["log_likelihood"] = {"label": log_likelihood}
+            draws["posterior_predictive"] = {"label": replicated}
+            observed["label"] = labels.numpy()
+            coords["example"] = [record.id for record in split.records]
+        if model is not None:
+
+            def prior() -> None:
+                pyro.sample("s", model.prior())
+
+            draws["prior"], _ = _trace(prior, num_draws)
+            for name, latent in model.prior.latents.items():
+                dims[name] = _latent_dims(latent.shape)
+            if guide is not None:
+                sites, log_q = _trace(guide, num_draws, sites)
+                _, log_prior = _trace(prior, num_draws, sites)
+                densities["log_prior"] = log_prior
+                densities["sample_stats"] = {"log_q": torch.stack([*log_q.values()]).sum(0)}
+    groups = {
+        **{name: _dataset(values, chains, coords, dims) for name, values in draws.items()},
+        **{name: _dataset(values, chains) for name, values in densities.items()},
+        "posterior": _dataset(sites, chains, coords, dims),
+    }
+    if observed:
+        groups["observed_data"] = az.dict_to_dataset(
+            observed, coords=coords, dims=dims, default_dims=[]
+        )
+    if history:
+        curves = _curves(history)
+        groups["sample_stats"] = xr.merge([groups.get("sample_stats", xr.Dataset()), curves])
+    if model is not None:
+        groups["prior"].attrs["num_data"] = model.num_data
+    return az.InferenceData(**groups)  # type: ignore[arg-type]  # of its one keyword
+
+
+def loo(data: az.InferenceData) -> az.ELPDData:
+    r"""PSIS-LOO for draws of an approximate posterior: the sum of log p(y_n | y_{-n}) over N data.
+
+    .. math::
+        \mathrm{elpd} &= \sum_n \log \frac{\sum_k w_{nk} \, p(y_n \mid s_k)}{\sum_k w_{nk}} \\
+        w_{nk} &= \mathrm{PSIS}_k \frac{p(s_k) \prod_i p(y_i \mid s_k)}{q(s_k) \, p(y_n \mid s_k)}
+
+    (Magnusson et al. 2019, arXiv 1904.10679). ``az.loo`` takes the draws for those of the
+    posterior, w = 1 / p(y_n | s_k): right for a sampler's draws, wrong for a guide's as far as the
+    guide is. Results go into ``az.compare({"normal": loo(a), "joint": loo(b)})``.
+
+    Projections are points that have seen every example: leave-one-out leaves it out of s only.
+
+    :param data: of :func:`to_inference_data` with training split, model and guide; S of 1,000 or
+        more.
+    :returns: as ``az.loo(data, pointwise=True)``; ``pareto_k`` (N,) above ``good_k`` says which
+        terms are not to be trusted, and ``warning`` that there are some.
+    :raises ValueError: if a group is missing, examples are, or there are fewer than 25 draws.
+    """
+    log_ratio = _log_ratio(data)  # (S,)
+    log_likelihood = data["log_likelihood"]["label"].stack(draws=("chain", "draw"))  # (N, S)
+    terms = log_likelihood.values.astype(float)
+    log_weights, pareto_shape = az.psislw(log_ratio - terms)
+    elpd = logsumexp(log_weights + terms, axis=-1)  # (N,)
+    posterior_weights, _ = az.psislw(log_ratio[None])
+    lppd = logsumexp(posterior_weights + terms, axis=-1)
+    good_k = _good_k(len(log_ratio))
+    trusted = bool((pareto_shape <= good_k).all())
+    if not trusted:
+        warnings.warn(
+            f"Pareto k is above {good_k:.2f} for {int((pareto_shape > good_k).sum())} of"
+            f" {len(elpd)} examples: the guide's draws cannot stand for the posterior without"
+            " them, and elpd_loo is not to be trusted; take more draws or a richer guide",
+            stacklevel=2,
+        )
+    pointwise = log_likelihood.isel(draws=0, drop=True)
+    return az.ELPDData(
+        {
+            "elpd_loo": elpd.sum(),
+            "se": (len(elpd) * elpd.var()) ** 0.5,
+            "p_loo": (lppd - elpd).sum(),
+            "n_samples": len(log_ratio),
+            "n_data_points": len(elpd),
+            "warning": not trusted,
+            "loo_i": pointwise.copy(data=elpd).rename("loo_i"),
+            "pareto_k": pointwise.copy(data=pareto_shape).rename("pareto_k"),
+            "scale": "log",
+            "good_k": good_k,
+        }
+    )
+
+
+def pareto_k(data: az.InferenceData) -> float:
+    r"""Pareto k-hat of the importance ratios p(y, s_k) / q(s_k): how far q is from the posterior.
+
+    Below 0.5 the guide is close; up to 0.7 its draws can be corrected by importance weights; above,
+    they cannot: q misses a part of the posterior (Yao et al. 2018, arXiv 1802.02538). It is a check
+    of q as a whole: each of many coordinates may be close while k is above 0.7. The posterior is
+    that of KL weight 1, for the projections as they are; a tempered guide is meant to be wider or
+    narrower.
+
+    :param data: of :func:`to_inference_data` with training split, model and guide; S of 1,000 or
+        more.
+    :raises ValueError: if a group is missing, examples are, or there are fewer than 25 draws.
+    """
+    _, shape = az.psislw(_log_ratio(data)[None])
+    return float(shape[0])
+
+
+def _log_ratio(data: az.InferenceData) -> np.ndarray:
+    """log p(y, s_k) − log q(s_k), (S,), in float64."""
+    missing = {"log_likelihood", "log_prior", "sample_stats"} - set(data.groups())
+    if missing or "log_q" not in data["sample_stats"]:
+        raise ValueError(
+            f"there is no {', '.join(sorted(missing)) or 'log_q'} in the data: build it by"
+            " to_inference_data(predictor, train, model=model, guide=guide); for a sampler's draws"
+            " use az.loo"
+        )
+    log_likelihood, num_data = data["log_likelihood"]["label"], data["prior"].attrs["num_data"]
+    if log_likelihood.sizes["example"] != num_data:
+        raise ValueError(
+            f"log_likelihood holds {log_likelihood.sizes['example']} examples, but the posterior is"
+            f" that of N = {num_data}: build the data with the training split"
+        )
+    log_p = log_likelihood.astype(float).sum("example")
+    log_p = log_p + data["log_prior"].astype(float).to_dataarray().sum("variable")
+    log_ratio = (log_p - data["sample_stats"]["log_q"]).stack(draws=("chain", "draw")).values
+    if len(log_ratio) < 25:
+        raise ValueError(
+            f"there are {len(log_ratio)} draws: a Pareto tail needs 25 or more, better 1,000"
+        )
+    return log_ratio
+
+
+def _good_k(num_draws: int) -> float:
+    """Largest k at which S draws are enough (Vehtari et al. 2024, arXiv 1507.02646)."""
+    return min(1 - 1 / np.log10(num_draws), 0.7)
+
+
+def _predictions(
+    predictor: Predictor, split: Split, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(y_n | x_n, s_k) and a drawn label, both (S, N), and the labels (N,)."""
+    found = predict(predictor, split, batch_size=batch_size)
+    if found.labels is None:
+        raise ValueError("the log-likelihood needs a label in every record")
+    likelihood = dist.Categorical(logits=found.logits)  # (S, N)
+    return likelihood.log_prob(found.labels), likelihood.sample(), found.labels
+
+
+def _trace(
+    program: Callable[[], object], num_draws: int, given: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values (S, ...) and log-densities (S,) of the sites of a program, some of them given."""
+
+    def many() -> None:
+        with pyro.plate("draws", num_draws):
+            program()
+
+    nodes: dict[str, Any] = (
+        poutine.trace(poutine.condition(many, data=given or {})).get_trace().nodes
+    )
+    sites = {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
+    return (
+        {name: node["value"] for name, node in sites.items()},
+        {name: node["fn"].log_prob(node["value"]) for name, node in sites.items()},
+    )
+
+
+def _latent_dims(shape: tuple[int, int]) -> list[str]:
+    """Names for the dimensions of a further latent site; those of size 1 are dropped later."""
+    return [d if size > 1 else f"{d}_1" for d, size in zip(("module", "rank"), shape, strict=True)]
+
+
+def _dataset(
+    variables: Mapping[str, Tensor],
+    chains: int,
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+) -> xr.Dataset:
+    """Variables (chains · S, ...) as (chain, draw, ...)."""
+    arrays = {
+        name: value.unflatten(0, (chains, -1)).cpu().numpy() for name, value in variables.items()
+    }
+    found = az.dict_to_dataset(arrays, library=pyro, coords=coords, dims=dims)
+    return found.isel(module_1=0, rank_1=0, drop=True, missing_dims="ignore")
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> xr.Dataset:
+    """The columns of a training history (step); NaN where a row lacks one."""
+    names = dict.fromkeys(name for row in history for name in row if name != "step")
+    return xr.Dataset(
+        {name: ("step", [row.get(name, np.nan) for row in history]) for name in names},
+        coords={"step": [int(row["step"]) for row in history]},
+    )

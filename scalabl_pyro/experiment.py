@@ -2,39 +2,157 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
 from .checkpoint import save_run
-from .config import RunConfig
+from .config import ConfigError, RunConfig, build
+from .data import Split
+from .distributed import is_main
+from .files import write_whole
 from .loading import Classes, load_readout, make_adapter
+from .memory import MemoryConfig, explain_out_of_memory
+from .methods import Fitted
 from .metrics import evaluate
 from .predict import predict
+from .svi import NonFiniteLossError
+from .training_state import Checkpoints
 
 __all__ = ["run"]
 
+log = logging.getLogger(__name__)
 
-def run(config: RunConfig) -> dict[str, dict[str, float]]:
+
+def run(config: RunConfig) -> dict[str, Any]:
     """Train, predict every split but the training one, and write the run folder.
 
-    :returns: metrics by split.
-    :raises FileExistsError: if the run folder exists.
+    Where the configuration has trials, each is trained with the same seed, and the run is the one
+    with the lowest validation NLL. Until the run is finished, its checkpoints stand beside the run
+    folder, in ``RUN_DIR.unfinished``; with ``resume`` training goes on from them. Of several
+    processes that train together (see :mod:`~scalabl_pyro.distributed`) one writes.
+
+    :returns: metrics by split, and the validation NLL of each trial under ``trials``.
+    :raises FileExistsError: if the run folder exists, or an unfinished run and not ``resume``.
+    :raises ConfigError: if the unfinished run has other settings.
+    :raises RuntimeError: if another process works on the same run.
+    :raises NonFiniteLossError: if training diverges, in every trial if there are some.
     """
-    config.check_run_dir()
+    folder = config.check_run_dir()
+    with _unfinished(config, folder.with_name(folder.name + ".unfinished")) as checkpoints:
+        return _run(config, checkpoints)
+
+
+def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     splits = config.data.splits(seed=config.seed)
     classes = Classes.of(config.model, [r for records in splits.values() for r in records])
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
+    train = encoded.pop("train")
 
-    fitted = config.make_method().fit(
-        lambda *, svd: make_adapter(config.model, config.lora, readout, svd=svd),
-        encoded.pop("train"),
-        encoded["validation"],
-        seed=config.seed,
-    )
+    def fit(attempt: RunConfig, name: str) -> Fitted:
+        try:
+            return attempt.make_method().fit(
+                lambda *, svd: make_adapter(config.model, config.lora, readout, svd=svd),
+                train,
+                encoded["validation"],
+                seed=config.seed,
+                checkpoints=checkpoints.part(name),
+            )
+        except torch.OutOfMemoryError as error:
+            sizes = MemoryConfig(
+                config.model,
+                config.lora,
+                batch_size=config.fit.batch_size,
+                eval_batch_size=config.eval_batch_size,
+                tokens=max(train.lengths),
+                classes=readout.num_classes,
+            )
+            raise RuntimeError(explain_out_of_memory(sizes)) from error
+
+    chosen, trials = config, list[dict[str, Any]]()
+    if not config.trials:
+        fitted = fit(config, "run")
+    else:
+        chosen, fitted, trials = _best(config, fit, encoded["validation"])
     predictions = {
         name: predict(
             fitted.predictor, split, batch_size=config.eval_batch_size, progress=config.progress
         )
         for name, split in encoded.items()
     }
-    metrics = {name: evaluate(*found) for name, found in predictions.items()}
-    save_run(config, classes, fitted, metrics, predictions)
-    return metrics
+    metrics = {name: evaluate(found.logits, found.labels) for name, found in predictions.items()}
+    if is_main():
+        save_run(chosen, classes, fitted, metrics, predictions, trials)
+    return {**metrics, "trials": trials} if trials else dict(metrics)
+
+
+@contextmanager
+def _unfinished(config: RunConfig, folder: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of this run, in a locked folder that is removed when the run is saved."""
+    checkpoints = Checkpoints(folder, config.checkpoint.every, config.checkpoint.keep)
+    settings = folder / "config.yaml"
+    if not config.resume and checkpoints.exist:
+        raise FileExistsError(
+            f"an unfinished run is in {folder}: go on with resume=true, or remove it"
+        )
+    if settings.exists():
+        before = build(RunConfig, OmegaConf.to_container(OmegaConf.load(settings)))
+        differences = config.differences(before)
+        if differences and config.resume:
+            raise ConfigError(
+                f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
+                " them as they were, or choose another run_dir"
+            )
+    if not is_main():
+        yield checkpoints
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process works on the run in {folder}: wait for it, or choose another run_dir"
+        ) from error
+    with lock:
+        write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        try:
+            yield checkpoints
+        except BaseException:
+            if not checkpoints.exist:
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def _best(
+    config: RunConfig, fit: Callable[[RunConfig, str], Fitted], validation: Split
+) -> tuple[RunConfig, Fitted, list[dict[str, Any]]]:
+    """The trial with the lowest validation NLL; one that diverges is passed over."""
+    best: tuple[RunConfig, Fitted] | None = None
+    lowest = float("inf")
+    trials: list[dict[str, Any]] = []
+    for i, (trial, attempt) in enumerate(zip(config.trials, config.attempts(), strict=True)):
+        try:
+            fitted = fit(attempt, f"trial-{i}")
+        except NonFiniteLossError as error:
+            log.warning("the trial %s diverged: %s", trial, error)
+            trials.append({"trial": trial, "validation_nll": None})
+            continue
+        found = predict(fitted.predictor, validation, batch_size=config.eval_batch_size)
+        nll = evaluate(found.logits, found.labels)["nll"]
+        trials.append({"trial": trial, "validation_nll": nll})
+        if nll < lowest:
+            lowest, best = nll, (attempt, fitted)
+    if best is None:
+        raise NonFiniteLossError("every trial diverged; lower lr or lr_guide")
+    return *best, trials

@@ -48,6 +48,7 @@ class ModelConfig:
     :param prompt: for label tokens, a name in ``PROMPTS``.
     :param chat: for label tokens, put prompts through the chat template.
     :param truncate: cut prompts that are longer than the context instead of refusing them.
+    :param shard: where several processes train together, spread the frozen weights over them.
     :raises ValueError: if a value is not one of those listed.
     """
 
@@ -62,9 +63,10 @@ class ModelConfig:
     prompt: str = "letters"
     chat: bool = False
     truncate: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {
+        allowed: dict[str, list[Any]] = {
             "readout": sorted(READOUTS),
             "dtype": ["float32", "bfloat16", "float16"],
             "quantization": [None, "4bit", "8bit"],
@@ -246,7 +248,7 @@ def make_adapter(
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model."""
     lora = adapter.lora()
-    return SubspaceAdapter(
+    made = SubspaceAdapter(
         load_llm(config, readout, heads=lora.modules_to_save or ()),
         lora,
         readout,
@@ -256,12 +258,17 @@ def make_adapter(
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,
     )
+    if config.shard:
+        made.shard()
+    return made
 
 
 def _device(config: ModelConfig) -> str:
     if config.device != "auto":
         return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"  # each process its own
+    return "cpu"
 
 
 def _quantization(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -163,9 +164,9 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
-        real = prior.support is constraints.real
-        if not (real or prior.support.check(adapter.init_loc).all()):
-            adapter.move_start(biject_to(prior.support)(torch.zeros_like(adapter.init_loc)))
+        support: Any = prior.support
+        if support is not constraints.real and not support.check(adapter.init_loc).all():
+            adapter.move_start(biject_to(support)(torch.zeros_like(adapter.init_loc)))
 
     @property
     def init_loc(self) -> Tensor:

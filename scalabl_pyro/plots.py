@@ -8,11 +8,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .metrics import entropy
 from .predict import Predictions, average
 
-__all__ = ["plot_comparison", "plot_entropy", "plot_reliability"]
+__all__ = ["plot_comparison", "plot_entropy", "plot_reliability", "save_figure"]
 
 
 def plot_reliability(axis: Axes, found: Sequence[Predictions], *, bins: int = 10) -> None:
@@ -73,6 +74,11 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Predictions]]], pat
         axes[row, 0].set_ylabel(f"{split}\naccuracy")
     axes[-1, 0].set_ylabel("density")
     axes[-1, -1].legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG to a temporary file beside ``path``, rename it, and close the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png", dpi=120)

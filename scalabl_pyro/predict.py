@@ -1,51 +1,58 @@
-"""Prediction: a fixed bank of draws of s, and the average of the probabilities over it."""
+"""Prediction: the average of the probabilities over a fixed bank of draws of s."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
 from .adapter import SubspaceAdapter
-from .data import Batch, Split
-from .guides import AutoSubspace
+from .data import Batch, Record, Split
 
-__all__ = ["Predictions", "Predictor", "average", "draw", "predict"]
+__all__ = [
+    "Predictions",
+    "Predictor",
+    "Predicts",
+    "average",
+    "half_width",
+    "predict",
+    "predict_proba",
+]
 
+log = logging.getLogger(__name__)
 
-def draw(
-    guide: Callable[..., Any], num_draws: int, *, seed: int, batch: Batch | None = None
-) -> Tensor:
-    """A bank of S draws of s, (S, M, r), independent of the global random state.
-
-    :param guide: any guide that samples ``"s"``, ours or Pyro's.
-    :param seed: fixes the bank.
-    :param batch: what Pyro's own guides are called with; ours need none.
-    :raises ValueError: if S < 1.
-    """
-    if num_draws < 1:
-        raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
-        if isinstance(guide, AutoSubspace):
-            return guide.sample(num_draws)
-        return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
+#: fewest draws of which a spread is estimated
+_FEWEST = 4
 
 
-@dataclass(frozen=True, slots=True)
+class Predicts(Protocol):
+    """What :func:`predict` needs: logits (S, B, C) of a batch."""
+
+    @property
+    def adapter(self) -> SubspaceAdapter: ...
+
+    @property
+    def num_draws(self) -> int: ...
+
+    def logits(self, batch: Batch) -> Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
 class Predictor:
     """What every method ends as: logits for a batch, one set per draw.
 
     :param adapter: the trained model.
     :param draws: (S, M, r), or ``None`` for a deterministic plain LoRA.
     :param temperature: divides the logits.
-    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks.
+    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. Where
+        memory runs out it is halved, with a line in the log.
     """
 
     adapter: SubspaceAdapter
@@ -59,13 +66,37 @@ class Predictor:
         return 1 if self.draws is None else len(self.draws)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """(S, B, C) in float32, −inf where a choice does not exist."""
+    def logits(self, batch: Batch, some: slice = slice(None)) -> Tensor:
+        """(S, B, C) in float32, −inf where a choice does not exist.
+
+        :param some: which of the draws.
+        :raises torch.OutOfMemoryError: if a single draw of the batch does not fit.
+        """
         if self.draws is None:
             return self.adapter(batch)[None] / self.temperature
         rows = math.prod(batch.inputs["input_ids"].shape[:-1])
-        chunks = self.draws.split(max(1, self.max_rows // rows))
-        return torch.cat([self.adapter(batch, s) for s in chunks]) / self.temperature
+        draws = self.draws[some]
+        found: list[Tensor] = []
+        done = 0
+        while done < len(draws):
+            size = min(max(1, self.max_rows // rows), len(draws))
+            try:
+                found.append(self.adapter(batch, draws[done : done + size]))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            else:
+                done += size
+                continue
+            # Outside the handler, whose traceback keeps the failed pass in memory.
+            self.max_rows = rows * (size // 2)
+            log.warning(
+                "out of memory with %d draws of a batch of %d rows at once: going on with %d",
+                size,
+                rows,
+                size // 2,
+            )
+        return torch.cat(found) / self.temperature
 
 
 class Predictions(NamedTuple):
@@ -73,10 +104,13 @@ class Predictions(NamedTuple):
 
     :param logits: (S, N, C) on the CPU, −inf where a choice does not exist.
     :param labels: (N,), or ``None``.
+    :param used: (N,), how many draws each example took, if not all S. Its logits then repeat these,
+        which leaves every average over draws as it was.
     """
 
     logits: Tensor
     labels: Tensor | None
+    used: Tensor | None = None
 
 
 def average(logits: Tensor) -> Tensor:
@@ -88,20 +122,94 @@ def average(logits: Tensor) -> Tensor:
     return (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
 
 
+def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
+    r"""How far the averaged probabilities may be from those of infinitely many draws, (N,).
+
+    Half the width of Student's confidence interval, for the class where it is widest:
+
+    .. math:: \max_c \; t_{S-1} \; \mathrm{sd}_k\big(p_c(x; s_k)\big) / \sqrt{S}
+
+    It is made for independent draws; Sobol and antithetic ones do better than it says.
+
+    :param logits: (S, N, C), S ≥ 2.
+    """
+    S = len(logits)
+    t = float(stats.t.ppf((1 + level) / 2, S - 1))
+    return logits.softmax(-1).std(0).amax(-1) * t / math.sqrt(S)
+
+
 def predict(
-    predictor: Predictor, split: Split, *, batch_size: int = 64, progress: bool = False
+    predictor: Predicts,
+    split: Split,
+    *,
+    batch_size: int = 64,
+    tolerance: float | None = None,
+    progress: bool = False,
 ) -> Predictions:
     """Predict all N examples of a split, with the same draws for every batch.
 
     Examples run in the order of their length, so that little is padded, and come back in their own.
 
     :param batch_size: B of a forward pass before draws multiply it.
+    :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
+        probability. It is looked at after each divisor of S that is 4 or more, so that an S with
+        many of them, such as 12, 24 or 48, stops soonest.
+    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
     """
+    if tolerance is not None and not (
+        tolerance > 0 and isinstance(predictor, Predictor) and predictor.draws is not None
+    ):
+        raise ValueError(
+            f"tolerance is {tolerance}: expected a number above 0, and a predictor with draws of s"
+        )
     predictor.adapter.eval()
     order = sorted(range(len(split)), key=split.lengths.__getitem__)
-    found = []
+    found, used = [], []
     for start in tqdm(range(0, len(order), batch_size), disable=not progress):
-        batch = split.collate([split[index] for index in order[start : start + batch_size]])
-        found.append(predictor.logits(batch).cpu())
-    logits = torch.cat(found, dim=1)[:, torch.tensor(order).argsort()]
-    return Predictions(logits, split.labels)
+        indices = order[start : start + batch_size]
+        if tolerance is not None and isinstance(predictor, Predictor):
+            logits, draws = _until_settled(predictor, split, indices, tolerance)
+            used.append(draws)
+        else:
+            logits = predictor.logits(split.collate([split[index] for index in indices])).cpu()
+        found.append(logits)
+    place = torch.tensor(order).argsort()
+    return Predictions(
+        torch.cat(found, dim=1)[:, place],
+        split.labels,
+        torch.cat(used)[place] if used else None,
+    )
+
+
+def predict_proba(predictor: Predicts, records: Sequence[Record], **options: Any) -> Tensor:
+    """Averaged probabilities of C choices, (N, C), for records with or without labels.
+
+    :param options: of :func:`predict`.
+    :raises DataError: if a record does not fit the readout.
+    """
+    split = predictor.adapter.readout.encode(records)
+    return average(predict(predictor, split, **options).logits).exp()
+
+
+def _until_settled(
+    predictor: Predictor, split: Split, indices: list[int], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
+    S = predictor.num_draws
+    stops = [n for n in range(_FEWEST, S) if S % n == 0] + [S]
+    logits = torch.empty(S, len(indices), predictor.adapter.readout.num_classes)
+    used = torch.full((len(indices),), S)
+    pending = torch.arange(len(indices))
+    done = 0
+    for stop in stops:
+        batch = split.collate([split[indices[b]] for b in pending.tolist()])
+        logits[done:stop, pending] = predictor.logits(batch, slice(done, stop)).cpu()
+        settled = half_width(logits[:stop, pending]) <= tolerance
+        if stop < S:
+            for b in pending[settled].tolist():
+                logits[:, b] = logits[:stop, b].repeat(S // stop, 1)
+                used[b] = stop
+        pending, done = pending[~settled], stop
+        if not len(pending):
+            break
+    return logits, used

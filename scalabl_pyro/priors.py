@@ -41,11 +41,11 @@ class Prior(PyroModule):
     """
 
     #: where s may lie
-    support: constraints.Constraint = constraints.real
+    support: constraints.Constraint = cast(constraints.Constraint, constraints.real)
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = (shape[0], shape[1])
         self.latents: dict[str, Latent] = {}
 
     @abstractmethod
@@ -66,7 +66,7 @@ class FixedPrior(Prior):
         self.support = cast(constraints.Constraint, coordinate.support)
         reals = torch.tensor([-1e6, 0.0, 1e6], device=coordinate.sample().device)
         if not coordinate.event_shape and self.support.check(reals).all():
-            self.support = constraints.real  # by whatever name, as a mixture's
+            self.support = Prior.support  # by whatever name, as a mixture's
         if coordinate.event_shape or self.support.is_discrete:
             raise ValueError(
                 f"the prior is {coordinate} with event shape {tuple(coordinate.event_shape)} and"

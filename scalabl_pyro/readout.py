@@ -201,11 +201,7 @@ class LabelTokens(Readout):
         return list(self.tokenizer(text, add_special_tokens=not self.chat).input_ids)
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-        inputs = _left_padded(inputs)
-        # GPT-2 and others number positions from the padding unless they are told.
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        extra = {"logits_to_keep": 1} if _keeps_logits(type(llm)) else {}
-        logits = llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -1]
+        logits = last_logits(llm, _left_padded(inputs), 1)[:, 0]
         return logits[:, self.label_ids.to(logits.device)].float()
 
 
@@ -260,6 +256,14 @@ READOUTS: dict[str, type[Readout]] = {
     "sequence_classification": SequenceClassification,
     "multiple_choice": MultipleChoice,
 }
+
+
+def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
+    """(R, count, vocabulary), the logits at the last positions of R left-padded rows."""
+    # GPT-2 and others number positions from the padding unless they are told.
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    extra = {"logits_to_keep": count} if _keeps_logits(type(llm)) else {}
+    return llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -count:]
 
 
 def _keeps_logits(cls: type[PreTrainedModel]) -> bool:

@@ -18,10 +18,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Batch, Split
+from .data import Split
+from .distributed import average_over_ranks, is_main, rank, world_size
 from .guides import AutoSubspace
 from .kl import KLBudget, KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
+from .training_state import Checkpoints, Interrupted, TrainingState, random_state, set_random_state
 
 __all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
 
@@ -124,6 +126,7 @@ def fit(
     seed: int = 0,
     elbo: Any = None,
     validate: Callable[[], float] | None = None,
+    checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> FitResult:
     r"""Minimise −ELBO/N with one AdamW over projections, heads and guide, changed in place.
@@ -131,13 +134,19 @@ def fit(
     .. math:: -\frac{1}{N} \Big( \frac{N}{B} \sum_{n ∈ batch} E_q[\log p(y_n \mid x_n, s)]
               - β_t \, KL(q(s) \,\|\, p(s)) \Big)
 
+    In a process group of ``torch.distributed`` every process has its share of each minibatch, and
+    all must start from the same random state, so that they draw the same s.
+
     :param model: with its projections; ``model.num_data`` is N.
     :param guide: any Pyro guide for the model, or :func:`no_guide` for a point estimate.
     :param train: the N labelled examples.
     :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
     :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
+    :param checkpoints: written on the way; where there is one already, training goes on from it,
+        and ends as it would have ended without the interruption, to the bit.
     :raises NonFiniteLossError: if the loss or the gradient is not finite.
+    :raises Interrupted: if a signal asked to stop, after a checkpoint.
     :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
         the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
     """
@@ -147,46 +156,48 @@ def fit(
         raise ValueError("eval_every is set, but no validate function was given")
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     adapter = model.adapter
-    minibatches = train.minibatches(config.batch_size, seed=seed)
-    first = next(minibatches)
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():
-            guide(first)  # Pyro's automatic guides make their parameters at the first call
-    trained = list(adapter.named_parameters().values())
-    # A prior's own parameters are variational ones: they move with the guide's.
-    known = {id(parameter) for parameter in trained}
-    inferred = [p for p in model.parameters() if id(p) not in known]
-    inferred += list(guide.parameters()) if isinstance(guide, nn.Module) else []
-    groups = [
-        {"params": trained, "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": inferred, "lr": config.lr_guide, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate)
-    parameters = [*trained, *inferred]
-    budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
+            # Pyro's automatic guides make their parameters at the first call.
+            guide(next(train.minibatches(config.batch_size, seed=seed)))
+    run = _Run(model, guide, config)
+    if checkpoints is not None:
+        run.resume(checkpoints)
+    minibatches = train.minibatches(
+        config.batch_size,
+        seed=seed,
+        skip=run.step * config.accumulation,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    parameters, history = run.parameters, run.history
     good = _Snapshot(parameters)
-    best, best_nll, best_step = _Snapshot(parameters), math.inf, config.steps
-    history: list[dict[str, float]] = []
-    batch: Batch | None = first
     per_example = 1 / (model.num_data * config.accumulation)
 
     adapter.train()
-    with model.projections.one_site(), tqdm(total=config.steps, disable=not progress) as bar:
-        for step in range(config.steps):
-            beta = config.kl(step, config.steps) * (budget.factor if budget else 1.0)
+    with (
+        model.projections.one_site(),
+        checkpoints.interruptible() if checkpoints else nullcontext(),
+        tqdm(total=config.steps, initial=run.step, disable=not (progress and is_main())) as bar,
+    ):
+        for step in range(run.step, config.steps):
+            beta = run.kl_weight()
             loss, nll = 0.0, 0.0
-            first_step = _Sites(parameters) if step == 0 else nullcontext()
             # Checks are worth their time once: sites, shapes and supports do not change.
-            with pyro.validation_enabled(step == 0), first_step, kl_weight(beta):
+            check = step == 0
+            sites = _Sites(parameters) if check else nullcontext()
+            with pyro.validation_enabled(check), sites, kl_weight(beta):
                 for _ in range(config.accumulation):
-                    batch = next(minibatches) if batch is None else batch
                     with _ObservedNLL() as observed:
-                        loss += elbo.loss_and_grads(model, guide, batch) * per_example
+                        loss += elbo.loss_and_grads(model, guide, next(minibatches)) * per_example
                     nll += observed.mean() / config.accumulation
-                    batch = None
             gradients = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(gradients, per_example)
+            stop = checkpoints is not None and checkpoints.asked
+            if world_size() > 1:
+                terms = torch.tensor([loss, nll, float(stop)], device=adapter.device)
+                average_over_ranks([*gradients, terms])
+                loss, nll, stop = terms.tolist()  # all stop if one is asked to
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 good.restore()
@@ -205,33 +216,139 @@ def fit(
                 "kl_weight": beta,
                 "lr": config.learning_rate(step),
             }
-            if budget:
-                budget.update(row["kl"])
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            last = step + 1 == config.steps
+            history.append(row)
+            run.take_step()
+            last = run.step == config.steps
             if (
                 validate is not None
                 and config.eval_every
-                and (last or not (step + 1) % config.eval_every)
+                and (last or not run.step % config.eval_every)
             ):
                 adapter.eval()
                 row["validation_nll"] = validate()
                 adapter.train()
-                if row["validation_nll"] < best_nll or math.isinf(best_nll):
-                    best_nll, best_step = row["validation_nll"], step + 1
-                    best.take()
-            history.append(row)
+                run.compare(row["validation_nll"])
+            if checkpoints is not None and (stop or last or not run.step % checkpoints.every):
+                if is_main():
+                    checkpoints.save(run.state())
+                if stop:
+                    adapter.eval()
+                    raise Interrupted(
+                        f"stopped by a signal after step {run.step}; go on with resume=true"
+                    )
             bar.set_postfix(
                 nll=f"{nll:.3f}", kl=f"{row['kl']:.1f}", kl_weight=f"{beta:.3g}", refresh=False
             )
             bar.update()
     adapter.eval()
     if config.keep == "best":
-        best.restore()
-        return FitResult(history, best_step)
+        run.best.restore()
+        return FitResult(history, run.best_step)
     return FitResult(history, config.steps)
+
+
+class _Run:
+    """What training carries from step to step, and a checkpoint holds."""
+
+    def __init__(self, model: LoRAModel, guide: Callable[..., Any], config: FitConfig) -> None:
+        self._config = config
+        self._device = model.adapter.device
+        trained = model.adapter.named_parameters()
+        known = {id(parameter) for parameter in trained.values()}
+        # A prior's own parameters are variational ones: they move with the guide's.
+        inferred = {
+            f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known
+        }
+        if isinstance(guide, nn.Module):
+            inferred |= {f"guide.{name}": p for name, p in guide.named_parameters()}
+        self._named = trained | inferred
+        self.parameters = list(self._named.values())
+        groups = [
+            {"params": [*trained.values()], "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": [*inferred.values()], "lr": config.lr_guide, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
+        self._budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best = _Snapshot(self.parameters)
+        self.best_nll, self.best_step = math.inf, config.steps
+
+    def kl_weight(self) -> float:
+        """β of the next step."""
+        factor = 1.0 if self._budget is None else self._budget.factor
+        return factor * self._config.kl(self.step, self._config.steps)
+
+    def take_step(self) -> None:
+        """Move the parameters by their gradients, and the schedules by the last row of history."""
+        if self._budget is not None:
+            self._budget.update(self.history[-1]["kl"])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        self.step += 1
+
+    def compare(self, validation_nll: float) -> None:
+        """Remember the current parameters if they are the best so far."""
+        if validation_nll < self.best_nll or math.isinf(self.best_nll):
+            self.best_nll, self.best_step = validation_nll, self.step
+            self.best.take()
+
+    def state(self) -> TrainingState:
+        """All of it, and torch's random state."""
+        optimizer = self._optimizer.state_dict()
+        tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in self._named.items()}
+        for index, moments in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        if self._config.keep == "best":
+            best = zip(self._named, self.best.values, strict=True)
+            tensors |= {f"best.{name}": value for name, value in best}
+        values = {
+            "groups": optimizer["param_groups"],
+            "scheduler": self._scheduler.state_dict(),
+            "budget": None if self._budget is None else vars(self._budget),
+            "history": self.history,
+            "best": [self.best_nll, self.best_step],
+        }
+        return TrainingState(self.step, tensors | random_state(self._device), values)
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        :raises ValueError: if it is of other parameters.
+        """
+        state = checkpoints.latest()
+        if state is None:
+            return
+        tensors, values = dict(state.tensors), state.values
+        saved = {n.removeprefix("parameter."): t for n, t in tensors.items() if "parameter." in n}
+        wrong = {n for n, p in self._named.items() if n not in saved or saved[n].shape != p.shape}
+        wrong |= saved.keys() - self._named.keys()
+        if wrong:
+            raise ValueError(
+                f"the checkpoint of step {state.step} in {checkpoints.folder} is of other"
+                f" parameters; these are missing, unknown or of another shape: {sorted(wrong)}"
+            )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = value
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(saved[name])
+            if self._config.keep == "best":
+                for value, name in zip(self.best.values, self._named, strict=True):
+                    value.copy_(tensors[f"best.{name}"])
+        self._optimizer.load_state_dict({"state": moments, "param_groups": values["groups"]})
+        self._scheduler.load_state_dict(values["scheduler"])
+        if self._budget is not None:
+            vars(self._budget).update(values["budget"])
+        self.history.extend(values["history"])
+        self.best_nll, self.best_step = values["best"]
+        self.step = state.step
+        set_random_state(tensors, self._device)
 
 
 class _ObservedNLL(Messenger):
@@ -257,15 +374,15 @@ class _Snapshot:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters: list[Tensor] = list(parameters)
-        self._values = [copy.deepcopy(parameter.detach()) for parameter in parameters]
+        self.values = [copy.deepcopy(parameter.detach()) for parameter in parameters]
 
     @torch.no_grad()
     def take(self) -> None:
-        torch._foreach_copy_(self._values, self._parameters)
+        torch._foreach_copy_(self.values, self._parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
-        torch._foreach_copy_(self._parameters, self._values)
+        torch._foreach_copy_(self._parameters, self.values)
 
 
 class _Sites(Messenger):
@@ -274,10 +391,11 @@ class _Sites(Messenger):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self._known = {id(parameter) for parameter in parameters}
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str | None, int] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        auxiliary = msg["infer"].get("is_auxiliary")  # a guide's own, as in Pyro's joint guides
+        # A guide's own, as in Pyro's joint guides.
+        auxiliary = (msg["infer"] or {}).get("is_auxiliary")
         if not (msg["is_observed"] or auxiliary or site_is_subsample(msg)):
             self._seen[msg["name"]] = self._seen.get(msg["name"], 0) + 1
 
@@ -293,7 +411,7 @@ class _Sites(Messenger):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         # A covered site passes twice: in the guide, and again in the model.
-        uncovered = sorted(name for name, count in self._seen.items() if count < 2)
+        uncovered = sorted(str(name) for name, count in self._seen.items() if count < 2)
         if uncovered and error[0] is None:
             raise ValueError(
                 f"the latent sites {uncovered} are in the model or in the guide alone: every latent"

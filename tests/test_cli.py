@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel
 
-from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro import Record, load_run, predict, predict_file
 from scalabl_pyro.checkpoint import CheckpointError
 from scalabl_pyro.config import DataConfig, RunConfig, build
 from scalabl_pyro.data import read_folder
@@ -103,7 +103,7 @@ def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, 
 def test_posterior_mean_differs_from_the_average(run, data, capsys):
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 0
     average = json.loads(capsys.readouterr().out)
-    words = ["posterior_mean=true", "progress=false"]
+    words = ["method.name=mean", "progress=false"]
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", *words) == 0
     mean = json.loads(capsys.readouterr().out)
     assert mean["mutual_information"] < 1e-6 < 1e-5 < average["mutual_information"]
@@ -259,3 +259,130 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
     assert len(answers) == 2
     assert set(answers) <= {"red", "blue", "green"}
     assert scalabl("evaluate", "run=out", "data.path=texts.csv", "progress=false") == 0
+
+
+def test_train_keeps_the_trial_with_the_lowest_validation_nll(local_model, data, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    trials = "trials=[{fit:{lr:1.0e+30}},{fit:{lr:0.1}},{method:{name:mle},fit:{lr:0.0}}]"
+    assert scalabl("train", *where, *FAST, trials) == 0
+    found = json.loads(capsys.readouterr().out)
+    nll = [trial["validation_nll"] for trial in found["trials"]]
+    assert nll[0] is None  # diverged
+    assert found["validation"]["nll"] == min(nll[1:])
+    assert json.loads(Path("out/trials.json").read_text()) == found["trials"]
+    kept = OmegaConf.load("out/config.yaml")
+    assert kept.fit.lr == found["trials"][nll.index(min(nll[1:]))]["trial"]["fit"]["lr"]
+    assert load_run("out").predictor is not None
+
+    assert scalabl("train", *where, *FAST, "trials=[{lora:{r:2}}]", "run_dir=other") == 1
+    assert "a trial overrides ['lora']: expected method and fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.guide.name=multivariate_normal", "+method.guide.per_module=true"],
+        ["method.guide.name=delta", "method.prior.name=laplace"],
+        ["method.prior.name=horseshoe", "method.elbo.num_particles=2"],
+        ["method.prior.name=learned_normal", "lora.projections=unit", "method.scale_B=0.1"],
+        ["method.prior.name=log_normal", "lora.projections=frozen_v", "fit.kl.budget=5"],
+    ],
+    ids=" ".join,
+)
+def test_guides_priors_and_projections_are_swapped_by_a_word(local_model, data, capsys, words):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert scalabl("evaluate", "run=out", f"data.root={data}", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+
+
+def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, tmp_path, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "fit.lr=0.1"]
+    assert scalabl("train", "method=mle", *where, *FAST, "run_dir=point") == 0
+    before = load_file("point/projections.safetensors")
+    start = ["lora.start=point/adapter", "lora.projections=fixed", "method.guide.init_scale=1e-6"]
+    capsys.readouterr()
+    assert scalabl("train", *where, *FAST, *start, "run_dir=bayes", "fit.lr_guide=1e-9") == 0
+    trained = json.loads(capsys.readouterr().out)
+    point, bayes = (load_predictions(tmp_path / name)["test"].logits for name in ("point", "bayes"))
+    torch.testing.assert_close(bayes, point.expand_as(bayes), atol=1e-3, rtol=1e-3)
+    (tmp_path / "point").rename(tmp_path / "gone")
+    assert scalabl("evaluate", "run=bayes", f"data.root={data}", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+    posterior = load_file("bayes/posterior.safetensors")
+    assert set(before) == set(load_file("bayes/projections.safetensors"))
+    assert posterior["guide.loc_unconstrained"].shape == posterior["s"].shape[1:]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.draws=4", "method.kind=sobol"],
+        ["method.draws=6", "method.kind=antithetic", "method.tolerance=0.5"],
+        ["method.name=linearised", "method.draws=200"],
+        ["method.trunk=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_predict(run, data, capsys, words):
+    where = [f"run={run}", f"data.root={data}", "progress=false"]
+    assert scalabl("evaluate", *where) == 0
+    saved = json.loads(capsys.readouterr().out)
+    assert scalabl("evaluate", *where, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nll"] == pytest.approx(saved["nll"], abs=0.3)
+    assert found["nll"] != saved["nll"]
+
+
+def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
+    where = [f"run={run}", f"data.root={data}", "progress=false"]
+    for words, message in {
+        ("method.name=median",): "method.name is 'median'",
+        ("method.kind=sobol",): "give method.draws",
+        ("method.name=mean", "method.tolerance=0.1"): "with average",
+        ("method.draws=0",): "method.draws is 0",
+        ("method.trunk=2",): "method.trunk is 2.0",
+    }.items():
+        assert scalabl("evaluate", *where, *words) == 1
+        assert message in capsys.readouterr().err
+    point = ["method=mle", f"model.name={local_model}", f"data.root={data}", "run_dir=point"]
+    assert scalabl("train", *point, *FAST) == 0
+    assert scalabl("evaluate", "run=point", f"data.root={data}", "method.name=mean") == 1
+    assert "without a posterior" in capsys.readouterr().err
+
+
+def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch):
+    write_jsonl(tmp_path / "in.jsonl", make_records(9))
+    words = [f"run={run}", "input=in.jsonl", "progress=false", "batch_size=2"]
+    assert scalabl("predict", *words, "output=whole.jsonl") == 0
+    calls = []
+    original = predict_file.predict
+
+    def ends(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 3:
+            raise RuntimeError("pulled the plug")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_file, "predict", ends)
+        assert scalabl("predict", *words, "output=out.jsonl") == 1
+    part = tmp_path / "out.jsonl.part"
+    assert len(part.read_text().splitlines()) == 6
+    part.write_bytes(part.read_bytes() + b'{"id": "torn')
+    assert scalabl("predict", *words, "output=out.jsonl", "method.name=mean") == 1
+    assert "was begun with other settings" in capsys.readouterr().err
+    assert scalabl("predict", *words, "output=out.jsonl") == 0
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
+
+
+def test_predict_proba_takes_records(run, data):
+    trained = load_run(run)
+    records = read_folder(data)["test"]
+    logits = load_predictions(run)["test"].logits
+    probs = trained.predict_proba(records)
+    torch.testing.assert_close(probs, logits.softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="differ from record to record"):
+        trained.predict_proba(["the cat runs"])

@@ -113,3 +113,15 @@ def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):
     assert compare(*words) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
+    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "seeds=[0]"]
+    diverge = "{method:{name:mle},fit:{lr:1.0e+30}}"
+    assert compare(f"methods.mle=[{diverge},{{method:{{name:mle}}}}]", *rest) == 0
+    trials = json.loads((tmp_path / "out/table.json").read_text())["trials"]["mle"]
+    assert trials[0]["validation_nll"] is None
+    assert trials[1]["validation_nll"] > 0
+    capsys.readouterr()
+    assert compare(f"methods.mle=[{diverge},{diverge}]", *rest, "out=other") == 1
+    assert "every trial of mle diverged" in capsys.readouterr().err

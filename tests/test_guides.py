@@ -6,7 +6,6 @@ import io
 import pickle
 
 import pyro
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch

@@ -27,7 +27,7 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
     found = []
     for _ in range(2):
         fitted = METHODS[name](**options).fit(make_choice, split, split, seed=3)
-        assert fitted.predictor.num_draws == (10 if name == "scalabl" else 1)
+        assert fitted.predictor.num_draws == (10 if name in ("scalabl", "reference") else 1)
         found.append(predict(fitted.predictor, split).logits)
     assert torch.equal(*found)
     assert set(evaluate(found[0], split.labels)) >= {"acc", "ece", "nll", "brier"}

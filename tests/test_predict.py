@@ -1,24 +1,20 @@
 from __future__ import annotations
 
-import arviz as az
 import numpy as np
 import pytest
 import torch
 from conftest import make_records, whole
 
 from scalabl_pyro import (
-    AutoSubspaceNormal,
     Predictor,
-    ScalaBLModel,
     average,
-    draw,
     entropy,
     evaluate,
     mutual_information,
     predict,
-    to_inference_data,
 )
 from scalabl_pyro.methods.temperature import best_temperature
+from scalabl_pyro.predict import half_width, predict_proba
 
 
 def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapter, split):
@@ -27,6 +23,16 @@ def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapte
     expected = adapter(whole(split), draws).detach()
     torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.labels, split.labels)
+
+
+def test_probabilities_of_records_without_labels(make_choice):
+    adapter = make_choice()
+    records = make_records(5, choices=3, labelled=False)
+    predictor = Predictor(adapter, torch.randn(4, *adapter.shape))
+    found = predict_proba(predictor, records, batch_size=2)
+    expected = adapter(whole(adapter.readout.encode(records)), predictor.draws).softmax(-1).mean(0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
+    assert (found[:, 3] == 0).all()
 
 
 def test_the_average_is_of_probabilities_and_stable():
@@ -73,31 +79,79 @@ def test_temperature_recovers_a_known_scale():
     assert best_temperature(logits * 3, labels) == pytest.approx(3.0, rel=0.05)
 
 
-def test_inference_data_has_named_coordinates_and_true_log_likelihoods(
-    make_causal, records, tmp_path
-):
+def test_half_width_covers_the_mean_of_independent_draws():
+    torch.manual_seed(0)
+    p = torch.rand(8, 4000)  # S draws of a probability whose mean is one half
+    logits = torch.stack([p.log(), (1 - p).log()], -1)
+    covered = (p.mean(0) - 0.5).abs() <= half_width(logits)
+    assert float(covered.float().mean()) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("tolerance", [1e-9, 0.1, 1.0])
+def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
+    torch.manual_seed(0)
+    # At another scale of s, some examples are sure and some are not.
+    draws = adapter.init_loc * (1 + 0.3 * torch.randn(12, *adapter.shape))
+    every = predict(Predictor(adapter, draws), split).logits
+    found = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5, tolerance=tolerance)
+    assert found.used.shape == (len(split),)
+    for n, used in enumerate(found.used.tolist()):
+        earlier = [stop for stop in (4, 6) if stop < used]
+        assert used in (4, 6, 12)
+        assert all(half_width(every[:stop, n : n + 1]) > tolerance for stop in earlier)
+        assert used == 12 or half_width(every[:used, n : n + 1]) <= tolerance
+        torch.testing.assert_close(
+            average(found.logits[:, n : n + 1]),
+            average(every[:used, n : n + 1]),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    torch.testing.assert_close(
+        mutual_information(found.logits)[found.used == 12],
+        mutual_information(every)[found.used == 12],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    if tolerance == 1e-9:
+        torch.testing.assert_close(found.logits, every, atol=1e-5, rtol=1e-5)
+    if tolerance == 1.0:
+        assert (found.used == 4).all()
+
+
+def test_a_tolerance_needs_draws_and_a_positive_number(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
-    guide = AutoSubspaceNormal(ScalaBLModel(adapter, num_data=len(split)), init_scale=0.3)
-    predictor = Predictor(adapter, draw(guide, 4, seed=0))
-    data = to_inference_data(predictor, split)
-    assert data.posterior["s"].dims == ("chain", "draw", "module", "rank")
-    assert list(data.posterior["module"].values) == list(adapter.module_names)
-    found = data.log_likelihood["label"]
-    assert found.dims == ("chain", "draw", "example")
-    assert list(found["example"].values) == [record.id for record in records]
-    expected = adapter(whole(split), predictor.draws[2]).log_softmax(-1).detach()
-    picked = expected[torch.arange(len(split)), split.labels]
-    np.testing.assert_allclose(found.sel(draw=2).values[0], picked, atol=1e-5)
-    data.to_netcdf(tmp_path / "posterior.nc")
-    again = az.from_netcdf(tmp_path / "posterior.nc")
-    np.testing.assert_array_equal(again.posterior["s"], data.posterior["s"])
+    with pytest.raises(ValueError, match="a predictor with draws"):
+        predict(Predictor(adapter), split, tolerance=0.1)
+    with pytest.raises(ValueError, match="tolerance is 0"):
+        predict(Predictor(adapter, torch.ones(4, *adapter.shape)), split, tolerance=0)
 
 
-def test_inference_data_needs_draws_and_labels(make_causal):
+class SmallMemory:
+    """An adapter that runs out of memory above so many draws at once."""
+
+    def __init__(self, adapter, most: int) -> None:
+        self.adapter, self.most, self.sizes = adapter, most, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.adapter, name)
+
+    def __call__(self, batch, s):
+        self.sizes.append(len(s))
+        if len(s) > self.most:
+            raise torch.OutOfMemoryError("too many rows")
+        return self.adapter(batch, s)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(make_causal, records, caplog):
     adapter = make_causal()
-    with pytest.raises(ValueError, match="point estimate"):
-        to_inference_data(Predictor(adapter))
-    split = adapter.readout.encode(make_records(3, labelled=False))
-    with pytest.raises(ValueError, match="label in every record"):
-        to_inference_data(Predictor(adapter, torch.ones(1, *adapter.shape)), split)
+    split = adapter.readout.encode(records)
+    draws = torch.randn(10, *adapter.shape)
+    small = SmallMemory(adapter, most=3)
+    found = predict(Predictor(small, draws), split, batch_size=6)
+    expected = predict(Predictor(adapter, draws), split, batch_size=6)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-6)
+    assert small.sizes == [10, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]  # and remembered
+    assert "10 draws of a batch of 6 rows" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Predictor(SmallMemory(adapter, most=0), draws), split)

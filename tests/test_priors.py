@@ -35,7 +35,7 @@ def test_named_priors_take_options():
 
 @pytest.mark.parametrize("name", ["hierarchical_normal", "horseshoe", "learned_normal"])
 def test_scales_must_be_positive(name):
-    with pytest.raises(ValueError, match="scale is 0.0: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"scale is 0\.0: expected a number above 0"):
         make_prior((3, 2), name, scale=0.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -94,18 +95,30 @@ class Split(Sequence[Example]):
         """(N,) tokens of each example's longest row."""
         return self._lengths
 
-    def minibatches(self, batch_size: int, *, seed: int) -> Iterator[Batch]:
+    def minibatches(
+        self, batch_size: int, *, seed: int, skip: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
         """An endless stream of batches, reshuffled at each epoch by a generator of its own.
 
         Examples of similar length go together, so that little is padded. What does not fill a batch
         is left out of its epoch (unless it is all there is), so that every step has the same size.
 
         :param seed: fixes the order, independently of the draws of s.
+        :param skip: leave out the first so many batches, as of an interrupted run.
+        :param rank: of this process among ``world_size`` that share each batch; it gets every
+            ``world_size``-th example of it.
+        :raises ValueError: if a batch cannot be shared evenly.
         """
-        sampler = _LengthGroups(self.lengths, min(batch_size, len(self)), seed)
-        while True:
-            for indices in sampler:
-                yield self.collate([self.examples[index] for index in indices])
+        batch_size = min(batch_size, len(self))
+        if batch_size % world_size:
+            raise ValueError(
+                f"a batch of {batch_size} examples cannot be shared evenly by {world_size}"
+                " processes: set a batch_size that is a multiple"
+            )
+        sampler = _LengthGroups(self.lengths, batch_size, seed)
+        epochs = (indices for _ in count() for indices in sampler)
+        for indices in islice(epochs, skip, None):
+            yield self.collate([self.examples[index] for index in indices[rank::world_size]])
 
 
 class _LengthGroups(Sampler[list[int]]):

@@ -3,6 +3,7 @@
 from .base import Fitted, Method, PointMethod
 from .map import MAP
 from .mle import MLE
+from .reference import Reference
 from .scalabl import ScalaBL
 from .temperature import TemperatureScaling
 
@@ -13,10 +14,11 @@ __all__ = [
     "Fitted",
     "Method",
     "PointMethod",
+    "Reference",
     "ScalaBL",
     "TemperatureScaling",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MLE, MAP, TemperatureScaling, ScalaBL)
+    method.name: method for method in (MLE, MAP, TemperatureScaling, ScalaBL, Reference)
 }

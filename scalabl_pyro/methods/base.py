@@ -16,6 +16,7 @@ from ..metrics import evaluate
 from ..model import LoRAModel
 from ..predict import Predictor, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
+from ..training_state import Checkpoints
 
 __all__ = ["Fitted", "Method", "PointMethod"]
 
@@ -60,19 +61,28 @@ class Method(ABC):
         validation: Split | None,
         *,
         seed: int,
+        checkpoints: Checkpoints | None = None,
     ) -> Fitted:
         """Train on ``train``; nothing but ``validation`` may choose anything.
 
         :param make_adapter: ``make_adapter(svd=…)`` builds a fresh adapter from the current random
             state, which this method seeds.
         :param seed: fixes initialisation, order of the data, and draws.
+        :param checkpoints: what :func:`~scalabl_pyro.svi.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
-        return self._fit(make_adapter(svd=self.svd), train, validation, seed=seed)
+        adapter = make_adapter(svd=self.svd)
+        return self._fit(adapter, train, validation, seed=seed, checkpoints=checkpoints)
 
     @abstractmethod
     def _fit(
-        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+        self,
+        adapter: SubspaceAdapter,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None,
     ) -> Fitted:
         """Train the fresh adapter."""
 
@@ -103,7 +113,13 @@ class PointMethod(Method):
     """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share."""
 
     def _fit(
-        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+        self,
+        adapter: SubspaceAdapter,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None,
     ) -> Fitted:
         model = self.make_model(adapter, num_data=len(train))
         predictor = Predictor(adapter)
@@ -114,6 +130,7 @@ class PointMethod(Method):
             self.config,
             seed=seed,
             validate=self._validate(lambda: predictor, validation),
+            checkpoints=checkpoints,
             progress=self.progress,
         )
         return Fitted(predictor, result, model)

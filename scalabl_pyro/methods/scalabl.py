@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
+from ..draws import draw
 from ..elbos import make_elbo
 from ..guides import AutoSubspace, check_guide, make_guide
 from ..model import ScalaBLModel
-from ..predict import Predictor, draw
+from ..predict import Predictor
 from ..priors import make_prior
 from ..svi import fit
+from ..training_state import Checkpoints
 from .base import Fitted, Method
 
 __all__ = ["ScalaBL"]
@@ -23,8 +25,8 @@ class ScalaBL(Method):
     """Samplawski et al. 2025 (arXiv 2506.21408), with one correct objective.
 
     :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
-    :param prior: ``name``, a key of ``PRIORS``, and that prior's own options. The mean of a normal, if
-        not given, is 0, or 1 where the adapter starts from trained weights, at s = 1.
+    :param prior: ``name``, a key of ``PRIORS``, and its own options. A normal's ``loc``, if left
+        out, is 0, or 1 where the adapter starts from trained weights, at s = 1.
     :param scale_B: standard deviation of a normal prior on the entries of B; none if left out.
     :param elbo: ``name``, a key of ``ELBOS``, and that ELBO's own options.
     :param draws: S of the bank that predicts; 0 predicts at the posterior's median.
@@ -33,10 +35,10 @@ class ScalaBL(Method):
     name: ClassVar[str] = "scalabl"
     svd: ClassVar[bool] = True
 
-    guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
+    guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal", "init_scale": 0.05})
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
     scale_B: float | None = None
-    elbo: dict[str, Any] = field(default_factory=lambda: {"name": "trace"})
+    elbo: dict[str, Any] = field(default_factory=lambda: {"name": "trace", "num_particles": 1})
     draws: int = 10
 
     def __post_init__(self) -> None:
@@ -59,7 +61,13 @@ class ScalaBL(Method):
         return make_guide(model, **self.guide)
 
     def _fit(
-        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+        self,
+        adapter: SubspaceAdapter,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None,
     ) -> Fitted:
         model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
@@ -77,6 +85,7 @@ class ScalaBL(Method):
             seed=seed,
             elbo=make_elbo(**self.elbo),
             validate=self._validate(predictor, validation),
+            checkpoints=checkpoints,
             progress=self.progress,
         )
         return Fitted(predictor(), result, model, guide)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..predict import predict
+from ..training_state import Checkpoints
 from .base import Fitted, PointMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]
@@ -44,11 +45,17 @@ class TemperatureScaling(PointMethod):
     name: ClassVar[str] = "temperature"
 
     def _fit(
-        self, adapter: SubspaceAdapter, train: Split, validation: Split | None, *, seed: int
+        self,
+        adapter: SubspaceAdapter,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None,
     ) -> Fitted:
         if validation is None:
             raise ValueError("method temperature needs a validation split")
-        fitted = super()._fit(adapter, train, validation, seed=seed)
+        fitted = super()._fit(adapter, train, validation, seed=seed, checkpoints=checkpoints)
         return self.temper(fitted, validation)
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:

@@ -1,0 +1,71 @@
+"""Training on several devices: each has its share of a minibatch, all have the same draws of s."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+__all__ = ["average_over_ranks", "is_main", "rank", "shard", "start", "world_size"]
+
+
+def start() -> None:
+    """Join the process group that ``accelerate launch`` or ``torchrun`` describes, if there is one,
+    and take this process's device of the machine as the current one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and shows progress."""
+    return rank() == 0
+
+
+def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:
+    """Spread the weights of a frozen model over all processes (FSDP2), a block at a time.
+
+    :param keep: parameters that every process holds whole, such as those that are trained; their
+        gradients are averaged by :func:`average_over_ranks`.
+    """
+    kept = set(keep)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (world_size(),))
+    lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    for module in (*blocks, llm):
+        fully_shard(module, mesh=mesh, ignored_params=kept & set(module.parameters()))
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in place, in one message.
+
+    Gradients of −ELBO/N on shares of a minibatch average to that on the whole of it, for each share
+    is scaled to the data set. The tensors are the adapter's and the guide's, a few megabytes: there
+    is nothing to overlap with the backward pass.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, mean in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
+        tensor.copy_(mean.view_as(tensor))

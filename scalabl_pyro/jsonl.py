@@ -1,0 +1,121 @@
+"""JSON Lines that are written line by line and survive a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from .files import write_whole
+
+__all__ = ["ResumableJsonl"]
+
+
+class ResumableJsonl:
+    """A JSON Lines file with a line for each record, in their order, that can be written in parts::
+
+        with ResumableJsonl(output, ids, settings) as file:
+            for start in range(file.done, len(ids), 64):
+                file.write(answer(records[start : start + 64]))
+
+    Lines go to ``<path>.part``, and to the disk itself before :meth:`write` returns. When all are
+    there, the file gets its name. After a crash the same call goes on behind the last whole line.
+
+    :param path: the file to write.
+    :param ids: the N records' ids; line n is an object with ``"id"`` equal to the nth.
+    :param settings: what the lines depend on beside the records, as JSON values; kept in
+        ``<path>.part.json`` until the file is complete, so that no file mixes two settings.
+    :raises FileExistsError: if the file is there already.
+    :raises ValueError: if a part was written with other settings or for other records.
+    """
+
+    def __init__(self, path: str | Path, ids: Sequence[str], settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.ids = tuple(ids)
+        self.done = 0
+        """How many lines are written."""
+        if self.path.exists():
+            raise FileExistsError(
+                f"the output {self.path} exists; choose another output, or remove it"
+            )
+        self._part = self.path.with_name(self.path.name + ".part")
+        self._settings_path = self.path.with_name(self.path.name + ".part.json")
+        self._settings = dict(settings)
+        self._file: BinaryIO | None = None  # opened by the first line
+        if self._part.exists():
+            self._check_settings()
+            self._take_up()
+
+    def _check_settings(self) -> None:
+        known = self._settings_path.exists()
+        begun = json.loads(self._settings_path.read_text(encoding="utf-8")) if known else {}
+        wanted = json.loads(json.dumps(self._settings))
+        differ = {
+            name: f"{begun.get(name)!r}, now {wanted.get(name)!r}"
+            for name in sorted(begun.keys() | wanted.keys())
+            if begun.get(name) != wanted.get(name)
+        }
+        if differ:
+            raise ValueError(
+                f"{self._part} was begun with other settings: {differ}; go on with those, or remove"
+                " it to start again"
+            )
+
+    def _take_up(self) -> None:
+        """Count the whole lines, and cut off a torn one at the end."""
+        whole = 0
+        with self._part.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    found = json.loads(line)["id"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{self._part}, line {number} is not an object with an id; remove the file"
+                        " to start again"
+                    ) from error
+                expected = self.ids[self.done] if self.done < len(self.ids) else None
+                if found != expected:
+                    raise ValueError(
+                        f"{self._part}, line {number} answers {found!r}, but record {number} of the"
+                        f" input is {expected!r}: it was written for another input; remove it to"
+                        " start again"
+                    )
+                self.done += 1
+                whole += len(line)
+        os.truncate(self._part, whole)
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append the lines of the next records; they are on the disk when this returns."""
+        if self._file is None:
+            self._file = self._open()
+        for row in rows:
+            assert row["id"] == self.ids[self.done], "rows come in the order of the records"
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self.done += 1
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _open(self) -> BinaryIO:
+        if not self._part.exists():
+            write_whole(self._settings_path, json.dumps(self._settings, indent=1) + "\n")
+        return self._part.open("ab")
+
+    def __enter__(self) -> ResumableJsonl:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None and self.done == len(self.ids):
+            self._part.replace(self.path)
+            self._settings_path.unlink()

@@ -1,0 +1,80 @@
+"""``scalabl predict``: answer the records of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import load_run
+from .data import Record, iter_records
+from .jsonl import ResumableJsonl
+from .metrics import entropy, mutual_information
+from .predict import average, predict
+from .prediction import PredictionConfig, make_predictor
+
+__all__ = ["PredictConfig", "predict_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictConfig:
+    """Settings of ``scalabl predict``, described in configs/predict.yaml."""
+
+    run: str
+    input: str
+    output: str
+    method: PredictionConfig = field(default_factory=PredictionConfig)
+    batch_size: int = 64
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+
+
+def predict_file(config: PredictConfig) -> dict[str, Any]:
+    """Answer the records of a file, one JSON object a line; go on where an earlier call stopped.
+
+    :raises FileExistsError: if the output exists.
+    :raises ValueError: if a record is bad, or the output was begun with other settings or for other
+        records.
+    """
+    run = load_run(config.run)
+    records = list(iter_records(config.input, run.class_names))
+    predictor = make_predictor(run, config.method)
+    run.readout.encode(records)  # every record is checked before the first is predicted
+    settings = {"run": config.run, "method": asdict(config.method), "batch": config.batch_size}
+    with (
+        ResumableJsonl(config.output, [record.id for record in records], settings) as file,
+        tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
+    ):
+        for start in range(file.done, len(records), config.batch_size):
+            chunk = run.readout.encode(records[start : start + config.batch_size])
+            found = predict(
+                predictor, chunk, batch_size=config.batch_size, tolerance=config.method.tolerance
+            )
+            file.write(_answers(chunk.records, found.logits, found.used))
+            bar.update(len(chunk))
+    return {"output": config.output, "records": len(records)}
+
+
+def _answers(
+    records: Sequence[Record], logits: Tensor, used: Tensor | None
+) -> Iterator[dict[str, Any]]:
+    probs = average(logits).exp()
+    rows = zip(records, probs, entropy(logits), mutual_information(logits), strict=True)
+    for index, (record, p, h, i) in enumerate(rows):
+        answer: dict[str, Any] = {
+            "id": record.id,
+            "answer": record.choices[int(p.argmax())],
+            "label": int(p.argmax()),
+            "probabilities": [round(float(x), 6) for x in p[: len(record.choices)]],
+            "entropy": round(float(h), 6),
+            "mutual_information": round(float(i), 6),
+        }
+        if used is not None:
+            answer["draws"] = int(used[index])
+        yield answer

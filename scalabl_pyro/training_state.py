@@ -1,0 +1,168 @@
+"""Checkpoints of an unfinished training run: what it takes to go on to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["Checkpoints", "Interrupted", "TrainingState", "random_state", "set_random_state"]
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop by a signal, and left a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Everything that the rest of a run depends on, after ``step`` steps.
+
+    :param tensors: by name: parameters, the optimizer's state, random states.
+    :param values: of JSON: the history, the schedules, and what else is no tensor.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """A folder of checkpoints, each one safetensors file, written whole or not at all.
+
+    :param folder: made at the first checkpoint.
+    :param every: steps between two of them; one more comes at the end, and one on a signal.
+    :param keep: how many are kept, the newest.
+    :raises ValueError: if a number is below 1.
+    """
+
+    folder: Path
+    every: int = 100
+    keep: int = 2
+    _asked: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+
+    def part(self, name: str) -> Checkpoints:
+        """Those of one part of a run, in a folder inside."""
+        return Checkpoints(self.folder / name, self.every, self.keep)
+
+    @property
+    def exist(self) -> bool:
+        """Whether there are any, in this folder or in its parts."""
+        return any(self.folder.rglob("*.safetensors"))
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal asked to stop."""
+        return self._asked
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint, then remove old ones.
+
+        :raises OSError: if there is no space; the checkpoints before it are kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{state.step:08d}.safetensors"
+        part = path.with_suffix(".part")
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}
+        values = json.dumps(dict(state.values))
+        header = {"step": str(state.step), "values": values, "crc32": _crc32(tensors, values)}
+        try:
+            save_file(tensors, part, metadata=header)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoint of step {state.step} could not be written: {error}; the one before"
+                f" it is kept in {self.folder}: make room there, then go on with resume=true",
+            ) from error
+        for old in self._paths()[: -self.keep]:
+            old.unlink()
+
+    def latest(self) -> TrainingState | None:
+        """The newest checkpoint that is whole; ``None`` if there is none."""
+        for path in reversed(self._paths()):
+            state = _load(path)
+            if state is not None:
+                return state
+            log.warning("%s is torn: going back to the checkpoint before it", path)
+        return None
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Answer SIGTERM and SIGINT by a checkpoint after the step, instead of at once."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            self._asked = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals
+            return
+        kept = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in kept.items():
+                signal.signal(signum, handler)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random number generators, on the CPU and on ``device``."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what :func:`random_state` gave."""
+    torch.set_rng_state(state["random.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["random.cuda"], device)
+
+
+def _load(path: Path) -> TrainingState | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+    if not header or header.get("crc32") != _crc32(tensors, header.get("values", "")):
+        return None
+    return TrainingState(int(header["step"]), tensors, json.loads(header["values"]))
+
+
+def _crc32(tensors: Mapping[str, Tensor], values: str) -> str:
+    found = zlib.crc32(values.encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, found)
+    return str(found)
