@@ -1,7 +1,11 @@
 """Bayesian low-rank adaptation of language models as a probabilistic program on Pyro."""
 
+import logging
+
 import pyro
 
+# It warns at import of optional kernels that this machine lacks.
+logging.getLogger("bitsandbytes").setLevel("ERROR")
 # Before any PyroModule is built: parameters belong to their modules, not to a global store.
 pyro.settings.set(module_local_params=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import torch
@@ -15,7 +14,6 @@ def quiet_libraries() -> None:
     """Leave the terminal to our own output: no loading bars, no other library's deprecations."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel("ERROR")
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
 

@@ -31,6 +31,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     for name, count in (("train", 20), ("test", 6)):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
     write_jsonl(tmp_path / "questions.jsonl", make_records(3, labelled=False))
+    (tmp_path / "prompts.jsonl").write_text('{"id": "1", "prompt": "the cat"}\n')
     rows = [f"the cat runs {i} times,{('red', 'blue')[i % 2]}" for i in range(200)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,class", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
@@ -40,7 +41,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
         for line in block.splitlines()
         if line.startswith("scalabl ")
     ]
-    assert len(commands) == 5
+    assert len(commands) == 11
     for command in commands:
         for old, new in {
             "Qwen/Qwen2.5-0.5B": str(local_model),
@@ -48,13 +49,21 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
             "FOLDER": "data",
         }.items():
             command = command.replace(old, new)
-        words = [*shlex.split(command), "progress=false"]
+        words = shlex.split(command)
+        if words[1] not in ("export", "memory"):
+            words += ["progress=false"]
         if words[1] in ("train", "compare"):
             words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
+        if words[1] == "generate":
+            words += ["decoding.max_new_tokens=4"]
+        if words[1] == "memory":
+            words += ["lora.targets=[q_proj,v_proj]", "classes=2"]
         if words[1] == "compare":
             words += ["seeds=[0]", "jobs=1"]
         assert scalabl(*words[1:]) == 0, command
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "texts.jsonl").exists()
+    assert (tmp_path / "runs/mine-exported/draw_09").is_dir()
     assert (tmp_path / "runs/mine-compared/table.csv").exists()
     assert (tmp_path / "runs/reviews/metrics.json").exists()
 
@@ -73,5 +82,6 @@ def test_notebooks_run_and_are_committed_executed(path, tmp_path):
     assert all(cell.execution_count for cell in code), "commit the notebook executed"
     assert any("image/png" in o.get("data", {}) for cell in code for o in cell.outputs)
     for cell in code:
-        cell.source = re.sub(r"^STEPS = \d+", "STEPS = 4", cell.source, flags=re.MULTILINE)
+        for name, value in (("STEPS", 4), ("DRAWS", 30)):
+            cell.source = re.sub(rf"^{name} = \d+", f"{name} = {value}", cell.source, flags=re.M)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
