@@ -114,7 +114,7 @@ class SubspaceAdapter:
             for name, parameter in self.peft_model.named_parameters()
             if parameter.requires_grad
         }
-        self._unit = projections == "unit"
+        self.unit = projections == "unit"
         frozen = {"frozen_v": self._A, "fixed": self.peft_model.modules()}.get(projections, ())
         for module in frozen:
             for parameter in module.parameters(recurse=False):
@@ -145,6 +145,12 @@ class SubspaceAdapter:
     @property
     def device(self) -> torch.device:
         return self._A[0].weight.device
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws dropout masks."""
+        dropouts = [layer.lora_dropout[_NAME] for layer in self.layers.values()]
+        return self._base_dropout or any(getattr(dropout, "p", 0.0) > 0 for dropout in dropouts)
 
     def state(self) -> dict[str, nn.Parameter]:
         """The projections A (or V) and B, and any head, by name, trained or not."""
@@ -314,7 +320,7 @@ class SubspaceAdapter:
         return self.trunk.shared(depth, rows=rows, draws=S)
 
     def _bind(self, s: Tensor | None) -> torch.Size:
-        if s is None and not self._unit:
+        if s is None and not self.unit:
             self._s = None
             return torch.Size()
         if s is None:
@@ -329,7 +335,7 @@ class SubspaceAdapter:
 
     def _effective(self, s: Tensor) -> Tensor:
         """The s that multiplies V's rows as they are stored."""
-        if not self._unit:
+        if not self.unit:
             return s
         return s / torch.stack([torch.linalg.vector_norm(A.weight, dim=1) for A in self._A])
 
@@ -409,8 +415,11 @@ class SubspaceAdapter:
     def move_start(self, loc: Tensor) -> None:
         """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
 
-        :param loc: (M, r), nowhere 0.
+        :param loc: (M, r).
+        :raises ValueError: if it is 0 somewhere: nothing depends on V or B there.
         """
+        if not (loc != 0).all():
+            raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
         for B, scale in zip(self._B, self._init_loc / loc, strict=True):
             B.weight.mul_(scale)
         self._init_loc = loc.to(self._init_loc)

@@ -29,8 +29,10 @@ from torch import Tensor
 from .config import RunConfig, build
 from .data import Record
 from .files import whole_folder
+from .guides import AutoSubspace
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
+from .model import LoRAModel, ScalaBLModel
 from .predict import Predictions, Predictor, predict_proba
 from .readout import LabelTokens, Readout
 
@@ -49,13 +51,15 @@ class Run:
     """A run folder, loaded.
 
     :param predictor: gives the logits that it gave before saving.
+    :param model: the probabilistic model, with what its prior learned.
     :param guide: the posterior q(s), or ``None`` for a point estimate.
     """
 
     config: RunConfig
     classes: Classes
     predictor: Predictor
-    guide: Any | None
+    model: LoRAModel
+    guide: AutoSubspace | None
 
     @property
     def readout(self) -> Readout:
@@ -112,14 +116,15 @@ def _write_run(
 ) -> None:
     adapter, draws = fitted.predictor.adapter, fitted.predictor.draws
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
-    mean = torch.ones(adapter.shape) if draws is None else draws.mean(0)
-    if fitted.guide is not None:
-        mean = fitted.guide.median()["s"]
+    mean = posterior_mean(fitted.predictor, fitted.guide)
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
     save_file(_tensors(adapter.state()), part / "projections.safetensors")
     posterior = {f"guide.{name}": value for name, value in guide_state.items()}
+    if isinstance(fitted.model, ScalaBLModel):
+        prior_state = fitted.model.prior.state_dict()
+        posterior |= {f"prior.{name}": value for name, value in prior_state.items()}
     if draws is not None:
         posterior["s"] = draws
     if posterior:
@@ -134,7 +139,7 @@ def _write_run(
             "modules": adapter.module_names,
             "rank": adapter.rank,
             "scaling": adapter.scaling,
-            "kl_weight": config.fit.kl.weight,
+            "kl_weight": fitted.result.history[-1]["kl_weight"],
             "num_data": fitted.model.num_data,
             "seed": config.seed,
             "temperature": fitted.predictor.temperature,
@@ -173,6 +178,7 @@ def load_run(folder: str | Path) -> Run:
     config = build(
         RunConfig, OmegaConf.to_container(OmegaConf.load(_existing(folder / "config.yaml")))
     )
+    config = replace(config, model=replace(config.model, shard=False))  # one process reads it
     info["classes"]["words"] = tuple(info["classes"]["words"])
     classes = Classes(**info["classes"])
     method = config.make_method()
@@ -195,17 +201,29 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
             " model.name in its config.yaml to the model it was trained on"
         )
-    _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
     model = method.make_model(adapter, num_data=info["num_data"])
     guide = method.make_guide(model)
+    # After the model, which may move the start of an adapter.
+    _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
     draws = None
-    if guide is not None:
+    if guide is not None and isinstance(model, ScalaBLModel):
         saved = _load_tensors(folder / "posterior.safetensors")
         if "s" not in saved:
             raise CheckpointError(f"{folder / 'posterior.safetensors'} holds no draws s")
         draws = saved.pop("s").to(adapter.device)
-        _load_into(guide.state_dict(), {k.removeprefix("guide."): v for k, v in saved.items()})
-    return Run(config, classes, Predictor(adapter, draws, info["temperature"]), guide)
+        targets = {f"guide.{name}": value for name, value in guide.state_dict().items()}
+        targets |= {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
+        _load_into(targets, saved)
+    return Run(config, classes, Predictor(adapter, draws, info["temperature"]), model, guide)
+
+
+def posterior_mean(predictor: Predictor, guide: AutoSubspace | None) -> Tensor:
+    """(M, r), the s of one pass: the guide's median, the mean of the draws, or 1 without either."""
+    if guide is not None:
+        return guide.median()["s"]
+    if predictor.draws is not None:
+        return predictor.draws.mean(0)
+    return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 
 
 @torch.no_grad()

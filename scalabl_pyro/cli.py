@@ -22,6 +22,7 @@ from .compare import CompareConfig, compare
 from .config import ConfigError, RunConfig, build
 from .console import quiet_libraries
 from .data import DataSource
+from .distill_run import DistillConfig, distill_run
 from .distributed import is_main, start
 from .experiment import run
 from .files import write_whole
@@ -44,6 +45,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   predict    answers, probabilities and uncertainty for records with or without labels
   generate   texts that continue prompts, with the uncertainty of every token
   compare    methods × seeds in one table, with pictures; finished runs are skipped
+  distill    a run's model average in one plain PEFT adapter
   export     a run as plain PEFT adapters, one a draw, and as a merged model
   memory     how much memory a run needs, before anything is downloaded
 
@@ -103,6 +105,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "predict": (PredictConfig, predict_file),
     "generate": (GenerateConfig, generate_file),
     "compare": (CompareConfig, compare_methods),
+    "distill": (DistillConfig, distill_run),
     "export": (ExportConfig, export_run),
     "memory": (MemoryConfig, lambda config: estimate(config).gib()),
 }

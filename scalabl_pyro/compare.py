@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -17,8 +18,8 @@ from tqdm import tqdm
 
 from .config import ConfigError, DataConfig, RunConfig, build, merged
 from .console import quiet_worker
-from .data import check_split
-from .experiment import run
+from .data import check_split, fingerprint
+from .experiment import run, unfinished_folder
 from .loading import AdapterConfig, ModelConfig
 from .report import write_report
 from .svi import FitConfig, NonFiniteLossError
@@ -70,6 +71,8 @@ class CompareConfig:
 
         :param data_hash: of the records themselves, which a path does not pin down.
         """
+        if "method" not in trial:
+            raise ConfigError(f"methods.{name} has a trial without method: {trial}")
         unknown = sorted(trial.keys() - {"method", "fit"})
         if unknown:
             raise ConfigError(f"methods.{name} overrides {unknown}: expected method and fit")
@@ -141,14 +144,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def _data_hash(data: DataConfig) -> str:
     splits = data.splits(seed=0)
     check_split(splits, "test")
-    rows = {name: [asdict(record) for record in records] for name, records in splits.items()}
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return fingerprint(splits)
 
 
-def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> set[str]:
+def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set[str]:
     """Run what has no run folder yet; returns the folders that stay empty, as training diverged."""
     diverged: set[str] = set()
     todo = [r for r in {r.run_dir: r for r in runs}.values() if not Path(r.run_dir).exists()]
+    for finished in {r.run_dir for r in runs if Path(r.run_dir).exists()}:
+        # What a process left that was killed between saving its run and clearing up.
+        shutil.rmtree(unfinished_folder(Path(finished)), ignore_errors=True)
     if not todo:
         return diverged
     cores = os.cpu_count() or 1
@@ -159,15 +164,18 @@ def _run_all(config: CompareConfig, runs: Iterable[RunConfig], what: str) -> set
     )
     with pool, tqdm(total=len(todo), desc=what, disable=not config.progress) as bar:
         started = {pool.submit(run, r): r for r in todo}
-        for done in as_completed(started):
-            error = done.exception()
-            if isinstance(error, NonFiniteLossError):
-                diverged.add(started[done].run_dir)
-            elif error is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise RuntimeError(
-                    f"the run {started[done].run_dir} (method {started[done].method}) failed:"
-                    f" {error}; finished runs are kept, and the same command goes on from there"
-                ) from error
-            bar.update()
+        try:
+            for done in as_completed(started):
+                error = done.exception()
+                if isinstance(error, NonFiniteLossError):
+                    diverged.add(started[done].run_dir)
+                elif error is not None:
+                    raise RuntimeError(
+                        f"the run {started[done].run_dir} (method {started[done].method}) failed:"
+                        f" {error}; finished runs are kept, and the same command goes on from there"
+                    ) from error
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return diverged

@@ -154,6 +154,9 @@ class RunConfig:
         unknown = sorted(trial.keys() - {"method", "fit"})
         if unknown:
             raise ConfigError(f"a trial overrides {unknown}: expected method and fit")
+        for key, value in trial.items():
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"a trial's {key} is {value!r}: expected a mapping")
         method = dict(trial.get("method", {}))
         if method.get("name", self.method["name"]) == self.method["name"]:
             method = merged(self.method, method)  # another method has settings of its own

@@ -26,6 +26,8 @@ def fold_into(adapter: SubspaceAdapter, s: Tensor, student: SubspaceAdapter) -> 
         changed in place.
     :raises ValueError: if its layers differ.
     """
+    if student.unit:
+        raise ValueError("the student has projections='unit', which rescales A: make it 'free'")
     with adapter.folded(s):
         source, target = adapter.state(), student.state()
         shapes = {n: tuple(p.shape) for n, p in source.items()}

@@ -42,8 +42,8 @@ def draw(
     :param seed: fixes the bank.
     :param kind: one of :data:`KINDS`; but for ``independent``, it needs a guide with a normal q.
     :param batch: what Pyro's own guides are called with; ours need none.
-    :raises ValueError: if S < 1, the kind is unknown, or it has more dimensions than Sobol's.
-    :raises TypeError: if the kind needs a normal q and the guide has none.
+    :raises ValueError: if S < 1, the kind is unknown, it has more dimensions than Sobol's, or it
+        needs a normal q and the guide has none.
     """
     if num_draws < 1:
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
@@ -57,7 +57,7 @@ def draw(
         if kind == "independent":
             return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
         if not isinstance(guide, AutoSubspace):
-            raise TypeError(
+            raise ValueError(
                 f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
                 f" {type(guide).__name__}; use kind='independent'"
             )
@@ -124,7 +124,7 @@ def _transform(q: TorchDistribution, noise: Tensor) -> Tensor:
     if isinstance(q, (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
         rows = noise.view(-1, *q.batch_shape, *q.event_shape, 1)
         return q.mean + (q.scale_tril @ rows).squeeze(-1)
-    raise TypeError(
+    raise ValueError(
         f"there is no map from normal noise to draws of a {type(q).__name__}; use"
         " kind='independent'"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from .checkpoint import save_run
 from .config import ConfigError, RunConfig, build
-from .data import Split
+from .data import Record, Split, fingerprint
 from .distributed import is_main
 from .files import write_whole
 from .loading import Classes, load_readout, make_adapter
@@ -27,7 +27,7 @@ from .predict import predict
 from .svi import NonFiniteLossError
 from .training_state import Checkpoints
 
-__all__ = ["run"]
+__all__ = ["run", "unfinished_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,14 @@ def run(config: RunConfig) -> dict[str, Any]:
     :raises RuntimeError: if another process works on the same run.
     :raises NonFiniteLossError: if training diverges, in every trial if there are some.
     """
-    folder = config.check_run_dir()
-    with _unfinished(config, folder.with_name(folder.name + ".unfinished")) as checkpoints:
+    config.check_run_dir()
+    with _unfinished(config) as checkpoints:
         return _run(config, checkpoints)
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     splits = config.data.splits(seed=config.seed)
+    _check_data(splits, checkpoints)
     classes = Classes.of(config.model, [r for records in splits.values() for r in records])
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
@@ -83,10 +84,9 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
         fitted = fit(config, "run")
     else:
         chosen, fitted, trials = _best(config, fit, encoded["validation"])
+    show = config.progress and is_main()
     predictions = {
-        name: predict(
-            fitted.predictor, split, batch_size=config.eval_batch_size, progress=config.progress
-        )
+        name: predict(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
         for name, split in encoded.items()
     }
     metrics = {name: evaluate(found.logits, found.labels) for name, found in predictions.items()}
@@ -96,42 +96,67 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
 
 
 @contextmanager
-def _unfinished(config: RunConfig, folder: Path) -> Iterator[Checkpoints]:
+def _unfinished(config: RunConfig) -> Iterator[Checkpoints]:
     """The checkpoints of this run, in a locked folder that is removed when the run is saved."""
+    folder = unfinished_folder(Path(config.run_dir))
     checkpoints = Checkpoints(folder, config.checkpoint.every, config.checkpoint.keep)
-    settings = folder / "config.yaml"
-    if not config.resume and checkpoints.exist:
-        raise FileExistsError(
-            f"an unfinished run is in {folder}: go on with resume=true, or remove it"
-        )
-    if settings.exists():
-        before = build(RunConfig, OmegaConf.to_container(OmegaConf.load(settings)))
-        differences = config.differences(before)
-        if differences and config.resume:
-            raise ConfigError(
-                f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
-                " them as they were, or choose another run_dir"
-            )
     if not is_main():
         yield checkpoints
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(folder / "lock").acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(
             f"another process works on the run in {folder}: wait for it, or choose another run_dir"
         ) from error
-    with lock:
-        write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    with held:
         try:
+            config.check_run_dir()  # again: it may have been finished just before
+            _check_settings(config, checkpoints)
             yield checkpoints
         except BaseException:
             if not checkpoints.exist:
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
+
+
+def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
+    """Compare with the settings that an unfinished run began with, or keep them."""
+    folder = checkpoints.folder
+    if checkpoints.exist and not config.resume:
+        raise FileExistsError(
+            f"an unfinished run is in {folder}: go on with resume=true, or remove it"
+        )
+    settings = folder / "config.yaml"
+    if checkpoints.exist and settings.exists():
+        before = build(RunConfig, OmegaConf.to_container(OmegaConf.load(settings)))
+        differences = config.differences(before)
+        if differences:
+            raise ConfigError(
+                f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
+                " them as they were, or choose another run_dir"
+            )
+    write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def _check_data(splits: Mapping[str, Sequence[Record]], checkpoints: Checkpoints) -> None:
+    """The same for the records themselves, which a path does not pin down."""
+    path = checkpoints.folder / "data.sha256"
+    found = fingerprint(splits)
+    if checkpoints.exist and path.exists() and path.read_text() != found:
+        raise ConfigError(
+            f"the unfinished run in {checkpoints.folder} began with other records than those that"
+            " its data settings name now: put them back, or choose another run_dir"
+        )
+    if is_main():
+        write_whole(path, found)
+
+
+def unfinished_folder(run_dir: Path) -> Path:
+    """Where the checkpoints of a run stand until it is finished."""
+    return run_dir.with_name(run_dir.name + ".unfinished")
 
 
 def _best(

@@ -86,8 +86,8 @@ class KLSchedule:
 class KLBudget:
     r"""Minimise −E_q[log p(y | x, s)] subject to KL(q‖p) = C, by adapting a factor on β.
 
-    .. math:: \log λ_t = 2 e_t + I_t, \quad I_{t+1} = I_t + e_t / 50, \quad
-              e_t = \mathrm{clip}(\log(KL_t / C), -2, 2)
+    .. math:: \log λ_t = 3 e_t + I_t, \quad I_{t+1} = I_t + e_t / 20, \quad
+              e_t = \mathrm{clip}(\log(KL_t / C), -1, 1)
 
     The factor λ on β rises while the guide spends more than C nats and falls while it spends less:
     dual ascent on the Lagrangian (Rezende & Viola 2018, arXiv 1810.00597), with a proportional term
@@ -104,6 +104,6 @@ class KLBudget:
 
     def update(self, kl: float) -> None:
         """Take the KL(q‖p) of a step, in nats."""
-        excess = min(2.0, max(-2.0, math.log(max(kl, 1e-12) / self.nats)))
-        self.integral += excess / 50
-        self.factor = math.exp(2 * excess + self.integral)
+        excess = min(1.0, max(-1.0, math.log(max(kl, 1e-12) / self.nats)))
+        self.integral += excess / 20
+        self.factor = math.exp(3 * excess + self.integral)

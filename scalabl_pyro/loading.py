@@ -23,6 +23,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .adapter import PROJECTIONS, SubspaceAdapter
 from .data import PROMPTS, Record
+from .distributed import world_size
 from .readout import READOUTS, LabelTokens, Readout
 from .tiny import model_path
 
@@ -246,7 +247,12 @@ def unquantized(llm: PreTrainedModel, heads: Sequence[str]) -> list[str]:
 def make_adapter(
     config: ModelConfig, adapter: AdapterConfig, readout: Readout, *, svd: bool
 ) -> SubspaceAdapter:
-    """A fresh adapter on a freshly loaded model."""
+    """A fresh adapter on a freshly loaded model.
+
+    :raises ValueError: if the model is to be sharded and this is the only process.
+    """
+    if config.shard and world_size() == 1:
+        raise ValueError("model.shard is on, but one process runs: start it by accelerate launch")
     lora = adapter.lora()
     made = SubspaceAdapter(
         load_llm(config, readout, heads=lora.modules_to_save or ()),

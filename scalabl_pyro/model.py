@@ -164,9 +164,24 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
-        support: Any = prior.support
-        if support is not constraints.real and not support.check(adapter.init_loc).all():
-            adapter.move_start(biject_to(support)(torch.zeros_like(adapter.init_loc)))
+        if prior.support is not constraints.real:
+            self._move_inside(prior.support)
+
+    def _move_inside(self, support: Any) -> None:
+        """Start well inside the support, where transformed guides have a gradient."""
+        start = self.adapter.init_loc
+        inside = support.check(start * 0.999) & support.check(start * 1.001)
+        if not inside.all():
+            # Not in the middle, which may be 0, where nothing depends on V or B.
+            self.adapter.move_start(biject_to(support)(torch.full_like(start, 0.5)))
+
+    def log_prior_B(self) -> Tensor:
+        """log p(B) of all matrices, 0 without a prior on them."""
+        zero = torch.zeros((), device=self.adapter.device)
+        if self.scale_B is None:
+            return zero
+        p = dist.Normal(0.0, self.scale_B)
+        return torch.stack([zero, *(p.log_prob(B).sum() for B in self.adapter.B)]).sum()
 
     @property
     def init_loc(self) -> Tensor:
@@ -182,8 +197,7 @@ class ScalaBLModel(LoRAModel):
         self.projections()
         s = pyro.sample("s", self.prior())  # (*draws, M, r)
         if self.scale_B is not None:
-            log_p = sum(dist.Normal(0.0, self.scale_B).log_prob(B).sum() for B in self.adapter.B)
-            pyro.factor("prior_B", log_p)
+            pyro.factor("prior_B", self.log_prior_B())
         logits = self.adapter(batch, s)  # (*draws, B, C)
         if s.dim() > 2 and s.shape[-3] == 1:
             # Vectorised particles keep a dimension of size 1 where the data plate goes.

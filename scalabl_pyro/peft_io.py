@@ -11,12 +11,11 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -25,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import SubspaceAdapter
-from .checkpoint import Run, load_run
+from .checkpoint import Run, load_run, posterior_mean
 from .files import new_folder, whole_folder
 from .loading import AdapterConfig, ModelConfig, load_llm
 from .readout import LabelTokens, Readout
 from .tiny import model_path
 
-__all__ = ["ExportConfig", "export", "export_run", "merge", "push_to_hub"]
+__all__ = ["ExportConfig", "export", "export_run", "merge", "push_to_hub", "save_adapter"]
 
 FORMAT = 1
 OUTPUT_LAYER = ("keep", "drop", "merge")
@@ -103,7 +102,7 @@ def export(
     head = _output_layer(adapter)
     if output_layer == "merge" and head is None:
         raise ValueError("output_layer is 'merge', but no output layer is adapted: set it to keep")
-    points = {"mean": _mean(run)}
+    points = {"mean": posterior_mean(run.predictor, run.guide)}
     available = 0 if bank is None else len(bank)
     if draws is not None and draws > available:
         raise ValueError(f"draws is {draws}, but the run has {available}: export at most those")
@@ -112,9 +111,9 @@ def export(
     drop = set() if output_layer == "keep" or head is None else {head}
     with whole_folder(Path(folder)) as part:
         for name, s in points.items():
-            _save_adapter(adapter, s, part / name, drop=drop)
+            save_adapter(adapter, s, part / name, drop=drop)
         if output_layer == "merge":
-            _save_adapter(adapter, points["mean"], part / "head", drop=set(adapter.layers) - drop)
+            save_adapter(adapter, points["mean"], part / "head", drop=set(adapter.layers) - drop)
             merge(run.config.model, run.config.lora, run.readout, part / "head", part / "base")
             shutil.rmtree(part / "head")
         manifest = _manifest(run, part, list(points), output_layer)
@@ -173,21 +172,20 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = True) -> str:
 # ---------------------------------------------------------------------- adapters
 
 
-def _mean(run: Run) -> Tensor:
-    if run.guide is not None:
-        return run.guide.median()["s"]
-    if run.predictor.draws is not None:
-        return run.predictor.draws.mean(0)
-    return torch.ones(run.predictor.adapter.shape, device=run.predictor.adapter.device)
-
-
 def _output_layer(adapter: SubspaceAdapter) -> str | None:
     """The name of the adapted output layer, where there is one."""
     head = cast(PreTrainedModel, adapter.peft_model.get_base_model()).get_output_embeddings()
     return next((name for name, layer in adapter.layers.items() if layer is head), None)
 
 
-def _save_adapter(adapter: SubspaceAdapter, s: Tensor, folder: Path, *, drop: set[str]) -> None:
+def save_adapter(
+    adapter: SubspaceAdapter, s: Tensor, folder: Path, *, drop: Collection[str] = ()
+) -> None:
+    """Write one ordinary PEFT adapter, A = diag(s)·V and B.
+
+    :param s: (M, r).
+    :param drop: adapted modules to leave out.
+    """
     with adapter.folded(s) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)

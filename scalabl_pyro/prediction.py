@@ -48,6 +48,8 @@ class PredictionConfig:
             raise ValueError(f"method.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
             raise ValueError(f"method.kind is {self.kind!r}: give method.draws, how many of them")
+        if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
+            raise ValueError("method.name is 'mean', which takes no draws, trunk or tolerance")
         if not 0 <= self.trunk <= 1:
             raise ValueError(f"method.trunk is {self.trunk}: expected a share, 0 to 1")
         if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
@@ -73,8 +75,10 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     if config.draws is not None:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
-    if config.trunk:
-        depth = round(config.trunk * adapter.trunk.num_blocks)
+    if config.trunk and not adapter.trunk.num_blocks:
+        raise ValueError(f"method.trunk is {config.trunk}: {adapter.trunk.why_not}")
+    depth = round(config.trunk * adapter.trunk.num_blocks)
+    if depth:
         draws = hold(draws, median, adapter.trunk.above(depth))
     if config.name == "linearised":
         return Linearised(adapter, median, draws)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .data import Split
 from .distributed import average_over_ranks, is_main, rank, world_size
-from .guides import AutoSubspace
+from .guides import AutoSubspace, AutoSubspaceDelta
 from .kl import KLBudget, KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
 from .training_state import Checkpoints, Interrupted, TrainingState, random_state, set_random_state
@@ -154,6 +154,13 @@ def fit(
         raise ValueError("training needs a label in every record")
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
+    if config.kl.budget is not None and isinstance(guide, AutoSubspaceDelta):
+        raise ValueError("kl.budget needs a density q(s), and the guide is a point: set kl.weight")
+    if world_size() > 1 and model.adapter.has_dropout:
+        raise ValueError(
+            "dropout leaves another random state in every process, so that s would not be shared:"
+            " set lora.dropout=0 and lora.base_dropout=false"
+        )
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     adapter = model.adapter
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
@@ -171,6 +178,8 @@ def fit(
         world_size=world_size(),
     )
     parameters, history = run.parameters, run.history
+    if not parameters:
+        raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
     good = _Snapshot(parameters)
     per_example = 1 / (model.num_data * config.accumulation)
 
@@ -212,7 +221,7 @@ def fit(
                 "step": step + 1,
                 "loss": loss,
                 "nll": nll,
-                "kl": _kl(model, guide, (loss - nll) * model.num_data / beta),
+                "kl": _kl(model, guide, (loss - nll) * model.num_data, beta),
                 "kl_weight": beta,
                 "lr": config.learning_rate(step),
             }
@@ -290,7 +299,15 @@ class _Run:
         self.step += 1
 
     def compare(self, validation_nll: float) -> None:
-        """Remember the current parameters if they are the best so far."""
+        """Remember the current parameters if they are the best so far.
+
+        :raises NonFiniteLossError: if the NLL is no number.
+        """
+        if math.isnan(validation_nll):
+            raise NonFiniteLossError(
+                f"the validation NLL is {validation_nll} after step {self.step}; lower lr or"
+                " lr_guide"
+            )
         if validation_nll < self.best_nll or math.isinf(self.best_nll):
             self.best_nll, self.best_step = validation_nll, self.step
             self.best.take()
@@ -322,7 +339,8 @@ class _Run:
         if state is None:
             return
         tensors, values = dict(state.tensors), state.values
-        saved = {n.removeprefix("parameter."): t for n, t in tensors.items() if "parameter." in n}
+        prefix = "parameter."
+        saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         wrong = {n for n, p in self._named.items() if n not in saved or saved[n].shape != p.shape}
         wrong |= saved.keys() - self._named.keys()
         if wrong:
@@ -360,7 +378,8 @@ class _ObservedNLL(Messenger):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # In the data plate: a factor outside it is no likelihood.
-        if msg["is_observed"] and msg["cond_indep_stack"]:
+        plates = {frame.name for frame in msg["cond_indep_stack"]} - {"num_particles_vectorized"}
+        if msg["is_observed"] and plates:
             distribution: Any = msg["fn"]
             self._terms.append(distribution.log_prob(msg["value"]).detach().mean())
 
@@ -391,13 +410,16 @@ class _Sites(Messenger):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self._known = {id(parameter) for parameter in parameters}
-        self._seen: dict[str | None, int] = {}
+        self._alone: dict[tuple[str | None, int], Any] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # A guide's own, as in Pyro's joint guides.
         auxiliary = (msg["infer"] or {}).get("is_auxiliary")
         if not (msg["is_observed"] or auxiliary or site_is_subsample(msg)):
-            self._seen[msg["name"]] = self._seen.get(msg["name"], 0) + 1
+            # The model is handed the very tensor that the guide drew, once for each particle.
+            key = msg["name"], id(msg["value"])
+            if self._alone.pop(key, None) is None:
+                self._alone[key] = msg["value"]
 
     def _pyro_post_param(self, msg: Message) -> None:
         value: Any = msg["value"]
@@ -410,8 +432,7 @@ class _Sites(Messenger):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # A covered site passes twice: in the guide, and again in the model.
-        uncovered = sorted(str(name) for name, count in self._seen.items() if count < 2)
+        uncovered = sorted({str(name) for name, _ in self._alone})
         if uncovered and error[0] is None:
             raise ValueError(
                 f"the latent sites {uncovered} are in the model or in the guide alone: every latent"
@@ -420,11 +441,14 @@ class _Sites(Messenger):
 
 
 @torch.no_grad()
-def _kl(model: LoRAModel, guide: Callable[..., Any], estimate: float) -> float:
-    """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate."""
+def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -> float:
+    """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate.
+
+    :param rest: β·KL − log p(B), what the loss is made of beside the NLL.
+    """
     if not isinstance(model, ScalaBLModel):
         return 0.0
     exact = None
     if isinstance(guide, AutoSubspace) and not model.prior.latents:
         exact = guide.kl(model.prior())
-    return estimate if exact is None else exact
+    return (rest + float(model.log_prior_B())) / beta if exact is None else exact

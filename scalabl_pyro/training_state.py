@@ -56,7 +56,7 @@ class Checkpoints:
     folder: Path
     every: int = 100
     keep: int = 2
-    _asked: bool = field(default=False, init=False)
+    _asked: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
@@ -75,7 +75,7 @@ class Checkpoints:
     @property
     def asked(self) -> bool:
         """Whether a signal asked to stop."""
-        return self._asked
+        return self._asked is not None
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint, then remove old ones.
@@ -96,11 +96,13 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise OSError(
-                errno.ENOSPC,
-                f"the checkpoint of step {state.step} could not be written: {error}; the one before"
-                f" it is kept in {self.folder}: make room there, then go on with resume=true",
+                getattr(error, "errno", None) or errno.EIO,
+                f"the checkpoint of step {state.step} could not be written: {error}; those before"
+                f" it are kept in {self.folder}: make room, then go on with resume=true",
             ) from error
-        for old in self._paths()[: -self.keep]:
+        paths = self._paths()
+        # What is newer than this one is torn, for training went back behind it.
+        for old in [*paths[: paths.index(path) + 1][: -self.keep], *paths[paths.index(path) + 1 :]]:
             old.unlink()
 
     def latest(self) -> TrainingState | None:
@@ -120,7 +122,7 @@ class Checkpoints:
         """Answer SIGTERM and SIGINT by a checkpoint after the step, instead of at once."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
-            self._asked = True
+            self._asked = signum
 
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
@@ -130,7 +132,10 @@ class Checkpoints:
             yield
         finally:
             for signum, handler in kept.items():
-                signal.signal(signum, handler)
+                # A handler that Python did not set cannot be put back.
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if self._asked is not None:
+            signal.raise_signal(self._asked)  # it came after the last step
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -142,8 +147,13 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`random_state` gave."""
+    """Put back what :func:`random_state` gave.
+
+    :raises ValueError: if that was on a CPU, and ``device`` is none.
+    """
     torch.set_rng_state(state["random.cpu"])
+    if device.type == "cuda" and "random.cuda" not in state:
+        raise ValueError("the checkpoint was made on a CPU: go on there, or start again")
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"], device)
 

@@ -10,7 +10,7 @@ from conftest import make_records, scalabl, tiny_bert_config, tiny_llama, write_
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, BertModel
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
 from scalabl_pyro import Record, load_run, predict, predict_file
 from scalabl_pyro.checkpoint import CheckpointError
@@ -297,6 +297,15 @@ def test_guides_priors_and_projections_are_swapped_by_a_word(local_model, data, 
     assert json.loads(capsys.readouterr().out) == trained["test"]
 
 
+def test_what_a_prior_learned_is_kept_with_the_run(local_model, data):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "method.prior.name=learned_normal") == 0
+    scale = load_run("out").model.prior.scale
+    assert not torch.allclose(scale, torch.ones_like(scale), atol=1e-3)
+    saved = load_file("out/posterior.safetensors")["prior.scale_unconstrained"]
+    torch.testing.assert_close(torch.nn.functional.softplus(saved), scale, atol=1e-6, rtol=1e-6)
+
+
 def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, tmp_path, capsys):
     where = [f"model.name={local_model}", f"data.root={data}", "fit.lr=0.1"]
     assert scalabl("train", "method=mle", *where, *FAST, "run_dir=point") == 0
@@ -340,7 +349,7 @@ def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
     for words, message in {
         ("method.name=median",): "method.name is 'median'",
         ("method.kind=sobol",): "give method.draws",
-        ("method.name=mean", "method.tolerance=0.1"): "with average",
+        ("method.name=mean", "method.tolerance=0.1"): "takes no draws, trunk or tolerance",
         ("method.draws=0",): "method.draws is 0",
         ("method.trunk=2",): "method.trunk is 2.0",
     }.items():
@@ -386,3 +395,26 @@ def test_predict_proba_takes_records(run, data):
     torch.testing.assert_close(probs, logits.softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="differ from record to record"):
         trained.predict_proba(["the cat runs"])
+
+
+def test_distill_writes_a_plain_adapter(run, data, local_model, capsys):
+    unlabelled = [Record(r.id, r.question, r.choices) for r in make_records(16)]
+    write_jsonl(Path("in.jsonl"), unlabelled)
+    words = [f"run={run}", "input=in.jsonl", "output=student", "progress=false"]
+    assert scalabl("distill", *words, "fit.steps=30", "fit.batch_size=8", "fit.lr=0.01") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["kl_after"] < found["kl_before"]
+    assert json.loads(Path("student/distilled.json").read_text())["records"] == 16
+
+    trained = load_run(run)
+    batch = trained.readout.encode(read_folder(data)["test"])
+    average = predict(trained.predictor, batch).logits.softmax(-1).mean(0)
+    readout = trained.readout
+    with torch.no_grad():
+        llm = AutoModelForCausalLM.from_pretrained(local_model)
+        student = PeftModel.from_pretrained(llm, "student").eval().get_base_model()
+        whole = batch.collate(list(batch))
+        single = readout(student, whole.inputs).softmax(-1)
+    torch.testing.assert_close(single, average, atol=0.1, rtol=0)
+    assert scalabl("distill", *words) == 1
+    assert "student exists" in capsys.readouterr().err

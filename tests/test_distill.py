@@ -18,6 +18,12 @@ def test_a_student_starts_at_the_mean(make_choice, records):
     torch.testing.assert_close(student(batch), adapter(batch, s), atol=1e-6, rtol=1e-6)
 
 
+def test_a_student_with_unit_rows_is_refused(make_causal):
+    student = make_causal(svd=False, projections="unit")
+    with pytest.raises(ValueError, match="projections='unit'"):
+        fold_into(make_causal(), torch.ones(5, 4), student)
+
+
 def test_a_student_with_other_layers_is_refused(make_causal):
     with pytest.raises(ValueError, match=r"other layers.*lm_head\.lora_A"):
         fold_into(

@@ -13,6 +13,7 @@ import torch
 from conftest import make_records, scalabl, write_jsonl
 from safetensors.torch import load_file
 
+from scalabl_pyro import load_run
 from scalabl_pyro.report import load_predictions
 
 
@@ -65,6 +66,7 @@ def test_two_processes_train_as_one(local_model, tmp_path, monkeypatch, shard):
         with (tmp_path / name / "history.csv").open() as file:
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert load_run("two").predictor.num_draws == 10  # in one process
     assert len(losses[0]) == 20
 
 

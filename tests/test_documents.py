@@ -41,7 +41,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
         for line in block.splitlines()
         if line.startswith("scalabl ")
     ]
-    assert len(commands) == 11
+    assert len(commands) == 12
     for command in commands:
         for old, new in {
             "Qwen/Qwen2.5-0.5B": str(local_model),
@@ -52,7 +52,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
         words = shlex.split(command)
         if words[1] not in ("export", "memory"):
             words += ["progress=false"]
-        if words[1] in ("train", "compare"):
+        if words[1] in ("train", "compare", "distill"):
             words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
         if words[1] == "generate":
             words += ["decoding.max_new_tokens=4"]
@@ -64,6 +64,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "texts.jsonl").exists()
     assert (tmp_path / "runs/mine-exported/draw_09").is_dir()
+    assert (tmp_path / "runs/mine-distilled/adapter_config.json").exists()
     assert (tmp_path / "runs/mine-compared/table.csv").exists()
     assert (tmp_path / "runs/reviews/metrics.json").exists()
 

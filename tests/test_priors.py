@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.poutine import trace
 
-from scalabl_pyro import AutoSubspaceNormal, ScalaBLModel, fit
+from scalabl_pyro import AutoSubspaceNormal, ScalaBLModel, fit, make_elbo
 from scalabl_pyro.priors import PRIORS, FixedPrior, LearnedNormal, make_prior
 from scalabl_pyro.svi import FitConfig
 
@@ -93,14 +93,44 @@ def test_a_prior_on_B_adds_its_log_density(make_causal, records):
         log_joint(-1)
 
 
-def test_the_density_of_B_is_no_part_of_the_likelihood(make_causal, records):
+@pytest.mark.parametrize("particles", [1, 4])
+@pytest.mark.parametrize("name", ["normal", "horseshoe"])
+def test_the_density_of_B_is_no_part_of_the_likelihood(make_causal, records, name, particles):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     found = []
     for scale_B in (None, 0.01):
-        model = ScalaBLModel(adapter, num_data=len(split), scale_B=scale_B)
+        prior = make_prior(adapter.shape, name)
+        model = ScalaBLModel(adapter, num_data=len(split), prior=prior, scale_B=scale_B)
+        guide = AutoSubspaceNormal(model)
         torch.manual_seed(0)
         config = FitConfig(steps=1, batch_size=len(split), lr=0.0, lr_guide=0.0)
-        found.append(fit(model, AutoSubspaceNormal(model), split, config, progress=False).history)
-    assert found[0][0]["nll"] == pytest.approx(found[1][0]["nll"], rel=1e-6)
-    assert found[1][0]["loss"] > found[0][0]["loss"]
+        elbo = make_elbo(num_particles=particles)
+        found.append(fit(model, guide, split, config, elbo=elbo, progress=False).history[0])
+    assert found[0]["nll"] == pytest.approx(found[1]["nll"], rel=1e-5)
+    assert found[0]["kl"] == pytest.approx(found[1]["kl"], rel=0.01)
+    assert found[1]["loss"] > found[0]["loss"]
+
+
+def test_a_trained_start_is_moved_off_the_edge_of_the_support(make_causal, records, tmp_path):
+    """A gate at s = 1 would have no gradient."""
+    source = make_causal(svd=False)
+    source.peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    adapter = make_causal(start=tmp_path, filled=False)
+    batch = source.readout.encode(records)
+    expected = source(batch.collate(list(batch)))
+    prior = make_prior(adapter.shape, "relaxed_bernoulli")
+    model = ScalaBLModel(adapter, num_data=len(records), prior=prior)
+    guide = AutoSubspaceNormal(model)
+    start = guide.median()["s"]
+    assert ((start > 0.2) & (start < 0.8)).all()
+    logits = adapter(batch.collate(list(batch)), start)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_support_around_0_is_not_started_in_its_middle(make_causal):
+    adapter = make_causal()
+    model = ScalaBLModel(adapter, num_data=3, prior=dist.Uniform(-0.3, 0.3))
+    assert (model.init_loc.abs() > 0.01).all()
+    with pytest.raises(ValueError, match="s = 0 cannot be the start"):
+        adapter.move_start(torch.zeros(adapter.shape))

@@ -96,6 +96,30 @@ def test_torn_checkpoints_are_passed_over(make_causal, records, tmp_path):
     assert checkpoints.latest() is None
 
 
+def test_torn_checkpoints_never_push_out_good_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    checkpoints.save(TrainingState(10, {"a": torch.ones(3)}, {}))
+    (tmp_path / "step-00000020.safetensors").write_bytes(b"torn")
+    assert checkpoints.latest().step == 10
+    checkpoints.save(TrainingState(11, {"a": torch.ones(3)}, {}))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000011.safetensors"]
+    assert checkpoints.latest().step == 11
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    seen = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: seen.append("outside"))
+    try:
+        with checkpoints.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert checkpoints.asked
+            assert seen == []
+        assert seen == ["outside"]
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, every=1)
     state = TrainingState(1, {"a": torch.ones(3)}, {"history": []})
@@ -185,6 +209,11 @@ def test_train_resumes_to_the_bit(words, tmp_path, capsys, monkeypatch):
     assert "go on with resume=true, or remove it" in capsys.readouterr().err
     assert scalabl(*words, "run_dir=out", "resume=true", "fit.lr=0.5") == 1
     assert "fit.lr: 0.5, was 0.001" in capsys.readouterr().err
+    moved = Path("data/train.jsonl").read_text()
+    write_jsonl(tmp_path / "data/train.jsonl", make_records(17))
+    assert scalabl(*words, "run_dir=out", "resume=true") == 1
+    assert "began with other records" in capsys.readouterr().err
+    Path("data/train.jsonl").write_text(moved)
     with FileLock("out.unfinished/lock"):
         assert scalabl(*words, "run_dir=out", "resume=true") == 1
     assert "another process works on the run" in capsys.readouterr().err

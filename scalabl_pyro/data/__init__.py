@@ -6,7 +6,7 @@ from .prompts import PROMPTS, Prompt
 from .readers import iter_records, read_folder, read_records
 from .records import DataError, Record
 from .source import DataSource
-from .splits import check_split, disjoint, hold_out, without_overlap
+from .splits import check_split, disjoint, fingerprint, hold_out, without_overlap
 from .tasks import TASKS
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Task",
     "check_split",
     "disjoint",
+    "fingerprint",
     "hold_out",
     "iter_records",
     "read_folder",

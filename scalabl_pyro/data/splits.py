@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from .records import DataError, Record
 
-__all__ = ["check_split", "disjoint", "hold_out", "without_overlap"]
+__all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "without_overlap"]
 
 log = logging.getLogger(__name__)
+
+
+def fingerprint(splits: Mapping[str, Sequence[Record]]) -> str:
+    """A hash of the records themselves, which a path does not pin down."""
+    rows = {name: [asdict(record) for record in records] for name, records in splits.items()}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def check_split(splits: Mapping[str, list[Record]], name: str) -> list[Record]:

@@ -176,5 +176,6 @@ class JointNormal(AutoSubspace):
 
     def _start(self) -> tuple[Tensor, Tensor]:
         """Mean and scale at the start, (D,), or (M, r) per module."""
-        loc = self._init_loc if self.per_module else self._init_loc.flatten()
+        loc = self._init_loc.clone()
+        loc = loc if self.per_module else loc.flatten()
         return loc, torch.full_like(loc, self._init_scale)

@@ -44,7 +44,7 @@ class AutoSubspaceDelta(AutoSubspace):
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
-        return {"s": self.loc.detach().expand(len(quantiles), *self.loc.shape)}
+        return {"s": self.loc.detach().repeat(len(quantiles), 1, 1)}
 
     def kl(self, prior: TorchDistribution) -> None:
         """``None``: the divergence of a point from a density is infinite."""

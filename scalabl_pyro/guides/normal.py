@@ -30,7 +30,7 @@ class AutoSubspaceNormal(AutoSubspace):
         self, model: ScalaBLModel, *, init_loc: Tensor | None = None, init_scale: float = 0.05
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
-        self.loc = PyroParam(self._init_loc, constraints.real, 2)  # type: ignore[assignment]
+        self.loc = PyroParam(self._init_loc.clone(), constraints.real, 2)  # type: ignore[assignment]
         scale = torch.full_like(self._init_loc, self._init_scale)
         self.scale = PyroParam(scale, self.scale_constraint, 2)  # type: ignore[assignment]
 

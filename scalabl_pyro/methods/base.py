@@ -121,6 +121,11 @@ class PointMethod(Method):
         seed: int,
         checkpoints: Checkpoints | None,
     ) -> Fitted:
+        if adapter.unit:
+            raise ValueError(
+                f"projections is 'unit', which fixes the scale of s: method {self.name} has no s,"
+                " make it 'free'"
+            )
         model = self.make_model(adapter, num_data=len(train))
         predictor = Predictor(adapter)
         result = fit(

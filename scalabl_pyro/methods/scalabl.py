@@ -9,7 +9,7 @@ from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..draws import draw
 from ..elbos import make_elbo
-from ..guides import AutoSubspace, check_guide, make_guide
+from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
 from ..model import ScalaBLModel
 from ..predict import Predictor
 from ..priors import make_prior
@@ -46,14 +46,18 @@ class ScalaBL(Method):
         make_prior((1, 1), **self.prior)
         make_elbo(**self.elbo)
         check_guide(**self.guide)
+        if self.guide.get("name") == "delta" and self.config.kl.budget is not None:
+            raise ValueError("kl.budget needs a density q(s), and guide delta is a point")
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
         """The probabilistic model of these settings."""
-        options = {"loc": 1.0} if adapter.trained and self.prior["name"] == "normal" else {}
+        options = dict(self.prior)
+        if adapter.trained and options.get("name", "normal") == "normal":
+            options.setdefault("loc", 1.0)
         with adapter.device:
-            prior = make_prior(adapter.shape, **(options | self.prior))
+            prior = make_prior(adapter.shape, **options)
         return ScalaBLModel(adapter, num_data=num_data, prior=prior, scale_B=self.scale_B)
 
     def make_guide(self, model: ScalaBLModel) -> AutoSubspace:
@@ -73,7 +77,7 @@ class ScalaBL(Method):
         guide = self.make_guide(model)
 
         def predictor() -> Predictor:
-            if not self.draws:
+            if not self.draws or isinstance(guide, AutoSubspaceDelta):
                 return Predictor(adapter, guide.median()["s"][None])
             return Predictor(adapter, draw(guide, self.draws, seed=seed))
 

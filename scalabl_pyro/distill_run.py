@@ -1,0 +1,76 @@
+"""``scalabl distill``: a run's model average in one plain PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_run
+from .data import Split, iter_records
+from .distill import distill
+from .files import new_folder, whole_folder
+from .loading import make_adapter
+from .peft_io import save_adapter
+from .predict import Predictor, average, predict
+from .svi import FitConfig
+
+__all__ = ["DistillConfig", "distill_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """Settings of ``scalabl distill``, described in configs/distill.yaml."""
+
+    run: str
+    input: str
+    output: str
+    fit: FitConfig = field(default_factory=FitConfig)
+    batch_size: int = 64
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+
+
+def distill_run(config: DistillConfig) -> dict[str, Any]:
+    """Teach a plain LoRA adapter, started at the posterior mean, the average on a file's records.
+
+    :returns: the mean KL(average ‖ student) in nats on these records, before and after.
+    :raises ValueError: if a record is bad, or the run is a point estimate.
+    :raises FileExistsError: if the output exists.
+    """
+    output = new_folder(Path(config.output))
+    run = load_run(config.run)
+    if run.predictor.draws is None:
+        raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
+    split = run.readout.encode(list(iter_records(config.input, run.class_names)))
+    log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
+    mean = str(Path(config.run) / "adapter")
+    lora = replace(run.config.lora, start=mean, projections="free")
+    student = make_adapter(run.config.model, lora, run.readout, svd=False)
+    predictor = Predictor(student)
+    before = _divergence(predictor, split, log_probs, config)
+    distill(student, split, log_probs, config.fit, seed=config.seed, progress=config.progress)
+    after = _divergence(predictor, split, log_probs, config)
+    found = {"output": str(output), "kl_before": before, "kl_after": after}
+    with whole_folder(output) as part:
+        save_adapter(student, torch.ones(student.shape, device=student.device), part)
+        about = {"run": config.run, "input": config.input, "records": len(split)} | found
+        (part / "distilled.json").write_text(json.dumps(about, indent=2) + "\n")
+    return found
+
+
+def _divergence(
+    student: Predictor, split: Split, log_probs: Tensor, config: DistillConfig
+) -> float:
+    log_q = average(predict(student, split, batch_size=config.batch_size).logits)
+    # A choice that does not exist has probability 0 on both sides, and adds nothing.
+    terms = log_probs.exp() * (log_probs - log_q).masked_fill(log_probs.isinf(), 0.0)
+    return float(terms.sum(-1).mean())

@@ -1,0 +1,81 @@
+"""One table over runs that were trained apart: by a sweep, or on several machines."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .config import ConfigError, RunConfig, build
+from .data import DataSource
+from .report import write_report
+
+__all__ = ["TableConfig", "tabulate"]
+
+
+@dataclass(frozen=True, slots=True)
+class TableConfig:
+    """Settings of ``scalabl table``, described in configs/table.yaml.
+
+    :param runs: a folder of run folders; a row is made of those whose names differ only in
+        ``-seed…`` at the end.
+    :param out: the folder for the table and pictures.
+    """
+
+    runs: str
+    out: str
+
+
+def tabulate(config: TableConfig) -> dict[str, Any]:
+    """Write the table and pictures of all runs in a folder to ``config.out``.
+
+    :returns: the table, as in ``table.json``.
+    :raises ConfigError: if there is no run or an unfinished one, if runs of a row differ in more
+        than the seed (and what each chose among its trials), or rows in their data or seeds.
+    """
+    folder = Path(config.runs)
+    unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
+    if unfinished:
+        raise ConfigError(
+            f"{folder} holds unfinished runs, {unfinished}: go on with resume=true, or remove them"
+        )
+    rows: dict[str, dict[int, Path]] = defaultdict(dict)
+    runs: dict[Path, RunConfig] = {}
+    for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
+        run = build(RunConfig, OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        runs[path] = run
+        rows[path.name.removesuffix(f"-seed{run.seed}")][run.seed] = path
+    if not rows:
+        raise ConfigError(f"runs is {folder}: expected a folder that holds run folders")
+    seeds = {name: sorted(row) for name, row in rows.items()}
+    if len({tuple(row) for row in seeds.values()}) > 1:
+        raise ConfigError(f"the rows have different seeds, {seeds}: train what is missing")
+    folders = {name: [row[seed] for seed in seeds[name]] for name, row in rows.items()}
+    for row in folders.values():
+        for path in row[1:]:
+            _check_same_settings(row[0], path, runs)
+    firsts = {name: runs[row[0]] for name, row in folders.items()}
+    sources = {name: _source(run) for name, run in firsts.items()}
+    if any(source != next(iter(sources.values())) for source in sources.values()):
+        raise ConfigError(f"the rows have different data, {sources}: make a table of each")
+    chosen = {name: {"method": r.method, "fit": asdict(r.fit)} for name, r in firsts.items()}
+    return write_report(Path(config.out), folders, chosen=chosen, trials={})
+
+
+def _check_same_settings(a: Path, b: Path, runs: dict[Path, RunConfig]) -> None:
+    other = replace(runs[b], seed=runs[a].seed)
+    if (b / "trials.json").exists():
+        other = replace(other, method=runs[a].method, fit=runs[a].fit)
+    differences = other.differences(runs[a])
+    if differences:
+        raise ConfigError(
+            f"{b} has other settings than {a} ({'; '.join(differences)}): rename one of them, for"
+            " a row of its own"
+        )
+
+
+def _source(run: RunConfig) -> dict[str, Any]:
+    return {field.name: getattr(run.data, field.name) for field in fields(DataSource)}
