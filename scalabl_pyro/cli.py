@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .checkpoint import load_run
@@ -34,6 +36,8 @@ from .predict import predict
 from .predict_file import PredictConfig, predict_file
 from .prediction import PredictionConfig, make_predictor
 from .report import format_table
+from .table import TableConfig, tabulate
+from .training_state import Interrupted
 
 __all__ = ["main"]
 
@@ -45,6 +49,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   predict    answers, probabilities and uncertainty for records with or without labels
   generate   texts that continue prompts, with the uncertainty of every token
   compare    methods × seeds in one table, with pictures; finished runs are skipped
+  table      the same table over runs that were trained apart, such as those of a sweep
   distill    a run's model average in one plain PEFT adapter
   export     a run as plain PEFT adapters, one a draw, and as a merged model
   memory     how much memory a run needs, before anything is downloaded
@@ -99,12 +104,18 @@ def compare_methods(config: CompareConfig) -> str:
     return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
 
 
+def table_of_runs(config: TableConfig) -> str:
+    """One table over finished runs."""
+    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "train": (RunConfig, train),
     "evaluate": (EvaluateConfig, evaluate_run),
     "predict": (PredictConfig, predict_file),
     "generate": (GenerateConfig, generate_file),
     "compare": (CompareConfig, compare_methods),
+    "table": (TableConfig, table_of_runs),
     "distill": (DistillConfig, distill_run),
     "export": (ExportConfig, export_run),
     "memory": (MemoryConfig, lambda config: estimate(config).gib()),
@@ -119,9 +130,9 @@ def main() -> None:
         sys.exit(0 if asked else 2)
     name = sys.argv.pop(1)
     config_class, command = COMMANDS[name]
-    quiet_libraries()
 
     def task(overrides: DictConfig) -> None:
+        quiet_libraries()  # here, for a sweep may run this in other processes
         try:
             values = OmegaConf.to_container(overrides, resolve=True)
             found = command(build(config_class, values))
@@ -130,6 +141,9 @@ def main() -> None:
             print(found if isinstance(found, str) else json.dumps(found, indent=2))
         except (ValueError, OSError, RuntimeError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
+            sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+            if sweep and not isinstance(error, Interrupted):
+                raise  # the other runs go on; Hydra names this one at the end
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 

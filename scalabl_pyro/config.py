@@ -97,7 +97,8 @@ class RunConfig:
     :param method: ``name``, a key of ``METHODS``, and that method's own fields.
     :param run_dir: the folder to write, which must not exist.
     :param checkpoint: how often an unfinished run is saved.
-    :param resume: go on with an unfinished run of the same settings, if there is one.
+    :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
+        finished one as it is.
     :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
         trained, and the one with the lowest validation NLL is kept.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,18 +38,42 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Where the configuration has trials, each is trained with the same seed, and the run is the one
     with the lowest validation NLL. Until the run is finished, its checkpoints stand beside the run
-    folder, in ``RUN_DIR.unfinished``; with ``resume`` training goes on from them. Of several
-    processes that train together (see :mod:`~scalabl_pyro.distributed`) one writes.
+    folder, in ``RUN_DIR.unfinished``; with ``resume`` training goes on from them, and a finished
+    run is left as it is. Of several processes that train together (see
+    :mod:`~scalabl_pyro.distributed`) one writes.
 
     :returns: metrics by split, and the validation NLL of each trial under ``trials``.
-    :raises FileExistsError: if the run folder exists, or an unfinished run and not ``resume``.
-    :raises ConfigError: if the unfinished run has other settings.
+    :raises FileExistsError: if the run folder or an unfinished run exists, and not ``resume``.
+    :raises ConfigError: if the run that exists has other settings.
     :raises RuntimeError: if another process works on the same run.
     :raises NonFiniteLossError: if training diverges, in every trial if there are some.
     """
+    folder = Path(config.run_dir)
+    if config.resume and (folder / "metrics.json").exists():
+        metrics = _finished(config, folder)
+        # What a process left that was killed between saving its run and clearing up.
+        shutil.rmtree(unfinished_folder(folder), ignore_errors=True)
+        return metrics
     config.check_run_dir()
     with _unfinished(config) as checkpoints:
         return _run(config, checkpoints)
+
+
+def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
+    before = _settings(folder)
+    differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
+    if differences:
+        raise ConfigError(
+            f"the finished run in {folder} has other settings ({'; '.join(differences)}): choose"
+            " another run_dir, or remove it"
+        )
+    metrics = json.loads((folder / "metrics.json").read_text())
+    trials = folder / "trials.json"
+    return {**metrics, "trials": json.loads(trials.read_text())} if trials.exists() else metrics
+
+
+def _settings(folder: Path) -> RunConfig:
+    return build(RunConfig, OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -131,8 +156,7 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
         )
     settings = folder / "config.yaml"
     if checkpoints.exist and settings.exists():
-        before = build(RunConfig, OmegaConf.to_container(OmegaConf.load(settings)))
-        differences = config.differences(before)
+        differences = config.differences(_settings(folder))
         if differences:
             raise ConfigError(
                 f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
