@@ -43,7 +43,8 @@ class SubspaceAdapter:
     What is trained beside s is the choice of ``projections``:
 
     * ``free``: V, B and heads;
-    * ``unit``: the same, but V acts with rows of unit norm, which identifies the scale of s;
+    * ``unit``: the same, but V acts with rows of unit norm, which takes the scale of s out of V (B
+      keeps it, unless the model has a prior on B);
     * ``frozen_v``: B and heads, while V stays where it starts;
     * ``fixed``: nothing, for inference on s alone.
 

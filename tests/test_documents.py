@@ -1,15 +1,20 @@
-"""Every snippet and command of README, and every notebook, runs."""
+"""Every snippet and command of README and CONTRIBUTING, and every notebook, runs."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from conftest import make_records, scalabl, write_jsonl
 from nbclient import NotebookClient
+from pyro.nn import PyroParam
+
+from scalabl_pyro import FitConfig, ScalaBLModel, draw, fit, guides, priors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,3 +91,65 @@ def test_notebooks_run_and_are_committed_executed(path, tmp_path):
         for name, value in (("STEPS", 4), ("DRAWS", 30)):
             cell.source = re.sub(rf"^{name} = \d+", f"{name} = {value}", cell.source, flags=re.M)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+
+
+def run_snippet(start: str, names: dict[str, object]) -> None:
+    """Run the block of CONTRIBUTING that begins so, among the names of the file it is meant for."""
+    (code,) = [b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if b.startswith(start)]
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+
+
+def test_the_guide_of_contributing_keeps_the_contract(make_causal, records, monkeypatch):
+    names = dict(vars(guides.base), PyroParam=PyroParam)
+    run_snippet("class AutoSubspaceTiedNormal", names)
+    monkeypatch.setitem(guides.GUIDES, "tied", names["AutoSubspaceTiedNormal"])
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = guides.make_guide(model, "tied", init_scale=0.25)
+    assert sum(p.numel() for p in guide.parameters()) == adapter.shape[0] * (adapter.rank + 1)
+    assert draw(guide, 4000, seed=0).std(0).mean() == pytest.approx(0.25, rel=0.02)
+    exact = torch.distributions.kl_divergence(guide.get_posterior(), model.prior())
+    assert guide.kl(model.prior()) == pytest.approx(exact.item(), rel=1e-4)
+    assert draw(guide, 8, seed=0, kind="sobol").shape == (8, *adapter.shape)
+    fit(model, guide, split, FitConfig(steps=2), progress=False)
+
+
+def test_the_priors_of_contributing_run(make_causal, records, monkeypatch):
+    monkeypatch.setattr(priors, "PRIORS", dict(priors.PRIORS))
+    run_snippet("PRIORS[", vars(priors))
+    names = dict(vars(priors))
+    run_snippet("class SharedScaleNormal", names)
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    for prior in (
+        priors.make_prior(adapter.shape, "student_t", df=3.0),
+        names["SharedScaleNormal"](adapter.shape),
+    ):
+        model = ScalaBLModel(adapter, num_data=len(split), prior=prior)
+        guide = guides.make_guide(model, "multivariate_normal")
+        before = {n: p.detach().clone() for n, p in guide.named_parameters()}
+        fit(model, guide, split, FitConfig(steps=2), progress=False)
+        assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+
+
+def test_no_module_imports_one_to_its_right():
+    """The chain of CONTRIBUTING, read from it, against the imports."""
+    chain = re.search(
+        r"\n    (data → .*? cli)\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+    )
+    groups = [g.replace(",", " ").split() for g in chain.group(1).split("→")]
+    place = {name: i for i, group in enumerate(groups) for name in group}
+    package = ROOT / "scalabl_pyro"
+    seen = set()
+    for path in package.rglob("*.py"):
+        module = path.relative_to(package).parts[0].removesuffix(".py")
+        if module not in place:
+            continue
+        seen.add(module)
+        depth = len(path.relative_to(package).parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
+                other = node.module.split(".")[0]
+                assert place.get(other, -1) <= place[module], f"{module} imports {other}"
+    assert seen == set(place)
