@@ -58,7 +58,9 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
         if words[1] not in ("export", "memory"):
             words += ["progress=false"]
         if words[1] in ("train", "compare", "distill"):
-            words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
+            words += ["fit.steps=2", "fit.batch_size=4"]
+        if words[1] in ("train", "compare"):
+            words += ["lora.targets=[q_proj,v_proj]"]
         if words[1] == "generate":
             words += ["decoding.max_new_tokens=4"]
         if words[1] == "memory":
