@@ -8,6 +8,8 @@ from conftest import whole
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -29,7 +31,14 @@ from scalabl_pyro.guides import GUIDES, AutoSubspace
 from scalabl_pyro.predict import Predictor
 
 OURS = list(GUIDES.values())
-STOCK = [AutoNormal, AutoDelta, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+STOCK = [
+    AutoNormal,
+    AutoDelta,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+]
 
 
 def build_guide(guide_class, model):
