@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import warnings
+from multiprocessing.process import BaseProcess
 
 import torch
 import transformers
@@ -25,3 +29,12 @@ def quiet_worker(threads: int) -> None:
     """
     quiet_libraries()
     torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A worker whose pool was killed would go on, and keep the lock of its run."""
+    parent.join()
+    os._exit(1)

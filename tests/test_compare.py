@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,3 +127,27 @@ def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
     capsys.readouterr()
     assert compare(f"methods.mle=[{diverge},{diverge}]", *rest, "out=other") == 1
     assert "every trial of mle diverged" in capsys.readouterr().err
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Otherwise kill -9 would leave a worker that holds the lock of its run."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from scalabl_pyro.console import quiet_worker\n"
+        "if __name__ == '__main__':\n"
+        "    context = get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=quiet_worker, initargs=(1,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0
+        process.kill()
+        # The worker holds the other end of the pipe, which closes when both have ended.
+        assert process.communicate(timeout=60)[0] == ""
