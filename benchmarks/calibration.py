@@ -298,7 +298,8 @@ def plot_tables(figures: dict, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].axvline(math.log(4), color="gray", linestyle="--", linewidth=1, label="guessing")
-    axes[1].legend(fontsize="small")
+    for axis in axes:
+        axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     figure.savefig(part, format="png", dpi=130)
