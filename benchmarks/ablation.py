@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,13 +76,15 @@ TUNING_SEED, TEST_QUESTIONS = 100, 500
 class LaplaceAfterPoint(ScalaBL):
     """A point in s, and the normal from the curvature (GGN) there, at KL weight 1."""
 
-    def _fit(self, adapter: SubspaceAdapter, train: Split, *args: Any, **options: Any) -> Fitted:
-        fitted = super()._fit(adapter, train, *args, **options)
+    def fit(
+        self, make_adapter: Callable[..., SubspaceAdapter], train: Split, *args: Any, **options: Any
+    ) -> Fitted:
+        fitted = super().fit(make_adapter, train, *args, **options)
         assert isinstance(fitted.model, ScalaBLModel)
         assert fitted.guide is not None
         guide = laplace(fitted.model, train, loc=fitted.guide.median()["s"]).guide
         draws = draw(guide, DRAWS, seed=options["seed"])
-        return replace(fitted, guide=guide, predictor=Predictor(adapter, draws))
+        return replace(fitted, guide=guide, predictor=Predictor(fitted.model.adapter, draws))
 
 
 class PyroIAF(ScalaBL):

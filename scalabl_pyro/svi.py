@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,14 @@ from .distributed import average_over_ranks, is_main, rank, world_size
 from .guides import AutoSubspace, AutoSubspaceDelta
 from .kl import KLBudget, KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
-from .training_state import Checkpoints, Interrupted, TrainingState, random_state, set_random_state
+from .training_state import (
+    Checkpoints,
+    Interrupted,
+    Snapshot,
+    TrainingState,
+    random_state,
+    set_random_state,
+)
 
 __all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
 
@@ -180,7 +186,7 @@ def fit(
     parameters, history = run.parameters, run.history
     if not parameters:
         raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
-    good = _Snapshot(parameters)
+    good = Snapshot(parameters)
     per_example = 1 / (model.num_data * config.accumulation)
 
     adapter.train()
@@ -201,22 +207,23 @@ def fit(
                         loss += elbo.loss_and_grads(model, guide, next(minibatches)) * per_example
                     nll += observed.mean() / config.accumulation
             gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, per_example)
             stop = checkpoints is not None and checkpoints.asked
             if world_size() > 1:
                 terms = torch.tensor([loss, nll, float(stop)], device=adapter.device)
                 average_over_ranks([*gradients, terms])
                 loss, nll, stop = terms.tolist()  # all stop if one is asked to
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            norm = float(nn.utils.get_total_norm(gradients)) * per_example
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 good.restore()
                 adapter.eval()
                 raise NonFiniteLossError(
                     f"at step {step + 1} of {config.steps} the loss is {loss} and the norm of its"
-                    f" gradient {float(norm)}; the parameters are those of step {max(step - 1, 0)},"
+                    f" gradient {norm}; the parameters are those of step {max(step - 1, 0)},"
                     " the last good one; lower lr or lr_guide, or clip_norm"
                 )
             good.take()
+            clip = min(1.0, config.clip_norm / (norm + 1e-6))
+            torch._foreach_mul_(gradients, per_example * clip)
             row: dict[str, float] = {
                 "step": step + 1,
                 "loss": loss,
@@ -281,7 +288,7 @@ class _Run:
         self._budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.best = _Snapshot(self.parameters)
+        self.best = Snapshot(self.parameters)
         self.best_nll, self.best_step = math.inf, config.steps
 
     def kl_weight(self) -> float:
@@ -386,22 +393,6 @@ class _ObservedNLL(Messenger):
     def mean(self) -> float:
         """Mean over examples and particles."""
         return -float(torch.stack(self._terms).mean())
-
-
-class _Snapshot:
-    """A copy of parameters that can be taken again and put back."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters: list[Tensor] = list(parameters)
-        self.values = [copy.deepcopy(parameter.detach()) for parameter in parameters]
-
-    @torch.no_grad()
-    def take(self) -> None:
-        torch._foreach_copy_(self.values, self._parameters)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        torch._foreach_copy_(self._parameters, self.values)
 
 
 class _Sites(Messenger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +20,38 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Checkpoints", "Interrupted", "TrainingState", "random_state", "set_random_state"]
+__all__ = [
+    "Checkpoints",
+    "Interrupted",
+    "Snapshot",
+    "TrainingState",
+    "random_state",
+    "set_random_state",
+]
 
 log = logging.getLogger(__name__)
 
 
 class Interrupted(RuntimeError):
     """Training was asked to stop by a signal, and left a checkpoint."""
+
+
+class Snapshot:
+    """A copy of parameters that can be taken again and put back."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters: list[Tensor] = list(parameters)
+        self.values = [copy.deepcopy(parameter.detach()) for parameter in parameters]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        torch._foreach_copy_(self.values, self._parameters)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self._parameters, self.values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,23 @@ def test_a_loss_that_is_not_finite_ends_training(parts):
         fit_reference(model, guide, split, CONFIG, progress=False)
 
 
+def test_the_last_good_state_is_back_after_a_loss_that_is_not_finite(parts):
+    model, guide, split = parts
+    states = []
+
+    def spoil_the_second_step() -> float:
+        states.append(guide.log_loc.detach().clone())
+        if len(states) == 2:
+            with torch.no_grad():
+                guide.log_loc.fill_(float("nan"))
+        return 1.0
+
+    config = replace(CONFIG, eval_every=1)
+    with pytest.raises(NonFiniteLossError, match="are those of step 1, the last good one"):
+        fit_reference(model, guide, split, config, validate=spoil_the_second_step, progress=False)
+    assert torch.equal(guide.log_loc, states[0])
+
+
 def test_several_processes_are_refused(parts, monkeypatch):
     monkeypatch.setattr(reference, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="2 processes train together"):

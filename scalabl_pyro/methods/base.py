@@ -71,71 +71,57 @@ class Method(ABC):
         :param checkpoints: what :func:`~scalabl_pyro.svi.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
-        adapter = make_adapter(svd=self.svd)
-        return self._fit(adapter, train, validation, seed=seed, checkpoints=checkpoints)
+        model = self.make_model(make_adapter(svd=self.svd), num_data=len(train))
+        guide = self.make_guide(model)
+        validate = None
+        if validation is not None:
 
-    @abstractmethod
-    def _fit(
-        self,
-        adapter: SubspaceAdapter,
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        checkpoints: Checkpoints | None,
-    ) -> Fitted:
-        """Train the fresh adapter."""
+            def validate() -> float:
+                predictor = self.make_predictor(model, guide, seed=seed)
+                found = predict(predictor, validation, batch_size=self.eval_batch_size)
+                return evaluate(found.logits, found.labels)["nll"]
 
-    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
+        result = self._train(
+            model, guide, train, seed=seed, validate=validate, checkpoints=checkpoints
+        )
+        return Fitted(self.make_predictor(model, guide, seed=seed), result, model, guide)
+
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""
         return LoRAModel(adapter, num_data=num_data)
 
-    def make_guide(self, model: Any) -> AutoSubspace | None:
+    def make_guide(self, model: Any) -> Any:
         """The untrained guide, or ``None`` for a point estimate."""
         return None
 
-    def _validate(
-        self, make_predictor: Callable[[], Predictor], validation: Split | None
-    ) -> Callable[[], float] | None:
-        """A function that gives the current NLL on the validation split."""
-        if validation is None:
-            return None
+    @abstractmethod
+    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> Predictor:
+        """Predicts by what the parameters are now."""
 
-        def nll() -> float:
-            found = predict(make_predictor(), validation, batch_size=self.eval_batch_size)
-            return evaluate(found.logits, found.labels)["nll"]
+    def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
+        """Train in place.
 
-        return nll
+        :param options: ``seed``, ``validate`` and ``checkpoints`` of :func:`~scalabl_pyro.svi.fit`.
+        """
+        guide = no_guide if guide is None else guide
+        return fit(model, guide, train, self.config, progress=self.progress, **options)
 
 
 @dataclass(frozen=True)
 class PointMethod(Method):
     """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share."""
 
-    def _fit(
-        self,
-        adapter: SubspaceAdapter,
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        checkpoints: Checkpoints | None,
-    ) -> Fitted:
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
+        """The likelihood.
+
+        :raises ValueError: if the adapter's projections wait for a vector s to scale them.
+        """
         if adapter.unit:
             raise ValueError(
                 f"projections is 'unit', which fixes the scale of s: method {self.name} has no s,"
                 " make it 'free'"
             )
-        model = self.make_model(adapter, num_data=len(train))
-        predictor = Predictor(adapter)
-        result = fit(
-            model,
-            no_guide,
-            train,
-            self.config,
-            seed=seed,
-            validate=self._validate(lambda: predictor, validation),
-            checkpoints=checkpoints,
-            progress=self.progress,
-        )
-        return Fitted(predictor, result, model)
+        return super().make_model(adapter, num_data=num_data)
+
+    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> Predictor:
+        return Predictor(model.adapter)

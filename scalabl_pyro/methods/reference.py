@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -36,8 +36,8 @@ from ..guides import AutoSubspace
 from ..model import ScalaBLModel
 from ..predict import Predictor
 from ..svi import FitConfig, FitResult, NonFiniteLossError
-from ..training_state import Checkpoints
-from .base import Fitted, Method
+from ..training_state import Snapshot
+from .base import Method
 
 __all__ = ["LogMeanNormal", "Reference", "burst_steps", "burst_weight", "fit_reference"]
 
@@ -134,32 +134,16 @@ class Reference(Method):
         """The untrained guide of these settings."""
         return LogMeanNormal(model, init_scale=self.init_scale)
 
-    def _fit(
-        self,
-        adapter: SubspaceAdapter,
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        checkpoints: Checkpoints | None,
-    ) -> Fitted:
-        model = self.make_model(adapter, num_data=len(train))
-        guide = self.make_guide(model)
+    def make_predictor(self, model: ScalaBLModel, guide: AutoSubspace, *, seed: int) -> Predictor:
+        """Averages over a bank of draws."""
+        return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
 
-        def predictor() -> Predictor:
-            return Predictor(adapter, draw(guide, self.draws, seed=seed))
-
-        result = fit_reference(
-            model,
-            guide,
-            train,
-            self.config,
-            lr_kl=self.lr_kl,
-            seed=seed,
-            validate=self._validate(predictor, validation),
-            progress=self.progress,
+    def _train(
+        self, model: Any, guide: Any, train: Split, checkpoints: object = None, **options: Any
+    ) -> FitResult:
+        return fit_reference(
+            model, guide, train, self.config, lr_kl=self.lr_kl, progress=self.progress, **options
         )
-        return Fitted(predictor(), result, model, guide)
 
 
 def fit_reference(
@@ -213,7 +197,8 @@ def fit_reference(
     batch_size = min(config.batch_size, len(train))
     minibatches = train.minibatches(batch_size, seed=seed)
     between_bursts = burst_steps(len(train), batch_size)
-    best, best_nll, best_step = _copies(parameters), math.inf, config.steps
+    good, best = Snapshot(parameters), Snapshot(parameters)
+    best_nll, best_step = math.inf, config.steps
     history: list[dict[str, float]] = []
 
     adapter.train()
@@ -236,11 +221,14 @@ def fit_reference(
                 "lr": config.learning_rate(step),
             }
         if not all(map(math.isfinite, row.values())):
+            good.restore()
             adapter.eval()
             raise NonFiniteLossError(
                 f"at step {step + 1} of {config.steps} the NLL is {row['nll']} and KL(p‖q) is"
-                f" {row['reversed_kl']}; lower lr, lr_guide or lr_kl"
+                f" {row['reversed_kl']}; the parameters are those of step {max(step - 1, 0)}, the"
+                " last good one; lower lr, lr_guide or lr_kl"
             )
+        good.take()
         likelihood_optimizer.step()
         likelihood_optimizer.zero_grad()
         scheduler.step()
@@ -255,16 +243,11 @@ def fit_reference(
             row["validation_nll"] = validate()
             adapter.train()
             if row["validation_nll"] < best_nll or math.isinf(best_nll):
-                best, best_nll, best_step = _copies(parameters), row["validation_nll"], step + 1
+                best_nll, best_step = row["validation_nll"], step + 1
+                best.take()
         history.append(row)
     adapter.eval()
     if config.keep == "best":
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best, strict=True):
-                parameter.copy_(value)
+        best.restore()
         return FitResult(history, best_step)
     return FitResult(history, config.steps)
-
-
-def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]

@@ -13,9 +13,8 @@ from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
 from ..model import ScalaBLModel
 from ..predict import Predictor
 from ..priors import make_prior
-from ..svi import fit
-from ..training_state import Checkpoints
-from .base import Fitted, Method
+from ..svi import FitResult
+from .base import Method
 
 __all__ = ["ScalaBL"]
 
@@ -64,32 +63,11 @@ class ScalaBL(Method):
         """The untrained guide of these settings."""
         return make_guide(model, **self.guide)
 
-    def _fit(
-        self,
-        adapter: SubspaceAdapter,
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        checkpoints: Checkpoints | None,
-    ) -> Fitted:
-        model = self.make_model(adapter, num_data=len(train))
-        guide = self.make_guide(model)
+    def make_predictor(self, model: ScalaBLModel, guide: AutoSubspace, *, seed: int) -> Predictor:
+        """Averages over a bank of draws, or is at the median."""
+        if not self.draws or isinstance(guide, AutoSubspaceDelta):
+            return Predictor(model.adapter, guide.median()["s"][None])
+        return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
 
-        def predictor() -> Predictor:
-            if not self.draws or isinstance(guide, AutoSubspaceDelta):
-                return Predictor(adapter, guide.median()["s"][None])
-            return Predictor(adapter, draw(guide, self.draws, seed=seed))
-
-        result = fit(
-            model,
-            guide,
-            train,
-            self.config,
-            seed=seed,
-            elbo=make_elbo(**self.elbo),
-            validate=self._validate(predictor, validation),
-            checkpoints=checkpoints,
-            progress=self.progress,
-        )
-        return Fitted(predictor(), result, model, guide)
+    def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
+        return super()._train(model, guide, train, elbo=make_elbo(**self.elbo), **options)

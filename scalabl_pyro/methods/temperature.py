@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..predict import predict
-from ..training_state import Checkpoints
 from .base import Fitted, PointMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]
@@ -44,24 +44,25 @@ class TemperatureScaling(PointMethod):
 
     name: ClassVar[str] = "temperature"
 
-    def _fit(
+    def fit(
         self,
-        adapter: SubspaceAdapter,
+        make_adapter: Callable[..., SubspaceAdapter],
         train: Split,
         validation: Split | None,
-        *,
-        seed: int,
-        checkpoints: Checkpoints | None,
+        **options: Any,
     ) -> Fitted:
-        if validation is None:
-            raise ValueError("method temperature needs a validation split")
-        fitted = super()._fit(adapter, train, validation, seed=seed, checkpoints=checkpoints)
+        """As :meth:`Method.fit`, then :meth:`temper`.
+
+        :raises ValueError: if there is no validation split with labels.
+        """
+        if validation is None or validation.labels is None:
+            raise ValueError("method temperature needs a validation split with labels")
+        fitted = super().fit(make_adapter, train, validation, **options)
         return self.temper(fitted, validation)
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:
         """The same trained model at its best temperature."""
         found = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
-        if found.labels is None:
-            raise ValueError("method temperature needs labels in the validation split")
+        assert found.labels is not None
         temperature = best_temperature(found.logits[0], found.labels)
         return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))
