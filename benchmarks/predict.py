@@ -73,9 +73,9 @@ class Size:
     further: tuple[int, ...] = (3, 5, 10)
     pool: int = 48
     teacher: int = 10
-    tested: int = 250
+    tested: int = 200
     replicates: int = 40
-    few: int = 24
+    few: int = 16
     questions: int = 48
     batch: int = 32
     repeats: int = 3

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -202,50 +203,52 @@ def fit_reference(
     history: list[dict[str, float]] = []
 
     adapter.train()
-    for step in tqdm(range(config.steps), disable=not progress):
-        batch = next(minibatches)
-        logits = adapter(batch, guide.get_posterior().rsample())  # (B, C)
-        assert batch.labels is not None
-        nll = nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
-        nll.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        with torch.no_grad():
-            q = guide.get_posterior()
-            row: dict[str, float] = {
-                "step": step + 1,
-                "loss": nll.item(),
-                "nll": nll.item(),
-                "kl": kl_divergence(q, prior).item(),
-                "reversed_kl": kl_divergence(prior, q).item(),
-                "kl_weight": burst_weight(step, between_bursts),
-                "lr": config.learning_rate(step),
-            }
-        if not all(map(math.isfinite, row.values())):
-            good.restore()
-            adapter.eval()
-            raise NonFiniteLossError(
-                f"at step {step + 1} of {config.steps} the NLL is {row['nll']} and KL(p‖q) is"
-                f" {row['reversed_kl']}; the parameters are those of step {max(step - 1, 0)}, the"
-                " last good one; lower lr, lr_guide or lr_kl"
-            )
-        good.take()
-        likelihood_optimizer.step()
-        likelihood_optimizer.zero_grad()
-        scheduler.step()
+    # A NaN is to be found in the loss, which tells the step, not in an argument.
+    with pyro.validation_enabled(False):
+        for step in tqdm(range(config.steps), disable=not progress):
+            batch = next(minibatches)
+            logits = adapter(batch, guide.get_posterior().rsample())  # (B, C)
+            assert batch.labels is not None
+            nll = nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
+            nll.backward()
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            with torch.no_grad():
+                q = guide.get_posterior()
+                row: dict[str, float] = {
+                    "step": step + 1,
+                    "loss": nll.item(),
+                    "nll": nll.item(),
+                    "kl": kl_divergence(q, prior).item(),
+                    "reversed_kl": kl_divergence(prior, q).item(),
+                    "kl_weight": burst_weight(step, between_bursts),
+                    "lr": config.learning_rate(step),
+                }
+            if not all(map(math.isfinite, row.values())):
+                good.restore()
+                adapter.eval()
+                raise NonFiniteLossError(
+                    f"at step {step + 1} of {config.steps} the NLL is {row['nll']} and KL(p‖q) is"
+                    f" {row['reversed_kl']}; the parameters are those of step"
+                    f" {max(step - 1, 0)}, the last good one; lower lr, lr_guide or lr_kl"
+                )
+            good.take()
+            likelihood_optimizer.step()
+            likelihood_optimizer.zero_grad()
+            scheduler.step()
 
-        (row["kl_weight"] * kl_divergence(prior, guide.get_posterior())).backward()
-        kl_optimizer.step()
-        kl_optimizer.zero_grad()
+            (row["kl_weight"] * kl_divergence(prior, guide.get_posterior())).backward()
+            kl_optimizer.step()
+            kl_optimizer.zero_grad()
 
-        last = step + 1 == config.steps
-        if validate and config.eval_every and (last or not (step + 1) % config.eval_every):
-            adapter.eval()
-            row["validation_nll"] = validate()
-            adapter.train()
-            if row["validation_nll"] < best_nll or math.isinf(best_nll):
-                best_nll, best_step = row["validation_nll"], step + 1
-                best.take()
-        history.append(row)
+            last = step + 1 == config.steps
+            if validate and config.eval_every and (last or not (step + 1) % config.eval_every):
+                adapter.eval()
+                row["validation_nll"] = validate()
+                adapter.train()
+                if row["validation_nll"] < best_nll or math.isinf(best_nll):
+                    best_nll, best_step = row["validation_nll"], step + 1
+                    best.take()
+            history.append(row)
     adapter.eval()
     if config.keep == "best":
         best.restore()
