@@ -10,13 +10,13 @@ sampling method should reach is the model average of the same posterior over 50 
 ``trunk k``: the draws of modules below block k are held at their mean, so that these blocks run
 once. ``from block k``: a posterior trained with the blocks from k on adapted, and no others.
 
-Trained models and logits are kept in ``--work``, so that a run that was stopped goes on.
+Trained models and logits are kept in ``--work``, and the figures of finished seeds in ``--runs``,
+so that a run that was stopped goes on. Costs want an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from _openbookqa import Bench
-from _report import report
+from _report import RESULTS, report
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -166,6 +166,11 @@ class Seed:
 
         _fill(student.state(), self._kept("student", train))
         return Predictor(student)
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """All figures of this seed."""
+        found: dict[str, dict[str, Any]] = {split: self.quality(split) for split in ("test", "ood")}
+        return found | {"draws": self.draws_needed()}
 
     def quality(self, split: str) -> dict[str, dict[str, float]]:
         """Metrics by method, and the error of its averaged probabilities against the truth's."""
@@ -415,25 +420,25 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", required=True, help="folder with openbookqa/ and mmlu/")
     parser.add_argument("--work", required=True, help="folder where finished pieces are kept")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--runs", default=str(RESULTS / "predict_runs.jsonl"), help="figures of finished seeds"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--save", action="store_true", help="write results/predict.json")
     args = parser.parse_args()
     size = DRY if args.dry_run else Size()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.model, args.data, work / "costs.jsonl")
+    bench = Bench(args.model, args.data, work / "runs.jsonl" if args.dry_run else args.runs)
     bench.splits["test"] = _first(bench.splits["test"], size.tested)
-    runs: list[dict[str, dict]] = []
-    for number in range(args.seeds):
-        seed = Seed(bench, size, number, work)
-        runs.append({split: seed.quality(split) for split in ("test", "ood")})
-        runs[-1]["draws"] = seed.draws_needed()
-        print(json.dumps({"seed": number} | runs[-1]), flush=True)
-    cost = bench.cached("costs", lambda: encoder_costs(seed))
-    llama_cost = bench.cached("llama costs", lambda: llama_costs(size))
+    runs = [
+        bench.cached(f"seed {number}", lambda number=number: Seed(bench, size, number, work).run())
+        for number in args.seeds
+    ]
+    cost = bench.cached("encoder", lambda: encoder_costs(Seed(bench, size, args.seeds[0], work)))
+    llama_cost = bench.cached("llama", lambda: llama_costs(size))
     figures = {
-        "blocks": {"encoder": seed.adapter.trunk.num_blocks, "llama": size.llama[1]},
         "seeds": args.seeds,
         "cost": {"encoder": cost, "llama": llama_cost},
         "quality": {

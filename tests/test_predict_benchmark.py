@@ -16,7 +16,7 @@ def test_predict_reports_quality_and_cost_of_every_method(tmp_path, tokenizer):
         write_jsonl(tmp_path / "data" / "openbookqa" / f"{split}.jsonl", make_records(count))
     write_jsonl(tmp_path / "data" / "mmlu" / "college_physics" / "test.jsonl", make_records(5))
     words = [f"--{name}={tmp_path / name}" for name in ("model", "data", "work")]
-    found = last_line("predict.py", *words, "--dry-run", "--seeds=2")["figures"]
+    found = last_line("predict.py", *words, "--dry-run", "--seeds", "0", "1")["figures"]
     for split in ("test", "ood"):
         rows = found["quality"][split]
         assert {"batched S=4", "sobol S=2", "trunk 2 S=4", "linearised", "distilled"} < rows.keys()
