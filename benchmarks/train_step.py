@@ -118,18 +118,21 @@ class FreeAdapter:
 
 
 def bare_step(modules: int, batch: Batch, steps: int) -> float:
-    """Seconds of what a hand-written step on the same free model does too."""
-    adapter, s = FreeAdapter(modules), torch.ones(modules, 8, requires_grad=True)
+    """Seconds of what a hand-written step on the same free model does too, less its optimizer."""
+    adapter, s = FreeAdapter(modules), nn.Parameter(torch.ones(modules, 8))
     tensors = [*adapter.parameters.values(), s]
+    optimizer = torch.optim.AdamW(tensors)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         loss = nn.functional.cross_entropy(adapter(batch, s), batch.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(tensors, 1.0).item()
-        for tensor in tensors:
-            tensor.grad = None
-        times.append(time.perf_counter() - start)
+        used = time.perf_counter() - start
+        optimizer.step()  # outside the clock, as on the other side, whose caches it fills as well
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        times.append(used + time.perf_counter() - start)
     return float(np.median(times[1:]))
 
 

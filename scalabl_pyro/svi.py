@@ -432,6 +432,7 @@ class _Sites(Messenger):
 
 
 @torch.no_grad()
+@pyro.validation_enabled(False)  # the step has seen these very distributions
 def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -> float:
     """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate.
 
