@@ -77,7 +77,7 @@ class Size:
     replicates: int = 40
     few: int = 16
     questions: int = 48
-    batch: int = 32
+    batch: int = 8
     repeats: int = 3
     llama: tuple[int, int] = (512, 8)
 
