@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from .data import Batch, Split
 from .distributed import shard
 from .readout import Readout
-from .trunk import Trunk
+from .trunk import Leaving, Trunk
 
 __all__ = ["PROJECTIONS", "SubspaceAdapter"]
 
@@ -244,25 +245,56 @@ class SubspaceAdapter:
 
         s stays bound until the next call, for a checkpointed backward pass runs the model again.
         """
+        return self._run(batch, s, per_example=per_example)
+
+    def above_trunk(self, batch: Batch, s: Tensor) -> Callable[[Tensor], Tensor]:
+        """The logits of a batch as a function of some of these draws, a (S', M, r), that goes on
+        from what leaves the blocks which no draw changes, run once.
+
+        :param s: (S, M, r), all draws that the function is for.
+        """
+        depth = self._depth_shared_by(s)
+        batch = batch.to(self.device)
+        inputs, cached = self.trunk.take(batch.inputs)
+        leaving = None
+        if depth and not cached:
+            with self.bound(s[:1]) as llm:
+                leaving = self.trunk.leaving(lambda: self.readout(llm, inputs), depth)
+        return partial(self._run, batch, leaving=leaving)
+
+    def _run(
+        self,
+        batch: Batch,
+        s: Tensor | None,
+        *,
+        per_example: bool = False,
+        leaving: Leaving | None = None,
+    ) -> Tensor:
         draws = self._bind(s)
         if per_example:
             if tuple(draws) != (len(batch),):
                 raise ValueError(f"there are {tuple(draws)} draws of s for {len(batch)} examples")
             draws = torch.Size()  # the batch's own rows, which are not repeated
         batch = batch.to(self.device)
-        inputs, hidden = self.trunk.take(batch.inputs)
-        if draws.numel() > 1:
+        inputs, cached = self.trunk.take(batch.inputs)
+        S = draws.numel()
+        if S > 1:
             # (S·B, ...), draw-major
-            inputs = {k: v.repeat(draws.numel(), *[1] * (v.dim() - 1)) for k, v in inputs.items()}
+            inputs = {k: v.repeat(S, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
         if torch.is_grad_enabled():
             self._check_checkpointing()
         if self._fired is not None:
             self._fired = [0] * len(self.layers)
-        with self._trunk_of(hidden, s, draws, math.prod(inputs["input_ids"].shape[:-1])):
+        skipped = leaving or cached
+        with (
+            self.trunk.replaced(skipped, draws=S)
+            if skipped
+            else self._shared_trunk(s, S, math.prod(inputs["input_ids"].shape[:-1]))
+        ):
             logits = self.readout(self._llm, inputs)  # (S·B, C)
-        if self._fired is not None and s is not None:
+        if self._fired is not None and s is not None and not leaving:
             self._check_fired()
-        expected = (draws.numel() * len(batch), self.readout.num_classes)
+        expected = (S * len(batch), self.readout.num_classes)
         if (logits.shape[0], logits.shape[-1]) != expected:
             raise ValueError(f"the readout returned {tuple(logits.shape)}: expected {expected}")
         logits = logits.unflatten(0, (*draws, len(batch)))
@@ -296,21 +328,23 @@ class SubspaceAdapter:
             )
 
         def run(batch: Batch) -> Tensor:
-            return self.readout(self._llm, batch.to(self.device).inputs)
+            with self.bound(None) as llm:
+                return self.readout(llm, batch.to(self.device).inputs)
 
         return self.trunk.cache(split, run, batch_size=batch_size)
 
-    def _trunk_of(
-        self, hidden: Tensor | None, s: Tensor | None, draws: torch.Size, rows: int
+    def _depth_shared_by(self, s: Tensor) -> int:
+        """The number of blocks that may run once for these draws."""
+        dropout = self._base_dropout and self.peft_model.training  # a mask for each draw
+        if dropout or not self._share_trunk:
+            return 0
+        return self.trunk.depth_for(s.reshape(-1, *self.shape))
+
+    def _shared_trunk(
+        self, s: Tensor | None, draws: int, rows: int
     ) -> AbstractContextManager[None]:
         """How the blocks below the first random vector run in one forward pass."""
-        S = draws.numel()
-        if hidden is not None:
-            return self.trunk.replaced(hidden, draws=S)
-        dropout = self._base_dropout and self.peft_model.training  # a mask for each draw
-        if s is None or S == 1 or dropout or not self._share_trunk:
-            return nullcontext()
-        depth = self.trunk.depth_for(s.reshape(-1, *self.shape))
+        depth = 0 if s is None or draws == 1 else self._depth_shared_by(s)
         if not depth:
             return nullcontext()
         # In the trunk there are the rows of one draw only.
@@ -318,7 +352,7 @@ class SubspaceAdapter:
             values[:1] if block < depth else values
             for values, block in zip(self._s or (), self.trunk.block_of, strict=True)
         )
-        return self.trunk.shared(depth, rows=rows, draws=S)
+        return self.trunk.shared(depth, rows=rows, draws=draws)
 
     def _bind(self, s: Tensor | None) -> torch.Size:
         if s is None and not self.unit:

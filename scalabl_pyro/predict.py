@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -77,11 +78,14 @@ class Predictor:
         rows = math.prod(batch.inputs["input_ids"].shape[:-1])
         draws = self.draws[some]
         found: list[Tensor] = []
+        run: Callable[[Tensor], Tensor] = partial(self.adapter, batch)
         done = 0
         while done < len(draws):
             size = min(max(1, self.max_rows // rows), len(draws))
             try:
-                found.append(self.adapter(batch, draws[done : done + size]))
+                if not done and size < len(draws):
+                    run = self.adapter.above_trunk(batch, draws)
+                found.append(run(draws[done : done + size]))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise

@@ -1,8 +1,9 @@
 """The trunk: the blocks below the first random vector, whose output is the same for every draw.
 
 With adapted modules in the blocks k, k + 1, … of a stack, the hidden states that leave block k − 1
-do not depend on s. They are computed once for all S draws (:meth:`Trunk.shared`), or once for a
-whole training run (:meth:`Trunk.cache`, :meth:`Trunk.replaced`).
+do not depend on s. They are computed once for the S draws of one pass (:meth:`Trunk.shared`), or
+kept for further passes (:meth:`Trunk.leaving`, :meth:`Trunk.replaced`), which are the chunks that
+many draws run in, or a whole training run (:meth:`Trunk.cache`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,20 @@ from transformers import PreTrainedModel
 
 from .data import Batch, Example, Split
 
-__all__ = ["Trunk"]
+__all__ = ["Leaving", "Trunk"]
 
 _KEY = "hidden_states_leaving_block_"
+
+
+class Leaving(NamedTuple):
+    """What leaves a trunk, of one draw.
+
+    :param hidden: (R, T, H), for R rows of tokens.
+    :param depth: the number of blocks that it has passed.
+    """
+
+    hidden: Tensor
+    depth: int
 
 
 class Trunk:
@@ -87,7 +100,6 @@ class Trunk:
             each input row nor one for all, or a random module runs before the trunk has ended.
         """
         one = rows // draws  # R
-        ended = False
 
         def first_draw(value: Tensor) -> Tensor:
             if value.dim() < 2 or value.shape[0] in (1, one):
@@ -109,9 +121,25 @@ class Trunk:
             return _map(first_draw, args), _map(first_draw, kwargs)
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
+            return _map(all_draws, output)
+
+        with self._checked_order(depth), ExitStack() as hooks:
+            for block in self._blocks[:depth]:
+                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(self._blocks[depth - 1].register_forward_hook(after))
+            yield
+
+    @contextmanager
+    def _checked_order(self, depth: int) -> Iterator[None]:
+        """Refuse a model that runs a random module before the trunk has ended."""
+        if self._order_checked:  # once: what a model runs, and when, stays the same
+            yield
+            return
+        ended = False
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
             nonlocal ended
             ended = True
-            return _map(all_draws, output)
 
         def random(module: nn.Module, args: Any) -> None:
             if not ended:
@@ -122,18 +150,15 @@ class Trunk:
                 )
 
         with ExitStack() as hooks:
-            if not self._order_checked:
-                for name, index in zip(self._names, self.block_of, strict=True):
-                    if index >= depth:
-                        module = self._llm.get_submodule(name)
-                        hooks.enter_context(module.register_forward_pre_hook(random))
-            for block in self._blocks[:depth]:
-                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(self._blocks[depth - 1].register_forward_hook(after))
+            hooks.enter_context(self._blocks[depth - 1].register_forward_hook(end))
+            for name, index in zip(self._names, self.block_of, strict=True):
+                if index >= depth:
+                    module = self._llm.get_submodule(name)
+                    hooks.enter_context(module.register_forward_pre_hook(random))
             yield
-            self._order_checked = True  # once: what a model runs, and when, stays the same
+        self._order_checked = True
 
-    # ------------------------------------------------------------------ one pass for a whole run
+    # ------------------------------------------------------------------ one pass for further ones
 
     def cache(self, split: Split, run: Callable[[Batch], Any], *, batch_size: int) -> Split:
         """The same split, whose batches also carry what leaves the trunk.
@@ -151,9 +176,14 @@ class Trunk:
             mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
             # With gradients on, the first batch tells whether a trained parameter has a part in it.
             with torch.set_grad_enabled(start == 0):
-                hidden = self._leaving(run, batch)
-                self._check_untrained(hidden)
-            hidden = hidden.detach().cpu().unflatten(0, mask.shape[:-1])  # (B, [C,] T, H)
+                leaving = self.leaving(partial(run, batch), self.depth)
+                if leaving is None:
+                    raise ValueError(
+                        f"a block of {type(self._llm).__name__} returns more than hidden states,"
+                        " and cannot be replaced by what it returned once"
+                    )
+                self._check_untrained(leaving.hidden)
+            hidden = leaving.hidden.detach().cpu().unflatten(0, mask.shape[:-1])  # (B, [C,] T, H)
             examples += [
                 _CachedExample(**_fields(example), hidden=hidden[b][mask[b]])
                 for b, example in enumerate(some)
@@ -170,8 +200,8 @@ class Trunk:
 
         return Split(split.records, examples, collate)
 
-    def take(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The model's inputs, and apart from them the cached hidden states, (B, [C,] T, H), if any.
+    def take(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Leaving | None]:
+        """The model's inputs, and apart from them the cached hidden states, if any.
 
         :raises ValueError: if they were cached for another depth.
         """
@@ -183,47 +213,36 @@ class Trunk:
                     " cache it again with this adapter"
                 )
         rest = {name: value for name, value in inputs.items() if name not in found}
-        return rest, next(iter(found.values()), None)
+        # (B, [C,] T, H) → (R, T, H)
+        return rest, next((Leaving(h.flatten(0, -3), self.depth) for h in found.values()), None)
 
     @contextmanager
-    def replaced(self, hidden: Tensor, *, draws: int) -> Iterator[None]:
-        """Skip the trunk, and go on from what leaves it.
-
-        :param hidden: (B, [C,] T, H), of one draw.
-        """
-        rows = hidden.flatten(0, -3).repeat(draws, 1, 1)  # (S·R, T, H)
-        # A forward of its own hides the class's: the blocks stay in place, with what a model may
-        # read from them. Libraries that place layers on devices give them such a forward too.
-        blocks = self._blocks[: self.depth]
-        kept = [vars(block).get("forward") for block in blocks]
-        try:
-            for block in blocks:
-                block.forward = lambda hidden_states, *args, **kwargs: rows  # type: ignore[method-assign]
+    def replaced(self, leaving: Leaving, *, draws: int) -> Iterator[None]:
+        """Skip the trunk, and go on from what leaves it."""
+        rows = leaving.hidden.repeat(draws, 1, 1)  # (S·R, T, H)
+        with _instead(self._blocks[: leaving.depth], lambda *args, **kwargs: rows):
             yield
-        finally:
-            for block, forward in zip(blocks, kept, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
 
-    def _leaving(self, run: Callable[[Batch], Any], batch: Batch) -> Tensor:
-        """(R, T, H), with the blocks above left out."""
+    def leaving(self, run: Callable[[], Any], depth: int) -> Leaving | None:
+        """What leaves the first ``depth`` blocks, with those above left out.
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Left(output)
-
+        :param run: runs the model on R rows.
+        :returns: ``None`` where a block returns more than hidden states.
+        """
         output: Any = None
-        with self._blocks[self.depth - 1].register_forward_hook(stop):
-            try:
-                run(batch)
-            except _Left as left:
-                output = left.output
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"a block of {type(self._llm).__name__} returns a {type(output).__name__} instead"
-                " of hidden states alone, and cannot be replaced by what it returned once"
-            )
-        return output
+
+        def keep(module: nn.Module, args: Any, found: Any) -> None:
+            nonlocal output
+            output = found
+
+        # Run to its end, not stopped by an exception: other libraries' hooks need to close.
+        with (
+            self._checked_order(depth),
+            self._blocks[depth - 1].register_forward_hook(keep),
+            _instead(self._blocks[depth:], lambda *args, **kwargs: output),
+        ):
+            run()
+        return Leaving(output, depth) if isinstance(output, Tensor) else None
 
     def _check_untrained(self, hidden: Tensor) -> None:
         trained = [p for p in self._llm.parameters() if p.requires_grad]
@@ -237,14 +256,6 @@ class Trunk:
             )
 
 
-class _Left(Exception):
-    """Ends a forward pass at the end of the trunk."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _CachedExample(Example):
     """An example with the hidden states of its attended tokens, row after row.
@@ -253,6 +264,23 @@ class _CachedExample(Example):
     """
 
     hidden: Tensor
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let blocks return something else than they compute."""
+    # A forward of its own hides the class's: the blocks stay in place, with what a model may read
+    # from them. Libraries that place layers on devices give them such a forward too.
+    kept = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, own in zip(blocks, kept, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own  # type: ignore[method-assign]
 
 
 def _fields(example: Example) -> dict[str, Any]:

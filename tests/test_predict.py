@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,9 @@ class SmallMemory:
 
     def __getattr__(self, name: str):
         return getattr(self.adapter, name)
+
+    def above_trunk(self, batch, s):
+        return partial(self, batch)
 
     def __call__(self, batch, s):
         self.sizes.append(len(s))

@@ -127,6 +127,32 @@ def test_a_shared_trunk_computes_what_the_full_path_does(adapter, records):
     assert seen == [one] * FIRST + [3 * one] * (BLOCKS - FIRST)
 
 
+def test_draws_in_chunks_share_one_trunk(adapter, records):
+    batch = whole(adapter.readout.encode(records))
+    one = batch.inputs["input_ids"][..., 0].numel()
+    s = torch.randn(5, *adapter.shape)
+    with torch.no_grad():
+        expected = full_path(adapter, batch, s)
+    seen = count_rows(adapter)
+    predictor = Predictor(adapter, s, max_rows=2 * one)
+    torch.testing.assert_close(predictor.logits(batch), expected, atol=1e-6, rtol=1e-6)
+    above = [2 * one] * (BLOCKS - FIRST)
+    assert seen == [one] * FIRST + above + above + [one] * (BLOCKS - FIRST)
+
+
+def test_chunks_of_draws_that_agree_below_go_on_from_there(tokenizer, records):
+    adapter = make(tokenizer, "llama", first=0)
+    batch = whole(adapter.readout.encode(records))
+    s = torch.randn(3, *adapter.shape)
+    below = torch.tensor(adapter.trunk.block_of) < 3
+    s[:, below] = s[0, below]
+    seen = count_rows(adapter)
+    found = Predictor(adapter, s, max_rows=1).logits(batch)  # one draw at a time
+    assert seen == [len(records)] * (3 + 3)
+    expected = full_path(adapter, batch, s)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
+
+
 def test_gradients_through_a_shared_trunk_are_those_of_the_full_path(adapter, records):
     batch = whole(adapter.readout.encode(records))
     s = torch.randn(3, *adapter.shape).requires_grad_()
@@ -311,6 +337,8 @@ def test_an_adapted_module_that_runs_too_early_is_refused(tokenizer, records):
     batch, s = whole(adapter.readout.encode(records)), torch.randn(3, *adapter.shape)
     with pytest.raises(ValueError, match="before the blocks below it"):
         adapter(batch, s)
+    with pytest.raises(ValueError, match="before the blocks below it"):
+        adapter.above_trunk(batch, s)
 
 
 def test_a_real_llama_shares_and_caches_its_trunk(shared):
