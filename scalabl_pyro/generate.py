@@ -189,9 +189,9 @@ def generate(
 ) -> Iterator[ScoredText]:
     """Continue prompts by ``transformers``' own ``generate``, with its cache; texts in their order.
 
-    As many prompts run together as S·B ≤ ``predictor.max_rows`` allows, one at least; where memory
-    runs out it is halved, with a line in the log. The checkpoint's own decoding defaults, such as a
-    repetition penalty, are off: what is reported is what is used.
+    As many prompts run together as S·B ≤ ``predictor.most_rows()`` allows, one at least; where
+    memory runs out it is halved, with a line in the log. The checkpoint's own decoding defaults,
+    such as a repetition penalty, are off: what is reported is what is used.
 
     :param predictor: S draws on a causal language model; without draws S = 1.
     :param prompts: put to the model as they are, without a template.
@@ -351,11 +351,11 @@ def _in_chunks(
     numbers: Sequence[int],
     run: Callable[[Sequence[int]], list[ScoredText]],
 ) -> Iterator[ScoredText]:
-    """As many texts at once as ``max_rows`` allows; where memory runs out, half as many."""
+    """As many texts at once as ``most_rows`` allows; where memory runs out, half as many."""
     predictor.adapter.eval()
     done = 0
     while done < len(numbers):
-        chunk = numbers[done : done + max(1, predictor.max_rows // predictor.num_draws)]
+        chunk = numbers[done : done + max(1, predictor.most_rows() // predictor.num_draws)]
         try:
             found = run(chunk)
         except torch.OutOfMemoryError:

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .adapter import SubspaceAdapter
 from .data import Batch
 from .loading import AdapterConfig, ModelConfig, load_skeleton, unquantized
-from .predict import Predictor
+from .predict import MAX_ROWS, Predictor
 from .readout import READOUTS, Readout
 
 __all__ = ["Memory", "MemoryConfig", "estimate", "explain_out_of_memory"]
@@ -193,7 +193,10 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
         adapter.eval()
         with _Alive(resident) as predicting:
             draws = torch.ones(config.draws, *adapter.shape)
-            Predictor(adapter, draws).logits(_batch(config, config.eval_batch_size))
+            # Where the model will run, and not on the CPU where the estimate is made.
+            rows = None if config.model.device == "cpu" else MAX_ROWS
+            predictor = Predictor(adapter, draws, max_rows=rows)
+            predictor.logits(_batch(config, config.eval_batch_size))
     return {"activations": training.peak, "prediction": predicting.peak}
 
 

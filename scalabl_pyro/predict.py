@@ -18,6 +18,7 @@ from .adapter import SubspaceAdapter
 from .data import Batch, Record, Split
 
 __all__ = [
+    "MAX_ROWS",
     "Predictions",
     "Predictor",
     "Predicts",
@@ -29,6 +30,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+#: most sequences in one forward pass, if not told
+MAX_ROWS = 256
+#: tokens in one forward pass on a CPU: with more, activations leave its cache
+_CPU_TOKENS = 4096
 #: fewest draws of which a spread is estimated
 _FEWEST = 4
 
@@ -52,14 +57,15 @@ class Predictor:
     :param adapter: the trained model.
     :param draws: (S, M, r), or ``None`` for a deterministic plain LoRA.
     :param temperature: divides the logits.
-    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. Where
-        memory runs out it is halved, with a line in the log.
+    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
+        ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
+        cache. Where memory runs out it is halved, with a line in the log.
     """
 
     adapter: SubspaceAdapter
     draws: Tensor | None = None
     temperature: float = 1.0
-    max_rows: int = 256
+    max_rows: int | None = None
 
     @property
     def num_draws(self) -> int:
@@ -75,13 +81,14 @@ class Predictor:
         """
         if self.draws is None:
             return self.adapter(batch)[None] / self.temperature
-        rows = math.prod(batch.inputs["input_ids"].shape[:-1])
+        *shape, tokens = batch.inputs["input_ids"].shape
+        rows = math.prod(shape)
         draws = self.draws[some]
         found: list[Tensor] = []
         run: Callable[[Tensor], Tensor] = partial(self.adapter, batch)
         done = 0
         while done < len(draws):
-            size = min(max(1, self.max_rows // rows), len(draws))
+            size = min(max(1, self.most_rows(tokens) // rows), len(draws))
             try:
                 if not done and size < len(draws):
                     run = self.adapter.above_trunk(batch, draws)
@@ -101,6 +108,13 @@ class Predictor:
                 size // 2,
             )
         return torch.cat(found) / self.temperature
+
+    def most_rows(self, tokens: int = 1) -> int:
+        """Sequences of so many tokens, padding included, that may run in one forward pass."""
+        if self.max_rows is not None:
+            return self.max_rows
+        on_cpu = self.adapter.device.type == "cpu"
+        return min(MAX_ROWS, _CPU_TOKENS // tokens) if on_cpu else MAX_ROWS
 
 
 class Predictions(NamedTuple):

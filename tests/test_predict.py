@@ -160,3 +160,11 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(make_causal, records, caplog
     assert "10 draws of a batch of 6 rows" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         predict(Predictor(SmallMemory(adapter, most=0), draws), split)
+
+
+def test_a_pass_on_a_cpu_holds_as_many_rows_as_fit_its_cache(make_causal):
+    adapter = make_causal()
+    predictor = Predictor(adapter, torch.ones(2, *adapter.shape))
+    assert [predictor.most_rows(tokens) for tokens in (1, 16, 64, 5000)] == [256, 256, 64, 0]
+    predictor.max_rows = 300
+    assert predictor.most_rows(64) == 300
