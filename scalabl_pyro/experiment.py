@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -187,21 +188,25 @@ def _best(
     config: RunConfig, fit: Callable[[RunConfig, str], Fitted], validation: Split
 ) -> tuple[RunConfig, Fitted, list[dict[str, Any]]]:
     """The trial with the lowest validation NLL; one that diverges is passed over."""
-    best: tuple[RunConfig, Fitted] | None = None
+    best: tuple[RunConfig, str] | None = None
     lowest = float("inf")
     trials: list[dict[str, Any]] = []
     for i, (trial, attempt) in enumerate(zip(config.trials, config.attempts(), strict=True)):
+        gc.collect()  # one language model in memory at a time, and they refer to themselves
         try:
-            fitted = fit(attempt, f"trial-{i}")
+            nll = _validation_nll(config, fit(attempt, f"trial-{i}"), validation)
         except NonFiniteLossError as error:
             log.warning("the trial %s diverged: %s", trial, error)
-            trials.append({"trial": trial, "validation_nll": None})
-            continue
-        found = predict(fitted.predictor, validation, batch_size=config.eval_batch_size)
-        nll = evaluate(found.logits, found.labels)["nll"]
+            nll = None
         trials.append({"trial": trial, "validation_nll": nll})
-        if nll < lowest:
-            lowest, best = nll, (attempt, fitted)
+        if nll is not None and nll < lowest:
+            lowest, best = nll, (attempt, f"trial-{i}")
     if best is None:
         raise NonFiniteLossError("every trial diverged; lower lr or lr_guide")
-    return *best, trials
+    gc.collect()
+    return best[0], fit(*best), trials  # its last checkpoint, to the bit
+
+
+def _validation_nll(config: RunConfig, fitted: Fitted, validation: Split) -> float:
+    found = predict(fitted.predictor, validation, batch_size=config.eval_batch_size)
+    return evaluate(found.logits, found.labels)["nll"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from scalabl_pyro import Record, load_run, predict, predict_file
 from scalabl_pyro.checkpoint import CheckpointError
 from scalabl_pyro.config import DataConfig, RunConfig, build
 from scalabl_pyro.data import read_folder
-from scalabl_pyro.loading import AdapterConfig, ModelConfig
+from scalabl_pyro.loading import AdapterConfig, ModelConfig, make_adapter
 from scalabl_pyro.methods import METHODS, ScalaBL
 from scalabl_pyro.report import load_predictions
 
@@ -276,6 +277,21 @@ def test_train_keeps_the_trial_with_the_lowest_validation_nll(local_model, data,
 
     assert scalabl("train", *where, *FAST, "trials=[{lora:{r:2}}]", "run_dir=other") == 1
     assert "a trial overrides ['lora']: expected method and fit" in capsys.readouterr().err
+
+
+def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatch):
+    made, alive = [], []
+
+    def make(*args, **options):
+        alive.append(sum(model() is not None for model in made))
+        adapter = make_adapter(*args, **options)
+        made.append(weakref.ref(adapter.peft_model))
+        return adapter
+
+    monkeypatch.setattr("scalabl_pyro.experiment.make_adapter", make)
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "trials=[{fit:{lr:0.1}},{fit:{lr:0.0}}]") == 0
+    assert alive == [0, 0, 0]  # two trials, and the better one again
 
 
 @pytest.mark.parametrize(
