@@ -379,6 +379,20 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else None
 
 
+#: what the picture calls the methods
+LABELS = {
+    "batched": "independent draws",
+    "sobol": "Sobol draws",
+    "antithetic": "antithetic draws",
+    "trunk 2": "2 of 6 blocks at the mean",
+    "trunk 3": "3 of 6 blocks at the mean",
+    "trunk 5": "5 of 6 blocks at the mean",
+    "from block 3": "trained on the upper 3 blocks",
+    "early stop 0.1": "stop at ± 0.1",
+    "early stop 0.05": "stop at ± 0.05",
+}
+
+
 def plot(figures: dict, path: Path) -> None:
     """NLL and ECE against cost, in and out of distribution."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharex=True)
@@ -401,9 +415,11 @@ def plot(figures: dict, path: Path) -> None:
                     lw=1,
                     elinewidth=0.5,
                     color=f"C{index}" if index < 10 else "black",
-                    label=method,
+                    label=LABELS.get(method, method),
                 )
             axis.set_xscale("log")
+            axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_ylabel(label)
         axes[0, column].set_title({"test": "OpenBookQA", "ood": "college physics"}[split])
