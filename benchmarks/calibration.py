@@ -126,7 +126,7 @@ ROWS: dict[str, Row] = {
     "KL budget": Row(
         {
             f"lr={lr:g} budget={nats}": scalabl(lr, budget=nats)
-            for lr, nats in ((1e-3, 30), (2e-3, 10), (2e-3, 30), (2e-3, 60))
+            for lr, nats in ((1e-3, 60), (2e-3, 30), (2e-3, 60), (2e-3, 100))
         }
     ),
     "unit-norm V": Row(

@@ -89,7 +89,7 @@ class KLBudget:
     .. math:: \log λ_t = 3 e_t + I_t, \quad I_{t+1} = I_t + a_t e_t, \quad
               e_t = \mathrm{clip}(\log(KL_t / C), -1, 1)
 
-    with a_t = 1/20, and 1/200 where e_t is clipped. The factor λ on β rises while the guide spends
+    with a_t = 1/20, and 1/100 where e_t is clipped. The factor λ on β rises while the guide spends
     more than C nats and falls while it spends less: dual ascent on the Lagrangian (Rezende & Viola
     2018, arXiv 1810.00597), with a proportional term that keeps it from swinging (Shao et al. 2020,
     arXiv 2004.05988). At the end the guide minimises the tempered objective whose weight happens to
@@ -107,5 +107,5 @@ class KLBudget:
     def update(self, kl: float) -> None:
         """Take the KL(q‖p) of a step, in nats."""
         excess = min(1.0, max(-1.0, math.log(max(kl, 1e-12) / self.nats)))
-        self.integral += excess / (20 if abs(excess) < 1 else 200)
+        self.integral += excess / (20 if abs(excess) < 1 else 100)
         self.factor = math.exp(3 * excess + self.integral)

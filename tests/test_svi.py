@@ -359,6 +359,10 @@ def test_a_kl_budget_is_reached(make_causal, records):
         history = fit(model, guide, split, config, progress=False).history
         ends[nats] = history[-1]["kl"]
         assert ends[nats] == pytest.approx(nats, rel=0.15)
+    under_way = KLBudget(10.0)
+    for _ in range(100):
+        under_way.update(1e9)
+    assert under_way.factor < math.exp(3 + 1.1)  # far away it does not wind up
     weights = KLBudget(10.0)
     weights.update(1e9)
     assert weights.factor > 1
