@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, Record, draw, fit
+from scalabl_pyro.commands.console import quiet_libraries
 from scalabl_pyro.completion import Completion, CompletionModel, CompletionTokens
-from scalabl_pyro.console import quiet_libraries
 from scalabl_pyro.data import disjoint, read_folder
 from scalabl_pyro.generate import ScoredText, score
 from scalabl_pyro.loading import AdapterConfig, Classes, ModelConfig, load_readout, make_adapter

@@ -10,7 +10,6 @@ logging.getLogger("bitsandbytes").setLevel("ERROR")
 pyro.settings.set(module_local_params=True)
 
 from .adapter import SubspaceAdapter  # noqa: E402
-from .checkpoint import load_run, save_run  # noqa: E402
 from .completion import Completion, CompletionModel, CompletionTokens, read_completions  # noqa: E402
 from .data import Batch, DataError, Record, Split  # noqa: E402
 from .diagnostics import loo, pareto_k, to_inference_data  # noqa: E402
@@ -36,6 +35,7 @@ from .peft_io import export, merge, push_to_hub  # noqa: E402
 from .predict import Predictions, Predictor, average, predict, predict_proba  # noqa: E402
 from .priors import make_prior  # noqa: E402
 from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
+from .run_folder import load_run, save_run  # noqa: E402
 from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
 
 __all__ = [

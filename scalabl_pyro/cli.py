@@ -10,8 +10,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,24 +17,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from .checkpoint import load_run
-from .compare import CompareConfig, compare
-from .config import ConfigError, RunConfig, build
-from .console import quiet_libraries
-from .data import DataSource
-from .distill_run import DistillConfig, distill_run
+from .commands.compare import CompareConfig, compare
+from .commands.console import quiet_libraries
+from .commands.distill import DistillConfig, distill_run
+from .commands.evaluate import EvaluateConfig, evaluate_run
+from .commands.export import ExportConfig, export_run
+from .commands.generate import GenerateConfig, generate_file
+from .commands.predict import PredictConfig, predict_file
+from .commands.report import format_table
+from .commands.table import TableConfig, tabulate
+from .commands.train import run
+from .config import RunConfig, build
 from .distributed import is_main, start
-from .experiment import run
-from .files import write_whole
-from .generate_file import GenerateConfig, generate_file
 from .memory import MemoryConfig, estimate
-from .metrics import evaluate
-from .peft_io import ExportConfig, export_run
-from .predict import predict
-from .predict_file import PredictConfig, predict_file
-from .prediction import PredictionConfig, make_predictor
-from .report import format_table
-from .table import TableConfig, tabulate
 from .training_state import Interrupted
 
 __all__ = ["main"]
@@ -57,46 +50,10 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
 scalabl COMMAND --help shows the settings of a command with their defaults."""
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateConfig:
-    """Settings of ``scalabl evaluate``, described in configs/evaluate.yaml."""
-
-    run: str
-    data: DataSource
-    split: str = "test"
-    method: PredictionConfig = field(default_factory=PredictionConfig)
-    output: str | None = None
-    batch_size: int = 64
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}: expected 1 or more")
-
-
 def train(config: RunConfig) -> dict[str, Any]:
     """Train and evaluate; the result is a run folder."""
     start()
     return {"run": config.run_dir, **run(config)}
-
-
-def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Metrics of a run folder on one split."""
-    trained = load_run(config.run)
-    classes = config.data.classes or trained.class_names
-    records = replace(config.data, classes=classes).read_split(config.split)
-    split = trained.readout.encode(records)
-    found = predict(
-        make_predictor(trained, config.method),
-        split,
-        batch_size=config.batch_size,
-        tolerance=config.method.tolerance,
-        progress=config.progress,
-    )
-    metrics = evaluate(found.logits, found.labels)
-    if config.output is not None:
-        write_whole(Path(config.output), json.dumps(metrics) + "\n")
-    return metrics
 
 
 def compare_methods(config: CompareConfig) -> str:

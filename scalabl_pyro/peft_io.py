@@ -7,12 +7,10 @@ any reader of PEFT adapters can load; ``manifest.json``, which says how to avera
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,52 +22,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter import SubspaceAdapter
-from .checkpoint import Run, load_run, posterior_mean
-from .files import new_folder, whole_folder
+from .files import whole_folder
 from .loading import AdapterConfig, ModelConfig, load_llm
 from .readout import LabelTokens, Readout
+from .run_folder import Run, posterior_mean
 from .tiny import model_path
 
-__all__ = ["ExportConfig", "export", "export_run", "merge", "push_to_hub", "save_adapter"]
+__all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
 
 FORMAT = 1
 OUTPUT_LAYER = ("keep", "drop", "merge")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportConfig:
-    """Settings of ``scalabl export``, described in configs/export.yaml."""
-
-    run: str
-    output: str
-    draws: int | None = None
-    output_layer: str = "keep"
-    merged: bool = False
-    push_to_hub: str | None = None
-    private: bool = True
-
-    def __post_init__(self) -> None:
-        _check_output_layer(self.output_layer)
-        if self.draws is not None and self.draws < 0:
-            raise ValueError(f"draws is {self.draws}: expected 0 or more, or null for all")
-
-
-def export_run(config: ExportConfig) -> dict[str, Any]:
-    """Export a run folder; what is uploaded has been written first."""
-    output = new_folder(Path(config.output))
-    run = load_run(config.run)
-    metrics = json.loads((Path(config.run) / "metrics.json").read_text())
-    settings, readout = run.config, run.readout
-    export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
-    found: dict[str, Any] = {"output": str(output)}
-    if config.merged:
-        del run  # one model at a time
-        gc.collect()
-        merge(settings.model, settings.lora, readout, output / "mean", output / "merged")
-        found["merged"] = str(output / "merged")
-    if config.push_to_hub is not None:
-        found["url"] = push_to_hub(output, config.push_to_hub, private=config.private)
-    return found
 
 
 def export(
@@ -97,7 +59,7 @@ def export(
     :raises ValueError: if the run has fewer draws, or ``merge`` finds no adapted output layer.
     :raises FileExistsError: if the folder exists.
     """
-    _check_output_layer(output_layer)
+    check_output_layer(output_layer)
     adapter, bank = run.predictor.adapter, run.predictor.draws
     head = _output_layer(adapter)
     if output_layer == "merge" and head is None:
@@ -281,6 +243,6 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]
     return "\n".join(lines) + "\n"
 
 
-def _check_output_layer(value: str) -> None:
+def check_output_layer(value: str) -> None:
     if value not in OUTPUT_LAYER:
         raise ValueError(f"output_layer is {value!r}: expected one of {list(OUTPUT_LAYER)}")

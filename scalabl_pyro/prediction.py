@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .checkpoint import Run
 from .draws import KINDS, draw, hold
 from .linearised import Linearised
 from .predict import Predicts
+from .run_folder import Run
 
 __all__ = ["PredictionConfig", "make_predictor"]
 

@@ -13,13 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
-from scalabl_pyro import Record, load_run, predict, predict_file
-from scalabl_pyro.checkpoint import CheckpointError
+import scalabl_pyro.commands.predict as predict_command
+from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro.commands.report import load_predictions
 from scalabl_pyro.config import DataConfig, RunConfig, build
 from scalabl_pyro.data import read_folder
 from scalabl_pyro.loading import AdapterConfig, ModelConfig, make_adapter
 from scalabl_pyro.methods import METHODS, ScalaBL
-from scalabl_pyro.report import load_predictions
+from scalabl_pyro.run_folder import RunFolderError
 
 FAST = [
     "fit.steps=4",
@@ -186,7 +187,7 @@ def edit_json(path, **changes):
 
 def test_a_checkpoint_of_another_format_is_refused(run):
     edit_json(run / "posterior.json", format=99)
-    with pytest.raises(CheckpointError, match="has format 99, but this version reads format 1"):
+    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 1"):
         load_run(run)
 
 
@@ -194,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, local_model):
     other = tiny_llama()
     torch.nn.init.normal_(other.model.embed_tokens.weight)
     other.save_pretrained(local_model)
-    with pytest.raises(CheckpointError, match="made on other weights"):
+    with pytest.raises(RunFolderError, match="made on other weights"):
         load_run(run)
 
 
@@ -202,15 +203,15 @@ def test_torn_and_missing_files_are_refused(run):
     path = run / "projections.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="torn"):
+    with pytest.raises(RunFolderError, match="torn"):
         load_run(run)
     path.write_bytes(whole)
     tensors = load_file(path)
     save_file(dict(list(tensors.items())[1:]), path)
-    with pytest.raises(CheckpointError, match="missing, unknown or of another shape"):
+    with pytest.raises(RunFolderError, match="missing, unknown or of another shape"):
         load_run(run)
     path.unlink()
-    with pytest.raises(CheckpointError, match="no complete run folder"):
+    with pytest.raises(RunFolderError, match="no complete run folder"):
         load_run(run)
 
 
@@ -288,7 +289,7 @@ def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatc
         made.append(weakref.ref(adapter.peft_model))
         return adapter
 
-    monkeypatch.setattr("scalabl_pyro.experiment.make_adapter", make)
+    monkeypatch.setattr("scalabl_pyro.commands.train.make_adapter", make)
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", *where, *FAST, "trials=[{fit:{lr:0.1}},{fit:{lr:0.0}}]") == 0
     assert alive == [0, 0, 0]  # two trials, and the better one again
@@ -382,7 +383,7 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     words = [f"run={run}", "input=in.jsonl", "progress=false", "batch_size=2"]
     assert scalabl("predict", *words, "output=whole.jsonl") == 0
     calls = []
-    original = predict_file.predict
+    original = predict_command.predict
 
     def ends(*args, **kwargs):
         calls.append(None)
@@ -391,7 +392,7 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict_file, "predict", ends)
+        patch.setattr(predict_command, "predict", ends)
         assert scalabl("predict", *words, "output=out.jsonl") == 1
     part = tmp_path / "out.jsonl.part"
     assert len(part.read_text().splitlines()) == 6

@@ -11,7 +11,7 @@ import torch
 from conftest import make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Predictions
-from scalabl_pyro.report import load_predictions
+from scalabl_pyro.commands.report import load_predictions
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         "import os, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from scalabl_pyro.console import quiet_worker\n"
+        "from scalabl_pyro.commands.console import quiet_worker\n"
         "if __name__ == '__main__':\n"
         "    context = get_context('spawn')\n"
         "    pool = ProcessPoolExecutor(1, context, initializer=quiet_worker, initargs=(1,))\n"

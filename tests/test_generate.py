@@ -10,14 +10,14 @@ from conftest import fill_lora_B, lora, tiny_llama
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import scalabl_pyro.generate_file as command
+import scalabl_pyro.commands.generate as command
 from scalabl_pyro import DataError, LabelTokens, Predictor, SubspaceAdapter
+from scalabl_pyro.commands.generate import GenerateConfig, generate_file
+from scalabl_pyro.commands.jsonl import ResumableJsonl
 from scalabl_pyro.completion import read_completions
 from scalabl_pyro.config import ConfigError, build
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.generate import Decoding, generate, score
-from scalabl_pyro.generate_file import GenerateConfig, generate_file
-from scalabl_pyro.jsonl import ResumableJsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["the cat", "a bird sings the red tree", "green", "the dog sleeps . Answer : A"]

@@ -26,12 +26,13 @@ from scalabl_pyro import (
     peft_io,
     predict,
 )
-from scalabl_pyro.checkpoint import Run
+from scalabl_pyro.commands.export import ExportConfig, export_run
+from scalabl_pyro.commands.train import run as train
 from scalabl_pyro.config import DataConfig, RunConfig
 from scalabl_pyro.data import PROMPTS
-from scalabl_pyro.experiment import run as train
 from scalabl_pyro.loading import AdapterConfig, Classes, ModelConfig, load_readout, make_adapter
-from scalabl_pyro.peft_io import ExportConfig, export, export_run, merge, push_to_hub
+from scalabl_pyro.peft_io import export, merge, push_to_hub
+from scalabl_pyro.run_folder import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 S = 3

@@ -13,9 +13,8 @@ import torch
 from conftest import write_jsonl
 
 from scalabl_pyro import FitConfig, ScalaBLModel, predict
-from scalabl_pyro.checkpoint import load_run
+from scalabl_pyro.commands.train import run
 from scalabl_pyro.config import DataConfig, RunConfig
-from scalabl_pyro.experiment import run
 from scalabl_pyro.loading import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS, reference
 from scalabl_pyro.methods.reference import (
@@ -25,6 +24,7 @@ from scalabl_pyro.methods.reference import (
     burst_weight,
     fit_reference,
 )
+from scalabl_pyro.run_folder import load_run
 from scalabl_pyro.svi import NonFiniteLossError
 
 CONFIG = FitConfig(steps=4, batch_size=4, lr=1e-2, lr_guide=1e-2)

@@ -17,8 +17,8 @@ from pyro.infer import Trace_ELBO
 
 from scalabl_pyro import KLSchedule, ScalaBLModel, fit, load_run
 from scalabl_pyro import training_state as module
+from scalabl_pyro.commands.report import load_predictions
 from scalabl_pyro.guides import make_guide
-from scalabl_pyro.report import load_predictions
 from scalabl_pyro.svi import FitConfig
 from scalabl_pyro.training_state import Checkpoints, Interrupted, TrainingState
 

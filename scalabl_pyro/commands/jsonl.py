@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from .files import write_whole
+from ..files import write_whole
 
 __all__ = ["ResumableJsonl"]
 

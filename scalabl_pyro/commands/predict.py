@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load_run
-from .data import Record, iter_records
+from ..data import Record, iter_records
+from ..metrics import entropy, mutual_information
+from ..predict import average, predict
+from ..prediction import PredictionConfig, make_predictor
+from ..run_folder import load_run
 from .jsonl import ResumableJsonl
-from .metrics import entropy, mutual_information
-from .predict import average, predict
-from .prediction import PredictionConfig, make_predictor
 
 __all__ = ["PredictConfig", "predict_file"]
 

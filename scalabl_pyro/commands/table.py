@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .config import ConfigError, RunConfig, build
-from .data import DataSource
+from ..config import ConfigError, RunConfig, build
+from ..data import DataSource
 from .report import write_report
 
 __all__ = ["TableConfig", "tabulate"]

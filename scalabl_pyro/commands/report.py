@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .files import write_whole
-from .metrics import auroc, entropy
-from .plots import plot_comparison
-from .predict import Predictions
+from ..files import write_whole
+from ..metrics import auroc, entropy
+from ..plots import plot_comparison
+from ..predict import Predictions
 
 __all__ = ["format_table", "load_predictions", "write_report"]
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig, RunConfig, build, merged
+from ..config import ConfigError, DataConfig, RunConfig, build, merged
+from ..data import check_split, fingerprint
+from ..loading import AdapterConfig, ModelConfig
+from ..svi import FitConfig, NonFiniteLossError
 from .console import quiet_worker
-from .data import check_split, fingerprint
-from .experiment import run, unfinished_folder
-from .loading import AdapterConfig, ModelConfig
 from .report import write_report
-from .svi import FitConfig, NonFiniteLossError
+from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare"]
 

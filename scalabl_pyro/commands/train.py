@@ -16,18 +16,18 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from .checkpoint import save_run
-from .config import ConfigError, RunConfig, build
-from .data import Record, Split, fingerprint
-from .distributed import is_main
-from .files import write_whole
-from .loading import Classes, load_readout, make_adapter
-from .memory import MemoryConfig, explain_out_of_memory
-from .methods import Fitted
-from .metrics import evaluate
-from .predict import predict
-from .svi import NonFiniteLossError
-from .training_state import Checkpoints
+from ..config import ConfigError, RunConfig, build
+from ..data import Record, Split, fingerprint
+from ..distributed import is_main
+from ..files import write_whole
+from ..loading import Classes, load_readout, make_adapter
+from ..memory import MemoryConfig, explain_out_of_memory
+from ..methods import Fitted
+from ..metrics import evaluate
+from ..predict import predict
+from ..run_folder import save_run
+from ..svi import NonFiniteLossError
+from ..training_state import Checkpoints
 
 __all__ = ["run", "unfinished_folder"]
 

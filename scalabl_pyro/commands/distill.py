@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_run
-from .data import Split, iter_records
-from .distill import distill
-from .files import new_folder, whole_folder
-from .loading import make_adapter
-from .peft_io import save_adapter
-from .predict import Predictor, average, predict
-from .svi import FitConfig
+from ..data import Split, iter_records
+from ..distill import distill
+from ..files import new_folder, whole_folder
+from ..loading import make_adapter
+from ..peft_io import save_adapter
+from ..predict import Predictor, average, predict
+from ..run_folder import load_run
+from ..svi import FitConfig
 
 __all__ = ["DistillConfig", "distill_run"]
 

@@ -36,13 +36,13 @@ from .model import LoRAModel, ScalaBLModel
 from .predict import Predictions, Predictor, predict_proba
 from .readout import LabelTokens, Readout
 
-__all__ = ["CheckpointError", "Run", "load_run", "save_run"]
+__all__ = ["Run", "RunFolderError", "load_run", "save_run"]
 
 FORMAT = 1
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
 
 
-class CheckpointError(ValueError):
+class RunFolderError(ValueError):
     """A run folder that is incomplete, of another format, or made on another model."""
 
 
@@ -162,16 +162,16 @@ def _write_run(
 def load_run(folder: str | Path) -> Run:
     """Read a run folder and the base model it names.
 
-    :raises CheckpointError: if it is incomplete, of another format version, or was made on other
+    :raises RunFolderError: if it is incomplete, of another format version, or was made on other
         base weights.
     """
     folder = Path(folder)
     try:
         info = json.loads(_existing(folder / "posterior.json").read_text())
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / 'posterior.json'} is torn: {error}") from error
+        raise RunFolderError(f"{folder / 'posterior.json'} is torn: {error}") from error
     if info.get("format") != FORMAT:
-        raise CheckpointError(
+        raise RunFolderError(
             f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
             " use the version of scalabl_pyro named in its environment.json"
         )
@@ -192,12 +192,12 @@ def load_run(folder: str | Path) -> Run:
         svd=False,
     )
     if list(adapter.module_names) != info["modules"]:
-        raise CheckpointError(
+        raise RunFolderError(
             f"{folder} adapts {info['modules']}, but on this model the same settings adapt"
             f" {list(adapter.module_names)}"
         )
     if adapter.base_fingerprint() != info["base_model"]["fingerprint"]:
-        raise CheckpointError(
+        raise RunFolderError(
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
             " model.name in its config.yaml to the model it was trained on"
         )
@@ -209,7 +209,7 @@ def load_run(folder: str | Path) -> Run:
     if guide is not None and isinstance(model, ScalaBLModel):
         saved = _load_tensors(folder / "posterior.safetensors")
         if "s" not in saved:
-            raise CheckpointError(f"{folder / 'posterior.safetensors'} holds no draws s")
+            raise RunFolderError(f"{folder / 'posterior.safetensors'} holds no draws s")
         draws = saved.pop("s").to(adapter.device)
         targets = {f"guide.{name}": value for name, value in guide.state_dict().items()}
         targets |= {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
@@ -232,7 +232,7 @@ def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
         wrong = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
-        raise CheckpointError(f"these tensors are missing, unknown or of another shape: {wrong}")
+        raise RunFolderError(f"these tensors are missing, unknown or of another shape: {wrong}")
     for name, target in targets.items():
         target.copy_(saved[name])
 
@@ -241,12 +241,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(_existing(path))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
+        raise RunFolderError(f"{path} is torn or no safetensors file: {error}") from error
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: {path.parent} is no complete run folder")
+        raise RunFolderError(f"{path} does not exist: {path.parent} is no complete run folder")
     return path
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import load_run
-from .completion import read_completions
-from .generate import Decoding, ScoredText, generate
+from ..completion import read_completions
+from ..generate import Decoding, ScoredText, generate
+from ..run_folder import load_run
 from .jsonl import ResumableJsonl
 
 __all__ = ["GenerateConfig", "generate_file"]

@@ -1,0 +1,1 @@
+"""What ``scalabl`` does: a file for each command, and what they share."""

@@ -1,0 +1,51 @@
+"""``scalabl export``: a run as plain PEFT adapters, one a draw, and as a merged model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import new_folder
+from ..peft_io import check_output_layer, export, merge, push_to_hub
+from ..run_folder import load_run
+
+__all__ = ["ExportConfig", "export_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """Settings of ``scalabl export``, described in configs/export.yaml."""
+
+    run: str
+    output: str
+    draws: int | None = None
+    output_layer: str = "keep"
+    merged: bool = False
+    push_to_hub: str | None = None
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        check_output_layer(self.output_layer)
+        if self.draws is not None and self.draws < 0:
+            raise ValueError(f"draws is {self.draws}: expected 0 or more, or null for all")
+
+
+def export_run(config: ExportConfig) -> dict[str, Any]:
+    """Export a run folder; what is uploaded has been written first."""
+    output = new_folder(Path(config.output))
+    run = load_run(config.run)
+    metrics = json.loads((Path(config.run) / "metrics.json").read_text())
+    settings, readout = run.config, run.readout
+    export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
+    found: dict[str, Any] = {"output": str(output)}
+    if config.merged:
+        del run  # one model at a time
+        gc.collect()
+        merge(settings.model, settings.lora, readout, output / "mean", output / "merged")
+        found["merged"] = str(output / "merged")
+    if config.push_to_hub is not None:
+        found["url"] = push_to_hub(output, config.push_to_hub, private=config.private)
+    return found
