@@ -170,12 +170,11 @@ class Bench:
                 self.model,
                 self.train,
                 num_samples=10 if self.quick else 250,
-                warmup=10 if self.quick else 150,
+                warmup=10 if self.quick else 200,
                 chains=1,
                 seed=seed,
                 init_loc=self.loc,
                 progress=False,
-                full_mass=True,
                 max_tree_depth=6,
             )
             save_file(

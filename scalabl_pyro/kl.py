@@ -49,8 +49,8 @@ class KLSchedule:
 
     with u = min(1, (t + 1) / (fraction · T)).
 
-    With a ``budget`` of C nats, :class:`KLBudget` adapts the weight on top, so that training ends
-    at KL(q‖p) = C whatever the number of steps; the schedule then only gives the start.
+    With a ``budget`` of C nats, :class:`KLBudget` adapts the weight on top, so that KL(q‖p) goes to
+    C, and ends the nearer the more steps there are; the schedule then only gives the start.
 
     :param weight: the final β > 0; 1 ends at the ELBO.
     :param shape: how β rises.
