@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, _ConvNd
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .data import Batch, Split
 from .distributed import shard
@@ -372,7 +373,8 @@ class SubspaceAdapter:
         """The s that multiplies V's rows as they are stored."""
         if not self.unit:
             return s
-        return s / torch.stack([torch.linalg.vector_norm(A.weight, dim=1) for A in self._A])
+        norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A]
+        return s / torch.stack(norms)
 
     def _scale_by(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -444,7 +446,8 @@ class SubspaceAdapter:
             Q_A, R_A = torch.linalg.qr(A.weight.double().mT)  # (d_in, r), (r, r)
             U, sigma, V = torch.linalg.svd(R_B @ R_A.mT)
             A.weight.copy_(V @ Q_A.mT)
-            B.weight.copy_(Q_B @ U * sigma)
+            short = B.weight.shape[1] - len(sigma)  # a layer may have fewer outputs than r
+            B.weight.copy_(nn.functional.pad(Q_B @ U * sigma, (0, short)))
 
     @torch.no_grad()
     def move_start(self, loc: Tensor) -> None:
@@ -456,7 +459,7 @@ class SubspaceAdapter:
         if not (loc != 0).all():
             raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
         for B, scale in zip(self._B, self._init_loc / loc, strict=True):
-            B.weight.mul_(scale)
+            B.weight.mul_(scale.to(B.weight))
         self._init_loc = loc.to(self._init_loc)
 
     # ------------------------------------------------------------------ gradient checkpointing
@@ -467,6 +470,12 @@ class SubspaceAdapter:
             return nullcontext(), self._rebound(self._s)
 
         self._llm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        if not self._base_dropout:
+            # Blocks are in training mode while they are checkpointed, and some read it themselves.
+            for block in self._blocks:
+                for name, value in vars(block).items():
+                    if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                        setattr(block, name, 0.0)
 
     @contextmanager
     def _rebound(self, s: tuple[Tensor, ...] | None) -> Iterator[None]:
@@ -521,7 +530,11 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
     else:
         missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if missing:
-        linear = {n.rpartition(".")[2] for n, m in llm.named_modules() if isinstance(m, nn.Linear)}
+        linear = {
+            n.rpartition(".")[2]
+            for n, m in llm.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D))
+        }
         raise ValueError(
             f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
             f" layers are {sorted(linear)}"

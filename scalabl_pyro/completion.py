@@ -167,12 +167,12 @@ class CompletionTokens(Readout):
         # Of the prompt: a completion that is cut is no completion.
         rows = self._tokenize(record)
         count = sum(rows["completion_mask"][0])
-        if count >= self.max_length:
+        if count >= self.max_length - self._leading(rows["input_ids"][0]):
             raise DataError(
                 f"record {record.id!r}: the completion has {count} tokens and leaves no room for a"
                 f" prompt in the context of {self.max_length}; shorten it"
             )
-        return {name: [row[-self.max_length :] for row in value] for name, value in rows.items()}
+        return self._cut_left(rows)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack B examples, padded to the longest; labels are (B, K) tokens, −100 where none is."""

@@ -86,8 +86,7 @@ def to_inference_data(
     draws: dict[str, dict[str, Tensor]] = {}  # variables (S, ...) by group
     densities: dict[str, dict[str, Tensor]] = {}  # variables (S,) by group
     observed: dict[str, np.ndarray] = {}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
         if split is not None:
             log_likelihood, replicated, labels = _predictions(predictor, split, batch_size)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-__all__ = ["average_over_ranks", "is_main", "rank", "shard", "start", "world_size"]
+__all__ = [
+    "average_over_ranks",
+    "check_same",
+    "is_main",
+    "rank",
+    "shard",
+    "start",
+    "wait",
+    "world_size",
+]
 
 
 def start() -> None:
@@ -35,6 +44,24 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process writes files and shows progress."""
     return rank() == 0
+
+
+def wait() -> None:
+    """Wait until every process has come so far, for what one writes the others may read next."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def check_same(number: int, message: str) -> None:
+    """Compare a number over all processes.
+
+    :raises RuntimeError: in every process, with that message and the numbers, if they differ.
+    """
+    found: list[int] = [number] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, number)
+    if len(set(found)) > 1:
+        raise RuntimeError(f"{message}: {found}")
 
 
 def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:

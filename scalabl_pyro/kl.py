@@ -17,7 +17,8 @@ class kl_weight(Messenger):
         with kl_weight(0.1):
             svi.step(batch)
 
-    Observed sites keep their scale, so any ELBO becomes
+    Observed sites keep their scale, so ``Trace_ELBO`` and
+    ``TraceMeanField_ELBO`` become
 
     .. math:: \sum_n E_q[\log p(y_n \mid x_n, s)] - \beta \, KL(q(s) \,\|\, p(s)).
 
@@ -89,12 +90,13 @@ class KLBudget:
     .. math:: \log λ_t = 3 e_t + I_t, \quad I_{t+1} = I_t + a_t e_t, \quad
               e_t = \mathrm{clip}(\log(KL_t / C), -1, 1)
 
-    with a_t = 1/20, and 1/100 where e_t is clipped. The factor λ on β rises while the guide spends
-    more than C nats and falls while it spends less: dual ascent on the Lagrangian (Rezende & Viola
-    2018, arXiv 1810.00597), with a proportional term that keeps it from swinging (Shao et al. 2020,
-    arXiv 2004.05988). At the end the guide minimises the tempered objective whose weight happens to
-    be λβ. The learning rate bounds the guide's speed, so that far from C a larger factor moves the
-    KL no faster but drowns the likelihood's gradient: there the integral hardly winds up.
+    with a_t = 1/20, and 1/100 where e_t is clipped; \|I_t\| ≤ 10. The factor λ on β rises while the
+    guide spends more than C nats and falls while it spends less: dual ascent on the Lagrangian
+    (Rezende & Viola 2018, arXiv 1810.00597), with a proportional term that keeps it from swinging
+    (Shao et al. 2020, arXiv 2004.05988). At the end the guide minimises the tempered objective
+    whose weight happens to be λβ. The learning rate bounds the guide's speed, so that far from C a
+    larger factor moves the KL no faster but drowns the likelihood's gradient: there the integral
+    hardly winds up.
 
     :param nats: C > 0.
     """
@@ -107,5 +109,6 @@ class KLBudget:
     def update(self, kl: float) -> None:
         """Take the KL(q‖p) of a step, in nats."""
         excess = min(1.0, max(-1.0, math.log(max(kl, 1e-12) / self.nats)))
-        self.integral += excess / (20 if abs(excess) < 1 else 100)
+        integral = self.integral + excess / (20 if abs(excess) < 1 else 100)
+        self.integral = min(10.0, max(-10.0, integral))
         self.factor = math.exp(3 * excess + self.integral)

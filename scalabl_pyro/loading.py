@@ -294,11 +294,25 @@ def _quantization(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
     )
 
 
+_POSITIONS_AFTER_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
 def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
-    limits = [
-        getattr(llm_config, name, None) for name in ("max_position_embeddings", "n_positions")
-    ]
-    return min([tokenizer.model_max_length, *(limit for limit in limits if limit)])
+    text = llm_config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    # RoBERTa and its kin count positions from the one after the padding token's number.
+    first = text.pad_token_id + 1 if text.model_type in _POSITIONS_AFTER_PADDING else 0
+    return min([tokenizer.model_max_length, *(limit - first for limit in limits if limit)])
 
 
 def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
@@ -316,5 +330,6 @@ def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
         )
         raise FileNotFoundError(
             f"model {config.name!r} not found: {looked}. Name a folder that holds config.json and"
-            f" the weights, or fetch it where there is a network: hf download {config.name}"
+            f" the weights, or fetch it where there is a network: hf download {config.name}."
+            f" (transformers says: {str(error).strip().splitlines()[0]})"
         ) from error

@@ -124,9 +124,12 @@ def mcmc(
         raise ValueError(
             f"init_loc has shape {tuple(loc.shape)}: expected (M, r) {tuple(model.init_loc.shape)}"
         )
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     found: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
-    with _frozen(model), model.projections.one_site(), torch.random.fork_rng(devices):
+    with (
+        _frozen(model),
+        model.projections.one_site(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+    ):
         potential, transforms, start = _potential(model, batches)
         start["s"] = transforms["s"](loc.to(start["s"]))
         # Chains of neighbouring seeds must not share a random state.

@@ -181,7 +181,7 @@ class ScalaBLModel(LoRAModel):
         if self.scale_B is None:
             return zero
         p = dist.Normal(0.0, self.scale_B)
-        return torch.stack([zero, *(p.log_prob(B).sum() for B in self.adapter.B)]).sum()
+        return torch.stack([zero, *(p.log_prob(B).sum().to(zero) for B in self.adapter.B)]).sum()
 
     @property
     def init_loc(self) -> Tensor:

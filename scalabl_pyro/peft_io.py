@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from .adapter import SubspaceAdapter
 from .files import whole_folder
-from .loading import AdapterConfig, ModelConfig, load_llm
+from .loading import ModelConfig, load_llm
 from .readout import LabelTokens, Readout
 from .run_folder import Run, posterior_mean
 from .tiny import model_path
@@ -64,6 +64,11 @@ def export(
     head = _output_layer(adapter)
     if output_layer == "merge" and head is None:
         raise ValueError("output_layer is 'merge', but no output layer is adapted: set it to keep")
+    if output_layer != "keep" and set(adapter.layers) == {head}:
+        raise ValueError(
+            f"output_layer is {output_layer!r}, but nothing else is adapted, so that no adapter"
+            " would be left: set it to keep"
+        )
     points = {"mean": posterior_mean(run.predictor, run.guide)}
     available = 0 if bank is None else len(bank)
     if draws is not None and draws > available:
@@ -76,7 +81,7 @@ def export(
             save_adapter(adapter, s, part / name, drop=drop)
         if output_layer == "merge":
             save_adapter(adapter, points["mean"], part / "head", drop=set(adapter.layers) - drop)
-            merge(run.config.model, run.config.lora, run.readout, part / "head", part / "base")
+            merge(run.config.model, run.readout, part / "head", part / "base")
             shutil.rmtree(part / "head")
         manifest = _manifest(run, part, list(points), output_layer)
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -86,7 +91,6 @@ def export(
 
 def merge(
     config: ModelConfig,
-    lora: AdapterConfig,
     readout: Readout,
     adapter: str | Path,
     folder: str | Path,
@@ -102,7 +106,8 @@ def merge(
     :raises FileExistsError: if the folder exists.
     """
     with whole_folder(Path(folder)) as part:
-        llm = load_llm(config, readout, heads=lora.heads)
+        heads = PeftConfig.from_pretrained(str(adapter)).modules_to_save or ()
+        llm = load_llm(config, readout, heads=heads)
         if hasattr(llm, "hf_quantizer"):
             llm = llm.dequantize()
         peft_model = PeftModel.from_pretrained(llm, str(adapter))

@@ -147,7 +147,8 @@ def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
 
     .. math:: \max_c \; t_{S-1} \; \mathrm{sd}_k\big(p_c(x; s_k)\big) / \sqrt{S}
 
-    It is made for independent draws; Sobol and antithetic ones do better than it says.
+    It is made for independent draws. Sobol draws do better than it says; antithetic ones where a
+    probability is about linear in s, but worse where it is about even in s − μ.
 
     :param logits: (S, N, C), S ≥ 2.
     """

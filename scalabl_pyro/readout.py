@@ -11,6 +11,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from .data import Batch, DataError, Example, Prompt, Record, Split
 __all__ = ["READOUTS", "LabelTokens", "MultipleChoice", "Readout", "SequenceClassification"]
 
 log = logging.getLogger(__name__)
+# Some chat templates write today's date, and the same record would be another prompt tomorrow.
+_DATE = "26 Jul 2024"
 
 
 class Readout(ABC):
@@ -88,8 +91,21 @@ class Readout(ABC):
             )
             if not self.truncate:
                 raise DataError(f"{found}; shorten them, or set truncate=true to cut them")
-            log.warning("%s; the questions were cut", found)
+            log.warning("%s; they were cut", found)
         return Split(records, examples, self.collate)
+
+    def _leading(self, row: Sequence[int]) -> int:
+        """How many special tokens a row begins with."""
+        special = set(self.tokenizer.all_special_ids)
+        return min(len(list(takewhile(special.__contains__, row))), self.max_length - 1)
+
+    def _cut_left(self, rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        """One row that is too long: the special tokens that it begins with, and its end."""
+        begin = self._leading(rows["input_ids"][0])
+        rest = self.max_length - begin
+        return {
+            name: [[*row[:begin], *row[-rest:]] for row in value] for name, value in rows.items()
+        }
 
     @abstractmethod
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
@@ -123,7 +139,7 @@ class LabelTokens(Readout):
     """The next token after the prompt, restricted to C label words (causal language models).
 
     The label words share one form: with a leading space if each is then a single token after the
-    prompt, else without.
+    prompt, else without; the other way round where the prompt ends in white space.
 
     :param prompt: renders a record as text.
     :param label_words: the C words, for example ``("A", "B", "C", "D")``.
@@ -166,7 +182,9 @@ class LabelTokens(Readout):
         anchor = self._templated(anchor)
         before = self._ids(anchor)
         pieces = {}
-        for name in [form] if form else forms:
+        # After a chat template that ends in a line break, an answer begins without a space.
+        order = reversed(forms) if anchor[-1:].isspace() else forms
+        for name in [form] if form else order:
             rows = [self._ids(anchor + forms[name] + word) for word in self.label_words]
             added = [row[len(before) :] for row in rows if row[: len(before)] == before]
             if [len(ids) for ids in added] == [1] * len(rows):
@@ -185,15 +203,16 @@ class LabelTokens(Readout):
 
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
         # The end stays: the answer follows it.
-        rows = self._tokenize(record)
-        return {name: [row[-self.max_length :] for row in value] for name, value in rows.items()}
+        return self._cut_left(self._tokenize(record))
 
     def _templated(self, text: str) -> str:
         if not self.chat:
             return text
         message = [{"role": "user", "content": text}]
         return str(
-            self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False, date_string=_DATE
+            )
         )
 
     def _ids(self, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Split
-from .distributed import average_over_ranks, is_main, rank, world_size
+from .distributed import average_over_ranks, check_same, is_main, rank, wait, world_size
 from .guides import AutoSubspace, AutoSubspaceDelta
 from .kl import KLBudget, KLSchedule, kl_weight
 from .model import LoRAModel, ScalaBLModel
@@ -36,6 +37,9 @@ __all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite; parameters are those of the last good step."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class FitConfig:
             return (step + 1) / (warmup + 1)
         if self.decay == "constant":
             return 1.0
-        left = (self.steps - step) / (self.steps - warmup)
+        left = (self.steps - step) / max(self.steps - warmup, 1.0)
         return left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
@@ -158,6 +162,13 @@ def fit(
     """
     if train.labels is None:
         raise ValueError("training needs a label in every record")
+    if len(train) != model.num_data:
+        log.warning(
+            "there are %d training examples, but the model's num_data is %d: it is N, which weighs"
+            " the likelihood against the prior",
+            len(train),
+            model.num_data,
+        )
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
     if config.kl.budget is not None and isinstance(guide, AutoSubspaceDelta):
@@ -176,6 +187,7 @@ def fit(
     run = _Run(model, guide, config)
     if checkpoints is not None:
         run.resume(checkpoints)
+        check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")
     minibatches = train.minibatches(
         config.batch_size,
         seed=seed,
@@ -247,6 +259,7 @@ def fit(
             if checkpoints is not None and (stop or last or not run.step % checkpoints.every):
                 if is_main():
                     checkpoints.save(run.state())
+                wait()  # before any process may go on from it
                 if stop:
                     adapter.eval()
                     raise Interrupted(

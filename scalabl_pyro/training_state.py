@@ -163,23 +163,30 @@ class Checkpoints:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's random number generators, on the CPU and on ``device``."""
+    """The states of torch's random number generators: the CPU's, and those of all GPUs if
+    ``device`` is one, for a model may be spread over them."""
     state = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(device)
+        state["random.cuda"] = torch.stack(torch.cuda.get_rng_state_all())
     return state
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Put back what :func:`random_state` gave.
 
-    :raises ValueError: if that was on a CPU, and ``device`` is none.
+    :raises ValueError: if that was on a CPU, and ``device`` is none, or on more or fewer GPUs.
     """
     torch.set_rng_state(state["random.cpu"])
     if device.type == "cuda" and "random.cuda" not in state:
         raise ValueError("the checkpoint was made on a CPU: go on there, or start again")
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["random.cuda"], device)
+        count = len(state["random.cuda"])
+        if count != torch.cuda.device_count():
+            raise ValueError(
+                f"the checkpoint was made with {count} GPUs in sight, and there are"
+                f" {torch.cuda.device_count()}: set CUDA_VISIBLE_DEVICES to as many"
+            )
+        torch.cuda.set_rng_state_all(list(state["random.cuda"]))
 
 
 def _load(path: Path) -> TrainingState | None:

@@ -8,6 +8,7 @@ many draws run in, or a whole training run (:meth:`Trunk.cache`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,8 @@ from .data import Batch, Example, Split
 __all__ = ["Leaving", "Trunk"]
 
 _KEY = "hidden_states_leaving_block_"
+# Arguments of blocks whose first dimension is no row: of DeBERTa; of Bloom and Falcon; of MPT.
+_ROWLESS = {"rel_embeddings", "alibi", "position_bias"}
 
 
 class Leaving(NamedTuple):
@@ -314,6 +317,13 @@ def _find_blocks(
         return "", [], f"{kind} keeps its blocks in no nn.ModuleList"
     if len(set(map(id, lists[found]))) < len(lists[found]):
         return "", [], f"{kind} runs the same block more than once"
+    rowless = _ROWLESS & set(inspect.signature(lists[found][0].forward).parameters)
+    if rowless:
+        return (
+            "",
+            [],
+            f"{kind} gives its blocks {sorted(rowless)}, which have no row for each input",
+        )
     if llm.config._attn_implementation == "flex_attention":
         return "", [], "the block masks of flex attention cannot be cut to the rows of one draw"
     return found, lists[found], None

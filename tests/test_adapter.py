@@ -6,10 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fill_lora_B, lora, make_records, tiny_llama, whole
+from conftest import fill_lora_B, lora, make_records, tiny_bert_config, tiny_llama, whole
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+)
 
 from scalabl_pyro import AutoSubspaceNormal, LabelTokens, ScalaBLModel, SubspaceAdapter
 from scalabl_pyro.data import PROMPTS, Batch
@@ -87,6 +96,23 @@ def test_checkpointing_recomputes_with_the_draw_of_its_own_forward_pass(make_cau
         gradients.append((first.grad, second.grad))
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+def test_checkpointed_blocks_drop_nothing_out(tokenizer, records):
+    """Those of OPT read their training flag themselves."""
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=32, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32)
+    config = OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, dropout=0.5)
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    adapter = SubspaceAdapter(
+        OPTForCausalLM(config).eval(),
+        lora("q_proj", "v_proj"),
+        readout,
+        gradient_checkpointing=True,
+    )
+    adapter.train()
+    batch = whole(readout.encode(records))
+    assert torch.equal(adapter(batch, adapter.init_loc), adapter(batch, adapter.init_loc))
 
 
 def test_checkpointing_from_outside_is_refused(make_causal, records):
@@ -298,6 +324,25 @@ def test_a_trained_adapter_starts_at_s_1_with_its_own_logits(make_causal, record
     torch.testing.assert_close(started(batch, started.init_loc), expected, atol=1e-5, rtol=1e-5)
     V = started.state()[next(n for n in started.state() if ".lora_A." in n)]
     torch.testing.assert_close((V @ V.mT).detach(), torch.eye(len(V)), atol=1e-5, rtol=0)
+
+
+def test_a_trained_adapter_may_have_a_layer_with_fewer_outputs_than_its_rank(
+    make_classifier, records, tmp_path
+):
+    def make(**options):
+        llm = BertForSequenceClassification(tiny_bert_config(num_labels=4)).eval()
+        readout = make_classifier().readout
+        return SubspaceAdapter(llm, lora("query", "classifier", r=8), readout, **options)
+
+    torch.manual_seed(1)
+    source = make(svd=False)
+    fill_lora_B(source)
+    batch = whole(source.readout.encode(records))
+    source.peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = source(batch)
+    torch.manual_seed(1)
+    started = make(start=tmp_path)
+    torch.testing.assert_close(started(batch, started.init_loc), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_trained_adapter_of_another_base_is_refused(make_causal, tmp_path):

@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 from conftest import make_records, write_jsonl
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from scalabl_pyro import DataError, LabelTokens, Record
 from scalabl_pyro.data import (
@@ -19,6 +21,7 @@ from scalabl_pyro.data import (
     without_overlap,
 )
 from scalabl_pyro.readout import MultipleChoice
+from scalabl_pyro.tiny import COLOURS, model_path
 
 GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
 
@@ -165,6 +168,36 @@ def test_chat_prompts_find_label_words_after_the_template(tokenizer):
         LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
 
 
+def test_after_a_line_break_words_are_read_without_a_space():
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    for end, form in (("Answer:", "space"), (r"assistant\n", "plain")):
+        tokenizer.chat_template = "{{ messages[0]['content'] + '" + end + "' }}"
+        readout = LabelTokens(tokenizer, PROMPTS["classes"], COLOURS, max_length=64, chat=True)
+        assert readout.form == form
+
+
+def test_a_prompt_does_not_hold_the_date_of_today(tokenizer):
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+        "{{ 'cat' if date_string == '26 Jul 2024' else 'dog' }} Answer :"
+    )
+    readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
+    row = readout.encode([Record("1", "the bird", ("red", "blue"), 0)])[0].rows["input_ids"][0]
+    assert tokenizer.convert_ids_to_tokens(row) == ["cat", "Answer", ":"]
+
+
+def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "the"})  # as Llama's and Gemma's do
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="the $A", special_tokens=[("the", tokenizer.bos_token_id)]
+    )
+    prompt = PROMPTS["letters"]
+    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=15, truncate=True)
+    long = [e.rows["input_ids"][0] for e in cutting.encode(make_records(6))]
+    assert {row[0] for row in long} == {tokenizer.bos_token_id}
+    assert max(map(len, long)) == 15
+
+
 def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     records = make_records(6)
     prompt = PROMPTS["letters"]
@@ -175,7 +208,7 @@ def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         split = cutting.encode(records)
     assert max(split.lengths) == 15
-    assert "questions were cut" in caplog.text
+    assert "they were cut" in caplog.text
     ending = tokenizer("Answer:").input_ids
     assert all(example.rows["input_ids"][0][-2:] == ending for example in split)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import make_records, scalabl, write_jsonl
 from safetensors.torch import load_file
 
-from scalabl_pyro import load_run
+from scalabl_pyro import distributed, load_run
 from scalabl_pyro.commands.report import load_predictions
 
 
@@ -78,3 +78,14 @@ def test_a_batch_that_cannot_be_shared_is_refused(make_causal, records):
     whole = next(split.minibatches(4, seed=0))
     together = torch.stack([shares[0].labels, shares[1].labels], 1).flatten()
     assert torch.equal(together, whole.labels)
+
+
+def test_processes_that_would_go_on_from_different_steps_stop(monkeypatch):
+    def gather(found, number):
+        found[:] = [10, number]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    distributed.check_same(10, "different steps")
+    with pytest.raises(RuntimeError, match=r"different steps: \[10, 5\]"):
+        distributed.check_same(5, "different steps")

@@ -10,7 +10,7 @@ import transformers
 from conftest import fill_lora_B, make_records, scalabl, tiny_bert_config, tiny_llama, whole
 from conftest import write_jsonl as write
 from safetensors.torch import load_file
-from transformers import BertForMultipleChoice, PreTrainedTokenizerFast
+from transformers import BertForMultipleChoice, PreTrainedTokenizerFast, RobertaConfig
 
 from scalabl_pyro import load_run, loading, predict
 from scalabl_pyro.loading import (
@@ -208,3 +208,23 @@ def test_an_adapted_output_layer_leaves_tied_embeddings_alone(folder):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig("some/model", **settings)
+
+
+def test_the_context_of_roberta_leaves_out_the_positions_of_padding(tmp_path, tokenizer):
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    RobertaConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=20, pad_token_id=1
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(str(tmp_path), readout="sequence_classification")
+    assert load_readout(config, LETTERS).max_length == 18
+
+
+def test_a_model_that_cannot_be_fetched_says_why(monkeypatch):
+    def gated(*args, **options):
+        raise OSError("You are trying to access a gated repo.\nLog in.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", gated)
+    with pytest.raises(FileNotFoundError, match="transformers says: You are trying to access a ga"):
+        load_readout(ModelConfig("org/gated"), LETTERS)

@@ -15,7 +15,7 @@ import torch
 from conftest import lora, make_records, tiny_llama, whole, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from scalabl_pyro import (
     FitConfig,
@@ -203,12 +203,38 @@ def test_a_classifier_with_a_trained_head_is_merged_whole(tmp_path, make_choice,
         peft_model.save_pretrained(str(tmp_path / "adapter"))
     adapter.peft_model.unload().save_pretrained(tmp_path / "base")
     config = ModelConfig(str(tmp_path / "base"), readout="multiple_choice", device="cpu")
-    settings = AdapterConfig(r=4, targets=("query", "value"), heads=("classifier",))
-    merge(config, settings, adapter.readout, tmp_path / "adapter", tmp_path / "merged")
+    merge(config, adapter.readout, tmp_path / "adapter", tmp_path / "merged")
     merged = type(llm).from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         found = adapter.readout(merged, batch.inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_heads_that_came_with_an_adapter_are_merged(tmp_path, make_classifier, tokenizer):
+    trained = make_classifier()
+    trained.peft_model.save_pretrained(str(tmp_path / "adapter"))
+    trained.peft_model.unload().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"), readout="sequence_classification", device="cpu")
+    readout = load_readout(config, Classes(4))
+    settings = AdapterConfig(start=str(tmp_path / "adapter"))  # which names no heads
+    adapter = make_adapter(config, settings, readout, svd=True)
+    with adapter.folded(adapter.init_loc) as peft_model:
+        peft_model.save_pretrained(str(tmp_path / "mean"))
+    batch = whole(readout.encode(make_records(6)))
+    expected = adapter(batch, adapter.init_loc).detach()
+    merge(config, readout, tmp_path / "mean", tmp_path / "merged")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(readout(merged, batch.inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("output_layer", ["drop", "merge"])
+def test_an_export_without_any_adapted_layer_is_refused(make_run, tmp_path, output_layer):
+    run = make_run(lora={"targets": ("lm_head",)})
+    with pytest.raises(ValueError, match="nothing else is adapted"):
+        export(run, tmp_path / "out", output_layer=output_layer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_point_estimate_has_a_mean_and_no_draws(make_run, tmp_path):

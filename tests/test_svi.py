@@ -363,6 +363,11 @@ def test_a_kl_budget_is_reached(make_causal, records):
     for _ in range(100):
         under_way.update(1e9)
     assert under_way.factor < math.exp(3 + 1.1)  # far away it does not wind up
+    for kl in (1e9, 1e-9):
+        out_of_reach = KLBudget(10.0)
+        for _ in range(30_000):
+            out_of_reach.update(kl)
+        KLSchedule(out_of_reach.factor)  # a weight still, finite and above 0
     weights = KLBudget(10.0)
     weights.update(1e9)
     assert weights.factor > 1
@@ -437,3 +442,20 @@ def test_nothing_to_train_is_refused(make_causal, records):
     split = adapter.readout.encode(records)
     with pytest.raises(ValueError, match="nothing is trained"):
         fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), progress=False)
+
+
+def test_a_fit_may_be_all_warmup(make_causal, records):
+    adapter = make_causal()
+    model = ScalaBLModel(adapter, num_data=len(records))
+    config = FitConfig(steps=2, batch_size=4, warmup=1.0)
+    split = adapter.readout.encode(records)
+    history = fit(model, AutoSubspaceNormal(model), split, config, progress=False).history
+    assert [row["lr"] for row in history] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_another_number_of_examples_than_the_model_says_is_told(make_causal, records, caplog):
+    adapter = make_causal()
+    model = ScalaBLModel(adapter, num_data=1000)
+    split = adapter.readout.encode(records)
+    fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)
+    assert "12 training examples, but the model's num_data is 1000" in caplog.text

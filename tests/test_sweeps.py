@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,19 @@ def test_a_sweep_on_ray_survives_a_kill():
     assert killed["checkpoints_before"] > 0
     assert killed["recomputed_checkpoints"] == 0
     assert found["given_again"]["changed_files"] == []
+
+
+def test_two_runs_of_one_row_and_seed_or_one_without_a_test_split_make_no_table(
+    train, tmp_path, capsys
+):
+    assert train("method=mle") == 0
+    first = tmp_path / "runs/mle-seed0"
+    shutil.copytree(first, tmp_path / "runs/mle")
+    assert scalabl("table") == 1
+    assert "would be the same row and seed" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "runs/mle")
+    metrics = json.loads((first / "metrics.json").read_text())
+    del metrics["test"]
+    (first / "metrics.json").write_text(json.dumps(metrics))
+    assert scalabl("table") == 1
+    assert "has no test split" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from transformers import (
     AutoTokenizer,
     BertForMultipleChoice,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -316,6 +318,24 @@ def test_a_model_without_blocks_to_split_says_why(change, why):
     trunk = Trunk(llm, ["lm_head"])
     assert trunk.depth == 0
     assert why in trunk.why_not
+
+
+def test_blocks_that_take_positions_of_their_own_run_for_every_draw(tokenizer, records):
+    """DeBERTa's blocks take an argument that has no row for each input."""
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=BLOCKS)
+    positions = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], num_labels=4)
+    config = DebertaV2Config(**sizes, **positions, num_attention_heads=2)
+    llm = DebertaV2ForSequenceClassification(config).eval()
+    readout = SequenceClassification(tokenizer, num_classes=4, max_length=64)
+    names = lora("value_proj", layers_to_transform=[FIRST, FIRST + 1])
+    adapter = SubspaceAdapter(llm, names, readout)
+    fill_lora_B(adapter)
+    assert adapter.trunk.depth == 0
+    assert "rel_embeddings" in adapter.trunk.why_not
+    batch, s = whole(readout.encode(records)), torch.randn(3, *adapter.shape)
+    one_by_one = torch.stack([adapter(batch, each) for each in s])
+    torch.testing.assert_close(adapter(batch, s), one_by_one, atol=1e-5, rtol=1e-5)
 
 
 def test_an_argument_that_cannot_be_cut_is_refused(tokenizer, records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +55,10 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(Path(config.run) / "adapter")
     lora = replace(run.config.lora, start=mean, projections="free")
-    student = make_adapter(run.config.model, lora, run.readout, svd=False)
+    settings, readout = run.config.model, run.readout
+    del run  # one language model at a time
+    gc.collect()
+    student = make_adapter(settings, lora, readout, svd=False)
     predictor = Predictor(student)
     before = _divergence(predictor, split, log_probs, config)
     distill(student, split, log_probs, config.fit, seed=config.seed, progress=config.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,8 +34,9 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     """Write the table and pictures of all runs in a folder to ``config.out``.
 
     :returns: the table, as in ``table.json``.
-    :raises ConfigError: if there is no run or an unfinished one, if runs of a row differ in more
-        than the seed (and what each chose among its trials), or rows in their data or seeds.
+    :raises ConfigError: if there is no run, an unfinished one, one without a test split, or two of
+        the same row and seed; if runs of a row differ in more than the seed (and what each chose
+        among its trials), or rows in their data or seeds.
     """
     folder = Path(config.runs)
     unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
@@ -47,16 +49,23 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
         run = build(RunConfig, OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
         runs[path] = run
-        rows[path.name.removesuffix(f"-seed{run.seed}")][run.seed] = path
+        row = rows[path.name.removesuffix(f"-seed{run.seed}")]
+        if run.seed in row:
+            raise ConfigError(
+                f"{path} and {row[run.seed]} would be the same row and seed: rename one of them"
+            )
+        if "test" not in json.loads((path / "metrics.json").read_text()):
+            raise ConfigError(f"{path} has no test split, which the table is about")
+        row[run.seed] = path
     if not rows:
         raise ConfigError(f"runs is {folder}: expected a folder that holds run folders")
     seeds = {name: sorted(row) for name, row in rows.items()}
     if len({tuple(row) for row in seeds.values()}) > 1:
         raise ConfigError(f"the rows have different seeds, {seeds}: train what is missing")
     folders = {name: [row[seed] for seed in seeds[name]] for name, row in rows.items()}
-    for row in folders.values():
-        for path in row[1:]:
-            _check_same_settings(row[0], path, runs)
+    for first, *others in folders.values():
+        for path in others:
+            _check_same_settings(first, path, runs)
     firsts = {name: runs[row[0]] for name, row in folders.items()}
     sources = {name: _source(run) for name, run in firsts.items()}
     if any(source != next(iter(sources.values())) for source in sources.values()):

@@ -98,7 +98,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
             sizes = MemoryConfig(
                 config.model,
                 config.lora,
-                batch_size=config.fit.batch_size,
+                batch_size=attempt.fit.batch_size,
                 eval_batch_size=config.eval_batch_size,
                 tokens=max(train.lengths),
                 classes=readout.num_classes,
