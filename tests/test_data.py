@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import make_records, write_jsonl
 from tokenizers import processors
-from transformers import AutoTokenizer
 
 from scalabl_pyro import DataError, LabelTokens, Record
 from scalabl_pyro.data import (
@@ -21,7 +20,6 @@ from scalabl_pyro.data import (
     without_overlap,
 )
 from scalabl_pyro.readout import MultipleChoice
-from scalabl_pyro.tiny import COLOURS, model_path
 
 GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
 
@@ -168,11 +166,11 @@ def test_chat_prompts_find_label_words_after_the_template(tokenizer):
         LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
 
 
-def test_after_a_line_break_words_are_read_without_a_space():
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
-    for end, form in (("Answer:", "space"), (r"assistant\n", "plain")):
+def test_after_a_line_break_words_are_read_without_a_space(tokenizer):
+    for end, form in (("Answer:", "space"), (r"the dog\n", "plain")):
         tokenizer.chat_template = "{{ messages[0]['content'] + '" + end + "' }}"
-        readout = LabelTokens(tokenizer, PROMPTS["classes"], COLOURS, max_length=64, chat=True)
+        prompt = PROMPTS["classes"]
+        readout = LabelTokens(tokenizer, prompt, ["red", "blue"], max_length=64, chat=True)
         assert readout.form == form
 
 
@@ -214,7 +212,6 @@ def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
 
 
 def test_label_words_share_one_form(shared, tokenizer):
-    from transformers import AutoTokenizer
 
     sentencepiece = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
     readout = LabelTokens(sentencepiece, PROMPTS["letters"], "ABCD", max_length=512)
