@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_records, write_jsonl
 from tokenizers import processors
+from transformers import AutoTokenizer
 
 from scalabl_pyro import DataError, LabelTokens, Record
 from scalabl_pyro.data import (
@@ -212,7 +213,6 @@ def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
 
 
 def test_label_words_share_one_form(shared, tokenizer):
-
     sentencepiece = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
     readout = LabelTokens(sentencepiece, PROMPTS["letters"], "ABCD", max_length=512)
     assert readout.form == "plain"
