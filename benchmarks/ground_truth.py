@@ -169,7 +169,7 @@ class Bench:
             chain = mcmc(
                 self.model,
                 self.train,
-                num_samples=10 if self.quick else 250,
+                num_samples=10 if self.quick else 400,
                 warmup=10 if self.quick else 200,
                 chains=1,
                 seed=seed,
