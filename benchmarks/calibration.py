@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
     "prior on B": Row(
         {
             f"scale_B={scale:g} kl_weight={weight:g}": scalabl(2e-3, weight, scale_B=scale)
-            for scale, weight in ((0.01, 1), (0.03, 1), (0.03, 10), (0.03, 30))
+            for scale, weight in ((0.1, 10), (0.1, 30), (0.3, 10), (0.3, 30))
         }
     ),
     "frozen V": Row(
