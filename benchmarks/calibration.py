@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
     "prior on B": Row(
         {
             f"scale_B={scale:g} kl_weight={weight:g}": scalabl(2e-3, weight, scale_B=scale)
-            for scale, weight in ((0.1, 10), (0.1, 30), (0.3, 10), (0.3, 30))
+            for scale, weight in ((0.3, 30), (1.0, 10), (1.0, 30), (3.0, 30))
         }
     ),
     "frozen V": Row(
