@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import PROMPTS, Batch, DataError, Example, Record, Split
 from .data.readers import jsonl_rows
+from .data.records import is_text
 from .model import ScalaBLModel
 from .readout import Readout, last_logits
 
@@ -49,8 +50,10 @@ class Completion:
         if self.completion is not None:
             texts["completion"] = self.completion
         for name, value in texts.items():
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{name} is {value!r}: expected a text that is not empty")
+            if not is_text(value):
+                raise DataError(
+                    f"{name} is {value!r}: expected a text that is not empty, of whole characters"
+                )
 
     @classmethod
     def of(cls, record: Record) -> Completion:

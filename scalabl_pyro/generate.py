@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from .completion import Completion, CompletionTokens
+from .data.records import is_text
 from .metrics import entropy, mutual_information
 from .predict import Predictor, average
 
@@ -215,8 +216,11 @@ def _encode(predictor: Predictor, prompts: Sequence[str], decoding: Decoding) ->
     room = readout.max_length - decoding.max_new_tokens
     rows = []
     for number, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise ValueError(f"prompt {number} is {prompt!r}: expected a text that is not empty")
+        if not is_text(prompt):
+            raise ValueError(
+                f"prompt {number} is {prompt!r}: expected a text that is not empty, of whole"
+                " characters"
+            )
         ids = readout.tokenizer(prompt).input_ids
         if len(ids) > room:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ class ModelConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +273,13 @@ def make_adapter(
 
 
 def _device(config: ModelConfig) -> str:
+    if config.device.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if int(config.device.partition(":")[2] or 0) >= count:
+            raise ValueError(
+                f"device is {config.device!r}, but torch {torch.__version__} sees {count} GPUs: set"
+                " device=auto, or install a build of torch for this machine's GPUs"
+            )
     if config.device != "auto":
         return config.device
     if torch.cuda.is_available():

@@ -37,6 +37,8 @@ GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
         ({"choices": ["a", " "]}, "choices holds ' '"),
         ({"question": ""}, "question is ''"),
         ({"answer": "a"}, r"unknown: \['answer'\]"),
+        ({"question": "half \ud83d"}, "of whole characters"),
+        ({"choices": ["a", "\udc00"]}, "of whole characters"),
     ],
 )
 def test_bad_records_name_file_line_and_value(tmp_path, change, message):

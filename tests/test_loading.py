@@ -203,6 +203,7 @@ def test_an_adapted_output_layer_leaves_tied_embeddings_alone(folder):
         ({"dtype": "float64"}, "dtype is 'float64': expected one of"),
         ({"quantization": "int4"}, r"quantization is 'int4': expected one of \[None, '4bit'"),
         ({"device_map": "cuda"}, "device_map is 'cuda': expected one of"),
+        ({"device": "gpu"}, "device is 'gpu': expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -228,3 +229,9 @@ def test_a_model_that_cannot_be_fetched_says_why(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", gated)
     with pytest.raises(FileNotFoundError, match="transformers says: You are trying to access a ga"):
         load_readout(ModelConfig("org/gated"), LETTERS)
+
+
+def test_a_gpu_that_is_not_there_is_told(folder):
+    config = ModelConfig(str(folder), device="cuda:63")
+    with pytest.raises(ValueError, match=r"device is 'cuda:63', but torch .* sees \d+ GPUs"):
+        load_llm(config, load_readout(config, LETTERS))

@@ -6,13 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DataError", "Record"]
+__all__ = ["DataError", "Record", "is_text"]
 
 _FIELDS = {"id", "question", "choices", "label"}
 
 
 class DataError(ValueError):
     """Bad input data; the message names the place, the value, what was expected and the fix."""
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that is not blank, of whole characters: JSON may hold half of one,
+    such as ``"\\ud83d"``, which no tokenizer reads."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +42,21 @@ class Record:
     def __post_init__(self) -> None:
         for name in ("id", "question"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{name} is {value!r}: expected a text that is not empty")
+            if not is_text(value):
+                raise DataError(
+                    f"{name} is {value!r}: expected a text that is not empty, of whole characters"
+                )
         if isinstance(self.choices, str) or not isinstance(self.choices, Iterable):
             raise DataError(f"choices is {self.choices!r}: expected a list of texts")
         object.__setattr__(self, "choices", tuple(self.choices))
         if len(self.choices) < 2:
             raise DataError(f"choices is {list(self.choices)!r}: expected two choices or more")
         for choice in self.choices:
-            if not isinstance(choice, str) or not choice.strip():
-                raise DataError(f"choices holds {choice!r}: expected texts that are not empty")
+            if not is_text(choice):
+                raise DataError(
+                    f"choices holds {choice!r}: expected texts that are not empty, of whole"
+                    " characters"
+                )
         if self.label is not None:
             if isinstance(self.label, bool) or not isinstance(self.label, int):
                 raise DataError(f"label is {self.label!r}: expected a 0-based index into choices")
