@@ -174,8 +174,9 @@ def test_guide_refuses_bad_arguments(model, make_causal):
     guide = AutoSubspaceNormal(model)
     with pytest.raises(ValueError, match="number of draws is 0"):
         guide.sample(0)
-    with pytest.raises(ValueError, match="init_scale is 0"):
-        AutoSubspaceNormal(model, init_scale=0)
+    for scale in (0, "abc"):
+        with pytest.raises(ValueError, match=f"init_scale is {scale!r}"):
+            AutoSubspaceNormal(model, init_scale=scale)
     with pytest.raises(ValueError, match=r"init_loc has shape \(2,\)"):
         AutoSubspaceNormal(model, init_loc=torch.ones(2))
     positive = ScalaBLModel(make_causal(), num_data=3, prior=dist.LogNormal(0.0, 1.0))

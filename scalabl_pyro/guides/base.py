@@ -50,7 +50,7 @@ class AutoSubspace(PyroModule):
                 f"init_loc has shape {tuple(loc.shape)}: expected (M, r) ="
                 f" {tuple(model.init_loc.shape)}"
             )
-        if not init_scale > 0:
+        if not (isinstance(init_scale, (int, float)) and init_scale > 0):
             raise ValueError(f"init_scale is {init_scale!r}: expected a number above 0")
         support = model.prior.support
         self._to_support = None if support is constraints.real else biject_to(support)

@@ -43,8 +43,8 @@ class AutoSubspaceLowRankMultivariateNormal(JointNormal):
         size = loc.shape[-1]
         if rank is None:
             rank = round(size**0.5)
-        if not 1 <= rank <= size:
-            raise ValueError(f"rank is {rank}: expected 1 to {size}")
+        if not (isinstance(rank, int) and 1 <= rank <= size):
+            raise ValueError(f"rank is {rank!r}: expected a whole number from 1 to {size}")
         # σ²(E[W Wᵀ] + 1) = init_scale², with entries of W that start at variance 1 / K.
         scale = scale / 2**0.5
         factor = torch.randn(*loc.shape, rank, device=loc.device) / rank**0.5
