@@ -182,7 +182,7 @@ def test_guide_refuses_bad_arguments(model, make_causal):
     positive = ScalaBLModel(make_causal(), num_data=3, prior=dist.LogNormal(0.0, 1.0))
     with pytest.raises(ValueError, match="leaves the support of the prior"):
         AutoSubspaceNormal(positive, init_loc=-positive.init_loc)
-    with pytest.raises(ValueError, match="rank is 0: expected 1 to 4"):
+    with pytest.raises(ValueError, match="rank is 0: expected a whole number from 1 to 4"):
         make_guide(model, "low_rank_multivariate_normal", rank=0, per_module=True)
 
 
