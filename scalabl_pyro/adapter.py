@@ -521,14 +521,20 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
         raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
     if isinstance(llm, PeftModel):
         raise ValueError("the model already carries a PEFT adapter: pass the base model")
+    names = [name for name, _ in llm.named_modules()]
+    heads = [h for h in lora.modules_to_save or () if not any(_ends(name, h) for name in names)]
+    if heads:
+        raise ValueError(
+            f"modules_to_save {sorted(heads)} match no module of {type(llm).__name__}; its"
+            f" outermost are {[name for name, _ in llm.named_children()]}"
+        )
     targets = lora.target_modules
     if targets is None or targets == "all-linear":
         return
-    names = [name for name, _ in llm.named_modules()]
     if isinstance(targets, str):
         missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
-        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+        missing = [t for t in targets if not any(_ends(name, t) for name in names)]
     if missing:
         linear = {
             n.rpartition(".")[2]
@@ -539,3 +545,8 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
             f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
             f" layers are {sorted(linear)}"
         )
+
+
+def _ends(name: str, part: str) -> bool:
+    """Whether a module is meant by the end of its name, as PEFT reads it."""
+    return name == part or name.endswith(f".{part}")

@@ -83,6 +83,8 @@ def main() -> None:
     """Entry point of ``scalabl``."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked = len(sys.argv) == 2 and sys.argv[1] in ("-h", "--help", "help")
+        if len(sys.argv) > 1 and not asked:
+            print(f"error: there is no command {sys.argv[1]!r}\n", file=sys.stderr)
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     name = sys.argv.pop(1)
@@ -96,6 +98,9 @@ def main() -> None:
             if not is_main():
                 return
             print(found if isinstance(found, str) else json.dumps(found, indent=2))
+        except KeyboardInterrupt:
+            print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
+            sys.exit(130)
         except (ValueError, OSError, RuntimeError) as error:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
             sweep = HydraConfig.get().mode is RunMode.MULTIRUN

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from .data import DataError, DataSource, Record, check_split, disjoint, hold_out
+from .files import check_writable
 from .loading import AdapterConfig, ModelConfig
 from .methods import METHODS, Method
 from .svi import FitConfig
@@ -136,6 +137,11 @@ class RunConfig:
             "eval_batch_size": self.eval_batch_size,
             "progress": self.progress,
         }
+        taken = sorted(settings.keys() & shared.keys())
+        if taken:
+            raise ConfigError(
+                f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
+            )
         return build(METHODS[name], settings | shared)
 
     def attempts(self) -> list[RunConfig]:
@@ -177,13 +183,14 @@ class RunConfig:
         """The run folder, in a place that can be written.
 
         :raises FileExistsError: if it exists.
-        :raises OSError: if the folder that is to hold it cannot be made.
+        :raises PermissionError: if the folder that is to hold it cannot be made.
         """
         folder = Path(self.run_dir)
         if folder.exists():
             raise FileExistsError(
                 f"the run folder {folder} exists; choose another run_dir, or remove it"
             )
+        check_writable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -6,15 +6,36 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
-__all__ = ["new_folder", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "new_folder", "whole_folder", "write_whole"]
 
 
 def new_folder(folder: Path) -> Path:
-    """:raises FileExistsError: if the folder exists."""
+    """The folder, which can be made, but is not there yet.
+
+    :raises FileExistsError: if the folder exists.
+    :raises PermissionError: if it cannot be made where it is to be.
+    """
     if folder.exists():
         raise FileExistsError(f"the folder {folder} exists; choose another, or remove it")
+    check_writable(folder)
     return folder
+
+
+def check_writable(path: Path) -> None:
+    """Try whether ``path`` could be written, before the work that it is to hold.
+
+    :raises PermissionError: if no file can be made in the folder that is to hold it.
+    """
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"{path} cannot be written, for {there} takes no new file: choose another output"
+        ) from error
 
 
 @contextmanager

@@ -201,6 +201,8 @@ def generate(
     :raises ValueError: before any work, if the model cannot generate, or a prompt is empty or
         leaves too little of the context.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the text {prompts[:40]!r}: expected a list of texts")
     decoding = Decoding() if decoding is None else decoding
     rows = _encode(predictor, prompts, decoding)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -179,21 +180,22 @@ def _fixed(make: Callable[..., TorchDistribution]) -> Callable[..., Prior]:
 PRIORS: dict[str, Callable[..., Prior]] = {
     "hierarchical_normal": HierarchicalNormal,
     "horseshoe": Horseshoe,
-    "laplace": _fixed(lambda scale=1.0: dist.Laplace(0.0, scale)),
+    "laplace": _fixed(lambda scale=1.0: dist.Laplace(0.0, _positive("scale", scale))),
     "learned_normal": LearnedNormal,
-    "log_normal": _fixed(lambda scale=1.0: dist.LogNormal(0.0, scale)),
-    "normal": _fixed(lambda loc=0.0, scale=1.0: dist.Normal(loc, scale)),
+    "log_normal": _fixed(lambda scale=1.0: dist.LogNormal(0.0, _positive("scale", scale))),
+    "normal": _fixed(lambda loc=0.0, scale=1.0: dist.Normal(loc, _positive("scale", scale))),
     "relaxed_bernoulli": _fixed(
         lambda probs=0.5, temperature=0.5: dist.RelaxedBernoulli(
-            torch.tensor(temperature), probs=torch.tensor(probs)
+            torch.tensor(_positive("temperature", temperature)),
+            probs=torch.tensor(_positive("probs", probs, below=1.0)),
         )
     ),
 }
 
 
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ValueError(f"{name} is {value!r}: expected a number above 0")
+def _positive(name: str, value: float, *, below: float = math.inf) -> float:
+    if not (isinstance(value, (int, float)) and 0 < value < below):
+        raise ValueError(f"{name} is {value!r}: expected a number above 0 and below {below:g}")
     return float(value)
 
 

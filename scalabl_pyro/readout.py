@@ -90,7 +90,9 @@ class Readout(ABC):
                 f" tokens (longest: {longest})"
             )
             if not self.truncate:
-                raise DataError(f"{found}; shorten them, or set truncate=true to cut them")
+                raise DataError(
+                    f"{found}; shorten them, or train with model.truncate=true, which cuts them"
+                )
             log.warning("%s; they were cut", found)
         return Split(records, examples, self.collate)
 

@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import RunConfig, build
-from .data import Record
+from .data import DataError, Record, Split
 from .files import whole_folder
 from .guides import AutoSubspace
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
 from .model import LoRAModel, ScalaBLModel
-from .predict import Predictions, Predictor, predict_proba
+from .predict import Predictions, Predictor, average, predict
 from .readout import LabelTokens, Readout
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
@@ -72,11 +72,25 @@ class Run:
         letters = model.readout == "label_tokens" and model.prompt == "letters"
         return self.config.data.classes or (() if letters else self.classes.words)
 
+    def encode(self, records: Sequence[Record]) -> Split:
+        """Tokenise records for the run's model.
+
+        :raises DataError: if all records of the run share their choices, and one has others or the
+            same in another order, or a record does not fit the readout.
+        """
+        for record in records:
+            if self.class_names and record.choices != self.class_names:
+                raise DataError(
+                    f"record {record.id!r} has the choices {list(record.choices)}, but the run"
+                    f" knows {list(self.class_names)}, in this order"
+                )
+        return self.readout.encode(records)
+
     def predict_proba(self, inputs: Sequence[Record | str], *, batch_size: int = 64) -> Tensor:
         """Probabilities of the Bayesian model average, (N, C).
 
         :param inputs: records, or texts where all share the choices of the run.
-        :raises ValueError: if texts are given and the run knows no choices.
+        :raises ValueError: if texts are given and the run knows no choices, or see :meth:`encode`.
         """
         if any(isinstance(x, str) for x in inputs) and not self.class_names:
             raise ValueError(
@@ -86,7 +100,8 @@ class Run:
             x if isinstance(x, Record) else Record(str(n), x, self.class_names)
             for n, x in enumerate(inputs)
         ]
-        return predict_proba(self.predictor, records, batch_size=batch_size)
+        found = predict(self.predictor, self.encode(records), batch_size=batch_size)
+        return average(found.logits).exp()
 
 
 def save_run(

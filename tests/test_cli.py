@@ -435,3 +435,35 @@ def test_distill_writes_a_plain_adapter(run, data, local_model, capsys):
     torch.testing.assert_close(single, average, atol=0.1, rtol=0)
     assert scalabl("distill", *words) == 1
     assert "student exists" in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_there_is_named(capsys):
+    assert scalabl("nothing") == 2
+    assert "there is no command 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora.heads=[nope]"], "modules_to_save ['nope'] match no module of LlamaForCausalLM"),
+        (["+method.config=3"], "method.config is no setting"),
+        (["run_dir=/proc/nope/x"], "/proc/nope/x cannot be written, for /proc takes no new file"),
+    ],
+)
+def test_settings_that_would_be_lost_are_refused(local_model, data, capsys, words, message):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, capsys, monkeypatch):
+    monkeypatch.setattr(predict_command, "predict", lambda *args, **options: 1 / 0)
+    write_jsonl(data / "in.jsonl", make_records(2))
+    where = [f"run={run}", "output=/proc/nope/x", "progress=false"]
+    for command, of in (
+        ("evaluate", f"data.root={data}"),
+        ("predict", f"input={data}/in.jsonl"),
+        ("distill", f"input={data}/in.jsonl"),
+    ):
+        assert scalabl(command, *where, of) == 1
+        assert "/proc/nope/x cannot be written" in capsys.readouterr().err

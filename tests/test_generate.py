@@ -341,18 +341,33 @@ def test_a_part_is_gone_on_with_only_for_the_same_work(tmp_path):
         file.write(rows("a", "b"))
     assert not path.exists(), "a third is to come"
     with pytest.raises(ValueError, match=r"other settings: \{'seed': '0, now 1'\}"):
-        ResumableJsonl(path, "abc", {"seed": 1, "run": "x"})
+        ResumableJsonl(path, "abc", {"seed": 1, "run": "x"}).__enter__()
     with pytest.raises(ValueError, match="line 2 answers 'b', but record 2 of the input is 'x'"):
-        ResumableJsonl(path, "axc", {"seed": 0, "run": "x"})
+        ResumableJsonl(path, "axc", {"seed": 0, "run": "x"}).__enter__()
     with pytest.raises(ValueError, match="line 2 answers 'b', but record 2 of the input is None"):
-        ResumableJsonl(path, "a", {"seed": 0, "run": "x"})
+        ResumableJsonl(path, "a", {"seed": 0, "run": "x"}).__enter__()
     part = tmp_path / "out.jsonl.part"
     part.write_text("no json\n")
     with pytest.raises(ValueError, match="line 1 is not an object with an id"):
-        ResumableJsonl(path, "abc", {"seed": 0, "run": "x"})
+        ResumableJsonl(path, "abc", {"seed": 0, "run": "x"}).__enter__()
     path.write_text("")
     with pytest.raises(FileExistsError, match="choose another output"):
-        ResumableJsonl(path, "abc", {})
+        ResumableJsonl(path, "abc", {}).__enter__()
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResumableJsonl(path, "ab", {}) as file:
+        file.write(rows("a"))
+        with pytest.raises(RuntimeError, match="another process writes"):
+            ResumableJsonl(path, "ab", {}).__enter__()
+        file.write(rows("b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_single_text_is_no_list_of_prompts(predictor):
+    with pytest.raises(ValueError, match="prompts is the text 'what': expected a list"):
+        generate(predictor, "what")
 
 
 @pytest.fixture

@@ -42,9 +42,11 @@ S = 3
 def make_run(tmp_path, tokenizer):
     """Train a small Llama with tied embeddings, so that its draws differ, and load the run."""
 
-    def make(*, method: str = "scalabl", **settings: dict) -> Run:
+    def make(
+        *, method: str = "scalabl", stored: torch.dtype = torch.float32, **settings: dict
+    ) -> Run:
         sizes = dict(hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
-        tiny_llama(**sizes).save_pretrained(tmp_path / "model")
+        tiny_llama(**sizes).to(stored).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         for split in ("train", "validation", "test"):
             write_jsonl(tmp_path / "data" / f"{split}.jsonl", make_records(10 + len(split)))
@@ -116,10 +118,11 @@ def test_plain_peft_computes_our_logits_for_a_draw_without_this_package(make_run
     assert difference < 1e-5 < spread
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
-    make_run, tmp_path, monkeypatch
+    make_run, tmp_path, monkeypatch, stored
 ):
-    run = make_run()
+    run = make_run(stored=stored)
     export(run, tmp_path / "exported")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)

@@ -33,10 +33,20 @@ def test_named_priors_take_options():
     )
 
 
-@pytest.mark.parametrize("name", ["hierarchical_normal", "horseshoe", "learned_normal"])
+@pytest.mark.parametrize(
+    "name",
+    ["hierarchical_normal", "horseshoe", "laplace", "learned_normal", "log_normal", "normal"],
+)
 def test_scales_must_be_positive(name):
     with pytest.raises(ValueError, match=r"scale is 0\.0: expected a number above 0"):
         make_prior((3, 2), name, scale=0.0)
+    with pytest.raises(ValueError, match="scale is 'wide': expected a number above 0"):
+        make_prior((3, 2), name, scale="wide")
+
+
+def test_a_probability_is_below_1():
+    with pytest.raises(ValueError, match="probs is 2: expected a number above 0 and below 1"):
+        make_prior((3, 2), "relaxed_bernoulli", probs=2)
 
 
 def test_priors_on_an_interval_are_taken_whatever_their_class(make_causal):

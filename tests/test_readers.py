@@ -361,3 +361,15 @@ def test_bad_data_is_one_error_and_leaves_nothing(own, tmp_path, capsys, words, 
     assert error.startswith("error: ")
     assert message in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_records_with_other_choices_than_the_runs_are_refused(own, tmp_path, capsys):
+    assert scalabl("train", *own, "run_dir=out") == 0
+    quiet = ["run=out", "progress=false"]
+    for choices in (("dog", "cat"), ("red", "blue")):
+        write_jsonl(tmp_path / "in.jsonl", [Record("1", "the red dog runs", choices)])
+        assert scalabl("predict", *quiet, "input=in.jsonl", "output=o.jsonl") == 1
+        assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err
+    write(tmp_path / "new.csv", TEXTS + "n,the red dog runs,dog\n")
+    assert scalabl("evaluate", *quiet, "data.path=new.csv", "data.classes=[dog,cat]") == 1
+    assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     run = load_run(config.run)
     if run.predictor.draws is None:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
-    split = run.readout.encode(list(iter_records(config.input, run.class_names)))
+    split = run.encode(list(iter_records(config.input, run.class_names)))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(Path(config.run) / "adapter")
     lora = replace(run.config.lora, start=mean, projections="free")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..data import DataSource
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..metrics import evaluate
 from ..predict import predict
 from ..prediction import PredictionConfig, make_predictor
@@ -37,10 +37,12 @@ class EvaluateConfig:
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics of a run folder on one split."""
+    if config.output is not None:
+        check_writable(Path(config.output))
     trained = load_run(config.run)
     classes = config.data.classes or trained.class_names
     records = replace(config.data, classes=classes).read_split(config.split)
-    split = trained.readout.encode(records)
+    split = trained.encode(records)
     found = predict(
         make_predictor(trained, config.method),
         split,

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..files import write_whole
+from filelock import FileLock, Timeout
+
+from ..files import check_writable, write_whole
 
 __all__ = ["ResumableJsonl"]
 
@@ -23,13 +25,16 @@ class ResumableJsonl:
 
     Lines go to ``<path>.part``, and to the disk itself before :meth:`write` returns. When all are
     there, the file gets its name. After a crash the same call goes on behind the last whole line.
+    A lock on ``<path>.part.lock`` keeps other processes out while the context lasts.
 
     :param path: the file to write.
     :param ids: the N records' ids; line n is an object with ``"id"`` equal to the nth.
     :param settings: what the lines depend on beside the records, as JSON values; kept in
         ``<path>.part.json`` until the file is complete, so that no file mixes two settings.
-    :raises FileExistsError: if the file is there already.
-    :raises ValueError: if a part was written with other settings or for other records.
+    :raises FileExistsError: from the context, if the file is there already.
+    :raises RuntimeError: from the context, if another process writes it.
+    :raises ValueError: from the context, if a part was written with other settings or for other
+        records.
     """
 
     def __init__(self, path: str | Path, ids: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -37,17 +42,11 @@ class ResumableJsonl:
         self.ids = tuple(ids)
         self.done = 0
         """How many lines are written."""
-        if self.path.exists():
-            raise FileExistsError(
-                f"the output {self.path} exists; choose another output, or remove it"
-            )
         self._part = self.path.with_name(self.path.name + ".part")
         self._settings_path = self.path.with_name(self.path.name + ".part.json")
         self._settings = dict(settings)
         self._file: BinaryIO | None = None  # opened by the first line
-        if self._part.exists():
-            self._check_settings()
-            self._take_up()
+        self._lock = FileLock(self.path.with_name(self.path.name + ".part.lock"))
 
     def _check_settings(self) -> None:
         known = self._settings_path.exists()
@@ -106,7 +105,35 @@ class ResumableJsonl:
         return self._part.open("ab")
 
     def __enter__(self) -> ResumableJsonl:
+        self._check_new()
+        check_writable(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RuntimeError(
+                f"another process writes {self.path}: wait for it, or choose another output"
+            ) from error
+        try:
+            self._check_new()  # again: it may have been finished just before
+            if self._part.exists():
+                self._check_settings()
+                self._take_up()
+        except BaseException:
+            self._unlock()
+            raise
         return self
+
+    def _unlock(self) -> None:
+        if not self._part.exists():  # complete, or never begun: nothing is left behind
+            Path(self._lock.lock_file).unlink()
+        self._lock.release()
+
+    def _check_new(self) -> None:
+        if self.path.exists():
+            raise FileExistsError(
+                f"the output {self.path} exists; choose another output, or remove it"
+            )
 
     def __exit__(
         self,
@@ -119,3 +146,4 @@ class ResumableJsonl:
         if kind is None and self.done == len(self.ids):
             self._part.replace(self.path)
             self._settings_path.unlink()
+        self._unlock()

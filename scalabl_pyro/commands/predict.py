@@ -45,14 +45,14 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     run = load_run(config.run)
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.method)
-    run.readout.encode(records)  # every record is checked before the first is predicted
+    run.encode(records)  # every record is checked before the first is predicted
     settings = {"run": config.run, "method": asdict(config.method), "batch": config.batch_size}
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
         for start in range(file.done, len(records), config.batch_size):
-            chunk = run.readout.encode(records[start : start + config.batch_size])
+            chunk = run.encode(records[start : start + config.batch_size])
             found = predict(
                 predictor, chunk, batch_size=config.batch_size, tolerance=config.method.tolerance
             )
