@@ -198,11 +198,6 @@ def fit(
     parameters, history = run.parameters, run.history
     if not parameters:
         raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
-    if not (any(B.any() for B in adapter.B) or any(B.requires_grad for B in adapter.B)):
-        raise ValueError(
-            "nothing depends on s: projections is 'fixed' and B is 0; start from a trained adapter"
-            " (lora.start)"
-        )
     good = Snapshot(parameters)
     per_example = 1 / (model.num_data * config.accumulation)
 

@@ -83,3 +83,9 @@ def test_temperature_needs_a_validation_split(make_choice, records):
     split = make_choice().readout.encode(records)
     with pytest.raises(ValueError, match="needs a validation split"):
         TemperatureScaling(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
+
+
+def test_s_of_a_fresh_adapter_that_stays_as_it_is_is_refused(make_causal):
+    adapter = make_causal(projections="fixed", filled=False)
+    with pytest.raises(ValueError, match="nothing depends on s: projections is 'fixed' and B is 0"):
+        ScalaBL().make_model(adapter, num_data=4)

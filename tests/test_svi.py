@@ -444,14 +444,6 @@ def test_nothing_to_train_is_refused(make_causal, records):
         fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), progress=False)
 
 
-def test_s_of_a_fresh_adapter_that_stays_as_it_is_is_refused(make_causal, records):
-    adapter = make_causal(projections="fixed", filled=False)
-    model = ScalaBLModel(adapter, num_data=len(records))
-    split = adapter.readout.encode(records)
-    with pytest.raises(ValueError, match="nothing depends on s: projections is 'fixed' and B is 0"):
-        fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)
-
-
 def test_a_fit_may_be_all_warmup(make_causal, records):
     adapter = make_causal()
     model = ScalaBLModel(adapter, num_data=len(records))

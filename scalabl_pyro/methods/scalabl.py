@@ -51,7 +51,15 @@ class ScalaBL(Method):
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
-        """The probabilistic model of these settings."""
+        """The probabilistic model of these settings.
+
+        :raises ValueError: if nothing depends on s, nor will: B is 0, and stays.
+        """
+        if not any(B.requires_grad or B.any() for B in adapter.B):
+            raise ValueError(
+                "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
+                " adapter (lora.start)"
+            )
         options = dict(self.prior)
         if adapter.trained and options.get("name", "normal") == "normal":
             options.setdefault("loc", 1.0)
