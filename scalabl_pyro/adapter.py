@@ -521,6 +521,15 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
         raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
     if isinstance(llm, PeftModel):
         raise ValueError("the model already carries a PEFT adapter: pass the base model")
+    layers = lora.layers_to_transform or []
+    blocks = getattr(llm.config.get_text_config(), "num_hidden_layers", None)
+    layers = [layers] if isinstance(layers, int) else layers
+    outside = [] if blocks is None else [layer for layer in layers if not 0 <= layer < blocks]
+    if outside:
+        raise ValueError(
+            f"layers_to_transform holds {outside}, but {type(llm).__name__} has {blocks} blocks,"
+            " counted from 0"
+        )
     names = [name for name, _ in llm.named_modules()]
     heads = [h for h in lora.modules_to_save or () if not any(_ends(name, h) for name in names)]
     if heads:

@@ -1,7 +1,7 @@
 """The command line: ``scalabl train``, ``evaluate``, ``predict``, ``generate`` and others.
 
-The first word picks a command; everything after it is Hydra's own: overrides such as
-``fit.steps=100``, ``--multirun``, ``--cfg job``, ``--help``.
+The first word picks a command; everything after it but ``--help`` is Hydra's own: overrides such as
+``fit.steps=100``, ``--multirun``, ``--cfg job``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .commands.distill import DistillConfig, distill_run
 from .commands.evaluate import EvaluateConfig, evaluate_run
 from .commands.export import ExportConfig, export_run
 from .commands.generate import GenerateConfig, generate_file
+from .commands.help import explain
 from .commands.predict import PredictConfig, predict_file
 from .commands.report import format_table
 from .commands.table import TableConfig, tabulate
@@ -47,7 +48,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   export     a run as plain PEFT adapters, one a draw, and as a merged model
   memory     how much memory a run needs, before anything is downloaded
 
-scalabl COMMAND --help shows the settings of a command with their defaults."""
+scalabl COMMAND --help explains the settings of a command, with their defaults."""
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -88,6 +89,9 @@ def main() -> None:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     name = sys.argv.pop(1)
+    if {"-h", "--help"} & set(sys.argv):
+        print(explain(name))
+        return
     config_class, command = COMMANDS[name]
 
     def task(overrides: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -120,6 +121,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
             raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: expected 0 to 2^63 − 1")
         self.make_method()
         self.attempts()
 
@@ -142,7 +145,7 @@ class RunConfig:
             raise ConfigError(
                 f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
             )
-        return build(METHODS[name], settings | shared)
+        return build(METHODS[name], settings | shared, "method.")
 
     def attempts(self) -> list[RunConfig]:
         """The configurations to train, of which one is kept: those of the trials, or this one.
@@ -167,7 +170,7 @@ class RunConfig:
         method = dict(trial.get("method", {}))
         if method.get("name", self.method["name"]) == self.method["name"]:
             method = merged(self.method, method)  # another method has settings of its own
-        fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})))
+        fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})), "fit.")
         return replace(self, method=method, fit=fit, trials=())
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -211,26 +214,32 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def build(cls: type[T], values: Any) -> T:
+def build(cls: type[T], values: Any, place: str = "") -> T:
     """An instance of a dataclass from a mapping, nested dataclasses included.
 
+    :param place: of the mapping in a configuration, such as ``method.``, for messages.
     :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is
         missing, or a value has the wrong type or is out of range.
     """
-    _check_keys(cls, values)
+    _check_keys(cls, values, place)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        found = [
-            e["msg"].removeprefix("Value error, ")
-            if e["type"] == "value_error"
-            else f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}"
-            for e in error.errors()
-        ]
-        raise ConfigError("; ".join(found)) from error
+        raise ConfigError("; ".join(_message(e, place) for e in error.errors())) from error
 
 
-def _check_keys(cls: type, values: Mapping[str, Any], place: str = "") -> None:
+def _message(error: Any, place: str) -> str:
+    """What is wrong, led by the setting's full name."""
+    loc = [str(part) for part in error["loc"]]
+    if error["type"] != "value_error":
+        return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # A dataclass that stands in several places names its own fields alone.
+    bare = re.match(r"\w+ is ", message)
+    return f"{place}{''.join(f'{part}.' for part in loc)}{message}" if bare else message
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], place: str) -> None:
     hints = get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
     for key, value in values.items():

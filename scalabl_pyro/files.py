@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-__all__ = ["check_writable", "new_folder", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "new_path", "whole_folder", "write_whole"]
 
 
-def new_folder(folder: Path) -> Path:
-    """The folder, which can be made, but is not there yet.
+def new_path(path: Path) -> Path:
+    """The path of an output, a file or a folder, which can be made, but is not there yet.
 
-    :raises FileExistsError: if the folder exists.
+    :raises FileExistsError: if it exists.
     :raises PermissionError: if it cannot be made where it is to be.
     """
-    if folder.exists():
-        raise FileExistsError(f"the folder {folder} exists; choose another, or remove it")
-    check_writable(folder)
-    return folder
+    if path.exists():
+        raise FileExistsError(f"the output {path} exists; choose another output, or remove it")
+    check_writable(path)
+    return path
 
 
 def check_writable(path: Path) -> None:
@@ -44,7 +44,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     :raises FileExistsError: if the folder exists.
     """
-    part = new_folder(folder).with_name(folder.name + ".part")
+    part = new_path(folder).with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part

@@ -114,15 +114,28 @@ class AdapterConfig:
             raise ValueError(f"r is {self.r}: expected a rank of 1 or more")
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}: expected a number above 0")
+        if not self.targets:
+            raise ValueError("targets is empty: expected the name of a linear layer, or several")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
         if self.projections not in PROJECTIONS:
             raise ValueError(
                 f"projections is {self.projections!r}: expected one of {list(PROJECTIONS)}"
             )
 
     def lora(self) -> LoraConfig:
-        """The same as PEFT's configuration, or that of the adapter to start from."""
+        """The same as PEFT's configuration, or that of the adapter to start from.
+
+        :raises ValueError: if there is no such adapter.
+        """
         if self.start is not None:
-            return LoraConfig.from_pretrained(self.start)
+            try:
+                return LoraConfig.from_pretrained(self.start)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"lora.start is {self.start!r}: expected a PEFT adapter, a folder with"
+                    f" adapter_config.json or a name on the Hub (PEFT says: {error})"
+                ) from error
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -216,9 +229,11 @@ def load_llm(
     llm, found = _load(config, auto_class, output_loading_info=True, **options)
     untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
     if untrained:
+        prefix = f"{llm.base_model_prefix}."
+        modules = sorted({key.removeprefix(prefix).split(".")[0] for key in untrained})
         raise ValueError(
             f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random:"
-            " train them whole, as in lora.heads=[classifier]"
+            f" train them whole, as by lora.heads=[{','.join(modules)}]"
         )
     llm.config.pad_token_id = readout.tokenizer.pad_token_id
     for module in llm.modules():

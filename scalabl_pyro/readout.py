@@ -196,7 +196,7 @@ class LabelTokens(Readout):
             pieces[name] = [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
         raise ValueError(
             f"the label words {list(self.label_words)} are not single, distinct tokens after"
-            f" {anchor!r}: {pieces}; choose other label words, or readout=multiple_choice"
+            f" {anchor!r}: {pieces}; choose words of one token each, as prompt=letters does"
         )
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import re
 import weakref
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Be
 
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro.cli import COMMANDS
 from scalabl_pyro.commands.report import load_predictions
 from scalabl_pyro.config import DataConfig, RunConfig, build
 from scalabl_pyro.data import read_folder
@@ -146,12 +150,24 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
     ("words", "message"),
     [
         (["fit.kl.weight=0"], "KL weight is 0.0"),
-        (["method.draws=-1"], "draws is -1"),
+        (["fit.kl.shape=round"], "fit.kl.shape is 'round'"),
+        (["fit.steps=0"], "error: fit.steps is 0: expected 1"),
+        (["method.draws=-1"], "error: method.draws is -1"),
+        (["+method.drawz=1"], "no setting method.drawz; did you mean method.draws"),
+        (["trials=[{fit:{steps:0}}]"], "error: fit.steps is 0"),
+        (["seed=-1"], "seed is -1: expected 0 to 2^63"),
         (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
         (["fit.steps=many"], "fit.steps is 'many'"),
         (["model.name=???"], "model.name is needed"),
         (["model.name=no/where"], "model 'no/where' not found"),
-        (["model.readout=vision"], "readout is 'vision'"),
+        (["model.readout=vision"], "error: model.readout is 'vision'"),
+        (["lora.targets=[]"], "error: lora.targets is empty"),
+        (["lora.dropout=2"], "error: lora.dropout is 2.0: expected a probability below 1"),
+        (
+            ["lora.layers=[1,99]"],
+            "layers_to_transform holds [99], but LlamaForCausalLM has 2 blocks",
+        ),
+        (["lora.start=/nope"], "lora.start is '/nope': expected a PEFT adapter"),
         (["lora.targets=[query]"], r"target_modules ['query'] match no module"),
         (["data.root=nowhere"], "nowhere: expected a folder"),
         (["data.path=x.jsonl"], "give exactly one"),
@@ -179,6 +195,38 @@ def test_unknown_commands_show_the_usage(capsys):
     assert scalabl("fly") == 2
     assert "usage: scalabl COMMAND" in capsys.readouterr().err
     assert scalabl("--help") == 0
+
+
+def settings(config):
+    """The names of a configuration's settings and groups, nested ones too."""
+    for field in dataclasses.fields(config):
+        yield field.name
+        kind = get_type_hints(config)[field.name]
+        yield from settings(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_setting(command, capsys):
+    assert scalabl(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"# scalabl {command}: ")
+    assert "defaults:" not in shown
+    assert "hydra/" not in shown
+    documented = set(re.findall(r"^ *(\w+):", shown, re.MULTILINE))
+    config, _ = COMMANDS[command]
+    # Of a model, an adapter or training, memory and distill use a part.
+    nested = command not in ("memory", "distill")
+    names = settings(config) if nested else [field.name for field in dataclasses.fields(config)]
+    assert set(names) <= documented
+    if command == "train":
+        assert {"guide", "prior", "elbo", "draws"} <= documented
+
+
+def test_metrics_are_not_written_over(run, data, capsys):
+    Path("m.json").write_text("kept")
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", "output=m.json") == 1
+    assert "the output m.json exists" in capsys.readouterr().err
+    assert Path("m.json").read_text() == "kept"
 
 
 def edit_json(path, **changes):
@@ -252,7 +300,8 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
     ]
     words += ["lora.heads=[classifier]", "data.path=texts.csv", "run_dir=out", *FAST]
     assert scalabl("train", *words, "lora.heads=[]") == 1
-    assert "would stay random: train them whole" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "would stay random: train them whole, as by lora.heads=[classifier]" in error
     assert scalabl("train", *words, "model.name=headed") == 1
     assert "has a head for 2 classes, but the data has 3" in capsys.readouterr().err
     assert scalabl("train", *words) == 0

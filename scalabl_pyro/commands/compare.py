@@ -60,9 +60,12 @@ class CompareConfig:
                 f"tuning_seed {self.tuning_seed} is among the seeds {list(self.seeds)}: trials must"
                 " not be chosen on a seed that is reported"
             )
+        if self.jobs < 0:
+            raise ConfigError(f"jobs is {self.jobs}: expected 1 or more, or 0 for one a core")
         for name, trials in self.methods.items():
             for trial in trials:
-                self.run_config(name, trial, self.tuning_seed)
+                for seed in (self.tuning_seed, *self.seeds):
+                    self.run_config(name, trial, seed)
 
     def run_config(
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""

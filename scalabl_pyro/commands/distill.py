@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import Split, iter_records
 from ..distill import distill
-from ..files import new_folder, whole_folder
+from ..files import new_path, whole_folder
 from ..loading import make_adapter
 from ..peft_io import save_adapter
 from ..predict import Predictor, average, predict
@@ -47,7 +47,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     :raises ValueError: if a record is bad, or the run is a point estimate.
     :raises FileExistsError: if the output exists.
     """
-    output = new_folder(Path(config.output))
+    output = new_path(Path(config.output))
     run = load_run(config.run)
     if run.predictor.draws is None:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")

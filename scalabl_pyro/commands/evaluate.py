@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..data import DataSource
-from ..files import check_writable, write_whole
+from ..files import new_path, write_whole
 from ..metrics import evaluate
 from ..predict import predict
 from ..prediction import PredictionConfig, make_predictor
@@ -36,9 +36,12 @@ class EvaluateConfig:
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Metrics of a run folder on one split."""
+    """Metrics of a run folder on one split.
+
+    :raises FileExistsError: if the output exists.
+    """
     if config.output is not None:
-        check_writable(Path(config.output))
+        new_path(Path(config.output))
     trained = load_run(config.run)
     classes = config.data.classes or trained.class_names
     records = replace(config.data, classes=classes).read_split(config.split)

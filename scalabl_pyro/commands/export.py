@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import new_folder
+from ..files import new_path
 from ..peft_io import check_output_layer, export, merge, push_to_hub
 from ..run_folder import load_run
 
@@ -35,7 +35,7 @@ class ExportConfig:
 
 def export_run(config: ExportConfig) -> dict[str, Any]:
     """Export a run folder; what is uploaded has been written first."""
-    output = new_folder(Path(config.output))
+    output = new_path(Path(config.output))
     run = load_run(config.run)
     metrics = json.loads((Path(config.run) / "metrics.json").read_text())
     settings, readout = run.config, run.readout

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..files import check_writable, write_whole
+from ..files import new_path, write_whole
 
 __all__ = ["ResumableJsonl"]
 
@@ -105,8 +105,7 @@ class ResumableJsonl:
         return self._part.open("ab")
 
     def __enter__(self) -> ResumableJsonl:
-        self._check_new()
-        check_writable(self.path)
+        new_path(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -115,7 +114,7 @@ class ResumableJsonl:
                 f"another process writes {self.path}: wait for it, or choose another output"
             ) from error
         try:
-            self._check_new()  # again: it may have been finished just before
+            new_path(self.path)  # again: it may have been finished just before
             if self._part.exists():
                 self._check_settings()
                 self._take_up()
@@ -128,12 +127,6 @@ class ResumableJsonl:
         if not self._part.exists():  # complete, or never begun: nothing is left behind
             Path(self._lock.lock_file).unlink()
         self._lock.release()
-
-    def _check_new(self) -> None:
-        if self.path.exists():
-            raise FileExistsError(
-                f"the output {self.path} exists; choose another output, or remove it"
-            )
 
     def __exit__(
         self,

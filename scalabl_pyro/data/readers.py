@@ -23,7 +23,8 @@ def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8"))
+                # Some editors begin a file with a byte order mark.
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 JSON ({error})") from error
 
