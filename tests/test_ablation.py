@@ -59,6 +59,8 @@ def test_every_row_runs_and_is_kept(ablation, monkeypatch, capsys, words, tmp_pa
     assert {"kl", "elbo", "elpd_loo", "k_hat", "entropy_gain"} < guides["IAF, moved"].keys()
     assert "kl" not in guides["delta"]
     runs = (tmp_path / "runs").read_text()
+    assert found["kl"]["linear"] == found["scale"]["initial σ 0.05"] == guides["normal"]
+    assert "linear" not in runs  # what changes nothing runs once, with the guides
     again = last_line(ablation, monkeypatch, capsys, words)
     assert again == found
     assert (tmp_path / "runs").read_text() == runs
