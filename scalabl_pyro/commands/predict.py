@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Record, iter_records
+from ..files import new_path
 from ..metrics import entropy, mutual_information
 from ..predict import average, predict
 from ..prediction import PredictionConfig, make_predictor
@@ -42,6 +44,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     :raises ValueError: if a record is bad, or the output was begun with other settings or for other
         records.
     """
+    new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.method)
