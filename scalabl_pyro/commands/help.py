@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from textwrap import indent
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["explain"]
 
@@ -13,12 +13,12 @@ CONFIGS = files("scalabl_pyro.configs")
 
 
 def explain(command: str) -> str:
-    """Every setting of a command with its default and what it means."""
+    """The settings of a command, with their defaults and what they mean."""
     sections = [_settings(f"{command}.yaml")]
     for entry in OmegaConf.create(_text(f"{command}.yaml")).defaults:
         if entry == "base":
             sections.append(_settings("base.yaml"))
-        elif "method" in entry:
+        elif isinstance(entry, DictConfig) and "method" in entry:
             others = sorted(path.name for path in (CONFIGS / "method").iterdir())
             names = ", ".join(name.removesuffix(".yaml") for name in others)
             settings = _settings(f"method/{entry.method}.yaml").rstrip()
