@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,11 @@ class SubspaceAdapter:
     def device(self) -> torch.device:
         return self._A[0].weight.device
 
+    def set_dropout(self, rate: float) -> None:
+        """Drop inputs of every A in training with this probability, in place of LoRA's own rate."""
+        for layer in self.layers.values():
+            layer.lora_dropout[_NAME] = nn.Dropout(rate).train(False)
+
     @property
     def has_dropout(self) -> bool:
         """Whether training draws dropout masks."""
@@ -212,6 +217,23 @@ class SubspaceAdapter:
             self._s = bound
             for A, weight in zip(self._A, kept, strict=True):
                 A.weight.copy_(weight)
+
+    @contextmanager
+    @torch.no_grad()
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other projections, until the context ends.
+
+        :param weights: by the names of :meth:`state`.
+        """
+        stored = self.state()
+        kept = {name: stored[name].clone() for name in weights}
+        for name, value in weights.items():
+            stored[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                stored[name].copy_(value)
 
     def shard(self) -> None:
         """Spread the base model over the processes that train together (see ``distributed``)."""

@@ -56,11 +56,13 @@ def export(
     :param output_layer: ``keep``, ``drop`` or ``merge``.
     :param metrics: for the model card, as in ``metrics.json`` of a run.
     :returns: the manifest.
-    :raises ValueError: if the run has fewer draws, or ``merge`` finds no adapted output layer.
+    :raises ValueError: if the run has fewer draws, or draws of more than s, or ``merge`` finds no
+        adapted output layer.
     :raises FileExistsError: if the folder exists.
     """
     check_output_layer(output_layer)
-    adapter, bank = run.predictor.adapter, run.predictor.draws
+    predictor = run.subspace_predictor()
+    adapter, bank = predictor.adapter, predictor.draws
     head = _output_layer(adapter)
     if output_layer == "merge" and head is None:
         raise ValueError("output_layer is 'merge', but no output layer is adapted: set it to keep")
@@ -201,7 +203,7 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         "scaling": adapter.scaling,
         "output_layer": output_layer,
         "draws": names[1:],
-        "temperature": run.predictor.temperature,
+        "temperature": run.subspace_predictor().temperature,
         "auto_class": readout.auto_class,
     }
     if isinstance(readout, LabelTokens):

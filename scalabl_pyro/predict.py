@@ -19,6 +19,7 @@ from .data import Batch, Record, Split
 
 __all__ = [
     "MAX_ROWS",
+    "KeptPredicts",
     "Predictions",
     "Predictor",
     "Predicts",
@@ -50,6 +51,12 @@ class Predicts(Protocol):
     def logits(self, batch: Batch) -> Tensor: ...
 
 
+class KeptPredicts(Predicts, Protocol):
+    """What a run folder keeps: a predictor that names its own tensors."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
 @dataclass(slots=True, eq=False)
 class Predictor:
     """What every method ends as: logits for a batch, one set per draw.
@@ -71,6 +78,10 @@ class Predictor:
     def num_draws(self) -> int:
         """S; 1 if deterministic."""
         return 1 if self.draws is None else len(self.draws)
+
+    def state(self) -> dict[str, Tensor]:
+        """The draws as ``s``, if there are some."""
+        return {} if self.draws is None else {"s": self.draws}
 
     @torch.no_grad()
     def logits(self, batch: Batch, some: slice = slice(None)) -> Tensor:

@@ -62,16 +62,16 @@ class PredictionConfig:
 def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     """What predicts in this way.
 
-    :raises ValueError: if the run is a point estimate, and the way is another than its own.
+    :raises ValueError: if the run has no posterior over s, and the way is another than its own.
     """
     if config == PredictionConfig():
         return run.predictor
     if run.guide is None:
-        raise ValueError("the run is a point estimate, without a posterior: leave method as it is")
-    adapter, median = run.predictor.adapter, run.guide.median()["s"]
+        raise ValueError("the run has no posterior over s: leave method as it is")
+    predictor, median = run.subspace_predictor(), run.guide.median()["s"]
+    adapter, draws = predictor.adapter, predictor.draws
     if config.name == "mean":
-        return replace(run.predictor, draws=median[None])
-    draws = run.predictor.draws
+        return replace(predictor, draws=median[None])
     if config.draws is not None:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
@@ -82,4 +82,4 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         draws = hold(draws, median, adapter.trunk.above(depth))
     if config.name == "linearised":
         return Linearised(adapter, median, draws)
-    return replace(run.predictor, draws=draws)
+    return replace(predictor, draws=draws)

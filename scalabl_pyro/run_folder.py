@@ -2,7 +2,7 @@
 
 * ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
-  guide's parameters and the bank of draws ``s`` (S, M, r)
+  guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
 * ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
@@ -33,7 +33,7 @@ from .guides import AutoSubspace
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
 from .model import LoRAModel, ScalaBLModel
-from .predict import Predictions, Predictor, average, predict
+from .predict import KeptPredicts, Predictions, Predictor, Predicts, average, predict
 from .readout import LabelTokens, Readout
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
@@ -52,12 +52,12 @@ class Run:
 
     :param predictor: gives the logits that it gave before saving.
     :param model: the probabilistic model, with what its prior learned.
-    :param guide: the posterior q(s), or ``None`` for a point estimate.
+    :param guide: the posterior q(s), or ``None`` without one.
     """
 
     config: RunConfig
     classes: Classes
-    predictor: Predictor
+    predictor: KeptPredicts
     model: LoRAModel
     guide: AutoSubspace | None
 
@@ -71,6 +71,18 @@ class Run:
         model = self.config.model
         letters = model.readout == "label_tokens" and model.prompt == "letters"
         return self.config.data.classes or (() if letters else self.classes.words)
+
+    def subspace_predictor(self) -> Predictor:
+        """The predictor, as one at draws of s or at a point.
+
+        :raises ValueError: if the method has draws of something else.
+        """
+        if not isinstance(self.predictor, Predictor):
+            raise ValueError(
+                f"method {self.config.method['name']} predicts by more than one adapter and vector"
+                " s: of such a run there are train, compare, evaluate, predict and distill alone"
+            )
+        return self.predictor
 
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records for the run's model.
@@ -129,9 +141,9 @@ def _write_run(
     predictions: Mapping[str, Predictions],
     trials: Sequence[Mapping[str, Any]],
 ) -> None:
-    adapter, draws = fitted.predictor.adapter, fitted.predictor.draws
+    predictor, adapter = fitted.predictor, fitted.predictor.adapter
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
-    mean = posterior_mean(fitted.predictor, fitted.guide)
+    mean = posterior_mean(predictor, fitted.guide)
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
@@ -140,8 +152,7 @@ def _write_run(
     if isinstance(fitted.model, ScalaBLModel):
         prior_state = fitted.model.prior.state_dict()
         posterior |= {f"prior.{name}": value for name, value in prior_state.items()}
-    if draws is not None:
-        posterior["s"] = draws
+    posterior |= predictor.state()
     if posterior:
         save_file(_tensors(posterior), part / "posterior.safetensors")
     readout = adapter.readout
@@ -157,7 +168,7 @@ def _write_run(
             "kl_weight": fitted.result.history[-1]["kl_weight"],
             "num_data": fitted.model.num_data,
             "seed": config.seed,
-            "temperature": fitted.predictor.temperature,
+            "temperature": getattr(predictor, "temperature", 1.0),
             "classes": asdict(classes) | {"form": form},
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },
@@ -217,26 +228,33 @@ def load_run(folder: str | Path) -> Run:
             " model.name in its config.yaml to the model it was trained on"
         )
     model = method.make_model(adapter, num_data=info["num_data"])
-    guide = method.make_guide(model)
     # After the model, which may move the start of an adapter.
     _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
-    draws = None
-    if guide is not None and isinstance(model, ScalaBLModel):
-        saved = _load_tensors(folder / "posterior.safetensors")
-        if "s" not in saved:
-            raise RunFolderError(f"{folder / 'posterior.safetensors'} holds no draws s")
-        draws = saved.pop("s").to(adapter.device)
+    guide, posterior = None, folder / "posterior.safetensors"
+    saved = _load_tensors(posterior) if posterior.exists() or method.svd else {}
+    if isinstance(model, ScalaBLModel):
+        guide = method.make_guide(model)
         targets = {f"guide.{name}": value for name, value in guide.state_dict().items()}
         targets |= {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
-        _load_into(targets, saved)
-    return Run(config, classes, Predictor(adapter, draws, info["temperature"]), model, guide)
+        _load_into(targets, {name: value for name, value in saved.items() if name != "s"})
+        saved = {name: value for name, value in saved.items() if name == "s"}
+    try:
+        predictor = method.restore(
+            adapter,
+            {name: value.to(adapter.device) for name, value in saved.items()},
+            temperature=info["temperature"],
+            seed=info["seed"],
+        )
+    except ValueError as error:
+        raise RunFolderError(f"{posterior}: {error}") from error
+    return Run(config, classes, predictor, model, guide)
 
 
-def posterior_mean(predictor: Predictor, guide: AutoSubspace | None) -> Tensor:
+def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     """(M, r), the s of one pass: the guide's median, the mean of the draws, or 1 without either."""
     if guide is not None:
         return guide.median()["s"]
-    if predictor.draws is not None:
+    if isinstance(predictor, Predictor) and predictor.draws is not None:
         return predictor.draws.mean(0)
     return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 

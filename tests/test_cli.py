@@ -56,7 +56,7 @@ def run(local_model, data, tmp_path, capsys):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("method", ["scalabl", "mle", "map", "temperature"])
+@pytest.mark.parametrize("method", METHODS)
 def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", f"method={method}", *where, *FAST) == 0
@@ -66,10 +66,11 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
         "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
         "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
-    assert ("posterior.safetensors" in names) == (method == "scalabl")
+    with_draws = {"scalabl", "reference", "ensemble"}
+    assert ("posterior.safetensors" in names) == (method in with_draws)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
     with (tmp_path / "out" / "history.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+        assert len(list(csv.DictReader(file))) == (20 if method == "ensemble" else 4)
 
     assert (
         scalabl("evaluate", "run=out", f"data.root={data}", "output=m.json", "progress=false") == 0
@@ -424,7 +425,25 @@ def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
     point = ["method=mle", f"model.name={local_model}", f"data.root={data}", "run_dir=point"]
     assert scalabl("train", *point, *FAST) == 0
     assert scalabl("evaluate", "run=point", f"data.root={data}", "method.name=mean") == 1
-    assert "without a posterior" in capsys.readouterr().err
+    assert "no posterior over s" in capsys.readouterr().err
+
+
+def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_path, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", "method=ensemble", "method.members=2", *where, *FAST) == 0
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "prompt": "the cat"}) + "\n")
+    for words in (
+        ["evaluate", "run=out", f"data.root={data}", "method.name=mean"],
+        ["export", "run=out", "output=exported"],
+        ["generate", "run=out", "input=in.jsonl", "output=o.jsonl"],
+    ):
+        assert scalabl(*words) == 1
+        message = capsys.readouterr().err
+        assert "no posterior over s" in message or "method ensemble predicts by" in message
+    assert not (tmp_path / "exported").exists()
+    questions = write_jsonl(tmp_path / "questions.jsonl", make_records(9))
+    words = ["run=out", f"input={questions}", "output=student", "fit.steps=2"]
+    assert scalabl("distill", *words, "progress=false") == 0
 
 
 def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from scalabl_pyro.guides import GUIDES
 from scalabl_pyro.methods import MAP, METHODS, MLE, ScalaBL, TemperatureScaling
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
+DRAWS = {"scalabl": 10, "reference": 10, "mc_dropout": 10, "ensemble": 5}
 METHOD_OPTIONS = {"map": {"config": FitConfig(steps=3, batch_size=4, weight_decay=0.1)}}
 
 
@@ -27,7 +28,7 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
     found = []
     for _ in range(2):
         fitted = METHODS[name](**options).fit(make_choice, split, split, seed=3)
-        assert fitted.predictor.num_draws == (10 if name in ("scalabl", "reference") else 1)
+        assert fitted.predictor.num_draws == DRAWS.get(name, 1)
         found.append(predict(fitted.predictor, split).logits)
     assert torch.equal(*found)
     assert set(evaluate(found[0], split.labels)) >= {"acc", "ece", "nll", "brier"}

@@ -49,7 +49,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     """
     output = new_path(Path(config.output))
     run = load_run(config.run)
-    if run.predictor.draws is None:
+    if run.predictor.num_draws == 1:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
     split = run.encode(list(iter_records(config.input, run.class_names)))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)

@@ -38,7 +38,7 @@ def generate_file(config: GenerateConfig) -> dict[str, Any]:
     settings = {"run": config.run, "decoding": asdict(config.decoding)}
     with ResumableJsonl(config.output, [record.id for record in records], settings) as file:
         prompts = [record.prompt for record in records]
-        predictor = load_run(config.run).predictor
+        predictor = load_run(config.run).subspace_predictor()
         texts = generate(predictor, prompts, config.decoding, start=file.done)
         with tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar:
             for record, text in zip(records[file.done :], texts, strict=True):

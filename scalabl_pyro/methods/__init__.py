@@ -1,7 +1,9 @@
 """Methods behind one interface, by the name that the command line uses."""
 
 from .base import Fitted, Method, PointMethod
+from .ensemble import Ensemble
 from .map import MAP
+from .mc_dropout import MCDropout
 from .mle import MLE
 from .reference import Reference
 from .scalabl import ScalaBL
@@ -11,7 +13,9 @@ __all__ = [
     "MAP",
     "METHODS",
     "MLE",
+    "Ensemble",
     "Fitted",
+    "MCDropout",
     "Method",
     "PointMethod",
     "Reference",
@@ -20,5 +24,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MLE, MAP, TemperatureScaling, ScalaBL, Reference)
+    method.name: method
+    for method in (MLE, MAP, TemperatureScaling, MCDropout, Ensemble, ScalaBL, Reference)
 }

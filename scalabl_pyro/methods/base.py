@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyro
+from torch import Tensor
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..guides import AutoSubspace
 from ..metrics import evaluate
 from ..model import LoRAModel
-from ..predict import Predictor, predict
+from ..predict import KeptPredicts, Predictor, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
 from ..training_state import Checkpoints
 
@@ -27,11 +28,11 @@ class Fitted:
 
     :param predictor: predicts.
     :param result: the training history.
-    :param guide: the posterior over s, or ``None`` for a point estimate.
+    :param guide: the posterior over s, or ``None`` without one.
     :param model: what was trained.
     """
 
-    predictor: Predictor
+    predictor: KeptPredicts
     result: FitResult
     model: LoRAModel
     guide: AutoSubspace | None = None
@@ -84,7 +85,8 @@ class Method(ABC):
         result = self._train(
             model, guide, train, seed=seed, validate=validate, checkpoints=checkpoints
         )
-        return Fitted(self.make_predictor(model, guide, seed=seed), result, model, guide)
+        predictor = self.make_predictor(model, guide, seed=seed)
+        return Fitted(predictor, result, model, guide)
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""
@@ -95,8 +97,26 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> Predictor:
+    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> KeptPredicts:
         """Predicts by what the parameters are now."""
+
+    def restore(
+        self,
+        adapter: SubspaceAdapter,
+        state: Mapping[str, Tensor],
+        *,
+        temperature: float,
+        seed: int,
+    ) -> KeptPredicts:
+        """The predictor of a run folder.
+
+        :param adapter: with the projections of the run.
+        :param state: what the predictor's own ``state()`` was.
+        :raises ValueError: if something is missing from it.
+        """
+        if self.svd and "s" not in state:
+            raise ValueError("there are no draws s")
+        return Predictor(adapter, state.get("s"), temperature)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         """Train in place.
@@ -123,5 +143,5 @@ class PointMethod(Method):
             )
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> Predictor:
+    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> KeptPredicts:
         return Predictor(model.adapter)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..predict import predict
+from ..predict import Predictor, predict
 from .base import Fitted, PointMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]
@@ -65,4 +65,5 @@ class TemperatureScaling(PointMethod):
         found = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
         assert found.labels is not None
         temperature = best_temperature(found.logits[0], found.labels)
+        assert isinstance(fitted.predictor, Predictor)
         return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))
