@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,6 +31,21 @@ from .trunk import Leaving, Trunk
 __all__ = ["PROJECTIONS", "SubspaceAdapter"]
 
 _NAME = "default"
+
+
+class _Shift(NamedTuple):
+    """ΔA (r, d_in) and the signs u (R, d_in) and v (R, r) at which R rows see it."""
+
+    delta: Tensor
+    u: Tensor
+    v: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """ΔA·x at these signs, (R, ..., r) from (R, ..., d_in)."""
+        u, v = (sign.view(len(sign), *[1] * (x.dim() - 2), -1) for sign in (self.u, self.v))
+        return nn.functional.linear(x * u, self.delta) * v
+
+
 PROJECTIONS = ("free", "unit", "frozen_v", "fixed")
 
 
@@ -98,6 +113,7 @@ class SubspaceAdapter:
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[_NAME]
         self._s: tuple[Tensor, ...] | None = None
+        self._shift: tuple[_Shift, ...] | None = None
         self._fired: list[int] | None = [0] * len(self.layers)
         for index, A in enumerate(self._A):
             A.register_forward_hook(self._scale_by(index))
@@ -126,7 +142,7 @@ class SubspaceAdapter:
         if svd and start is None:
             self._init_loc = self._decompose()
         elif svd:
-            self._decompose_product()
+            self.decompose_product()
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -175,6 +191,23 @@ class SubspaceAdapter:
     def B(self) -> list[Tensor]:
         """The M matrices B, (d_out, r) each."""
         return [B.weight for B in self._B]
+
+    def flat_A(self) -> Tensor:
+        """The M matrices A one after another, (r · Σ_m d_m,)."""
+        return torch.cat([A.weight.flatten() for A in self._A])
+
+    def named_A(self, flat: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`flat_A`, under the names of :meth:`state`.
+
+        :param flat: (\\*draws, r · Σ_m d_m).
+        :returns: (\\*draws, r, d_m) each.
+        """
+        names = {id(parameter): name for name, parameter in self.state().items()}
+        parts = flat.split([A.weight.numel() for A in self._A], dim=-1)
+        return {
+            names[id(A.weight)]: part.unflatten(-1, A.weight.shape)
+            for A, part in zip(self._A, parts, strict=True)
+        }
 
     def num_parameters(self) -> dict[str, int]:
         """How many numbers are trained, in the LoRA projections and in heads apart."""
@@ -255,20 +288,29 @@ class SubspaceAdapter:
     # ------------------------------------------------------------------ forward
 
     def __call__(
-        self, batch: Batch, s: Tensor | None = None, *, per_example: bool = False
+        self,
+        batch: Batch,
+        s: Tensor | None = None,
+        *,
+        per_example: bool = False,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """Logits of a batch, for each draw of s.
 
         :param batch: B examples, moved to the adapter's device if need be.
         :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
         :param per_example: s is (B, M, r), one for each example, and the logits are (B, C).
+        :param shift: numbers as in :meth:`flat_A`, added to the matrices A at signs that are drawn
+            anew for each example, the same for all its rows: with u in {−1, 1}^{d_in} and v in
+            {−1, 1}^r example b has ΔA ∘ (v_b u_bᵀ) (Flipout; Wen et al. 2018, arXiv 1803.04386).
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist. A readout may put
             further dimensions before C.
         :raises ValueError: if s has another shape.
 
-        s stays bound until the next call, for a checkpointed backward pass runs the model again.
+        s and the shift stay bound until the next call, for a checkpointed backward pass runs the
+        model again.
         """
-        return self._run(batch, s, per_example=per_example)
+        return self._run(batch, s, per_example=per_example, shift=shift)
 
     def above_trunk(self, batch: Batch, s: Tensor) -> Callable[[Tensor], Tensor]:
         """The logits of a batch as a function of some of these draws, a (S', M, r), that goes on
@@ -291,6 +333,7 @@ class SubspaceAdapter:
         s: Tensor | None,
         *,
         per_example: bool = False,
+        shift: Tensor | None = None,
         leaving: Leaving | None = None,
     ) -> Tensor:
         draws = self._bind(s)
@@ -300,6 +343,8 @@ class SubspaceAdapter:
             draws = torch.Size()  # the batch's own rows, which are not repeated
         batch = batch.to(self.device)
         inputs, cached = self.trunk.take(batch.inputs)
+        if shift is not None:
+            self._shift = tuple(self._signed(shift, batch))
         S = draws.numel()
         if S > 1:
             # (S·B, ...), draw-major
@@ -330,7 +375,7 @@ class SubspaceAdapter:
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.
         """
-        with self._rebound(self._s):
+        with self._rebound(self._s, self._shift):
             self._bind(s)
             yield self._llm
 
@@ -378,6 +423,7 @@ class SubspaceAdapter:
         return self.trunk.shared(depth, rows=rows, draws=draws)
 
     def _bind(self, s: Tensor | None) -> torch.Size:
+        self._shift = None
         if s is None and not self.unit:
             self._s = None
             return torch.Size()
@@ -391,6 +437,18 @@ class SubspaceAdapter:
         self._s = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
         return s.shape[:-2]
 
+    def _signed(self, shift: Tensor, batch: Batch) -> Iterator[_Shift]:
+        rows_each = batch.inputs["input_ids"][0, ..., 0].numel()
+        for delta in self.named_A(shift).values():
+            u, v = (
+                torch.randint(2, (len(batch), size), device=delta.device, dtype=delta.dtype)
+                .mul_(2)
+                .sub_(1)
+                .repeat_interleave(rows_each, 0)
+                for size in (delta.shape[1], delta.shape[0])
+            )
+            yield _Shift(delta, u, v)
+
     def _effective(self, s: Tensor) -> Tensor:
         """The s that multiplies V's rows as they are stored."""
         if not self.unit:
@@ -400,6 +458,8 @@ class SubspaceAdapter:
 
     def _scale_by(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._shift is not None:
+                output = output + self._shift[index](args[0]).to(output)
             if self._s is None:
                 return output
             if self._fired is not None:
@@ -461,8 +521,9 @@ class SubspaceAdapter:
         return torch.stack(values)
 
     @torch.no_grad()
-    def _decompose_product(self) -> None:
-        """B·A = U·diag(σ)·V; V takes the place of A, U·diag(σ) that of B."""
+    def decompose_product(self) -> Tensor:
+        """B·A = U·diag(σ)·V; V takes the place of A, U·diag(σ) that of B; returns σ (M, r)."""
+        values = []
         for A, B in zip(self._A, self._B, strict=True):
             Q_B, R_B = torch.linalg.qr(B.weight.double())  # (d_out, r), (r, r)
             Q_A, R_A = torch.linalg.qr(A.weight.double().mT)  # (d_in, r), (r, r)
@@ -470,6 +531,8 @@ class SubspaceAdapter:
             A.weight.copy_(V @ Q_A.mT)
             short = B.weight.shape[1] - len(sigma)  # a layer may have fewer outputs than r
             B.weight.copy_(nn.functional.pad(Q_B @ U * sigma, (0, short)))
+            values.append(nn.functional.pad(sigma, (0, short)).to(self._init_loc))
+        return torch.stack(values)
 
     @torch.no_grad()
     def move_start(self, loc: Tensor) -> None:
@@ -487,9 +550,9 @@ class SubspaceAdapter:
     # ------------------------------------------------------------------ gradient checkpointing
 
     def _enable_checkpointing(self) -> None:
-        # Recomputation must read the s of its own forward pass, not the last one that was bound.
+        # Recomputation must read what its own forward pass had, not what was bound last.
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._rebound(self._s)
+            return nullcontext(), self._rebound(self._s, self._shift)
 
         self._llm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         if not self._base_dropout:
@@ -500,12 +563,15 @@ class SubspaceAdapter:
                         setattr(block, name, 0.0)
 
     @contextmanager
-    def _rebound(self, s: tuple[Tensor, ...] | None) -> Iterator[None]:
-        bound, self._s = self._s, s
+    def _rebound(
+        self, s: tuple[Tensor, ...] | None, shift: tuple[_Shift, ...] | None
+    ) -> Iterator[None]:
+        bound = self._s, self._shift
+        self._s, self._shift = s, shift
         try:
             yield
         finally:
-            self._s = bound
+            self._s, self._shift = bound
 
     def _check_checkpointing(self) -> None:
         if not self._checkpointed and any(block.gradient_checkpointing for block in self._blocks):

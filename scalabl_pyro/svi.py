@@ -451,8 +451,10 @@ def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -
 
     :param rest: β·KL − log p(B), what the loss is made of beside the NLL.
     """
-    if not isinstance(model, ScalaBLModel):
+    if guide is no_guide:
         return 0.0
+    if not isinstance(model, ScalaBLModel):
+        return rest / beta
     exact = None
     if isinstance(guide, AutoSubspace) and not model.prior.latents:
         exact = guide.kl(model.prior())

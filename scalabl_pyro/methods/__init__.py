@@ -1,6 +1,7 @@
 """Methods behind one interface, by the name that the command line uses."""
 
 from .base import Fitted, Method, PointMethod
+from .blob import BLoB
 from .ensemble import Ensemble
 from .map import MAP
 from .mc_dropout import MCDropout
@@ -8,11 +9,14 @@ from .mle import MLE
 from .reference import Reference
 from .scalabl import ScalaBL
 from .temperature import TemperatureScaling
+from .tfb import TFB
 
 __all__ = [
     "MAP",
     "METHODS",
     "MLE",
+    "TFB",
+    "BLoB",
     "Ensemble",
     "Fitted",
     "MCDropout",
@@ -25,5 +29,5 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MLE, MAP, TemperatureScaling, MCDropout, Ensemble, ScalaBL, Reference)
+    for method in (MLE, MAP, TemperatureScaling, MCDropout, Ensemble, TFB, BLoB, ScalaBL, Reference)
 }

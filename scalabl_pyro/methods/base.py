@@ -86,7 +86,9 @@ class Method(ABC):
             model, guide, train, seed=seed, validate=validate, checkpoints=checkpoints
         )
         predictor = self.make_predictor(model, guide, seed=seed)
-        return Fitted(predictor, result, model, guide)
+        # A guide over something else than s has told all in the predictor's draws.
+        over_s = guide if isinstance(guide, AutoSubspace) else None
+        return Fitted(predictor, result, model, over_s)
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""

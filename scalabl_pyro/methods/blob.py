@@ -1,0 +1,138 @@
+"""Bayesian low-rank adaptation by backpropagation (Wang et al. 2024, arXiv 2406.11675)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.infer import TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+from ..adapter import SubspaceAdapter
+from ..data import Batch, Split
+from ..model import LoRAModel
+from ..svi import FitResult
+from ..weight_draws import WeightAverage
+from .base import Method
+
+__all__ = ["BLoB", "BLoBModel", "NormalA"]
+
+
+class BLoBModel(LoRAModel):
+    r"""LoRA with random matrices A, stacked in one site ``"A"`` of D = r · Σ_m d_m numbers.
+
+    .. math:: A_{mji} \sim \mathrm{Normal}(0, σ_p^2), \qquad
+              y_n \mid x_n, A \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; A))
+
+    The matrices B and heads are points. Examples of a batch see A at other signs of A − M, where M
+    are the adapter's own matrices (see :class:`~scalabl_pyro.adapter.SubspaceAdapter`), so that the
+    guide has to be symmetric about M.
+
+    :param prior_scale: σ_p.
+    """
+
+    def __init__(self, adapter: SubspaceAdapter, *, num_data: int, prior_scale: float) -> None:
+        super().__init__(adapter, num_data=num_data)
+        self.prior_scale = prior_scale
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, C); samples ``"A"`` and observes ``"label"`` if there are labels."""
+        self.projections()
+        mean = self.adapter.flat_A()
+        prior = dist.Normal(torch.zeros_like(mean), self.prior_scale)
+        A = pyro.sample("A", prior.to_event(1))
+        return self.observe(batch, self.adapter(batch, shift=A - mean))
+
+
+class NormalA(PyroModule):
+    r"""Independent normals about the adapter's own matrices.
+
+    .. math:: q(A) = \mathrm{Normal}(M, \mathrm{diag}(ρ^2)^2), \qquad ρ \text{ starts at }
+              U(\mathrm{init\_scale}/\sqrt2, \mathrm{init\_scale})
+
+    :param init_scale: about the square root of the initial standard deviations.
+    """
+
+    rho: Tensor  # (D,)
+
+    def __init__(self, model: BLoBModel, *, init_scale: float) -> None:
+        super().__init__()
+        self._adapter = (model.adapter,)  # a tuple: an attribute would register its parameters
+        rho = torch.empty_like(model.adapter.flat_A()).uniform_(init_scale / 2**0.5, init_scale)
+        self.rho = PyroParam(rho, constraints.real, 1)  # type: ignore[assignment]
+
+    def get_posterior(self) -> dist.Independent:
+        """q(A), with event shape (D,)."""
+        return dist.Normal(self._adapter[0].flat_A(), self.rho.square()).to_event(1)
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Sample ``"A"``; the arguments are the model's and are ignored."""
+        return {"A": pyro.sample("A", self.get_posterior())}
+
+
+@dataclass(frozen=True)
+class BLoB(Method):
+    """Variational inference over every entry of the matrices A, with Flipout.
+
+    The objective is the published one, −E_q[log p(y | x, A)] + β·KL(q‖p) with the KL in closed
+    form; β follows this package's schedule, and mean and deviation are moved by its one optimizer,
+    with ``fit.lr`` and ``fit.lr_guide``. The published settings are ``prior_scale`` 0.2 and
+    ``init_scale`` 0.05.
+
+    :param prior_scale: standard deviation of the prior on an entry of A.
+    :param init_scale: see :class:`NormalA`.
+    :param draws: S of the bank that predicts.
+    """
+
+    name: ClassVar[str] = "blob"
+
+    prior_scale: float = 0.2
+    init_scale: float = 0.05
+    draws: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("prior_scale", "init_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a number above 0")
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}: expected 1 or more")
+        if self.config.kl.budget is not None:
+            raise ValueError("kl.budget is for method scalabl: set kl.weight")
+
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> BLoBModel:
+        """The probabilistic model of these settings.
+
+        :raises ValueError: if the matrices A are not trained, or wait for a vector s.
+        """
+        if adapter.unit or not adapter.flat_A().requires_grad:
+            raise ValueError("method blob trains every A as it is: set lora.projections=free")
+        return BLoBModel(adapter, num_data=num_data, prior_scale=self.prior_scale)
+
+    def make_guide(self, model: BLoBModel) -> NormalA:
+        """The untrained guide of these settings."""
+        return NormalA(model, init_scale=self.init_scale)
+
+    @torch.no_grad()
+    def make_predictor(self, model: BLoBModel, guide: NormalA, *, seed: int) -> WeightAverage:
+        """Averages over a bank of draws."""
+        q = guide.get_posterior()
+        noise = torch.randn(
+            self.draws, *q.event_shape, generator=torch.Generator().manual_seed(seed)
+        )
+        A = q.mean + noise.to(q.mean) * q.stddev
+        return WeightAverage(model.adapter, model.adapter.named_A(A))
+
+    def restore(
+        self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
+    ) -> WeightAverage:
+        return WeightAverage.restored(adapter, state)
+
+    def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
+        elbo = TraceMeanField_ELBO(max_plate_nesting=1)
+        return super()._train(model, guide, train, elbo=elbo, **options)

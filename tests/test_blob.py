@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from conftest import whole
+from pyro.infer import SVI, TraceMeanField_ELBO
+from torch.distributions import Normal, kl_divergence
+
+from scalabl_pyro import FitConfig, KLSchedule, fit, predict
+from scalabl_pyro.methods import MLE, BLoB
+from scalabl_pyro.methods.blob import BLoBModel, NormalA
+
+CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
+
+
+@pytest.fixture(params=["make_causal", "make_choice", "make_classifier"])
+def plain(request):
+    """A plain LoRA adapter with each readout."""
+    return request.getfixturevalue(request.param)(svd=False)
+
+
+def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
+    batch = whole(plain.readout.encode(records))
+    shift = torch.randn_like(plain.flat_A())
+    with torch.no_grad():
+        logits = plain(batch, shift=shift)
+        signs = plain._shift
+        rows_each = len(signs[0].u) // len(batch)
+        for b in range(len(batch)):
+            weights = {
+                name: A + delta * torch.outer(sign.v[b * rows_each], sign.u[b * rows_each])
+                for (name, A), delta, sign in zip(
+                    plain.named_A(plain.flat_A()).items(),
+                    plain.named_A(shift).values(),
+                    signs,
+                    strict=True,
+                )
+            }
+            with plain.holding(weights):
+                torch.testing.assert_close(plain(batch)[b], logits[b], atol=1e-5, rtol=1e-4)
+        assert len({tuple(row) for row in signs[0].u[::rows_each].tolist()}) > 1
+        assert not torch.allclose(plain(batch), logits)  # and gone in the next call
+
+
+def test_a_checkpointed_gradient_is_that_of_its_own_signs(make_causal, records):
+    found = []
+    for checkpointed in (False, True):
+        adapter = make_causal(svd=False, gradient_checkpointing=checkpointed)
+        batch = whole(adapter.readout.encode(records))
+        shift = torch.full_like(adapter.flat_A(), 0.3)
+        torch.manual_seed(2)
+        adapter.train()
+        loss = adapter(batch, shift=shift).square().sum()
+        with torch.no_grad(), adapter.bound(None):  # something else runs in between
+            pass
+        loss.backward()
+        found.append({name: p.grad for name, p in adapter.named_parameters().items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_names_and_back(plain):
+    flat = torch.randn(2, len(plain.flat_A()))
+    named = plain.named_A(flat)
+    assert list(named) == [name for name in plain.state() if ".lora_A." in name]
+    assert torch.equal(torch.cat([x.flatten(1) for x in named.values()], dim=1), flat)
+
+
+def test_the_divergence_is_that_of_q_from_p(plain, records):
+    split = plain.readout.encode(records)
+    model = BLoBModel(plain, num_data=len(split), prior_scale=0.2)
+    guide = NormalA(model, init_scale=0.05)
+    sigma = guide.rho.detach().square()
+    assert ((sigma >= 0.00125) & (sigma <= 0.0025)).all()
+    mean = plain.flat_A().detach()
+    expected = kl_divergence(Normal(mean, sigma), Normal(0.0, 0.2)).sum()
+    elbo = TraceMeanField_ELBO(max_plate_nesting=1)
+    history = fit(model, guide, split, CONFIG, elbo=elbo, progress=False).history
+    assert history[0]["kl"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_with_no_spread_and_no_weight_it_is_maximum_likelihood(make_choice, records):
+    split = make_choice().readout.encode(records)
+    config = FitConfig(steps=3, batch_size=4, lr=0.01, lr_guide=0.0, kl=KLSchedule(1e-12))
+    blob = BLoB(config, progress=False, init_scale=1e-4, draws=2)
+    found = predict(blob.fit(make_choice, split, None, seed=1).predictor, split).logits
+    mle = MLE(config, progress=False).fit(make_choice, split, None, seed=1)
+    expected = predict(mle.predictor, split).logits[0]
+    for logits in found:
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_large_weight_brings_q_to_the_prior(make_choice, records):
+    split = make_choice().readout.encode(records)
+    config = FitConfig(steps=300, batch_size=12, lr=0.05, lr_guide=0.05, kl=KLSchedule(1e4))
+    method = BLoB(config, progress=False, prior_scale=0.2)
+    fitted = method.fit(make_choice, split, None, seed=1)
+    draws = torch.cat([w.flatten(1) for w in fitted.predictor.weights.values()], dim=1)
+    assert float(draws.mean()) == pytest.approx(0, abs=0.01)
+    assert float(draws.std()) == pytest.approx(0.2, rel=0.05)
+    assert fitted.result.history[-1]["kl"] < fitted.result.history[0]["kl"] / 20
+
+
+def test_plain_svi_trains_it(make_causal, records):
+    adapter = make_causal(svd=False)
+    split = adapter.readout.encode(records)
+    model = BLoBModel(adapter, num_data=len(split), prior_scale=0.2)
+    guide = NormalA(model, init_scale=0.05)
+    before = guide.rho.detach().clone(), adapter.flat_A().detach().clone()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO(max_plate_nesting=1))
+    svi.step(whole(split))
+    assert not torch.equal(guide.rho, before[0])
+    assert not torch.equal(adapter.flat_A(), before[1])
+
+
+@pytest.mark.parametrize("projections", ["unit", "frozen_v", "fixed"])
+def test_matrices_that_do_not_move_are_refused(make_causal, projections):
+    adapter = make_causal(svd=False, projections=projections)
+    with pytest.raises(ValueError, match=r"set lora\.projections=free"):
+        BLoB().make_model(adapter, num_data=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior_scale": 0.0}, "prior_scale is 0.0"),
+        ({"init_scale": -1.0}, "init_scale is -1.0"),
+        ({"draws": 0}, "draws is 0"),
+        ({"config": FitConfig(kl=KLSchedule(budget=3.0))}, "kl.budget is for method scalabl"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BLoB(**options)

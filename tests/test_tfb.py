@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import whole
+
+from scalabl_pyro import FitConfig, evaluate, predict
+from scalabl_pyro.methods import MLE, TFB
+
+CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
+
+
+def test_a_decomposed_product_computes_the_same(make_causal, records):
+    adapter = make_causal(svd=False)
+    batch = whole(adapter.readout.encode(records))
+    with torch.no_grad():
+        before = adapter(batch)
+        d = adapter.decompose_product()
+        torch.testing.assert_close(adapter(batch), before, atol=1e-5, rtol=1e-4)
+    for A, B, values in zip(adapter.named_A(adapter.flat_A()).values(), adapter.B, d, strict=True):
+        torch.testing.assert_close(A @ A.mT, torch.eye(len(A)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(B.mT @ B, values.square().diag(), atol=1e-5, rtol=1e-4)
+
+
+def test_noise_is_the_same_in_all_directions_of_the_update(make_choice, records):
+    split = make_choice().readout.encode(records)
+    method = TFB(CONFIG, progress=False, tolerance=1e6, max_scale=0.1, bisections=3, draws=200)
+    fitted = method.fit(make_choice, split, None, seed=0)
+    adapter = fitted.model.adapter
+    sigma = 0.1 * (1 - 2**-3)
+    for (name, draws), B in zip(fitted.predictor.weights.items(), adapter.B, strict=True):
+        U = B / B.norm(dim=0)
+        noise = (U.mT @ B @ (draws - adapter.state()[name])).detach()  # (S, r, d_in)
+        torch.testing.assert_close(noise.std((0, 2)), torch.full((4,), sigma), rtol=0.1, atol=0)
+        assert abs(float(noise.mean())) < 0.04 * sigma
+
+
+def test_it_is_the_most_noise_that_training_data_allow(make_choice, records):
+    split = make_choice().readout.encode(records)
+    settings = {"tolerance": 0.01, "max_scale": 2.0, "draws": 5, "examples": len(records)}
+    config = FitConfig(steps=40, batch_size=4, lr=0.05)
+    plain = MLE(config, progress=False).fit(make_choice, split, None, seed=0)
+    nll = evaluate(predict(plain.predictor, split).logits, split.labels)["nll"]
+
+    def change(bisections):
+        method = TFB(config, progress=False, bisections=bisections, **settings)
+        fitted = method.fit(make_choice, split, None, seed=0)
+        found = evaluate(predict(fitted.predictor, split).logits, split.labels)["nll"]
+        name, draws = next(iter(fitted.predictor.weights.items()))
+        return abs(found - nll), float((draws - fitted.model.adapter.state()[name]).std())
+
+    coarse, fine = change(4), change(8)
+    assert coarse[0] <= 0.01 * nll
+    assert fine[0] <= 0.01 * nll
+    assert fine[1] >= coarse[1]
+    assert fine[1] > 0
+
+
+def test_where_no_noise_is_allowed_it_says_so(make_choice, records, caplog):
+    split = make_choice().readout.encode(records)
+    method = TFB(CONFIG, progress=False, tolerance=1e-12, max_scale=5.0, draws=2)
+    fitted = method.fit(make_choice, split, None, seed=0)
+    assert "all draws are the same" in caplog.text
+    first, second = predict(fitted.predictor, split).logits
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"max_scale": -1.0}, "max_scale is -1.0"),
+        ({"bisections": 0}, "bisections is 0"),
+        ({"examples": 0}, "examples is 0"),
+        ({"draws": 0}, "draws is 0"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TFB(**options)
