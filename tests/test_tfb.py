@@ -47,7 +47,7 @@ def test_it_is_the_most_noise_that_training_data_allow(make_choice, records):
         fitted = method.fit(make_choice, split, None, seed=0)
         found = evaluate(predict(fitted.predictor, split).logits, split.labels)["nll"]
         name, draws = next(iter(fitted.predictor.weights.items()))
-        return abs(found - nll), float((draws - fitted.model.adapter.state()[name]).std())
+        return abs(found - nll), float((draws - fitted.model.adapter.state()[name].detach()).std())
 
     coarse, fine = change(4), change(8)
     assert coarse[0] <= 0.01 * nll
