@@ -192,6 +192,11 @@ class SubspaceAdapter:
         """The M matrices B, (d_out, r) each."""
         return [B.weight for B in self._B]
 
+    def matrices(self) -> dict[str, nn.Linear]:
+        """The linear maps A and B, by the names of their weights in :meth:`state`."""
+        names = {id(parameter): name for name, parameter in self.state().items()}
+        return {names[id(layer.weight)]: layer for layer in (*self._A, *self._B)}
+
     def flat_A(self) -> Tensor:
         """The M matrices A one after another, (r · Σ_m d_m,)."""
         return torch.cat([A.weight.flatten() for A in self._A])

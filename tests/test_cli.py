@@ -66,7 +66,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
         "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
         "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
-    with_draws = {"scalabl", "reference", "ensemble", "tfb", "blob"}
+    with_draws = {"scalabl", "reference", "ensemble", "laplace_lora", "tfb", "blob"}
     assert ("posterior.safetensors" in names) == (method in with_draws)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
     with (tmp_path / "out" / "history.csv").open() as file:

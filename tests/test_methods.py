@@ -8,7 +8,9 @@ from scalabl_pyro.guides import GUIDES
 from scalabl_pyro.methods import MAP, METHODS, MLE, ScalaBL, TemperatureScaling
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
-DRAWS = {"ensemble": 5} | dict.fromkeys(("scalabl", "reference", "mc_dropout", "tfb", "blob"), 10)
+DRAWS = {"ensemble": 5, "laplace_lora": 100} | dict.fromkeys(
+    ("scalabl", "reference", "mc_dropout", "tfb", "blob"), 10
+)
 METHOD_OPTIONS = {"map": {"config": FitConfig(steps=3, batch_size=4, weight_decay=0.1)}}
 
 

@@ -3,6 +3,7 @@
 from .base import Fitted, Method, PointMethod
 from .blob import BLoB
 from .ensemble import Ensemble
+from .laplace_lora import LaplaceLoRA
 from .map import MAP
 from .mc_dropout import MCDropout
 from .mle import MLE
@@ -19,6 +20,7 @@ __all__ = [
     "BLoB",
     "Ensemble",
     "Fitted",
+    "LaplaceLoRA",
     "MCDropout",
     "Method",
     "PointMethod",
@@ -29,5 +31,16 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MLE, MAP, TemperatureScaling, MCDropout, Ensemble, TFB, BLoB, ScalaBL, Reference)
+    for method in (
+        MLE,
+        MAP,
+        TemperatureScaling,
+        MCDropout,
+        Ensemble,
+        LaplaceLoRA,
+        TFB,
+        BLoB,
+        ScalaBL,
+        Reference,
+    )
 }

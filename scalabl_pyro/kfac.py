@@ -1,0 +1,169 @@
+"""Kronecker-factored curvature of the matrices A and B (KFAC), and what it says of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from .adapter import SubspaceAdapter
+from .data import Batch, Split
+
+__all__ = ["Kronecker", "kfac", "logit_moments"]
+
+
+class Kronecker(NamedTuple):
+    r"""H ≈ X ⊗ G for a matrix W (d_out, d_in), X = xᵀx and G = gᵀg.
+
+    :param x: (k, d_in), orthogonal rows.
+    :param g: (k', d_out), orthogonal rows.
+    """
+
+    x: Tensor
+    g: Tensor
+
+    def eigenvalues(self) -> Tensor:
+        """(k', k) in float64, those of H that may differ from 0."""
+        x, g = (root.double().square().sum(-1) for root in self)
+        return g[:, None] * x
+
+    def covariance(self, J: Tensor, precision: float) -> Tensor:
+        """J (H + λI)⁻¹ Jᵀ, (B, C, C), without a matrix of the size of H.
+
+        :param J: (B, C, d_out, d_in), derivatives of C logits with respect to W.
+        :param precision: λ.
+        """
+        # In float64: what H does not know is a difference that may be small, over a small λ.
+        J, g, x = J.double(), self.g.double(), self.x.double()
+        normal = nn.functional.normalize
+        rotated = torch.einsum("ko,bcod,jd->bckj", normal(g), J, normal(x))
+        shrunk = self.eigenvalues() / (self.eigenvalues() + precision)
+        inside = torch.einsum("bckj,kj,bekj->bce", rotated, shrunk, rotated)
+        return (torch.einsum("bcod,beod->bce", J, J) - inside) / precision
+
+    def log_det(self, precision: float) -> float:
+        """log det(H + λI)."""
+        known = self.eigenvalues()
+        rest = self.x.shape[1] * self.g.shape[1] - known.numel()
+        return float((known + precision).log().sum() + rest * torch.tensor(precision).log())
+
+
+def kfac(
+    adapter: SubspaceAdapter, split: Split, *, rank: int, batch_size: int = 16
+) -> dict[str, Kronecker]:
+    r"""The generalised Gauss-Newton matrix of −Σ_n log p(y_n | x_n), a block for each A and B.
+
+    .. math:: X ⊗ G, \quad X = \tfrac{1}{R} \sum_{n, t} x_{nt} x_{nt}^⊤, \quad
+              G = \sum_{n, t, c} g_{ntc} \, g_{ntc}^⊤, \quad
+              g_{ntc} = ∂ \big(\sqrt{p_{nc}} (e_c - p_n)^⊤ f(x_n)\big) / ∂ (W x_{nt})
+
+    over R tokens that are no padding (Martens & Grosse 2015, arXiv 1503.05671; weights shared by
+    tokens: "expand" of Eschenhagen et al. 2023, arXiv 2311.00636). C backward passes.
+
+    :param rank: most eigenvectors kept of X and of G, by incremental singular value decompositions;
+        without loss if it is not below the size.
+    :param batch_size: B of a pass.
+    :returns: by the names of ``adapter.state()``.
+    """
+    adapter.eval()
+    roots: dict[str, tuple[Tensor, Tensor]] = {}
+    counts: dict[str, int] = {}
+    for start in range(0, len(split), batch_size):
+        batch = split.collate(split.examples[start : start + batch_size]).to(adapter.device)
+        mask = batch.inputs["attention_mask"].flatten(0, -2).bool()  # (R, T)
+        f, seen = _run(adapter, batch)
+        p = f.detach().softmax(-1)
+        columns = p.sqrt()[:, :, None] * (torch.eye(p.shape[1], device=p.device) - p[:, None])
+        slopes = _slopes(f, batch, columns.unbind(1), seen)
+        for index, (name, (x, _)) in enumerate(seen.items()):
+            inputs = _tokens(x, mask)
+            outputs = torch.cat([_tokens(slope[index], mask) for slope in slopes])
+            counts[name] = counts.get(name, 0) + len(inputs)
+            if name in roots:
+                inputs, outputs = (
+                    torch.cat(pair) for pair in zip(roots[name], (inputs, outputs), strict=True)
+                )
+            roots[name] = _top(inputs, rank), _top(outputs, rank)
+    return {name: Kronecker(x / counts[name] ** 0.5, g) for name, (x, g) in roots.items()}
+
+
+def logit_moments(
+    adapter: SubspaceAdapter, batch: Batch, factors: Mapping[str, Kronecker], precision: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C) and covariance (B, C, C) of logits that are linear in the matrices A and B, of
+    which each is normal with covariance (H + λI)⁻¹; the latter in float64. C backward passes.
+
+    :param precision: λ.
+    """
+    batch = batch.to(adapter.device)
+    f, seen = _run(adapter, batch)
+    units = torch.eye(f.shape[1], device=f.device).expand(len(batch), -1, -1)
+    slopes = _slopes(f, batch, units.unbind(1), seen)
+    covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
+    for index, (name, (x, _)) in enumerate(seen.items()):
+        x = x.reshape(len(batch), -1, x.shape[-1])  # all tokens of all rows of an example
+        J = torch.stack(
+            [
+                torch.einsum("bto,btd->bod", slope[index].reshape(*x.shape[:2], -1), x)
+                for slope in slopes
+            ],
+            dim=1,
+        )
+        covariance += factors[name].covariance(J, precision)
+    return f.detach(), covariance
+
+
+Seen = dict[str, tuple[Tensor, Tensor]]
+
+
+def _run(adapter: SubspaceAdapter, batch: Batch) -> tuple[Tensor, Seen]:
+    """Logits, and the input and output of every matrix."""
+    with torch.enable_grad(), _recorded(adapter) as seen:
+        f = adapter(batch)
+    return f, seen
+
+
+@contextmanager
+def _recorded(adapter: SubspaceAdapter) -> Iterator[Seen]:
+    seen: Seen = {}
+
+    def record(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()  # of a frozen A in the first block
+        seen[name] = args[0].detach(), output
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: record(name, args, output))
+        for name, module in adapter.matrices().items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _slopes(
+    f: Tensor, batch: Batch, directions: Sequence[Tensor], seen: Seen
+) -> list[tuple[Tensor, ...]]:
+    """For each direction (B, C), the derivatives of f's component along it for every output."""
+    f = f.masked_fill(~batch.choices, 0.0)  # −inf has no slope
+    outputs = [output for _, output in seen.values()]
+    return [grad((d * f).sum(), outputs, retain_graph=True) for d in directions]
+
+
+def _tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """(n, d) of what is no padding; a layer behind the last token's choice has no padding."""
+    return values[mask] if values.shape[:-1] == mask.shape else values.flatten(0, -2)
+
+
+def _top(rows: Tensor, rank: int) -> Tensor:
+    """(k, d), orthogonal, with about the same rowsᵀ·rows, k ≤ rank."""
+    if len(rows) > rows.shape[1]:
+        rows = torch.linalg.qr(rows, mode="r").R
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    return sizes[:rank, None] * directions[:rank]
