@@ -93,7 +93,8 @@ def posterior_mean(bench: Bench, fitted: Fitted) -> Predictor:
 
 def trained_then_s(bench: Bench, method: Method, seed: int) -> Fitted:
     """MLE on the first 800 questions, then inference on s alone on the other 200."""
-    first = bench.fit(mle(3e-4)(method.config.steps), seed, questions=slice(800))
+    lr = 3e-4 if method.config.steps == STEPS else 1e-4  # what MLE chooses
+    first = bench.fit(mle(lr)(method.config.steps), seed, questions=slice(800))
     with TemporaryDirectory() as folder:
         first.predictor.adapter.peft_model.save_pretrained(folder)
         return bench.fit(

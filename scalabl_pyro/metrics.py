@@ -22,6 +22,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 def mutual_information(logits: Tensor) -> Tensor:
     """H[p̄] − mean_k H[p_k] ≥ 0 in nats, (N,) from (S, N, C): how far the draws disagree."""
+    if len(logits) == 1:
+        return logits.new_zeros(logits.shape[1:-1])  # and not the rounding of two equal numbers
     each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
     return (entropy(logits) - each).clamp(min=0)
 

@@ -194,7 +194,9 @@ def _best(
     for i, (trial, attempt) in enumerate(zip(config.trials, config.attempts(), strict=True)):
         gc.collect()  # one language model in memory at a time, and they refer to themselves
         try:
-            nll = _validation_nll(config, fit(attempt, f"trial-{i}"), validation)
+            fitted = fit(attempt, f"trial-{i}")
+            nll = attempt.make_method().nll(fitted.predictor, validation)
+            del fitted
         except NonFiniteLossError as error:
             log.warning("the trial %s diverged: %s", trial, error)
             nll = None
@@ -205,8 +207,3 @@ def _best(
         raise NonFiniteLossError("every trial diverged; lower lr or lr_guide")
     gc.collect()
     return best[0], fit(*best), trials  # its last checkpoint, to the bit
-
-
-def _validation_nll(config: RunConfig, fitted: Fitted, validation: Split) -> float:
-    found = predict(fitted.predictor, validation, batch_size=config.eval_batch_size)
-    return evaluate(found.logits, found.labels)["nll"]

@@ -15,7 +15,7 @@ from ..data import Split
 from ..guides import AutoSubspace
 from ..metrics import evaluate
 from ..model import LoRAModel
-from ..predict import KeptPredicts, Predictor, predict
+from ..predict import KeptPredicts, Predictor, Predicts, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
 from ..training_state import Checkpoints
 
@@ -78,9 +78,7 @@ class Method(ABC):
         if validation is not None:
 
             def validate() -> float:
-                predictor = self.make_predictor(model, guide, seed=seed)
-                found = predict(predictor, validation, batch_size=self.eval_batch_size)
-                return evaluate(found.logits, found.labels)["nll"]
+                return self.nll(self.make_predictor(model, guide, seed=seed), validation)
 
         result = self._train(
             model, guide, train, seed=seed, validate=validate, checkpoints=checkpoints
@@ -89,6 +87,11 @@ class Method(ABC):
         # A guide over something else than s has told all in the predictor's draws.
         over_s = guide if isinstance(guide, AutoSubspace) else None
         return Fitted(predictor, result, model, over_s)
+
+    def nll(self, predictor: Predicts, split: Split) -> float:
+        """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats."""
+        found = predict(predictor, split, batch_size=self.eval_batch_size)
+        return evaluate(found.logits, found.labels)["nll"]
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..metrics import evaluate
-from ..predict import Predicts, predict
 from ..weight_draws import WeightAverage
 from .base import Fitted, PointMethod
 
@@ -82,7 +80,7 @@ class TFB(PointMethod):
             [train.records[i] for i in chosen], [train[i] for i in chosen], train.collate
         )
         adapter = fitted.model.adapter
-        plain = self._nll(fitted.predictor, anchor)
+        plain = self.nll(fitted.predictor, anchor)
         d = adapter.decompose_product()
         d = d.clamp(min=1e-6 * float(d.max()))  # a direction that is not used has no scale
         noise = torch.randn(self.draws, len(adapter.flat_A()), generator=generator)
@@ -97,7 +95,7 @@ class TFB(PointMethod):
         low, high = 0.0, self.max_scale
         for _ in range(self.bisections):
             sigma = (low + high) / 2
-            change = abs(self._nll(at(sigma), anchor) - plain)
+            change = abs(self.nll(at(sigma), anchor) - plain)
             low, high = (sigma, high) if change <= self.tolerance * plain else (low, sigma)
         if not low:
             log.warning(
@@ -114,7 +112,3 @@ class TFB(PointMethod):
         self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
     ) -> WeightAverage:
         return WeightAverage.restored(adapter, state)
-
-    def _nll(self, predictor: Predicts, split: Split) -> float:
-        found = predict(predictor, split, batch_size=self.eval_batch_size)
-        return evaluate(found.logits, found.labels)["nll"]
