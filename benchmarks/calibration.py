@@ -26,7 +26,19 @@ from _openbookqa import Bench
 from _report import RESULTS, report
 
 from scalabl_pyro.kl import KLSchedule
-from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL, TemperatureScaling
+from scalabl_pyro.methods import (
+    MAP,
+    MLE,
+    TFB,
+    BLoB,
+    Ensemble,
+    Fitted,
+    LaplaceLoRA,
+    MCDropout,
+    Method,
+    ScalaBL,
+    TemperatureScaling,
+)
 from scalabl_pyro.methods.reference import Reference
 from scalabl_pyro.predict import Predictor
 from scalabl_pyro.svi import FitConfig
@@ -74,6 +86,16 @@ def scalabl(lr: float, weight: float = 1.0, **settings: Any) -> Callable[[int], 
         progress=False,
         **settings,
     )
+
+
+def blob(lr: float, weight: float) -> Callable[[int], Method]:
+    return lambda steps: BLoB(
+        fit_config(steps, lr=lr, kl=KLSchedule(weight)), draws=DRAWS, progress=False
+    )
+
+
+def baseline(method: type[Method], lr: float, **settings: Any) -> Callable[[int], Method]:
+    return lambda steps: method(fit_config(steps, lr=lr), progress=False, **settings)
 
 
 def reference(lr: float) -> Callable[[int], Method]:
@@ -163,15 +185,36 @@ ROWS: dict[str, Row] = {
     "reference": Row(
         {f"lr={lr:g}": reference(lr) for lr in (3e-4, 1e-3, 2e-3)},
     ),
-    "MLE with dropout": Row(
-        {f"lr={lr:g}": mle(lr) for lr in (3e-4, 1e-3)}, adapter={"base_dropout": True}
-    ),
-    "tempered ELBO with dropout": Row(
+    "MC dropout": Row(
         {
-            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
-            for lr, weight in ((1e-3, 10), (1e-3, 30), (2e-3, 10), (2e-3, 30))
-        },
-        adapter={"base_dropout": True},
+            f"lr={lr:g} dropout={p:g}": baseline(MCDropout, lr, dropout=p, draws=DRAWS)
+            for lr, p in ((3e-4, 0.1), (3e-4, 0.3), (1e-3, 0.1), (1e-3, 0.3))
+        }
+    ),
+    "ensemble of 3": Row(
+        {f"lr={lr:g}": baseline(Ensemble, lr, members=3) for lr in (3e-4, 1e-3)},
+    ),
+    "Laplace-LoRA": Row(
+        {
+            f"lr={lr:g} precision={precision or 'evidence'}": baseline(
+                LaplaceLoRA, lr, prior_precision=precision
+            )
+            for lr, precision in ((3e-4, None), (3e-4, 1e3), (1e-3, None), (1e-3, 1e3))
+        }
+    ),
+    "TFB": Row(
+        {
+            f"lr={lr:g} tolerance={tolerance:g}": baseline(
+                TFB, lr, tolerance=tolerance, max_scale=0.2, bisections=8, draws=DRAWS
+            )
+            for lr, tolerance in ((3e-4, 0.003), (3e-4, 0.03), (1e-3, 0.003), (1e-3, 0.03))
+        }
+    ),
+    "BLoB": Row(
+        {
+            f"lr={lr:g} kl_weight={weight:g}": blob(lr, weight)
+            for lr, weight in ((3e-4, 0.01), (3e-4, 0.1), (1e-3, 0.01), (1e-3, 0.1))
+        }
     ),
 }
 
