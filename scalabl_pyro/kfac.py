@@ -65,12 +65,13 @@ def kfac(
     tokens: "expand" of Eschenhagen et al. 2023, arXiv 2311.00636). C backward passes.
 
     :param rank: most eigenvectors kept of X and of G, by incremental singular value decompositions;
-        without loss if it is not below the size.
+        randomised ones (Halko et al. 2011, arXiv 0909.4061) where that is less than all.
     :param batch_size: B of a pass.
     :returns: by the names of ``adapter.state()``.
     """
     adapter.eval()
-    roots: dict[str, tuple[Tensor, Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for start in range(0, len(split), batch_size):
         batch = split.collate(split.examples[start : start + batch_size]).to(adapter.device)
@@ -78,17 +79,14 @@ def kfac(
         f, seen = _run(adapter, batch)
         p = f.detach().softmax(-1)
         columns = p.sqrt()[:, :, None] * (torch.eye(p.shape[1], device=p.device) - p[:, None])
-        slopes = _slopes(f, batch, columns.unbind(1), seen)
-        for index, (name, (x, _)) in enumerate(seen.items()):
-            inputs = _tokens(x, mask)
-            outputs = torch.cat([_tokens(slope[index], mask) for slope in slopes])
-            counts[name] = counts.get(name, 0) + len(inputs)
-            if name in roots:
-                inputs, outputs = (
-                    torch.cat(pair) for pair in zip(roots[name], (inputs, outputs), strict=True)
-                )
-            roots[name] = _top(inputs, rank), _top(outputs, rank)
-    return {name: Kronecker(x / counts[name] ** 0.5, g) for name, (x, g) in roots.items()}
+        for name, (x, _) in seen.items():
+            rows = _tokens(x, mask)
+            counts[name] = counts.get(name, 0) + len(rows)
+            inputs[name] = _extended(inputs.get(name), rows, rank)
+        for slopes in _slopes(f, batch, columns.unbind(1), seen):
+            for name, slope in zip(seen, slopes, strict=True):
+                outputs[name] = _extended(outputs.get(name), _tokens(slope, mask), rank)
+    return {name: Kronecker(inputs[name] / counts[name] ** 0.5, outputs[name]) for name in counts}
 
 
 def logit_moments(
@@ -102,18 +100,15 @@ def logit_moments(
     batch = batch.to(adapter.device)
     f, seen = _run(adapter, batch)
     units = torch.eye(f.shape[1], device=f.device).expand(len(batch), -1, -1)
-    slopes = _slopes(f, batch, units.unbind(1), seen)
+    rows: dict[str, list[Tensor]] = {name: [] for name in seen}
+    for slopes in _slopes(f, batch, units.unbind(1), seen):
+        for (name, (x, _)), slope in zip(seen.items(), slopes, strict=True):
+            # All tokens of all rows of an example.
+            by_example = (value.reshape(len(batch), -1, value.shape[-1]) for value in (slope, x))
+            rows[name].append(torch.einsum("bto,btd->bod", *by_example))
     covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
-    for index, (name, (x, _)) in enumerate(seen.items()):
-        x = x.reshape(len(batch), -1, x.shape[-1])  # all tokens of all rows of an example
-        J = torch.stack(
-            [
-                torch.einsum("bto,btd->bod", slope[index].reshape(*x.shape[:2], -1), x)
-                for slope in slopes
-            ],
-            dim=1,
-        )
-        covariance += factors[name].covariance(J, precision)
+    for name, each in rows.items():
+        covariance += factors[name].covariance(torch.stack(each, dim=1), precision)
     return f.detach(), covariance
 
 
@@ -149,11 +144,12 @@ def _recorded(adapter: SubspaceAdapter) -> Iterator[Seen]:
 
 def _slopes(
     f: Tensor, batch: Batch, directions: Sequence[Tensor], seen: Seen
-) -> list[tuple[Tensor, ...]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """For each direction (B, C), the derivatives of f's component along it for every output."""
     f = f.masked_fill(~batch.choices, 0.0)  # −inf has no slope
     outputs = [output for _, output in seen.values()]
-    return [grad((d * f).sum(), outputs, retain_graph=True) for d in directions]
+    for direction in directions:  # one at a time: each holds as much as a forward pass
+        yield grad((direction * f).sum(), outputs, retain_graph=True)
 
 
 def _tokens(values: Tensor, mask: Tensor) -> Tensor:
@@ -161,9 +157,15 @@ def _tokens(values: Tensor, mask: Tensor) -> Tensor:
     return values[mask] if values.shape[:-1] == mask.shape else values.flatten(0, -2)
 
 
-def _top(rows: Tensor, rank: int) -> Tensor:
-    """(k, d), orthogonal, with about the same rowsᵀ·rows, k ≤ rank."""
-    if len(rows) > rows.shape[1]:
+def _extended(root: Tensor | None, rows: Tensor, rank: int) -> Tensor:
+    """(k, d), orthogonal, with about the rowsᵀ·rows of both together, k ≤ rank."""
+    if root is not None:
+        rows = torch.cat([root, rows])
+    if rank >= min(rows.shape):
         rows = torch.linalg.qr(rows, mode="r").R
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
-    return sizes[:rank, None] * directions[:rank]
+        _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+        return sizes[:, None] * directions
+    with torch.random.fork_rng([] if rows.device.type == "cpu" else [rows.device]):
+        torch.manual_seed(0)
+        _, sizes, directions = torch.svd_lowrank(rows, q=min(2 * rank, *rows.shape), niter=3)
+    return sizes[:rank, None] * directions.mT[:rank]

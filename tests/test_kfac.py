@@ -58,12 +58,9 @@ def test_factors_are_sums_over_tokens_that_are_no_padding(plain, records):
     together, alone = (kfac(plain, split, rank=1000, batch_size=size) for size in (12, 1))
     for name, factor in together.items():  # alone, nothing is padded but choices of one record
         other = alone[name]
-        torch.testing.assert_close(
-            factor.x.mT @ factor.x, other.x.mT @ other.x, rtol=1e-3, atol=1e-5
-        )
-        torch.testing.assert_close(
-            factor.g.mT @ factor.g, other.g.mT @ other.g, rtol=1e-3, atol=1e-6
-        )
+        for root, expected in zip(factor, other, strict=True):
+            square = expected.mT @ expected
+            assert (root.mT @ root - square).norm() < 1e-4 * square.norm()
 
 
 def test_one_token_of_one_example_has_the_exact_curvature(make_causal, records):
@@ -83,11 +80,13 @@ def test_one_token_of_one_example_has_the_exact_curvature(make_causal, records):
 def test_a_low_rank_keeps_the_largest_directions(plain, records):
     split = plain.readout.encode(records)
     full = kfac(plain, split, rank=1000, batch_size=len(split))
-    low = kfac(plain, split, rank=2, batch_size=len(split))
+    low = kfac(plain, split, rank=2, batch_size=4)
     for name, factor in low.items():
         for root, whole_root in zip(factor, full[name], strict=True):
-            assert len(root) <= 2
-            torch.testing.assert_close(root.mT @ root, whole_root[:2].mT @ whole_root[:2])
+            assert len(root) == 2
+            torch.testing.assert_close(root @ root.mT, root.square().sum(-1).diag())
+            most = float(whole_root[:2].square().sum())
+            assert 0.9 * most < float(root.square().sum()) <= 1.001 * most
 
 
 def test_log_det_is_that_of_the_dense_matrix():
