@@ -176,7 +176,7 @@ def fit(
     if world_size() > 1 and model.adapter.has_dropout:
         raise ValueError(
             "dropout leaves another random state in every process, so that s would not be shared:"
-            " set lora.dropout=0 and lora.base_dropout=false"
+            " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
         )
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     adapter = model.adapter
