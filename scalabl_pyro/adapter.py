@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,27 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .data import Batch, Split
 from .distributed import shard
+from .flipout import Shift, flipped
 from .readout import Readout
 from .trunk import Leaving, Trunk
 
 __all__ = ["PROJECTIONS", "SubspaceAdapter"]
 
 _NAME = "default"
-
-
-class _Shift(NamedTuple):
-    """ΔA (r, d_in) and the signs u (R, d_in) and v (R, r) at which R rows see it."""
-
-    delta: Tensor
-    u: Tensor
-    v: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """ΔA·x at these signs, (R, ..., r) from (R, ..., d_in)."""
-        u, v = (sign.view(len(sign), *[1] * (x.dim() - 2), -1) for sign in (self.u, self.v))
-        return nn.functional.linear(x * u, self.delta) * v
-
-
 PROJECTIONS = ("free", "unit", "frozen_v", "fixed")
 
 
@@ -113,7 +99,7 @@ class SubspaceAdapter:
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[_NAME]
         self._s: tuple[Tensor, ...] | None = None
-        self._shift: tuple[_Shift, ...] | None = None
+        self._shift: tuple[Shift, ...] | None = None
         self._fired: list[int] | None = [0] * len(self.layers)
         for index, A in enumerate(self._A):
             A.register_forward_hook(self._scale_by(index))
@@ -306,8 +292,7 @@ class SubspaceAdapter:
         :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
         :param per_example: s is (B, M, r), one for each example, and the logits are (B, C).
         :param shift: numbers as in :meth:`flat_A`, added to the matrices A at signs that are drawn
-            anew for each example, the same for all its rows: with u in {−1, 1}^{d_in} and v in
-            {−1, 1}^r example b has ΔA ∘ (v_b u_bᵀ) (Flipout; Wen et al. 2018, arXiv 1803.04386).
+            anew for each example (see :func:`~scalabl_pyro.flipout.flipped`).
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist. A readout may put
             further dimensions before C.
         :raises ValueError: if s has another shape.
@@ -349,7 +334,10 @@ class SubspaceAdapter:
         batch = batch.to(self.device)
         inputs, cached = self.trunk.take(batch.inputs)
         if shift is not None:
-            self._shift = tuple(self._signed(shift, batch))
+            rows_each = math.prod(inputs["input_ids"].shape[1:-1])
+            self._shift = tuple(
+                flipped(delta, len(batch), rows_each) for delta in self.named_A(shift).values()
+            )
         S = draws.numel()
         if S > 1:
             # (S·B, ...), draw-major
@@ -441,18 +429,6 @@ class SubspaceAdapter:
             )
         self._s = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
         return s.shape[:-2]
-
-    def _signed(self, shift: Tensor, batch: Batch) -> Iterator[_Shift]:
-        rows_each = batch.inputs["input_ids"][0, ..., 0].numel()
-        for delta in self.named_A(shift).values():
-            u, v = (
-                torch.randint(2, (len(batch), size), device=delta.device, dtype=delta.dtype)
-                .mul_(2)
-                .sub_(1)
-                .repeat_interleave(rows_each, 0)
-                for size in (delta.shape[1], delta.shape[0])
-            )
-            yield _Shift(delta, u, v)
 
     def _effective(self, s: Tensor) -> Tensor:
         """The s that multiplies V's rows as they are stored."""
@@ -569,7 +545,7 @@ class SubspaceAdapter:
 
     @contextmanager
     def _rebound(
-        self, s: tuple[Tensor, ...] | None, shift: tuple[_Shift, ...] | None
+        self, s: tuple[Tensor, ...] | None, shift: tuple[Shift, ...] | None
     ) -> Iterator[None]:
         bound = self._s, self._shift
         self._s, self._shift = s, shift
