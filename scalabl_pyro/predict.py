@@ -19,10 +19,10 @@ from .data import Batch, Record, Split
 
 __all__ = [
     "MAX_ROWS",
-    "KeptPredicts",
     "Predictions",
     "Predictor",
     "Predicts",
+    "RunPredictor",
     "average",
     "half_width",
     "predict",
@@ -51,8 +51,8 @@ class Predicts(Protocol):
     def logits(self, batch: Batch) -> Tensor: ...
 
 
-class KeptPredicts(Predicts, Protocol):
-    """What a run folder keeps: a predictor that names its own tensors."""
+class RunPredictor(Predicts, Protocol):
+    """What a method returns and a run folder keeps: it names its own tensors."""
 
     def state(self) -> dict[str, Tensor]: ...
 

@@ -33,7 +33,7 @@ from .guides import AutoSubspace
 from .loading import Classes, load_readout, make_adapter
 from .methods import Fitted
 from .model import LoRAModel, ScalaBLModel
-from .predict import KeptPredicts, Predictions, Predictor, Predicts, average, predict
+from .predict import Predictions, Predictor, Predicts, RunPredictor, average, predict
 from .readout import LabelTokens, Readout
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
@@ -57,7 +57,7 @@ class Run:
 
     config: RunConfig
     classes: Classes
-    predictor: KeptPredicts
+    predictor: RunPredictor
     model: LoRAModel
     guide: AutoSubspace | None
 

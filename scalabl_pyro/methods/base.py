@@ -15,7 +15,7 @@ from ..data import Split
 from ..guides import AutoSubspace
 from ..metrics import evaluate
 from ..model import LoRAModel
-from ..predict import KeptPredicts, Predictor, Predicts, predict
+from ..predict import Predictor, Predicts, RunPredictor, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
 from ..training_state import Checkpoints
 
@@ -32,7 +32,7 @@ class Fitted:
     :param model: what was trained.
     """
 
-    predictor: KeptPredicts
+    predictor: RunPredictor
     result: FitResult
     model: LoRAModel
     guide: AutoSubspace | None = None
@@ -102,7 +102,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> KeptPredicts:
+    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> RunPredictor:
         """Predicts by what the parameters are now."""
 
     def restore(
@@ -112,7 +112,7 @@ class Method(ABC):
         *,
         temperature: float,
         seed: int,
-    ) -> KeptPredicts:
+    ) -> RunPredictor:
         """The predictor of a run folder.
 
         :param adapter: with the projections of the run.
@@ -148,5 +148,5 @@ class PointMethod(Method):
             )
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> KeptPredicts:
+    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> RunPredictor:
         return Predictor(model.adapter)
