@@ -205,7 +205,7 @@ ROWS: dict[str, Row] = {
     "TFB": Row(
         {
             f"lr={lr:g} tolerance={tolerance:g}": baseline(
-                TFB, lr, tolerance=tolerance, max_scale=0.2, bisections=8, draws=DRAWS
+                TFB, lr, tolerance=tolerance, max_scale=0.2, examples=200, draws=DRAWS
             )
             for lr, tolerance in ((3e-4, 0.003), (3e-4, 0.03), (1e-3, 0.003), (1e-3, 0.03))
         }
