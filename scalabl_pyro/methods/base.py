@@ -14,7 +14,7 @@ from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..guides import AutoSubspace
 from ..metrics import evaluate
-from ..model import LoRAModel
+from ..model import LoRAModel, ScalaBLModel
 from ..predict import Predictor, Predicts, RunPredictor, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
 from ..training_state import Checkpoints
@@ -85,7 +85,7 @@ class Method(ABC):
         )
         predictor = self.make_predictor(model, guide, seed=seed)
         # A guide over something else than s has told all in the predictor's draws.
-        over_s = guide if isinstance(guide, AutoSubspace) else None
+        over_s = guide if isinstance(model, ScalaBLModel) else None
         return Fitted(predictor, result, model, over_s)
 
     def nll(self, predictor: Predicts, split: Split) -> float:
