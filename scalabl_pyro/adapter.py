@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,22 +15,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, _ConvNd
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .data import Batch, Split
 from .distributed import shard
 from .flipout import Shift, flipped
+from .lora_layers import ADAPTER, add_lora
 from .readout import Readout
 from .trunk import Leaving, Trunk
 
 __all__ = ["PROJECTIONS", "SubspaceAdapter"]
 
-_NAME = "default"
 PROJECTIONS = ("free", "unit", "frozen_v", "fixed")
 
 
@@ -80,24 +76,15 @@ class SubspaceAdapter:
         gradient_checkpointing: bool = False,
         share_trunk: bool = True,
     ) -> None:
-        _check_config(llm, lora)
         if projections not in PROJECTIONS:
             raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
         self.readout = readout
         self.trained = start is not None
-        self.peft_model = (
-            get_peft_model(llm, lora) if start is None else _load_trained(llm, lora, start)
-        )
-        self.layers: dict[str, LoraLayer] = {
-            name.removeprefix("base_model.model."): module
-            for name, module in self.peft_model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        self._check_layers()
-        self._A = [cast(nn.Linear, layer.lora_A[_NAME]) for layer in self.layers.values()]
-        self._B = [cast(nn.Linear, layer.lora_B[_NAME]) for layer in self.layers.values()]
+        self.peft_model, self.layers = add_lora(llm, lora, start)
+        self._A = [cast(nn.Linear, layer.lora_A[ADAPTER]) for layer in self.layers.values()]
+        self._B = [cast(nn.Linear, layer.lora_B[ADAPTER]) for layer in self.layers.values()]
         self.rank: int = lora.r
-        self.scaling: float = next(iter(self.layers.values())).scaling[_NAME]
+        self.scaling: float = next(iter(self.layers.values())).scaling[ADAPTER]
         self._s: tuple[Tensor, ...] | None = None
         self._shift: tuple[Shift, ...] | None = None
         self._fired: list[int] | None = [0] * len(self.layers)
@@ -154,12 +141,12 @@ class SubspaceAdapter:
     def set_dropout(self, rate: float) -> None:
         """Drop inputs of every A in training with this probability, in place of LoRA's own rate."""
         for layer in self.layers.values():
-            layer.lora_dropout[_NAME] = nn.Dropout(rate).train(False)
+            layer.lora_dropout[ADAPTER] = nn.Dropout(rate).train(False)
 
     @property
     def has_dropout(self) -> bool:
         """Whether training draws dropout masks."""
-        dropouts = [layer.lora_dropout[_NAME] for layer in self.layers.values()]
+        dropouts = [layer.lora_dropout[ADAPTER] for layer in self.layers.values()]
         return self._base_dropout or any(getattr(dropout, "p", 0.0) > 0 for dropout in dropouts)
 
     def state(self) -> dict[str, nn.Parameter]:
@@ -464,30 +451,12 @@ class SubspaceAdapter:
 
     # ------------------------------------------------------------------ construction
 
-    def _check_layers(self) -> None:
-        for name, layer in self.layers.items():
-            if isinstance(layer, (Embedding, MultiheadAttention, _ConvNd)):
-                raise ValueError(
-                    f"{name} is adapted by {type(layer).__name__}, which does not call"
-                    " lora_B(lora_A(x)); target linear layers only"
-                )
-            if layer.lora_variant:
-                raise ValueError(
-                    f"{name} uses the LoRA variant {layer.lora_variant}; only plain LoRA is served"
-                )
-            if layer.merged:
-                raise ValueError(f"{name} is merged into its base layer; unmerge it first")
-            if layer.in_features < layer.r[_NAME]:
-                raise ValueError(
-                    f"{name} has {layer.in_features} inputs, fewer than the rank {layer.r[_NAME]}"
-                )
-
     def _hold_float32_heads(self) -> None:
         """Train heads in float32, as PEFT does with A and B, whatever the base model's type."""
         for module in self.peft_model.modules():
             heads = getattr(module, "modules_to_save", None)
             if isinstance(heads, nn.ModuleDict):
-                head = heads[_NAME].float()
+                head = heads[ADAPTER].float()
                 head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
 
     @torch.no_grad()
@@ -560,71 +529,3 @@ class SubspaceAdapter:
                 "gradient checkpointing was switched on from outside and would recompute with"
                 " another s, silently; pass gradient_checkpointing=True to SubspaceAdapter instead"
             )
-
-
-def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:
-    lora.inference_mode = False
-    model = cast(PeftModel, get_peft_model(llm, lora))
-    try:
-        found = model.load_adapter(str(start), _NAME, is_trainable=True)
-        wrong = [*found.missing_keys, *found.unexpected_keys]
-        if wrong:
-            raise RuntimeError(f"only one of them has {wrong}")
-    except RuntimeError as error:
-        raise ValueError(
-            f"the adapter {start} does not fit {type(llm).__name__}: {error}; load the base model"
-            " that it was trained on"
-        ) from error
-    return model
-
-
-def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
-    if getattr(lora, "target_parameters", None):
-        raise ValueError("target_parameters bypasses the lora_A module: use target_modules")
-    ranks = set((lora.rank_pattern or {}).values()) | {lora.r}
-    if len(ranks) > 1:
-        raise ValueError(
-            f"rank_pattern gives ranks {sorted(ranks)}: one rank r for all modules is needed"
-        )
-    if lora.alpha_pattern:
-        raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
-    if isinstance(llm, PeftModel):
-        raise ValueError("the model already carries a PEFT adapter: pass the base model")
-    layers = lora.layers_to_transform or []
-    blocks = getattr(llm.config.get_text_config(), "num_hidden_layers", None)
-    layers = [layers] if isinstance(layers, int) else layers
-    outside = [] if blocks is None else [layer for layer in layers if not 0 <= layer < blocks]
-    if outside:
-        raise ValueError(
-            f"layers_to_transform holds {outside}, but {type(llm).__name__} has {blocks} blocks,"
-            " counted from 0"
-        )
-    names = [name for name, _ in llm.named_modules()]
-    heads = [h for h in lora.modules_to_save or () if not any(_ends(name, h) for name in names)]
-    if heads:
-        raise ValueError(
-            f"modules_to_save {sorted(heads)} match no module of {type(llm).__name__}; its"
-            f" outermost are {[name for name, _ in llm.named_children()]}"
-        )
-    targets = lora.target_modules
-    if targets is None or targets == "all-linear":
-        return
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [t for t in targets if not any(_ends(name, t) for name in names)]
-    if missing:
-        linear = {
-            n.rpartition(".")[2]
-            for n, m in llm.named_modules()
-            if isinstance(m, (nn.Linear, Conv1D))
-        }
-        raise ValueError(
-            f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
-            f" layers are {sorted(linear)}"
-        )
-
-
-def _ends(name: str, part: str) -> bool:
-    """Whether a module is meant by the end of its name, as PEFT reads it."""
-    return name == part or name.endswith(f".{part}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Kronecker(NamedTuple):
         """log det(H + λI)."""
         known = self.eigenvalues()
         rest = self.x.shape[1] * self.g.shape[1] - known.numel()
-        return float((known + precision).log().sum() + rest * torch.tensor(precision).log())
+        return float((known + precision).log().sum()) + rest * math.log(precision)
 
 
 def kfac(

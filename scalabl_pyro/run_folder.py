@@ -168,7 +168,7 @@ def _write_run(
             "kl_weight": fitted.result.history[-1]["kl_weight"],
             "num_data": fitted.model.num_data,
             "seed": config.seed,
-            "temperature": getattr(predictor, "temperature", 1.0),
+            "temperature": predictor.temperature if isinstance(predictor, Predictor) else 1.0,
             "classes": asdict(classes) | {"form": form},
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },

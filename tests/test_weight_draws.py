@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import whole
 
-from scalabl_pyro import FitConfig, predict
-from scalabl_pyro.methods import MAP, MLE, Ensemble, MCDropout
+from scalabl_pyro import FitConfig, fit, predict
+from scalabl_pyro.methods import MAP, MLE, Ensemble, MCDropout, base
+from scalabl_pyro.training_state import Checkpoints
 from scalabl_pyro.weight_draws import WeightAverage
 
 CONFIG = FitConfig(steps=3, batch_size=4, lr=0.01)
@@ -65,6 +66,32 @@ def test_members_of_an_ensemble_are_fits_of_different_seeds(make_choice, records
         assert torch.equal(predict(member.predictor, split).logits[0], found[k])
     assert [row["member"] for row in fitted.result.history] == [0] * 3 + [1] * 3 + [2] * 3
     assert not torch.allclose(found[0], found[1])
+
+
+def test_an_interrupted_ensemble_keeps_its_finished_members(
+    make_choice, records, tmp_path, monkeypatch
+):
+    split = make_choice().readout.encode(records)
+    method = Ensemble(CONFIG, progress=False, members=2)
+    expected = predict(method.fit(make_choice, split, None, seed=1).predictor, split).logits
+    checkpoints = Checkpoints(tmp_path / "unfinished", every=1, keep=1)
+    calls = []
+
+    def dies(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("power cut")
+        return fit(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "fit", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            method.fit(make_choice, split, None, seed=1, checkpoints=checkpoints)
+    (first,) = (tmp_path / "unfinished" / "member-0").glob("*.safetensors")
+    written = first.stat().st_mtime_ns
+    fitted = method.fit(make_choice, split, None, seed=1, checkpoints=checkpoints)
+    assert torch.equal(predict(fitted.predictor, split).logits, expected)
+    assert first.stat().st_mtime_ns == written  # it was not trained again
 
 
 def test_dropout_stays_on_in_prediction_and_nowhere_else(make_choice, records):

@@ -18,8 +18,9 @@ from ..model import LoRAModel, ScalaBLModel
 from ..predict import Predictor, Predicts, RunPredictor, predict
 from ..svi import FitConfig, FitResult, fit, no_guide
 from ..training_state import Checkpoints
+from ..weight_draws import WeightAverage
 
-__all__ = ["Fitted", "Method", "PointMethod"]
+__all__ = ["DrawsWeights", "Fitted", "Method", "PointMethod"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,17 @@ class Method(ABC):
         predictor = self.make_predictor(model, guide, seed=seed)
         # A guide over something else than s has told all in the predictor's draws.
         over_s = guide if isinstance(model, ScalaBLModel) else None
-        return Fitted(predictor, result, model, over_s)
+        fitted = Fitted(predictor, result, model, over_s)
+        return self.finish(fitted, train, validation, seed=seed)
+
+    def finish(
+        self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
+    ) -> Fitted:
+        """What follows training; nothing, unless a method says otherwise.
+
+        :param seed: that of :meth:`fit`.
+        """
+        return fitted
 
     def nll(self, predictor: Predicts, split: Split) -> float:
         """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats."""
@@ -130,6 +141,15 @@ class Method(ABC):
         """
         guide = no_guide if guide is None else guide
         return fit(model, guide, train, self.config, progress=self.progress, **options)
+
+
+class DrawsWeights:
+    """A method whose predictor is a :class:`~scalabl_pyro.weight_draws.WeightAverage`."""
+
+    def restore(
+        self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
+    ) -> WeightAverage:
+        return WeightAverage.restored(adapter, state)
 
 
 @dataclass(frozen=True)

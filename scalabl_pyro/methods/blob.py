@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from ..data import Batch, Split
 from ..model import LoRAModel
 from ..svi import FitResult
 from ..weight_draws import WeightAverage
-from .base import Method
+from .base import DrawsWeights, Method
 
 __all__ = ["BLoB", "BLoBModel", "NormalA"]
 
@@ -77,7 +76,7 @@ class NormalA(PyroModule):
 
 
 @dataclass(frozen=True)
-class BLoB(Method):
+class BLoB(DrawsWeights, Method):
     """Variational inference over every entry of the matrices A, with Flipout.
 
     The objective is the published one, −E_q[log p(y | x, A)] + β·KL(q‖p) with the KL in closed
@@ -127,11 +126,6 @@ class BLoB(Method):
         )
         A = q.mean + noise.to(q.mean) * q.stddev
         return WeightAverage(model.adapter, model.adapter.named_A(A))
-
-    def restore(
-        self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
-    ) -> WeightAverage:
-        return WeightAverage.restored(adapter, state)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         elbo = TraceMeanField_ELBO(max_plate_nesting=1)

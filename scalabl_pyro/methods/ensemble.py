@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from ..data import Split
 from ..svi import FitResult
 from ..training_state import Checkpoints
 from ..weight_draws import WeightAverage
-from .base import Fitted, PointMethod
+from .base import DrawsWeights, Fitted, PointMethod
 
 __all__ = ["Ensemble"]
 
 
 @dataclass(frozen=True)
-class Ensemble(PointMethod):
+class Ensemble(DrawsWeights, PointMethod):
     """K adapters, trained one by one from different starts in different orders of the data, whose
     probabilities are averaged. With ``weight_decay`` each is MAP, without it MLE.
 
@@ -68,8 +68,3 @@ class Ensemble(PointMethod):
         weights = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         result = FitResult(history, fitted.result.best_step)
         return Fitted(WeightAverage(adapter, weights), result, fitted.model)
-
-    def restore(
-        self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
-    ) -> WeightAverage:
-        return WeightAverage.restored(adapter, state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -88,20 +89,9 @@ class LaplaceLoRA(PointMethod):
                 f"prior_precision is {self.prior_precision}: expected a number above 0, or null"
             )
 
-    def fit(
-        self,
-        make_adapter: Callable[..., SubspaceAdapter],
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        **options: Any,
+    def finish(
+        self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
-        """As :meth:`Method.fit`, then :meth:`approximate`."""
-        fitted = super().fit(make_adapter, train, validation, seed=seed, **options)
-        return self.approximate(fitted, train, seed=seed)
-
-    def approximate(self, fitted: Fitted, train: Split, *, seed: int) -> Fitted:
         """The same trained model with a normal around it.
 
         :param seed: of the draws.
@@ -139,7 +129,6 @@ def best_precision(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -
 
     def log_evidence(precision: float) -> float:
         log_det = sum(factor.log_det(precision) for factor in factors.values())
-        prior = P * torch.tensor(precision, dtype=torch.float64).log() - precision * norm
-        return 0.5 * (float(prior) - log_det)
+        return 0.5 * (P * math.log(precision) - precision * norm - log_det)
 
     return max(grid.tolist(), key=log_evidence)

@@ -51,13 +51,18 @@ class TemperatureScaling(PointMethod):
         validation: Split | None,
         **options: Any,
     ) -> Fitted:
-        """As :meth:`Method.fit`, then :meth:`temper`.
+        """As :meth:`Method.fit`.
 
         :raises ValueError: if there is no validation split with labels.
         """
         if validation is None or validation.labels is None:
             raise ValueError("method temperature needs a validation split with labels")
-        fitted = super().fit(make_adapter, train, validation, **options)
+        return super().fit(make_adapter, train, validation, **options)
+
+    def finish(
+        self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
+    ) -> Fitted:
+        assert validation is not None
         return self.temper(fitted, validation)
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..weight_draws import WeightAverage
-from .base import Fitted, PointMethod
+from .base import DrawsWeights, Fitted, PointMethod
 
 __all__ = ["TFB"]
 
@@ -21,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TFB(PointMethod):
+class TFB(DrawsWeights, PointMethod):
     r"""MLE or, with ``weight_decay``, MAP, then as much isotropic noise as the training data allow.
 
     With B·A = U·diag(d)·V, brought to B = U·diag(d) and A = V, the entries of A get independent
@@ -56,20 +53,9 @@ class TFB(PointMethod):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
 
-    def fit(
-        self,
-        make_adapter: Callable[..., SubspaceAdapter],
-        train: Split,
-        validation: Split | None,
-        *,
-        seed: int,
-        **options: Any,
+    def finish(
+        self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
-        """As :meth:`Method.fit`, then :meth:`bayesianize`."""
-        fitted = super().fit(make_adapter, train, validation, seed=seed, **options)
-        return self.bayesianize(fitted, train, seed=seed)
-
-    def bayesianize(self, fitted: Fitted, train: Split, *, seed: int) -> Fitted:
         """The same trained model with noise on A; its matrices are changed in place.
 
         :param seed: of the examples and of the draws.
@@ -107,8 +93,3 @@ class TFB(PointMethod):
             )
         log.info("σ_q is %g", low)
         return replace(fitted, predictor=at(low))
-
-    def restore(
-        self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any
-    ) -> WeightAverage:
-        return WeightAverage.restored(adapter, state)
