@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,8 @@ class Bench:
         """
         settings = replace(self.adapter, **adapter)
 
-        def make(*, svd: bool):
-            return make_adapter(self.config, settings, self.readout, svd=svd)
-
         train = self.readout.encode(self.splits["train"].records[questions])
+        make = partial(make_adapter, self.config, settings, self.readout)
         return method.fit(make, train, self.splits["validation"], seed=seed)
 
     def validate(self, predictor: Predictor) -> dict[str, float]:

@@ -266,9 +266,9 @@ class Work:
         method, lora = self.program(row, setting, steps)
         started = 0.0
 
-        def make(*, svd: bool) -> SubspaceAdapter:
+        def make(**form: Any) -> SubspaceAdapter:
             nonlocal started
-            adapter = make_adapter(self.model, lora, self.readout, svd=svd)
+            adapter = make_adapter(self.model, lora, self.readout, **form)
             started = time.process_time()
             return adapter
 

@@ -55,13 +55,11 @@ Trials = dict[str, Callable[[int], Method]]
 class Row:
     """A row of the table, and the further rows that its training runs give.
 
-    :param adapter: settings of the adapter that differ from the other rows'.
-    :param fit: trains, from (bench, method, seed, **adapter).
+    :param fit: trains, from (bench, method, seed).
     :param derive: name of a row → (bench, fitted) → the predictor that it tests.
     """
 
     trials: Trials
-    adapter: dict[str, Any] = field(default_factory=dict)
     fit: Callable[..., Fitted] = Bench.fit
     derive: dict[str, Callable[[Bench, Fitted], Predictor]] = field(default_factory=dict)
 
@@ -84,7 +82,7 @@ def scalabl(lr: float, weight: float = 1.0, **settings: Any) -> Callable[[int], 
         fit_config(steps, lr=lr, kl=KLSchedule(weight, budget=budget)),
         draws=DRAWS,
         progress=False,
-        **settings,
+        **{"projections": "free"} | settings,
     )
 
 
@@ -119,9 +117,7 @@ def trained_then_s(bench: Bench, method: Method, seed: int) -> Fitted:
     first = bench.fit(mle(lr)(method.config.steps), seed, questions=slice(800))
     with TemporaryDirectory() as folder:
         first.predictor.adapter.peft_model.save_pretrained(folder)
-        return bench.fit(
-            method, seed, questions=slice(800, None), start=folder, projections="fixed"
-        )
+        return bench.fit(method, seed, questions=slice(800, None), start=folder)
 
 
 ROWS: dict[str, Row] = {
@@ -155,10 +151,9 @@ ROWS: dict[str, Row] = {
     ),
     "unit-norm V": Row(
         {
-            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight, projections="unit")
             for lr, weight in ((1e-3, 30), (2e-3, 10), (2e-3, 30), (2e-3, 100))
-        },
-        adapter={"projections": "unit"},
+        }
     ),
     "prior on B": Row(
         {
@@ -168,15 +163,14 @@ ROWS: dict[str, Row] = {
     ),
     "frozen V": Row(
         {
-            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight)
+            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight, projections="frozen_v")
             for lr, weight in ((2e-3, 10), (2e-3, 30), (5e-3, 10), (5e-3, 30))
-        },
-        adapter={"projections": "frozen_v"},
+        }
     ),
     "trained, then s on fresh data": Row(
         {
             f"scale={scale:g} kl_weight={weight:g}": scalabl(
-                0.0, weight, prior={"name": "normal", "scale": scale}
+                0.0, weight, projections="fixed", prior={"name": "normal", "scale": scale}
             )
             for scale, weight in ((0.3, 1), (1.0, 1), (1.0, 10))
         },
@@ -251,7 +245,7 @@ def trial(bench: Bench, name: str, label: str, steps: int) -> float:
 
     def run() -> dict:
         row = ROWS[name]
-        fitted = row.fit(bench, row.trials[label](steps), TUNING_SEED, **row.adapter)
+        fitted = row.fit(bench, row.trials[label](steps), TUNING_SEED)
         return bench.validate(fitted.predictor) | summary(fitted)
 
     return bench.cached(f"{steps} {name} {label} trial", run)["nll"]
@@ -262,7 +256,7 @@ def tested(bench: Bench, name: str, label: str, steps: int, seed: int) -> dict[s
 
     def run() -> dict:
         row = ROWS[name]
-        fitted = row.fit(bench, row.trials[label](steps), seed, **row.adapter)
+        fitted = row.fit(bench, row.trials[label](steps), seed)
         found = {name: bench.test(fitted.predictor) | summary(fitted)}
         if fitted.result.best_step != steps:
             found[name]["step"] = fitted.result.best_step

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -26,9 +26,10 @@ from .lora_layers import ADAPTER, add_lora
 from .readout import Readout
 from .trunk import Leaving, Trunk
 
-__all__ = ["PROJECTIONS", "SubspaceAdapter"]
+__all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
 
-PROJECTIONS = ("free", "unit", "frozen_v", "fixed")
+ProjectionMode = Literal["free", "unit", "frozen_v", "fixed"]
+PROJECTIONS: tuple[str, ...] = get_args(ProjectionMode)
 
 
 class SubspaceAdapter:
@@ -71,7 +72,7 @@ class SubspaceAdapter:
         *,
         start: str | Path | None = None,
         svd: bool = True,
-        projections: str = "free",
+        projections: ProjectionMode = "free",
         base_dropout: bool = False,
         gradient_checkpointing: bool = False,
         share_trunk: bool = True,

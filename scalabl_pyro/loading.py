@@ -22,7 +22,7 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
-from .adapter import PROJECTIONS, SubspaceAdapter
+from .adapter import ProjectionMode, SubspaceAdapter
 from .data import PROMPTS, Record
 from .distributed import world_size
 from .readout import READOUTS, LabelTokens, Readout
@@ -89,8 +89,6 @@ class AdapterConfig:
     :param layers: indices of the blocks to adapt; all of them if empty.
     :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
         scaling, targets, dropout, layers and heads are then its own.
-    :param projections: what is trained beside s: ``free``, ``unit``, ``frozen_v`` or ``fixed`` (see
-        :class:`SubspaceAdapter`).
     :param base_dropout: also train with the base model's own dropout.
     :raises ValueError: if a value is out of range.
     """
@@ -102,7 +100,6 @@ class AdapterConfig:
     heads: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     start: str | None = None
-    projections: str = "free"
     base_dropout: bool = False
     gradient_checkpointing: bool = False
 
@@ -118,10 +115,6 @@ class AdapterConfig:
             raise ValueError("targets is empty: expected the name of a linear layer, or several")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
-        if self.projections not in PROJECTIONS:
-            raise ValueError(
-                f"projections is {self.projections!r}: expected one of {list(PROJECTIONS)}"
-            )
 
     def lora(self) -> LoraConfig:
         """The same as PEFT's configuration, or that of the adapter to start from.
@@ -263,10 +256,16 @@ def unquantized(llm: PreTrainedModel, heads: Sequence[str]) -> list[str]:
 
 
 def make_adapter(
-    config: ModelConfig, adapter: AdapterConfig, readout: Readout, *, svd: bool
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    readout: Readout,
+    *,
+    svd: bool,
+    projections: ProjectionMode = "free",
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 
+    :param svd: and ``projections``: those of :class:`SubspaceAdapter`.
     :raises ValueError: if the model is to be sharded and this is the only process.
     """
     if config.shard and world_size() == 1:
@@ -278,7 +277,7 @@ def make_adapter(
         readout,
         start=adapter.start,
         svd=svd,
-        projections=adapter.projections,
+        projections=projections,
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,
     )

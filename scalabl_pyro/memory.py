@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .adapter import SubspaceAdapter
+from .adapter import ProjectionMode, SubspaceAdapter
 from .data import Batch
 from .loading import AdapterConfig, ModelConfig, load_skeleton, unquantized
 from .predict import MAX_ROWS, Predictor
@@ -40,6 +40,7 @@ _FLOAT32 = 4
 class MemoryConfig:
     """What is to be trained, and how much of it at once.
 
+    :param projections: what is trained beside s, as in :class:`SubspaceAdapter`.
     :param batch_size: B of a minibatch.
     :param eval_batch_size: B in prediction, before draws multiply it.
     :param tokens: T of the longest row, padding included.
@@ -50,6 +51,7 @@ class MemoryConfig:
 
     model: ModelConfig
     lora: AdapterConfig
+    projections: ProjectionMode = "free"
     batch_size: int = 16
     eval_batch_size: int = 64
     tokens: int = 256
@@ -124,7 +126,7 @@ def estimate(config: MemoryConfig) -> Memory:
             lora.lora(),
             _readout(config),
             svd=False,
-            projections=lora.projections,
+            projections=config.projections,
             base_dropout=lora.base_dropout,
             gradient_checkpointing=lora.gradient_checkpointing,
         )

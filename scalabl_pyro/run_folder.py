@@ -216,6 +216,7 @@ def load_run(folder: str | Path) -> Run:
         replace(config.lora, start=start),
         load_readout(config.model, classes),
         svd=False,
+        projections=method.projections,
     )
     if list(adapter.module_names) != info["modules"]:
         raise RunFolderError(

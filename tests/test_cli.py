@@ -351,8 +351,8 @@ def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatc
         ["method.guide.name=multivariate_normal", "+method.guide.per_module=true"],
         ["method.guide.name=delta", "method.prior.name=laplace"],
         ["method.prior.name=horseshoe", "method.elbo.num_particles=2"],
-        ["method.prior.name=learned_normal", "lora.projections=unit", "method.scale_B=0.1"],
-        ["method.prior.name=log_normal", "lora.projections=frozen_v", "fit.kl.budget=5"],
+        ["method.prior.name=learned_normal", "method.projections=unit", "method.scale_B=0.1"],
+        ["method.prior.name=log_normal", "method.projections=frozen_v", "fit.kl.budget=5"],
     ],
     ids=" ".join,
 )
@@ -377,7 +377,7 @@ def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, t
     where = [f"model.name={local_model}", f"data.root={data}", "fit.lr=0.1"]
     assert scalabl("train", "method=mle", *where, *FAST, "run_dir=point") == 0
     before = load_file("point/projections.safetensors")
-    start = ["lora.start=point/adapter", "lora.projections=fixed", "method.guide.init_scale=1e-6"]
+    start = ["lora.start=point/adapter", "method.projections=fixed", "method.guide.init_scale=1e-6"]
     capsys.readouterr()
     assert scalabl("train", *where, *FAST, *start, "run_dir=bayes", "fit.lr_guide=1e-9") == 0
     trained = json.loads(capsys.readouterr().out)

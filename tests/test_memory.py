@@ -46,10 +46,13 @@ def folder(tmp_path, tokenizer) -> Path:
 
 
 def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryConfig:
-    adapter = AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head"), **(lora or {}))
+    options = dict(lora or {})
+    projections = options.pop("projections", "free")
+    adapter = AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head"), **options)
     return MemoryConfig(
         ModelConfig(str(folder), device="cpu", **model),
         adapter,
+        projections,
         batch_size=4,
         eval_batch_size=2,
         tokens=96,
@@ -58,7 +61,10 @@ def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryC
 
 
 def load(config: MemoryConfig):
-    return make_adapter(config.model, config.lora, load_readout(config.model, LETTERS), svd=False)
+    readout = load_readout(config.model, LETTERS)
+    return make_adapter(
+        config.model, config.lora, readout, svd=False, projections=config.projections
+    )
 
 
 def batch_of(config: MemoryConfig, size: int) -> Batch:

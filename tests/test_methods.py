@@ -92,3 +92,28 @@ def test_s_of_a_fresh_adapter_that_stays_as_it_is_is_refused(make_causal):
     adapter = make_causal(projections="fixed", filled=False)
     with pytest.raises(ValueError, match="nothing depends on s: projections is 'fixed' and B is 0"):
         ScalaBL().make_model(adapter, num_data=4)
+
+
+def test_projections_are_the_methods_own(make_choice, records):
+    split = make_choice().readout.encode(records)
+    for method, expected in (
+        (MLE(CONFIG, progress=False), "free"),
+        (MLE(CONFIG, progress=False, projections="frozen_v"), "frozen_v"),
+        (ScalaBL(CONFIG, progress=False, projections="unit"), "unit"),
+    ):
+        asked: list[str] = []
+
+        def make(*, asked=asked, **form):
+            asked.append(form["projections"])
+            return make_choice(**form)
+
+        fitted = method.fit(make, split, None, seed=0)
+        assert asked == [expected]
+        moved = any(".lora_A." in name for name in fitted.model.adapter.named_parameters())
+        assert moved == (expected != "frozen_v")
+
+
+def test_a_point_estimate_has_no_s_whose_scale_could_be_fixed(make_choice, records):
+    split = make_choice().readout.encode(records)
+    with pytest.raises(ValueError, match=r"set method\.projections=free"):
+        MLE(CONFIG, projections="unit").fit(make_choice, split, None, seed=0)

@@ -323,11 +323,11 @@ def trained_by_peft(tmp_path, tokenizer):
         return tmp_path, batch, readout(model, batch.inputs)
 
 
-def started(folder: Path, **settings: object) -> SubspaceAdapter:
+def started(folder: Path, **form: object) -> SubspaceAdapter:
     config = ModelConfig(str(folder / "model"), device="cpu")
     readout = load_readout(config, Classes(4, ("A", "B", "C", "D")))
-    lora = AdapterConfig(start=str(folder / "adapter"), **settings)
-    return make_adapter(config, lora, readout, svd=True)
+    lora = AdapterConfig(start=str(folder / "adapter"))
+    return make_adapter(config, lora, readout, svd=True, **form)
 
 
 @pytest.mark.parametrize("projections", ["free", "unit", "frozen_v"])

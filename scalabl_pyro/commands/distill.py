@@ -54,7 +54,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     split = run.encode(list(iter_records(config.input, run.class_names)))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(Path(config.run) / "adapter")
-    lora = replace(run.config.lora, start=mean, projections="free")
+    lora = replace(run.config.lora, start=mean)
     settings, readout = run.config.model, run.readout
     del run  # one language model at a time
     gc.collect()

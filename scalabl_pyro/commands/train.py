@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     train = encoded.pop("train")
 
     def fit(attempt: RunConfig, name: str) -> Fitted:
+        method = attempt.make_method()
         try:
-            return attempt.make_method().fit(
-                lambda *, svd: make_adapter(config.model, config.lora, readout, svd=svd),
+            return method.fit(
+                partial(make_adapter, config.model, config.lora, readout),
                 train,
                 encoded["validation"],
                 seed=config.seed,
@@ -98,6 +100,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
             sizes = MemoryConfig(
                 config.model,
                 config.lora,
+                method.projections,
                 batch_size=attempt.fit.batch_size,
                 eval_batch_size=config.eval_batch_size,
                 tokens=max(train.lengths),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyro
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
+from ..adapter import ProjectionMode, SubspaceAdapter
 from ..data import Split
 from ..guides import AutoSubspace
 from ..metrics import evaluate
@@ -46,6 +46,9 @@ class Method(ABC):
     :param config: settings of the training loop.
     :param eval_batch_size: B in validation and prediction.
     :param progress: show a bar.
+    :param projections: what is trained beside s, as in :class:`SubspaceAdapter`; without
+        s, ``free`` trains A and B, and ``frozen_v`` B alone (LoRA-FA; Zhang et al. 2023, arXiv
+        2308.03303).
     """
 
     name: ClassVar[str]
@@ -55,6 +58,7 @@ class Method(ABC):
     config: FitConfig = field(default_factory=FitConfig)
     eval_batch_size: int = 64
     progress: bool = True
+    projections: ProjectionMode = "free"
 
     def fit(
         self,
@@ -67,13 +71,14 @@ class Method(ABC):
     ) -> Fitted:
         """Train on ``train``; nothing but ``validation`` may choose anything.
 
-        :param make_adapter: ``make_adapter(svd=…)`` builds a fresh adapter from the current random
-            state, which this method seeds.
+        :param make_adapter: ``make_adapter(svd=…, projections=…)`` builds a fresh adapter from the
+            current random state, which this method seeds.
         :param seed: fixes initialisation, order of the data, and draws.
         :param checkpoints: what :func:`~scalabl_pyro.svi.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
-        model = self.make_model(make_adapter(svd=self.svd), num_data=len(train))
+        adapter = make_adapter(svd=self.svd, projections=self.projections)
+        model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
         validate = None
         if validation is not None:
@@ -163,8 +168,8 @@ class PointMethod(Method):
         """
         if adapter.unit:
             raise ValueError(
-                f"projections is 'unit', which fixes the scale of s: method {self.name} has no s,"
-                " make it 'free'"
+                f"projections is 'unit', which fixes the scale of s, and method {self.name} has no"
+                " s: set method.projections=free"
             )
         return super().make_model(adapter, num_data=num_data)
 
