@@ -258,7 +258,7 @@ class Work:
         """All that a row trains with."""
         kl = KLSchedule(**({"weight": setting.kl_weight} | row.kl))
         config = FitConfig(steps=steps, batch_size=BATCH, lr=setting.lr, kl=kl)
-        method = row.method(config, progress=False, **row.settings)
+        method = row.method(config, progress=False, projections="free", **row.settings)
         return method, replace(self.lora, **row.adapter)
 
     def fit(self, row: Row, setting: Setting, seed: int, steps: int) -> tuple[Fitted, float]:

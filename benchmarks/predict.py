@@ -97,6 +97,7 @@ class Seed:
             FitConfig(steps=size.steps, batch_size=16, lr=2e-3, kl=KLSchedule(30.0)),
             draws=1,
             progress=False,
+            projections="free",
         )
         self.adapter, self.guide = self.trained()
         self.loc = self.guide.median()["s"]

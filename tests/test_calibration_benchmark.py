@@ -47,22 +47,23 @@ def test_every_row_builds_its_methods_and_every_longer_trial_exists(calibration)
 
 def test_the_best_trial_runs_on_all_seeds_and_no_other_does(calibration):
     bench = Bench(calibration.ROWS)
-    figures = calibration.table(bench, ["plain ELBO", "tempered ELBO"], calibration.STEPS)
-    last = list(calibration.ROWS["tempered ELBO"].trials)[-1]
-    assert figures["chosen"]["tempered ELBO"] == last
-    tested = [name for name in bench.asked if "tempered" in name and "seed" in name]
-    assert tested == [f"400 tempered ELBO {last} seed {seed}" for seed in range(5)]
-    mean, error = figures["test"]["tempered ELBO"]["nll"]
+    figures = calibration.table(bench, ["plain ELBO", "frozen V"], calibration.STEPS)
+    last = list(calibration.ROWS["frozen V"].trials)[-1]
+    assert figures["chosen"]["frozen V"] == last
+    tested = [name for name in bench.asked if "frozen" in name and "seed" in name]
+    assert tested == [f"400 frozen V {last} seed {seed}" for seed in range(5)]
+    mean, error = figures["test"]["frozen V"]["nll"]
     assert mean == pytest.approx(2.0)
     assert error == pytest.approx((2.5 / 5) ** 0.5)  # the variance of 0 … 4 is 2.5
-    assert figures["tempered ELBO minus"]["plain ELBO"]["nll"] == (0.0, 0.0)
+    assert figures["frozen V minus"]["plain ELBO"]["nll"] == (0.0, 0.0)
 
 
 def test_longer_runs_try_less(calibration):
     bench = Bench(calibration.ROWS)
-    figures = calibration.table(bench, ["MLE", "MLE early-stopped"], 2 * calibration.STEPS)
+    alone = "trained, then s on fresh data"
+    figures = calibration.table(bench, ["MLE", alone], 2 * calibration.STEPS)
     assert [name for name in bench.asked if "trial" in name] == [
         "800 MLE lr=0.0001 trial",
         "800 MLE lr=0.0003 trial",
     ]
-    assert figures["chosen"]["MLE early-stopped"] == "lr=0.003"
+    assert figures["chosen"][alone] == "scale=1 kl_weight=1"

@@ -276,7 +276,9 @@ def test_default_settings_are_those_of_the_classes(capsys):
     """The files in configs/ say what the classes say, but for what a run must choose itself."""
     assert scalabl("train", "--cfg", "job", "model.name=x", "data.task=embedded", "run_dir=y") == 0
     values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
-    assert values["fit"]["kl"].pop("weight") == 10.0  # the class ends at the ELBO
+    # The recipe; the class ends at the ELBO, and serves every method.
+    assert values["fit"].pop("lr") == 5e-3
+    assert values["fit"]["kl"].pop("weight") == 10.0
     method = values.pop("method")
     config = build(RunConfig, values)
     assert config == RunConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..adapter import SubspaceAdapter
+from ..adapter import ProjectionMode, SubspaceAdapter
 from ..data import Split
 from ..draws import draw
 from ..elbos import make_elbo
@@ -34,6 +34,7 @@ class ScalaBL(Method):
     name: ClassVar[str] = "scalabl"
     svd: ClassVar[bool] = True
 
+    projections: ProjectionMode = "frozen_v"
     guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal", "init_scale": 0.05})
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
     scale_B: float | None = None
