@@ -25,6 +25,9 @@ T = TypeVar("T")
 #: settings that may change between an interruption and its resumption
 NO_MATTER = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
 
+#: fields of every method → the setting of a run that fills them
+SHARED = {"config": "fit", "eval_batch_size": "eval_batch_size", "progress": "progress"}
+
 
 class ConfigError(ValueError):
     """A configuration key that does not exist, or a value of the wrong kind."""
@@ -96,7 +99,8 @@ class CheckpointConfig:
 class RunConfig:
     """Everything that defines a training run.
 
-    :param method: ``name``, a key of ``METHODS``, and that method's own fields.
+    :param method: ``name``, a key of ``METHODS``, and that method's own fields; those left out are
+        filled in with their defaults, which another version may change.
     :param run_dir: the folder to write, which must not exist.
     :param checkpoint: how often an unfinished run is saved.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
@@ -123,7 +127,10 @@ class RunConfig:
             raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}: expected 0 to 2^63 − 1")
-        self.make_method()
+        method = self.make_method()
+        own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]
+        settings = {"name": method.name} | {name: getattr(method, name) for name in own}
+        object.__setattr__(self, "method", settings)
         self.attempts()
 
     def make_method(self) -> Method:
@@ -135,16 +142,12 @@ class RunConfig:
         name = settings.pop("name", None)
         if name not in METHODS:
             raise ConfigError(f"method.name is {name!r}: expected one of {sorted(METHODS)}")
-        shared = {
-            "config": self.fit,
-            "eval_batch_size": self.eval_batch_size,
-            "progress": self.progress,
-        }
-        taken = sorted(settings.keys() & shared.keys())
+        taken = sorted(settings.keys() & SHARED.keys())
         if taken:
             raise ConfigError(
                 f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
             )
+        shared = {field: getattr(self, key) for field, key in SHARED.items()}
         return build(METHODS[name], settings | shared, "method.")
 
     def attempts(self) -> list[RunConfig]:

@@ -287,6 +287,16 @@ def test_default_settings_are_those_of_the_classes(capsys):
     assert METHODS[method.pop("name")](**method) == ScalaBL()
 
 
+def test_a_run_keeps_settings_that_were_left_out():
+    """Another version may have other defaults."""
+    options = ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), "y"
+    config = RunConfig(*options, method={"name": "scalabl", "draws": 3})
+    assert config.method["draws"] == 3
+    assert config.method["projections"] == ScalaBL().projections
+    assert RunConfig(*options, method=config.method) == config
+    assert not config.method.keys() & {"config", "eval_batch_size", "progress"}
+
+
 def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, tokenizer, capsys):
     torch.manual_seed(0)
     BertModel(tiny_bert_config()).save_pretrained("bert")

@@ -44,7 +44,7 @@ def test_a_sweep_skips_finished_runs_and_makes_one_table(train, tmp_path, capsys
     assert scalabl("table") == 0
     assert (tmp_path / "runs/table/table.txt").read_text().strip() in capsys.readouterr().out
     table = json.loads((tmp_path / "runs/table/table.json").read_text())
-    assert table["chosen"]["mle"]["method"] == {"name": "mle"}
+    assert table["chosen"]["mle"]["method"] == {"name": "mle", "projections": "free"}
     nll = [
         json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["test"]["nll"]
         for name in names
