@@ -237,7 +237,7 @@ LONGER: dict[str, tuple[str, ...]] = {
     "unit-norm V": ("lr=0.002 kl_weight=30", "lr=0.002 kl_weight=100"),
     "prior on B": ("scale_B=1 kl_weight=30", "scale_B=3 kl_weight=30"),
     "frozen V": ("lr=0.005 kl_weight=10", "lr=0.005 kl_weight=30"),
-    "trained, then s on fresh data": ("scale=1 kl_weight=1",),
+    "trained, then s on fresh data": ("scale=0.3 kl_weight=1", "scale=1 kl_weight=1"),
     "reference": ("lr=0.001", "lr=0.002"),
 }
 
