@@ -69,8 +69,12 @@ def fit_config(steps: int, **settings: Any) -> FitConfig:
     return FitConfig(steps=steps, batch_size=BATCH, **settings)
 
 
-def mle(lr: float, **settings: Any) -> Callable[[int], Method]:
-    return lambda steps: MLE(fit_config(steps, lr=lr, **settings), progress=False)
+def mle(
+    lr: float, *, projections: ProjectionMode = "free", **settings: Any
+) -> Callable[[int], Method]:
+    return lambda steps: MLE(
+        fit_config(steps, lr=lr, **settings), progress=False, projections=projections
+    )
 
 
 def decayed(lr: float, decay: float) -> Callable[[int], Method]:
@@ -135,6 +139,9 @@ ROWS: dict[str, Row] = {
     ),
     "MLE early-stopped": Row(
         {f"lr={lr:g}": mle(lr, eval_every=25, keep="best") for lr in (3e-4, 1e-3, 3e-3)}
+    ),
+    "MLE, A frozen": Row(
+        {f"lr={lr:g}": mle(lr, projections="frozen_v") for lr in (1e-3, 2e-3, 5e-3)}
     ),
     "MAP": Row(
         {
