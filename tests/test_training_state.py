@@ -208,7 +208,7 @@ def test_train_resumes_to_the_bit(words, tmp_path, capsys, monkeypatch):
     assert scalabl(*words, "run_dir=out") == 1
     assert "go on with resume=true, or remove it" in capsys.readouterr().err
     assert scalabl(*words, "run_dir=out", "resume=true", "fit.lr=0.5") == 1
-    assert "fit.lr: 0.5, was 0.001" in capsys.readouterr().err
+    assert "fit.lr: 0.5, was 0.005" in capsys.readouterr().err
     moved = Path("data/train.jsonl").read_text()
     write_jsonl(tmp_path / "data/train.jsonl", make_records(17))
     assert scalabl(*words, "run_dir=out", "resume=true") == 1
