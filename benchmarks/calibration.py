@@ -398,13 +398,13 @@ def plot_tables(figures: dict, path: Path) -> None:
 
 def print_table(steps: int, figures: dict) -> None:
     head = f"{'ACC %':>13s}{'ECE %':>13s}{'NLL':>16s}{'Brier':>16s}"
-    print(f"{f'{steps} steps, test':32s}{head}   AUROC: entropy, MI; wrong | physics")
+    print(f"{f'{steps} steps, test':42s}{head}   AUROC: entropy, MI; wrong | physics")
     for name, row in figures["test"].items():
         areas = (f"{score}_auroc_{of}" for of in ("wrong", "ood") for score in ("entropy", "mi"))
         tail = " ".join(f"{row[key][0]:.3f}" if key in row else "  –  " for key in areas)
-        print(f"{name:32s}{_cells(row)}   {tail}")
+        print(f"{name:42s}{_cells(row)}   {tail}")
     for name, row in figures.get(f"{DEFAULT} minus", {}).items():
-        print(f"{DEFAULT} − {name:21s}" + _cells(row))
+        print(f"{DEFAULT} − {name:31s}" + _cells(row))
 
 
 def _cells(row: dict) -> str:

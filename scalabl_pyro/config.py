@@ -99,7 +99,7 @@ class CheckpointConfig:
 class RunConfig:
     """Everything that defines a training run.
 
-    :param method: ``name``, a key of ``METHODS``, and that method's own fields; those left out are
+    :param method: ``name``, a key of ``METHODS``, and that method's own fields; fields left out are
         filled in with their defaults, which another version may change.
     :param run_dir: the folder to write, which must not exist.
     :param checkpoint: how often an unfinished run is saved.

@@ -38,7 +38,7 @@ from .readout import LabelTokens, Readout
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
 
 

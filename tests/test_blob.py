@@ -117,7 +117,7 @@ def test_plain_svi_trains_it(make_causal, records):
 @pytest.mark.parametrize("projections", ["unit", "frozen_v", "fixed"])
 def test_matrices_that_do_not_move_are_refused(make_causal, projections):
     adapter = make_causal(svd=False, projections=projections)
-    with pytest.raises(ValueError, match=r"set method\.projections=free"):
+    with pytest.raises(ValueError, match=r"make the adapter's projections free"):
         BLoB().make_model(adapter, num_data=4)
 
 

@@ -236,7 +236,7 @@ def edit_json(path, **changes):
 
 def test_a_checkpoint_of_another_format_is_refused(run):
     edit_json(run / "posterior.json", format=99)
-    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 1"):
+    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 2"):
         load_run(run)
 
 

@@ -109,6 +109,7 @@ CASES = {
     "checkpointed": ({"gradient_checkpointing": True}, {}),
     "bfloat16": ({}, {"dtype": "bfloat16"}),
     "upper blocks": ({"layers": (1,)}, {}),
+    "V frozen": ({"projections": "frozen_v"}, {}),
     "s alone": ({"projections": "fixed"}, {}),
     "4bit": ({}, {"quantization": "4bit"}),
 }

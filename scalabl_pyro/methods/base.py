@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro
 from torch import Tensor
@@ -46,9 +46,6 @@ class Method(ABC):
     :param config: settings of the training loop.
     :param eval_batch_size: B in validation and prediction.
     :param progress: show a bar.
-    :param projections: what is trained beside s, as in :class:`SubspaceAdapter`; without
-        s, ``free`` trains A and B, and ``frozen_v`` B alone (LoRA-FA; Zhang et al. 2023, arXiv
-        2308.03303).
     """
 
     name: ClassVar[str]
@@ -58,7 +55,12 @@ class Method(ABC):
     config: FitConfig = field(default_factory=FitConfig)
     eval_batch_size: int = 64
     progress: bool = True
-    projections: ProjectionMode = "free"
+
+    @property
+    def projections(self) -> ProjectionMode:
+        """What is trained beside s, as in :class:`~scalabl_pyro.adapter.SubspaceAdapter`; a
+        setting of the methods that leave a choice."""
+        return "free"
 
     def fit(
         self,
@@ -159,7 +161,13 @@ class DrawsWeights:
 
 @dataclass(frozen=True)
 class PointMethod(Method):
-    """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share."""
+    """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share.
+
+    :param projections: ``free`` trains A and B, and ``frozen_v`` B alone (LoRA-FA; Zhang et al.
+        2023, arXiv 2308.03303).
+    """
+
+    projections: Literal["free", "frozen_v"] = "free"
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
         """The likelihood.
@@ -169,7 +177,7 @@ class PointMethod(Method):
         if adapter.unit:
             raise ValueError(
                 f"projections is 'unit', which fixes the scale of s, and method {self.name} has no"
-                " s: set method.projections=free"
+                " s: expected free or frozen_v"
             )
         return super().make_model(adapter, num_data=num_data)
 

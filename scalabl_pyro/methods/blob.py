@@ -110,7 +110,9 @@ class BLoB(DrawsWeights, Method):
         :raises ValueError: if the matrices A are not trained, or wait for a vector s.
         """
         if adapter.unit or not adapter.flat_A().requires_grad:
-            raise ValueError("method blob trains every A as it is: set method.projections=free")
+            raise ValueError(
+                "method blob trains every A as it is: make the adapter's projections free"
+            )
         return BLoBModel(adapter, num_data=num_data, prior_scale=self.prior_scale)
 
     def make_guide(self, model: BLoBModel) -> NormalA:

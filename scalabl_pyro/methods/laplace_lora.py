@@ -81,6 +81,11 @@ class LaplaceLoRA(PointMethod):
     draws: int = 100
 
     def __post_init__(self) -> None:
+        if self.projections != "free":
+            raise ValueError(
+                f"projections is {self.projections!r}: method laplace_lora needs free, for its"
+                " posterior is over A and B, at a mode of both"
+            )
         for name in ("rank", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")

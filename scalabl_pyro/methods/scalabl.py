@@ -23,6 +23,9 @@ __all__ = ["ScalaBL"]
 class ScalaBL(Method):
     """Samplawski et al. 2025 (arXiv 2506.21408), with one correct objective.
 
+    :param projections: what is trained beside s, as in
+        :class:`~scalabl_pyro.adapter.SubspaceAdapter`. With V frozen B wants a learning rate of
+        about 5e-3, with V free all want about 1e-3.
     :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
     :param prior: ``name``, a key of ``PRIORS``, and its own options. A normal's ``loc``, if left
         out, is 0, or 1 where the adapter starts from trained weights, at s = 1.
