@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -74,6 +75,40 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     assert (tmp_path / "runs/mine-distilled/adapter_config.json").exists()
     assert (tmp_path / "runs/mine-compared/table.csv").exists()
     assert (tmp_path / "runs/reviews/metrics.json").exists()
+
+
+CALIBRATION = {
+    "MLE": "MLE",
+    "MLE, temperature": "MLE tempered",
+    "MLE, A frozen": "MLE, A frozen",
+    "MLE, stopped by validation NLL": "MLE early-stopped",
+    "MAP": "MAP",
+    "the published algorithm (`reference`), 10 draws": "reference",
+    "**ScalaBL**, 10 draws": "frozen V",
+    "ScalaBL with V free, 10 draws": "tempered ELBO",
+    "ScalaBL with V free, posterior mean": "its posterior mean",
+    "MLE as ScalaBL with V free, but for s": "MLE at lr 2e-3",
+}
+
+
+def test_the_readmes_table_of_calibration_is_that_of_the_benchmark():
+    saved = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
+    text = (ROOT / "README.md").read_text().split("**Real questions.**")[1]
+    lines = [
+        line for line in text.split("**The embedded world**")[0].splitlines() if line[:1] == "|"
+    ]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines[2:])
+    assert rows.keys() == CALIBRATION.keys()
+    for title, cells in rows.items():
+        expected = []
+        for steps in ("400", "800"):
+            found = saved["figures"][steps]["test"].get(CALIBRATION[title])
+            if found is None:
+                expected += ["–"] * 3
+                continue
+            expected += [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in (found["acc"], found["ece"])]
+            expected.append("{:.3f} ± {:.3f}".format(*found["nll"]))
+        assert cells.split(" | ") == expected, title
 
 
 def test_make_targets_in_the_readme_exist():
