@@ -23,6 +23,7 @@ from .data import Batch, Split
 from .distributed import shard
 from .flipout import Shift, flipped
 from .lora_layers import ADAPTER, add_lora
+from .matrices import LoRAMatrices
 from .readout import Readout
 from .trunk import Leaving, Trunk
 
@@ -82,8 +83,8 @@ class SubspaceAdapter:
         self.readout = readout
         self.trained = start is not None
         self.peft_model, self.layers = add_lora(llm, lora, start)
-        self._A = [cast(nn.Linear, layer.lora_A[ADAPTER]) for layer in self.layers.values()]
-        self._B = [cast(nn.Linear, layer.lora_B[ADAPTER]) for layer in self.layers.values()]
+        self.matrices = LoRAMatrices(self.layers)
+        self._A = list(self.matrices.A.values())
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[ADAPTER]
         self._s: tuple[Tensor, ...] | None = None
@@ -114,9 +115,9 @@ class SubspaceAdapter:
                 parameter.requires_grad_(False)
         self._init_loc = torch.ones(self.shape, device=self.device)
         if svd and start is None:
-            self._init_loc = self._decompose()
+            self._init_loc = self.matrices.decompose_A()
         elif svd:
-            self.decompose_product()
+            self.matrices.decompose_product()
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -160,33 +161,6 @@ class SubspaceAdapter:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Those of :meth:`state` that are trained."""
         return {name: p for name, p in self.state().items() if p.requires_grad}
-
-    @property
-    def B(self) -> list[Tensor]:
-        """The M matrices B, (d_out, r) each."""
-        return [B.weight for B in self._B]
-
-    def matrices(self) -> dict[str, nn.Linear]:
-        """The linear maps A and B, by the names of their weights in :meth:`state`."""
-        names = {id(parameter): name for name, parameter in self.state().items()}
-        return {names[id(layer.weight)]: layer for layer in (*self._A, *self._B)}
-
-    def flat_A(self) -> Tensor:
-        """The M matrices A one after another, (r · Σ_m d_m,)."""
-        return torch.cat([A.weight.flatten() for A in self._A])
-
-    def named_A(self, flat: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`flat_A`, under the names of :meth:`state`.
-
-        :param flat: (\\*draws, r · Σ_m d_m).
-        :returns: (\\*draws, r, d_m) each.
-        """
-        names = {id(parameter): name for name, parameter in self.state().items()}
-        parts = flat.split([A.weight.numel() for A in self._A], dim=-1)
-        return {
-            names[id(A.weight)]: part.unflatten(-1, A.weight.shape)
-            for A, part in zip(self._A, parts, strict=True)
-        }
 
     def num_parameters(self) -> dict[str, int]:
         """How many numbers are trained, in the LoRA projections and in heads apart."""
@@ -279,8 +253,8 @@ class SubspaceAdapter:
         :param batch: B examples, moved to the adapter's device if need be.
         :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
         :param per_example: s is (B, M, r), one for each example, and the logits are (B, C).
-        :param shift: numbers as in :meth:`flat_A`, added to the matrices A at signs that are drawn
-            anew for each example (see :func:`~scalabl_pyro.flipout.flipped`).
+        :param shift: numbers as in ``matrices.flat_A()``, added to the matrices A at signs that are
+            drawn anew for each example (see :func:`~scalabl_pyro.flipout.flipped`).
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist. A readout may put
             further dimensions before C.
         :raises ValueError: if s has another shape.
@@ -324,7 +298,8 @@ class SubspaceAdapter:
         if shift is not None:
             rows_each = math.prod(inputs["input_ids"].shape[1:-1])
             self._shift = tuple(
-                flipped(delta, len(batch), rows_each) for delta in self.named_A(shift).values()
+                flipped(delta, len(batch), rows_each)
+                for delta in self.matrices.named_A(shift).values()
             )
         S = draws.numel()
         if S > 1:
@@ -460,32 +435,6 @@ class SubspaceAdapter:
                 head = heads[ADAPTER].float()
                 head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
 
-    @torch.no_grad()
-    def _decompose(self) -> Tensor:
-        """A = U·diag(σ)·V; V takes the place of A, B·U that of B; returns σ (M, r) in float32."""
-        values = []
-        for A, B in zip(self._A, self._B, strict=True):
-            U, sigma, V = torch.linalg.svd(A.weight.float(), full_matrices=False)
-            A.weight.copy_(V)
-            B.weight.copy_(B.weight.float() @ U)
-            values.append(sigma.to(self.device))
-        return torch.stack(values)
-
-    @torch.no_grad()
-    def decompose_product(self) -> Tensor:
-        """B·A = U·diag(σ)·V; V takes the place of A, U·diag(σ) that of B; returns σ (M, r)."""
-        values = []
-        for A, B in zip(self._A, self._B, strict=True):
-            Q_B, R_B = torch.linalg.qr(B.weight.double())  # (d_out, r), (r, r)
-            Q_A, R_A = torch.linalg.qr(A.weight.double().mT)  # (d_in, r), (r, r)
-            U, sigma, V = torch.linalg.svd(R_B @ R_A.mT)
-            A.weight.copy_(V @ Q_A.mT)
-            short = B.weight.shape[1] - len(sigma)  # a layer may have fewer outputs than r
-            B.weight.copy_(nn.functional.pad(Q_B @ U * sigma, (0, short)))
-            values.append(nn.functional.pad(sigma, (0, short)).to(self._init_loc))
-        return torch.stack(values)
-
-    @torch.no_grad()
     def move_start(self, loc: Tensor) -> None:
         """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
 
@@ -494,8 +443,7 @@ class SubspaceAdapter:
         """
         if not (loc != 0).all():
             raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
-        for B, scale in zip(self._B, self._init_loc / loc, strict=True):
-            B.weight.mul_(scale.to(B.weight))
+        self.matrices.scale_columns_of_B(self._init_loc / loc)
         self._init_loc = loc.to(self._init_loc)
 
     # ------------------------------------------------------------------ gradient checkpointing

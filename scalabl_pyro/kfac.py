@@ -134,7 +134,7 @@ def _recorded(adapter: SubspaceAdapter) -> Iterator[Seen]:
 
     handles = [
         module.register_forward_hook(lambda _, args, output, name=name: record(name, args, output))
-        for name, module in adapter.matrices().items()
+        for name, module in adapter.matrices.linears.items()
     ]
     try:
         yield seen

@@ -181,7 +181,8 @@ class ScalaBLModel(LoRAModel):
         if self.scale_B is None:
             return zero
         p = dist.Normal(0.0, self.scale_B)
-        return torch.stack([zero, *(p.log_prob(B).sum().to(zero) for B in self.adapter.B)]).sum()
+        each = [p.log_prob(B.weight).sum().to(zero) for B in self.adapter.matrices.B.values()]
+        return torch.stack([zero, *each]).sum()
 
     @property
     def init_loc(self) -> Tensor:

@@ -22,7 +22,7 @@ def plain(request):
 
 def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
     batch = whole(plain.readout.encode(records))
-    shift = torch.randn_like(plain.flat_A())
+    shift = torch.randn_like(plain.matrices.flat_A())
     with torch.no_grad():
         logits = plain(batch, shift=shift)
         signs = plain._shift
@@ -31,8 +31,8 @@ def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
             weights = {
                 name: A + delta * torch.outer(sign.v[b * rows_each], sign.u[b * rows_each])
                 for (name, A), delta, sign in zip(
-                    plain.named_A(plain.flat_A()).items(),
-                    plain.named_A(shift).values(),
+                    plain.matrices.named_A(plain.matrices.flat_A()).items(),
+                    plain.matrices.named_A(shift).values(),
                     signs,
                     strict=True,
                 )
@@ -48,7 +48,7 @@ def test_a_checkpointed_gradient_is_that_of_its_own_signs(make_causal, records):
     for checkpointed in (False, True):
         adapter = make_causal(svd=False, gradient_checkpointing=checkpointed)
         batch = whole(adapter.readout.encode(records))
-        shift = torch.full_like(adapter.flat_A(), 0.3)
+        shift = torch.full_like(adapter.matrices.flat_A(), 0.3)
         torch.manual_seed(2)
         adapter.train()
         loss = adapter(batch, shift=shift).square().sum()
@@ -61,8 +61,8 @@ def test_a_checkpointed_gradient_is_that_of_its_own_signs(make_causal, records):
 
 
 def test_names_and_back(plain):
-    flat = torch.randn(2, len(plain.flat_A()))
-    named = plain.named_A(flat)
+    flat = torch.randn(2, len(plain.matrices.flat_A()))
+    named = plain.matrices.named_A(flat)
     assert list(named) == [name for name in plain.state() if ".lora_A." in name]
     assert torch.equal(torch.cat([x.flatten(1) for x in named.values()], dim=1), flat)
 
@@ -73,7 +73,7 @@ def test_the_divergence_is_that_of_q_from_p(plain, records):
     guide = NormalA(model, init_scale=0.05)
     sigma = guide.rho.detach().square()
     assert ((sigma >= 0.00125) & (sigma <= 0.0025)).all()
-    mean = plain.flat_A().detach()
+    mean = plain.matrices.flat_A().detach()
     expected = kl_divergence(Normal(mean, sigma), Normal(0.0, 0.2)).sum()
     elbo = TraceMeanField_ELBO(max_plate_nesting=1)
     history = fit(model, guide, split, CONFIG, elbo=elbo, progress=False).history
@@ -107,11 +107,11 @@ def test_plain_svi_trains_it(make_causal, records):
     split = adapter.readout.encode(records)
     model = BLoBModel(adapter, num_data=len(split), prior_scale=0.2)
     guide = NormalA(model, init_scale=0.05)
-    before = guide.rho.detach().clone(), adapter.flat_A().detach().clone()
+    before = guide.rho.detach().clone(), adapter.matrices.flat_A().detach().clone()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO(max_plate_nesting=1))
     svi.step(whole(split))
     assert not torch.equal(guide.rho, before[0])
-    assert not torch.equal(adapter.flat_A(), before[1])
+    assert not torch.equal(adapter.matrices.flat_A(), before[1])
 
 
 @pytest.mark.parametrize("projections", ["unit", "frozen_v", "fixed"])

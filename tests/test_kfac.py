@@ -98,7 +98,9 @@ def test_log_det_is_that_of_the_dense_matrix():
 def test_the_precision_maximises_the_evidence(plain, records):
     factors = kfac(plain, plain.readout.encode(records), rank=1000)
     found = best_precision(plain, factors)
-    weights = torch.cat([m.weight.detach().flatten() for m in plain.matrices().values()]).double()
+    weights = torch.cat(
+        [m.weight.detach().flatten() for m in plain.matrices.linears.values()]
+    ).double()
     # d/dλ = 0: λ‖θ‖² = Σ h / (h + λ), the number of parameters that the data determine
     effective = sum(
         float((h / (h + found)).sum()) for h in (f.eigenvalues() for f in factors.values())

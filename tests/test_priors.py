@@ -97,7 +97,8 @@ def test_a_prior_on_B_adds_its_log_density(make_causal, records):
         torch.manual_seed(0)
         return float(trace(model).get_trace(batch).log_prob_sum().detach())
 
-    expected = sum(float(dist.Normal(0.0, 0.5).log_prob(B).sum().detach()) for B in adapter.B)
+    log_prob = dist.Normal(0.0, 0.5).log_prob
+    expected = sum(float(log_prob(B.weight).sum().detach()) for B in adapter.matrices.B.values())
     assert log_joint(0.5) - log_joint(None) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="scale_B is -1"):
         log_joint(-1)

@@ -15,9 +15,11 @@ def test_a_decomposed_product_computes_the_same(make_causal, records):
     batch = whole(adapter.readout.encode(records))
     with torch.no_grad():
         before = adapter(batch)
-        d = adapter.decompose_product()
+        d = adapter.matrices.decompose_product()
         torch.testing.assert_close(adapter(batch), before, atol=1e-5, rtol=1e-4)
-    for A, B, values in zip(adapter.named_A(adapter.flat_A()).values(), adapter.B, d, strict=True):
+    matrices = adapter.matrices
+    for A, B, values in zip(matrices.A.values(), matrices.B.values(), d, strict=True):
+        A, B = A.weight, B.weight
         torch.testing.assert_close(A @ A.mT, torch.eye(len(A)), atol=1e-5, rtol=0)
         torch.testing.assert_close(B.mT @ B, values.square().diag(), atol=1e-5, rtol=1e-4)
 
@@ -28,7 +30,9 @@ def test_noise_is_the_same_in_all_directions_of_the_update(make_choice, records)
     fitted = method.fit(make_choice, split, None, seed=0)
     adapter = fitted.model.adapter
     sigma = 0.1 * (1 - 2**-3)
-    for (name, draws), B in zip(fitted.predictor.weights.items(), adapter.B, strict=True):
+    weights = fitted.predictor.weights.items()
+    for (name, draws), linear in zip(weights, adapter.matrices.B.values(), strict=True):
+        B = linear.weight
         U = B / B.norm(dim=0)
         noise = (U.mT @ B @ (draws - adapter.state()[name])).detach()  # (S, r, d_in)
         torch.testing.assert_close(noise.std((0, 2)), torch.full((4,), sigma), rtol=0.1, atol=0)

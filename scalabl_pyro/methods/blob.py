@@ -43,7 +43,7 @@ class BLoBModel(LoRAModel):
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); samples ``"A"`` and observes ``"label"`` if there are labels."""
         self.projections()
-        mean = self.adapter.flat_A()
+        mean = self.adapter.matrices.flat_A()
         prior = dist.Normal(torch.zeros_like(mean), self.prior_scale)
         A = pyro.sample("A", prior.to_event(1))
         return self.observe(batch, self.adapter(batch, shift=A - mean))
@@ -63,12 +63,14 @@ class NormalA(PyroModule):
     def __init__(self, model: BLoBModel, *, init_scale: float) -> None:
         super().__init__()
         self._adapter = (model.adapter,)  # a tuple: an attribute would register its parameters
-        rho = torch.empty_like(model.adapter.flat_A()).uniform_(init_scale / 2**0.5, init_scale)
+        rho = torch.empty_like(model.adapter.matrices.flat_A()).uniform_(
+            init_scale / 2**0.5, init_scale
+        )
         self.rho = PyroParam(rho, constraints.real, 1)  # type: ignore[assignment]
 
     def get_posterior(self) -> dist.Independent:
         """q(A), with event shape (D,)."""
-        return dist.Normal(self._adapter[0].flat_A(), self.rho.square()).to_event(1)
+        return dist.Normal(self._adapter[0].matrices.flat_A(), self.rho.square()).to_event(1)
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample ``"A"``; the arguments are the model's and are ignored."""
@@ -109,7 +111,7 @@ class BLoB(DrawsWeights, Method):
 
         :raises ValueError: if the matrices A are not trained, or wait for a vector s.
         """
-        if adapter.unit or not adapter.flat_A().requires_grad:
+        if adapter.unit or not adapter.matrices.flat_A().requires_grad:
             raise ValueError(
                 "method blob trains every A as it is: make the adapter's projections free"
             )
@@ -127,7 +129,7 @@ class BLoB(DrawsWeights, Method):
             self.draws, *q.event_shape, generator=torch.Generator().manual_seed(seed)
         )
         A = q.mean + noise.to(q.mean) * q.stddev
-        return WeightAverage(model.adapter, model.adapter.named_A(A))
+        return WeightAverage(model.adapter, model.adapter.matrices.named_A(A))
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         elbo = TraceMeanField_ELBO(max_plate_nesting=1)

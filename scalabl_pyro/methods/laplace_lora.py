@@ -113,7 +113,7 @@ class LaplaceLoRA(PointMethod):
     def restore(
         self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], *, seed: int, **_: Any
     ) -> LaplaceAverage:
-        names = list(adapter.matrices())
+        names = list(adapter.matrices.linears)
         expected = {"precision", *(f"{part}.{name}" for name in names for part in "xg")}
         if expected != state.keys():
             raise ValueError(f"these factors are missing or unknown: {expected ^ state.keys()}")
@@ -127,7 +127,7 @@ def best_precision(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -
     .. math:: \log p(D \mid λ) = \mathrm{const} - \tfrac{λ}{2} ‖θ^*‖^2 + \tfrac{P}{2} \log λ
               - \tfrac{1}{2} \log\det(H + λI)
     """
-    weights = [module.weight.detach() for module in adapter.matrices().values()]
+    weights = [module.weight.detach() for module in adapter.matrices.linears.values()]
     norm = float(sum(w.double().square().sum() for w in weights))
     P = sum(w.numel() for w in weights)
     grid = torch.logspace(-4, 6, 401, dtype=torch.float64)

@@ -59,7 +59,8 @@ class ScalaBL(Method):
 
         :raises ValueError: if nothing depends on s, nor will: B is 0, and stays.
         """
-        if not any(B.requires_grad or B.any() for B in adapter.B):
+        weights = [B.weight for B in adapter.matrices.B.values()]
+        if not any(weight.requires_grad or weight.any() for weight in weights):
             raise ValueError(
                 "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
                 " adapter (lora.start)"

@@ -67,11 +67,12 @@ class TFB(DrawsWeights, PointMethod):
         )
         adapter = fitted.model.adapter
         plain = self.nll(fitted.predictor, anchor)
-        d = adapter.decompose_product()
+        matrices = adapter.matrices
+        d = matrices.decompose_product()
         d = d.clamp(min=1e-6 * float(d.max()))  # a direction that is not used has no scale
-        noise = torch.randn(self.draws, len(adapter.flat_A()), generator=generator)
-        noises = adapter.named_A(noise.to(adapter.device))
-        means = adapter.named_A(adapter.flat_A().detach())
+        noise = torch.randn(self.draws, len(matrices.flat_A()), generator=generator)
+        noises = matrices.named_A(noise.to(adapter.device))
+        means = matrices.named_A(matrices.flat_A().detach())
         rows = zip(means, d, strict=True)
         spread = {name: noises[name] / scale[:, None].to(noise) for name, scale in rows}
 
