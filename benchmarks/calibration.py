@@ -222,7 +222,7 @@ ROWS: dict[str, Row] = {
     "BLoB": Row(
         {
             f"lr={lr:g} kl_weight={weight:g}": blob(lr, weight)
-            for lr, weight in ((3e-4, 0.01), (3e-4, 0.1), (1e-3, 0.01), (1e-3, 0.1))
+            for lr, weight in ((3e-4, 0.001), (3e-4, 0.01), (1e-3, 0.01), (1e-3, 0.1))
         }
     ),
 }
