@@ -4,10 +4,11 @@
 
 Fine-tunes an encoder (made for all-MiniLM-L6-v2) for multiple choice with LoRA r = 8 on query and
 value, on 1,000 questions of OpenBookQA in batches of 16, last checkpoint unless a row says other.
-Each row has at most four trials (MLE five), chosen by validation NLL on a seed of their own; the chosen one
-runs on five further seeds, which are tested. At 800 steps the trials are what was chosen at 400 and
-what is slower or more regularised beside it. Finished runs are kept in ``--runs`` and not run
-again, so that rows may be run apart (``--steps``, ``--rows``) and put together without either.
+Each row has at most four trials (MLE five), chosen by validation NLL on a seed of their own; the
+chosen one runs on five further seeds, which are tested. At 800 steps the trials are what was chosen
+at 400 and what is slower or more regularised beside it. Finished runs are kept in ``--runs`` and
+not run again, so that rows may be run apart (``--steps``, ``--rows``) and put together without
+either.
 """
 
 from __future__ import annotations

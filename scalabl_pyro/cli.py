@@ -6,6 +6,7 @@ The first word picks a command; everything after it but ``--help`` is Hydra's ow
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -90,7 +91,13 @@ def main() -> None:
         sys.exit(0 if asked else 2)
     name = sys.argv.pop(1)
     if {"-h", "--help"} & set(sys.argv):
-        print(explain(name))
+        hydras = argparse.ArgumentParser(add_help=False)
+        hydras.add_argument("--config-name", "-cn")
+        try:
+            print(explain(name, hydras.parse_known_args(sys.argv[1:])[0].config_name))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         return
     config_class, command = COMMANDS[name]
 

@@ -226,6 +226,16 @@ def test_help_explains_every_setting(command, capsys):
         assert {"guide", "prior", "elbo", "draws"} <= documented
 
 
+def test_help_explains_another_file_of_settings(capsys):
+    assert scalabl("compare", "--config-name", "tune", "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# scalabl compare --config-name tune: ")
+    assert shown.index("name: ???") < shown.index("name: embedded"), "its own come first"
+    assert "batch_size:" in shown
+    assert scalabl("compare", "--config-name=tun", "--help") == 2
+    assert "--config-name is tun: expected one of ['base', 'compare'" in capsys.readouterr().err
+
+
 def test_metrics_are_not_written_over(run, data, capsys):
     Path("m.json").write_text("kept")
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", "output=m.json") == 1
