@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ def report(name: str, figures: dict[str, Any], *, save: bool) -> None:
     """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked."""
     found = {
         "figures": figures,
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "hardware": _hardware(),
     }
