@@ -35,7 +35,7 @@ from .peft_io import export, merge, push_to_hub  # noqa: E402
 from .predict import Predictions, Predictor, average, predict, predict_proba  # noqa: E402
 from .priors import make_prior  # noqa: E402
 from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
-from .run_folder import load_run, save_run  # noqa: E402
+from .run_folder import load_run  # noqa: E402
 from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
 
 __all__ = [
@@ -96,7 +96,6 @@ __all__ = [
     "predict_proba",
     "push_to_hub",
     "read_completions",
-    "save_run",
     "score",
     "signal_to_noise",
     "to_inference_data",

@@ -118,6 +118,7 @@ class SubspaceAdapter:
             self._init_loc = self.matrices.decompose_A()
         elif svd:
             self.matrices.decompose_product()
+        self._B_at_start = self.matrices.norms_of_B()
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -439,10 +440,16 @@ class SubspaceAdapter:
         """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
 
         :param loc: (M, r).
-        :raises ValueError: if it is 0 somewhere: nothing depends on V or B there.
+        :raises ValueError: if it is 0 somewhere: nothing depends on V or B there; or if B is not
+            what it was at first, for draws of s made with it would then compute something else.
         """
         if not (loc != 0).all():
             raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
+        if not torch.equal(self.matrices.norms_of_B(), self._B_at_start):
+            raise ValueError(
+                "the start of s would have to move, and with it B, which has been trained or moved"
+                " since this adapter was made: build a new adapter for a prior of another support"
+            )
         self.matrices.scale_columns_of_B(self._init_loc / loc)
         self._init_loc = loc.to(self._init_loc)
 

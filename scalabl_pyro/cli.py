@@ -93,12 +93,18 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         hydras = argparse.ArgumentParser(add_help=False)
         hydras.add_argument("--config-name", "-cn")
+        found, overrides = hydras.parse_known_args(sys.argv[1:])
+        methods = [word.removeprefix("method=") for word in overrides if word.startswith("method=")]
         try:
-            print(explain(name, hydras.parse_known_args(sys.argv[1:])[0].config_name))
+            print(explain(name, found.config_name, *methods))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         return
+    for flag in {"--multirun", "-m"} & set(sys.argv):
+        # Hydra reads no override behind a flag that stands among them.
+        sys.argv.remove(flag)
+        sys.argv.insert(1, flag)
     config_class, command = COMMANDS[name]
 
     def task(overrides: DictConfig) -> None:

@@ -221,10 +221,10 @@ class CompletionModel(ScalaBLModel):
 
         :param logits: (\\*draws, B, K, C), returned as they are.
         """
-        labels = batch.to(logits.device).labels
+        batch = batch.to(logits.device)
+        labels = batch.labels
         assert labels is not None, "CompletionTokens encodes nothing without a completion"
         tokens = dist.Categorical(logits=logits).mask(labels != _NO_TOKEN).to_event(1)
-        rows = torch.arange(len(batch), device=logits.device)
-        with pyro.plate("data", self.num_data, subsample=rows, dim=-1):
+        with self.data_plate(batch):
             pyro.sample("label", tokens, obs=labels.clamp(min=0))
         return logits

@@ -128,6 +128,11 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}: expected 0 to 2^63 − 1")
         method = self.make_method()
+        if method.projections == "fixed" and self.lora.start is None:
+            raise ConfigError(
+                "method.projections is 'fixed', which trains s alone, and B starts at 0, where"
+                " nothing depends on s: give lora.start, a trained adapter"
+            )
         own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]
         settings = {"name": method.name} | {name: getattr(method, name) for name in own}
         object.__setattr__(self, "method", settings)
@@ -146,6 +151,13 @@ class RunConfig:
         if taken:
             raise ConfigError(
                 f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
+            )
+        known = [f.name for f in dataclasses.fields(METHODS[name]) if f.name not in SHARED]
+        unknown = sorted(settings.keys() - set(known))
+        if unknown and not difflib.get_close_matches(unknown[0], known):
+            raise ConfigError(
+                f"there is no setting method.{unknown[0]} of {name}: expected some of {known}; to"
+                " train by another method give method=NAME, which brings that method's settings"
             )
         shared = {field: getattr(self, key) for field, key in SHARED.items()}
         return build(METHODS[name], settings | shared, "method.")
@@ -238,8 +250,9 @@ def _message(error: Any, place: str) -> str:
         return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
     message = str(error["msg"]).removeprefix("Value error, ")
     # A dataclass that stands in several places names its own fields alone.
-    bare = re.match(r"\w+ is ", message)
-    return f"{place}{''.join(f'{part}.' for part in loc)}{message}" if bare else message
+    bare = re.match(r"(?!there )[\w.]+ is ", message)
+    prefix = place + "".join(f"{part}." for part in loc)
+    return prefix + message if bare and not message.startswith(prefix) else message
 
 
 def _check_keys(cls: type, values: Mapping[str, Any], place: str) -> None:

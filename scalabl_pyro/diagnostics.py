@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import arviz as az
@@ -13,6 +14,7 @@ import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from scipy.special import logsumexp
 from torch import Tensor
@@ -75,6 +77,11 @@ def to_inference_data(
         raise ValueError(f"chains is {chains}: expected a divisor of the {num_draws} draws")
     if guide is not None and model is None:
         raise ValueError("log p(s) − log q(s) needs the prior too: pass model beside guide")
+    if guide is not None and not isinstance(guide, AutoSubspace):
+        raise ValueError(
+            f"the guide is a {type(guide).__name__}, whose density of given draws is not known:"
+            " expected a guide of scalabl_pyro; of others, pass the draws without guide"
+        )
     if guide is not None and isinstance(guide.get_posterior(), dist.Delta):
         raise ValueError(f"{type(guide).__name__} is a point, which has no density q(s)")
     coords: dict[str, Any] = {
@@ -89,7 +96,7 @@ def to_inference_data(
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
         if split is not None:
-            log_likelihood, replicated, labels = _predictions(predictor, split, batch_size)
+            log_likelihood, replicated, labels = _predictions(predictor, split, batch_size, model)
             draws["log_likelihood"] = {"label": log_likelihood}
             draws["posterior_predictive"] = {"label": replicated}
             observed["label"] = labels.numpy()
@@ -224,14 +231,38 @@ def _good_k(num_draws: int) -> float:
 
 
 def _predictions(
-    predictor: Predictor, split: Split, batch_size: int
+    predictor: Predictor, split: Split, batch_size: int, model: ScalaBLModel | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(y_n | x_n, s_k) and a drawn label, both (S, N), and the labels (N,)."""
+    """log p(y_n | x_n, s_k) and a drawn label, both (S, N), and the labels (N,).
+
+    The likelihood is what the model observes; without a model it is that of classes.
+    """
     found = predict(predictor, split, batch_size=batch_size)
     if found.labels is None:
         raise ValueError("the log-likelihood needs a label in every record")
-    likelihood = dist.Categorical(logits=found.logits)  # (S, N)
-    return likelihood.log_prob(found.labels), likelihood.sample(), found.labels
+    if model is None:
+        classes = dist.Categorical(logits=found.logits)  # (S, N)
+        return classes.log_prob(found.labels), classes.sample(), found.labels
+    terms: list[Tensor] = []
+    replicated: list[Tensor] = []
+    for start in range(0, len(split), batch_size):
+        examples = split.examples[start : start + batch_size]
+        batch = split.collate(examples)
+        logits = found.logits[:, start : start + len(examples)].to(predictor.adapter.device)
+        observe = poutine.trace(model.observe)
+        sites: Any = observe.get_trace(batch, logits).nodes.values()
+        of_data = [n for n in sites if n["type"] == "sample" and not site_is_subsample(n)]
+        each = [_log_prob(node, model.num_data / len(batch)) for node in of_data]
+        terms.append(torch.stack(each).sum(0))
+        drawn: Any = observe.get_trace(replace(batch, labels=None), logits).nodes["label"]
+        replicated.append(drawn["value"])
+    return torch.cat(terms, -1).cpu(), torch.cat(replicated, -1).cpu(), found.labels
+
+
+def _log_prob(node: dict[str, Any], plate: float) -> Tensor:
+    """log p of each example of an observed site, with the model's own scale but the plate's."""
+    log_prob = node["fn"].log_prob(node["value"])
+    return scale_and_mask(log_prob, node["scale"] / plate, node["mask"])
 
 
 def _trace(

@@ -93,10 +93,9 @@ class _SoftLabels(LoRAModel):
 
     def observe(self, batch: Batch, logits: Tensor) -> Tensor:
         batch = batch.to(logits.device)
-        rows = torch.arange(len(batch), device=logits.device)
         # A choice that does not exist has probability 0 on both sides, and adds nothing.
         log_p = self._log_probs[batch.labels].masked_fill(~batch.choices, 0.0)
         log_q = logits.log_softmax(-1).masked_fill(~batch.choices, 0.0)
-        with pyro.plate("data", self.num_data, subsample=rows, dim=-1):
+        with self.data_plate(batch):
             pyro.factor("label", -(log_p.exp() * (log_p - log_q)).sum(-1))
         return logits

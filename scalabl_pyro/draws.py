@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -42,8 +43,8 @@ def draw(
     :param seed: fixes the bank.
     :param kind: one of :data:`KINDS`; but for ``independent``, it needs a guide with a normal q.
     :param batch: what Pyro's own guides are called with; ours need none.
-    :raises ValueError: if S < 1, the kind is unknown, it has more dimensions than Sobol's, or it
-        needs a normal q and the guide has none.
+    :raises ValueError: if S < 1, a guide of Pyro comes without a batch, the kind is unknown, it has
+        more dimensions than Sobol's, or it needs a normal q and the guide has none.
     """
     if num_draws < 1:
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
@@ -54,6 +55,12 @@ def draw(
         torch.manual_seed(seed)
         if kind == "independent" and isinstance(guide, AutoSubspace):
             return guide.sample(num_draws)
+        unbuilt = isinstance(guide, AutoGuide) and guide.prototype_trace is None
+        if kind == "independent" and unbuilt and batch is None:
+            raise ValueError(
+                f"{type(guide).__name__} is made at its first call, with what the model is called"
+                " with: give batch=, a batch of the training split"
+            )
         if kind == "independent":
             return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
         if not isinstance(guide, AutoSubspace):

@@ -19,12 +19,16 @@ def make_elbo(name: str = "trace", *, num_particles: int = 1, **options: Any) ->
     """The ELBO of that name; several particles (P) run as one batch.
 
     :param options: such as ``alpha`` of ``renyi``.
-    :raises ValueError: if there is no such ELBO or option, or P < 1.
+    :raises ValueError: if there is no such ELBO or option, or P < 1, or 2 for ``renyi``.
     """
     if name not in ELBOS:
         raise ValueError(f"elbo.name is {name!r}: expected one of {sorted(ELBOS)}")
-    if num_particles < 1:
-        raise ValueError(f"elbo.num_particles is {num_particles}: expected 1 or more")
+    fewest = 2 if name == "renyi" else 1  # with one particle Rényi's bound is the ELBO
+    if not (isinstance(num_particles, int) and num_particles >= fewest):
+        raise ValueError(
+            f"elbo.num_particles is {num_particles!r}: expected a whole number of {fewest} or more"
+            f" for {name}"
+        )
     try:
         return ELBOS[name](
             num_particles=num_particles,

@@ -77,6 +77,11 @@ class LoRAMatrices:
         return self._stacked(values)
 
     @torch.no_grad()
+    def norms_of_B(self) -> Tensor:
+        """‖B_m‖, (M,)."""
+        return self._stacked([B.weight.norm() for B in self.B.values()])
+
+    @torch.no_grad()
     def scale_columns_of_B(self, factors: Tensor) -> None:
         """Multiply column j of B_m by a factor.
 
@@ -86,6 +91,6 @@ class LoRAMatrices:
             B.weight.mul_(factor.to(B.weight))
 
     def _stacked(self, values: list[Tensor]) -> Tensor:
-        """(M, r) in float32 where the first layer is; layers may be spread over devices."""
+        """(M, ...) in float32 where the first layer is; layers may be spread over devices."""
         device = next(iter(self.A.values())).weight.device
         return torch.stack([value.to(device, torch.float32) for value in values])

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
@@ -115,12 +116,16 @@ class LoRAModel(PyroModule):
         :param logits: (\\*draws, B, C), returned as they are.
         """
         batch = batch.to(logits.device)
-        labelled = batch.labels is not None
-        size = self.num_data if labelled else len(batch)
-        rows = torch.arange(len(batch), device=logits.device)  # given, so that Pyro draws no subset
-        with pyro.plate("data", size, subsample=rows, dim=-1):
+        with self.data_plate(batch):
             pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
         return logits
+
+    def data_plate(self, batch: Batch) -> pyro.plate:
+        """The plate ``"data"``, of which the batch is B out of N, or all that there is if it has no
+        labels."""
+        size = len(batch) if batch.labels is None else self.num_data
+        rows = torch.arange(len(batch), device=batch.choices.device)  # so that Pyro draws no subset
+        return pyro.plate("data", size, subsample=rows, dim=-1)
 
 
 class ScalaBLModel(LoRAModel):
@@ -141,7 +146,8 @@ class ScalaBLModel(LoRAModel):
         computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
         density joins the objective; none if left out.
-    :raises ValueError: if the prior is of another shape, or ``scale_B`` not above 0.
+    :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0, or the
+        start has to move and the adapter has been trained since it was made.
     """
 
     def __init__(
@@ -155,6 +161,11 @@ class ScalaBLModel(LoRAModel):
         super().__init__(adapter, num_data=num_data)
         if prior is None:
             prior = dist.Normal(0.0, 1.0)
+        if not isinstance(prior, (Prior, TorchDistributionMixin)):
+            raise ValueError(
+                f"prior is {prior!r}: expected a distribution of Pyro over one number, or a Prior,"
+                " such as make_prior(adapter.shape, 'horseshoe')"
+            )
         if not isinstance(prior, Prior):
             prior = FixedPrior(adapter.shape, prior)
             prior.to_device(adapter.device)

@@ -67,12 +67,22 @@ class Predictor:
     :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
         ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
         cache. Where memory runs out it is halved, with a line in the log.
+    :raises ValueError: if the draws have another shape.
     """
 
     adapter: SubspaceAdapter
     draws: Tensor | None = None
     temperature: float = 1.0
     max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws is not None and (
+            self.draws.dim() != 3 or self.draws.shape[1:] != self.adapter.shape
+        ):
+            raise ValueError(
+                f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) ="
+                f" (S, {self.adapter.shape[0]}, {self.adapter.shape[1]}); one s (M, r) is s[None]"
+            )
 
     @property
     def num_draws(self) -> int:
@@ -146,7 +156,13 @@ def average(logits: Tensor) -> Tensor:
     r"""Log-probabilities of the Bayesian model average, (N, C) from (S, N, C), in log space.
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
+
+    :raises ValueError: if there is no dimension of draws.
     """
+    if logits.dim() < 3:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}: expected (S, N, C); of one draw, logits[None]"
+        )
     # Rounding may leave a sure answer just above probability 1.
     return (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
 

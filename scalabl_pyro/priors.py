@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -49,9 +48,9 @@ class Prior(PyroModule):
         self.shape = (shape[0], shape[1])
         self.latents: dict[str, Latent] = {}
 
-    @abstractmethod
     def forward(self) -> TorchDistribution:
         """The distribution of s, with event shape (M, r)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
 
 class FixedPrior(Prior):
@@ -65,7 +64,7 @@ class FixedPrior(Prior):
     def __init__(self, shape: tuple[int, int], coordinate: TorchDistribution) -> None:
         super().__init__(shape)
         self.support = cast(constraints.Constraint, coordinate.support)
-        reals = torch.tensor([-1e6, 0.0, 1e6], device=coordinate.sample().device)
+        reals = torch.tensor([-1e6, 0.0, 1e6], device=_device(coordinate))
         if not coordinate.event_shape and self.support.check(reals).all():
             self.support = Prior.support  # by whatever name, as a mixture's
         if coordinate.event_shape or self.support.is_discrete:
@@ -83,7 +82,7 @@ class FixedPrior(Prior):
 
     def to_device(self, device: torch.device) -> None:
         """Move the distribution's parameters, which belong to no module."""
-        if self._coordinate.sample().device != device:
+        if _device(self._coordinate) != device:
             self._coordinate = _on(device, self._coordinate)
 
     def forward(self) -> TorchDistribution:
@@ -103,6 +102,8 @@ class LearnedNormal(Prior):
         self, shape: tuple[int, int], *, scale: float = 1.0, per_module: bool = True
     ) -> None:
         super().__init__(shape)
+        if not isinstance(per_module, bool):
+            raise ValueError(f"per_module is {per_module!r}: expected true or false")
         start = torch.full((shape[0] if per_module else 1, 1), _positive("scale", scale))
         self.scale = PyroParam(start, constraints.softplus_positive, 2)  # type: ignore[assignment]
 
@@ -203,6 +204,12 @@ def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:
     """Normal(0, scale²) with event shape (M, r), whatever draws lead the scale's shape."""
     batch = torch.Size((*scale.shape[:-2], *shape))
     return dist.Normal(0.0, scale).expand(batch).to_event(2)
+
+
+def _device(distribution: TorchDistribution) -> torch.device:
+    """Where the distribution's draws are; no random state moves."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        return distribution.sample().device
 
 
 def _on(device: torch.device, distribution: TorchDistribution) -> TorchDistribution:

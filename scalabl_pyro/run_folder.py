@@ -1,6 +1,7 @@
 """Run folders: what a trained method leaves on disk, and how it is read again.
 
-* ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in
+* ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
+  member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
   guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
@@ -102,8 +103,11 @@ class Run:
         """Probabilities of the Bayesian model average, (N, C).
 
         :param inputs: records, or texts where all share the choices of the run.
-        :raises ValueError: if texts are given and the run knows no choices, or see :meth:`encode`.
+        :raises ValueError: if one text is given for a list, or texts and the run knows no choices,
+            or see :meth:`encode`.
         """
+        if isinstance(inputs, str):
+            raise ValueError(f"inputs is the text {inputs[:40]!r}: expected a list of texts")
         if any(isinstance(x, str) for x in inputs) and not self.class_names:
             raise ValueError(
                 "the choices of this run differ from record to record: give records with choices"

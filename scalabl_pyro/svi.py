@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -217,7 +218,7 @@ def fit(
                 for _ in range(config.accumulation):
                     with _ObservedNLL() as observed:
                         loss += elbo.loss_and_grads(model, guide, next(minibatches)) * per_example
-                    nll += observed.mean() / config.accumulation
+                    nll += observed.total() * per_example
             gradients = [p.grad for p in parameters if p.grad is not None]
             stop = checkpoints is not None and checkpoints.asked
             if world_size() > 1:
@@ -390,22 +391,34 @@ class _Run:
 
 
 class _ObservedNLL(Messenger):
-    """Records −log p(y | x, s) of the observed sites that pass, per example."""
+    """Records −log p(y | x, s) of the observed sites that pass, as the ELBO scales it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._terms: list[Tensor] = []
+        self._terms: dict[str | None, list[Tensor]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # In the data plate: a factor outside it is no likelihood.
-        plates = {frame.name for frame in msg["cond_indep_stack"]} - {"num_particles_vectorized"}
+        plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
+        particles = plates.pop("num_particles_vectorized", 1)
         if msg["is_observed"] and plates:
             distribution: Any = msg["fn"]
-            self._terms.append(distribution.log_prob(msg["value"]).detach().mean())
+            log_prob = distribution.log_prob(msg["value"]).detach()
+            log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            self._terms.setdefault(msg["name"], []).append(log_prob.sum() / particles)
 
-    def mean(self) -> float:
-        """Mean over examples and particles."""
-        return -float(torch.stack(self._terms).mean())
+    def total(self) -> float:
+        """−Σ_n E_q[log p(y_n | x_n, s)] of all N examples, as the minibatch estimates it.
+
+        :raises ValueError: if no observed site passed.
+        """
+        if not self._terms:
+            raise ValueError(
+                "the model observes nothing in a plate: sample the labels within"
+                " self.data_plate(batch), as LoRAModel.observe does"
+            )
+        # Particles that do not run as one batch pass one by one.
+        return -float(sum(torch.stack(passes).mean() for passes in self._terms.values()))
 
 
 class _Sites(Messenger):

@@ -226,6 +226,41 @@ def test_help_explains_every_setting(command, capsys):
         assert {"guide", "prior", "elbo", "draws"} <= documented
 
 
+def test_help_explains_another_method(capsys):
+    assert scalabl("train", "method=blob", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "prior_scale:" in shown
+    assert "init_loc" not in shown
+    assert "num_particles" not in shown
+    assert scalabl("train", "method=blub", "--help") == 2
+    assert "method is blub: expected one of ['blob'" in capsys.readouterr().err
+
+
+def test_flags_of_hydra_may_follow_overrides(local_model, data, tmp_path):
+    words = [f"model.name={local_model}", f"data.root={data}", "method=mle", *FAST]
+    assert scalabl("train", *words, "--multirun", "seed=0,1") == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mle-seed0", "mle-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.projections=fixed"], "give lora.start, a trained adapter"),
+        (["method.name=mle"], "there is no setting method.draws of mle"),
+        (["data.root=null", "data.task=embeded"], "error: there is no data set 'embeded'"),
+        (["method.prior.name=cauchy"], "method.prior.name is 'cauchy'"),
+    ],
+)
+def test_wrong_settings_are_named_in_full(local_model, data, capsys, words, message):
+    assert scalabl("train", f"model.name={local_model}", f"data.root={data}", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_for_a_list_is_refused(run):
+    with pytest.raises(ValueError, match="inputs is the text 'sky': expected a list"):
+        load_run(run).predict_proba("sky")
+
+
 def test_help_explains_another_file_of_settings(capsys):
     assert scalabl("compare", "--config-name", "tune", "--help") == 0
     shown = capsys.readouterr().out

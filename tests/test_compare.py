@@ -32,7 +32,7 @@ def compare(tmp_path, local_model, monkeypatch):
 def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, tmp_path, capsys):
     methods = [
         "methods.mle=[{method:{name:mle},fit:{lr:0.0}},{method:{name:mle},fit:{lr:0.1}}]",
-        "methods.scalabl=[{method:{name:scalabl,draws:3}}]",
+        "methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]",
         "~methods.map",
         "~methods.mle_tempered",
     ]
@@ -90,7 +90,7 @@ def test_a_run_that_fails_is_named(compare, capsys):
 
 def test_predictions_of_a_run_are_kept(compare, tmp_path):
     others = ["~methods.map", "~methods.mle", "~methods.mle_tempered"]
-    words = ["methods.scalabl=[{method:{name:scalabl,draws:3}}]", *others]
+    words = ["methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]", *others]
     assert compare("seeds=[0]", *words) == 0
     (folder,) = (tmp_path / "out/runs").iterdir()
     found = load_predictions(folder)
@@ -109,6 +109,9 @@ def test_predictions_of_a_run_are_kept(compare, tmp_path):
         (["methods.mle=[]"], "expected one trial or more"),
         (["methods.mle=[{method:{name:mle},lr:1}]"], "overrides ['lr']"),
         (["methods.mle=[{method:{name:mla}}]"], "method.name is 'mla'"),
+        (["methods.mle=[{method:{name:mle},fit:3}]"], "methods.mle has fit 3: expected a mapping"),
+        (["+methods.blob=[{method:{name:blob}}]"], "methods.blob has a trial without fit.kl"),
+        (["+methods.own=[{method:{name:reference},fit:{lr:1}}]"], "without fit.batch_size"),
     ],
 )
 def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):

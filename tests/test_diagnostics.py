@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import arviz as az
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_records, whole
+from pyro.infer.autoguide import AutoNormal
 
 from scalabl_pyro import (
     AutoSubspaceMultivariateNormal,
@@ -79,6 +81,29 @@ def test_densities_against_the_distributions_themselves(trained):
     np.testing.assert_allclose(data.sample_stats["log_q"][0], log_q, rtol=1e-5)
 
 
+def test_the_likelihood_is_the_models_own(trained):
+    model, guide, predictor, split = trained
+
+    class Noisy(ScalaBLModel):
+        """A tenth of the labels is drawn at random, and each counts half."""
+
+        def observe(self, batch, logits):
+            batch = batch.to(logits.device)
+            p = 0.9 * logits.softmax(-1) + 0.1 / logits.shape[-1]
+            with self.data_plate(batch), pyro.poutine.scale(scale=0.5):
+                pyro.sample("label", dist.Categorical(p), obs=batch.labels)
+            return logits
+
+    noisy = Noisy(model.adapter, num_data=len(split))
+    plain = to_inference_data(predictor, split, model=model, guide=guide, batch_size=3)
+    data = to_inference_data(predictor, split, model=noisy, guide=guide, batch_size=3)
+    p = np.exp(plain.log_likelihood["label"].values)
+    expected = 0.5 * np.log(0.9 * p + 0.1 / 4)
+    np.testing.assert_allclose(data.log_likelihood["label"].values, expected, rtol=1e-4)
+    direct = to_inference_data(predictor, split).log_likelihood["label"].values
+    np.testing.assert_allclose(plain.log_likelihood["label"].values, direct, rtol=1e-5)
+
+
 def test_further_latent_sites_of_a_prior_stand_beside_s(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
@@ -139,6 +164,8 @@ def test_what_cannot_be_converted_is_refused(make_causal, trained):
         to_inference_data(predictor, split, guide=guide)
     with pytest.raises(ValueError, match="AutoSubspaceDelta is a point"):
         to_inference_data(predictor, split, model=model, guide=GUIDES["delta"](model))
+    with pytest.raises(ValueError, match="the guide is a AutoNormal, whose density"):
+        to_inference_data(predictor, split, model=model, guide=AutoNormal(model))
 
 
 def test_leave_one_out_needs_the_densities_of_the_training_split(trained):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import nbformat
 import pytest
@@ -15,7 +18,20 @@ from conftest import make_records, scalabl, write_jsonl
 from nbclient import NotebookClient
 from pyro.nn import PyroParam
 
-from scalabl_pyro import FitConfig, ScalaBLModel, draw, fit, guides, priors
+import scalabl_pyro.model as model_file
+from scalabl_pyro import (
+    FitConfig,
+    Predictor,
+    ScalaBLModel,
+    draw,
+    fit,
+    guides,
+    predict,
+    priors,
+    to_inference_data,
+)
+from scalabl_pyro.methods import MLE, temperature
+from scalabl_pyro.methods.base import PointMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,6 +184,30 @@ def test_the_priors_of_contributing_run(make_causal, records, monkeypatch):
         before = {n: p.detach().clone() for n, p in guide.named_parameters()}
         fit(model, guide, split, FitConfig(steps=2), progress=False)
         assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+
+
+def test_the_likelihood_of_contributing_trains(make_causal, records):
+    names = dict(vars(model_file))
+    run_snippet("class NoisyLabels", names)
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = names["NoisyLabels"](adapter, num_data=len(split))
+    guide = guides.make_guide(model)
+    history = fit(model, guide, split, FitConfig(steps=1, batch_size=4), progress=False).history
+    assert history[0]["kl"] == pytest.approx(guide.kl(model.prior()), rel=0.1)
+    data = to_inference_data(Predictor(adapter, draw(guide, 3, seed=0)), split, model=model)
+    assert (data.log_likelihood["label"] >= math.log(0.1 / 4) - 1e-6).all()
+
+
+def test_the_method_of_contributing_fits(make_choice, records):
+    names = dict(vars(temperature))
+    names |= {"dataclass": dataclass, "PointMethod": PointMethod, "ClassVar": ClassVar}
+    run_snippet("@dataclass", names)
+    split = make_choice().readout.encode(records)
+    fitted = names["Cool"](FitConfig(steps=2), progress=False).fit(make_choice, split, None, seed=0)
+    plain = MLE(FitConfig(steps=2), progress=False).fit(make_choice, split, None, seed=0)
+    logits = predict(fitted.predictor, split).logits
+    torch.testing.assert_close(2 * logits, predict(plain.predictor, split).logits)
 
 
 def test_no_module_imports_one_to_its_right():

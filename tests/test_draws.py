@@ -133,3 +133,9 @@ def test_draws_on_a_gpu_leave_its_random_state(model):
     assert draw(guide, 3, seed=0).is_cuda
     assert torch.equal(before, torch.cuda.get_rng_state())
     pyro.clear_param_store()
+
+
+def test_a_guide_of_pyro_needs_a_batch(make_causal):
+    model = ScalaBLModel(make_causal(), num_data=4)
+    with pytest.raises(ValueError, match="give batch=, a batch of the training split"):
+        draw(AutoNormal(model), 2, seed=0)

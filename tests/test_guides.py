@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroParam
 
 from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, fit
-from scalabl_pyro.guides import GUIDES, make_guide
+from scalabl_pyro.guides import GUIDES, AutoSubspace, make_guide
 from scalabl_pyro.priors import HierarchicalNormal, Horseshoe
 from scalabl_pyro.svi import FitConfig
 
@@ -72,6 +75,48 @@ def test_kl_in_closed_form_equals_the_sampled_one(make_causal, options):
     error = float(ratio.std()) / len(ratio) ** 0.5
     assert guide.kl(p) == pytest.approx(float(ratio.mean()), abs=4 * error)
     assert guide.kl(dist.Laplace(torch.zeros(model.adapter.shape), 1.0).to_event(2)) is None
+
+
+def test_a_guide_that_says_too_little_is_named(model):
+    class Bare(AutoSubspace):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Bare must define base\(\)"):
+        Bare(model).sample(1)
+    with pytest.raises(NotImplementedError, match=r"Bare must define marginals\(\), or override"):
+        Bare(model).median()
+
+
+class Mixture(AutoSubspace):
+    """Two normals for each coordinate, whose quantiles have no closed form."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        pair = torch.stack([self._init_loc - 0.1, self._init_loc + 0.1], -1)
+        self.loc = PyroParam(pair, constraints.real, 3)
+        self.scale = PyroParam(torch.full_like(pair, 0.05), constraints.softplus_positive, 3)
+
+    def base(self):
+        return self.marginals().to_event(2)
+
+    def marginals(self):
+        components = dist.Normal(self.loc, self.scale)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones_like(self.loc)), components)
+
+    def quantiles(self, quantiles):
+        draws = self.sample(500)
+        return {"s": draws.quantile(torch.tensor(quantiles), 0)}
+
+
+def test_a_guide_that_is_not_normal_trains(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = Mixture(model)
+    assert guide.kl(model.prior()) is None
+    history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
+    assert math.isfinite(history[-1]["kl"])
+    assert guide.median()["s"].shape == adapter.shape
 
 
 def test_per_module_guides_have_no_correlation_between_modules(make_causal):

@@ -75,12 +75,20 @@ def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(make_ch
         (lambda: ScalaBL(prior={"name": "cauchy"}), "prior.name is 'cauchy'"),
         (lambda: ScalaBL(guide={"name": "normal", "rank": 2}), "no option \\['rank'\\]"),
         (lambda: ScalaBL(elbo={"name": "iwae"}), "elbo.name is 'iwae'"),
+        (lambda: ScalaBL(elbo={"name": "trace", "num_particles": 1.5}), "num_particles is 1.5"),
+        (lambda: ScalaBL(elbo={"name": "renyi"}), "num_particles is 1: .* 2 or more for renyi"),
+        (lambda: ScalaBL(prior={"name": "learned_normal", "per_module": "no"}), "is 'no'"),
         (lambda: LaplaceLoRA(projections="frozen_v"), "laplace_lora needs free"),
     ],
 )
 def test_bad_settings_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_what_only_a_restore_of_its_own_could_read_is_refused(make_choice):
+    with pytest.raises(ValueError, match=r"MLE must override restore, to read \['weights.a'\]"):
+        MLE(CONFIG).restore(make_choice(), {"weights.a": torch.zeros(1)}, temperature=1.0, seed=0)
 
 
 def test_temperature_needs_a_validation_split(make_choice, records):

@@ -168,3 +168,11 @@ def test_a_pass_on_a_cpu_holds_as_many_rows_as_fit_its_cache(make_causal):
     assert [predictor.most_rows(tokens) for tokens in (1, 16, 64, 5000)] == [256, 256, 64, 0]
     predictor.max_rows = 300
     assert predictor.most_rows(64) == 300
+
+
+def test_shapes_that_hold_no_draws_are_named(adapter):
+    with pytest.raises(ValueError, match=r"draws has shape .*: expected \(S, M, r\)"):
+        Predictor(adapter, torch.ones(adapter.shape))
+    for measure in (average, entropy, mutual_information):
+        with pytest.raises(ValueError, match=r"logits has shape \(5, 4\): expected \(S, N, C\)"):
+            measure(torch.zeros(5, 4))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_records, whole
 from pyro.poutine import trace
 
-from scalabl_pyro import AutoSubspaceNormal, ScalaBLModel, fit, make_elbo
+from scalabl_pyro import AutoSubspaceNormal, Predictor, ScalaBLModel, fit, make_elbo
 from scalabl_pyro.priors import PRIORS, FixedPrior, LearnedNormal, make_prior
 from scalabl_pyro.svi import FitConfig
 
@@ -85,6 +86,33 @@ def test_a_learned_scale_goes_where_empirical_bayes_puts_it(make_causal, records
     square = q.loc**2 + q.scale**2
     best = square.mean(-1, keepdim=True).sqrt() if per_module else square.mean().sqrt()
     torch.testing.assert_close(prior.scale.detach(), best.expand_as(prior.scale), rtol=0.05, atol=0)
+
+
+def test_a_prior_that_would_move_what_was_trained_is_refused(make_causal):
+    adapter = make_causal()
+    draws = torch.ones(1, *adapter.shape)
+    split = adapter.readout.encode(make_records(4))
+    before = Predictor(adapter, draws).logits(whole(split))
+    ScalaBLModel(adapter, num_data=4, prior=dist.LogNormal(0.0, 1.0))  # need not move
+    assert torch.equal(Predictor(adapter, draws).logits(whole(split)), before)
+    with torch.no_grad():
+        next(iter(adapter.matrices.B.values())).weight.mul_(1.5)
+    before = Predictor(adapter, draws).logits(whole(split))
+    with pytest.raises(ValueError, match=r"B, which has been trained .* build a new adapter"):
+        ScalaBLModel(adapter, num_data=4, prior=dist.Uniform(0.0, 0.1))
+    assert torch.equal(Predictor(adapter, draws).logits(whole(split)), before)
+
+
+@pytest.mark.parametrize("prior", ["normal", 1.0])
+def test_what_is_no_distribution_is_refused(make_causal, prior):
+    with pytest.raises(ValueError, match=f"prior is {prior!r}: expected a distribution of Pyro"):
+        ScalaBLModel(make_causal(), num_data=4, prior=prior)
+
+
+def test_building_a_prior_moves_no_random_state(make_causal):
+    before = torch.get_rng_state()
+    make_prior((2, 3), "laplace")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_prior_on_B_adds_its_log_density(make_causal, records):

@@ -9,7 +9,7 @@ import torch
 from conftest import make_records, whole
 from numpy.polynomial.hermite_e import hermegauss
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroParam
 from torch.nn.functional import logsigmoid
 
@@ -459,3 +459,49 @@ def test_another_number_of_examples_than_the_model_says_is_told(make_causal, rec
     split = adapter.readout.encode(records)
     fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)
     assert "12 training examples, but the model's num_data is 1000" in caplog.text
+
+
+class ScaledLikelihood(ScalaBLModel):
+    """A likelihood with a weight, in two sites of half the weight each."""
+
+    weight = 0.25
+
+    def observe(self, batch, logits):
+        batch = batch.to(logits.device)
+        with self.data_plate(batch):
+            for site in ("label", "label_again"):
+                with pyro.poutine.scale(scale=self.weight / 2):
+                    pyro.sample(site, dist.Categorical(logits=logits), obs=batch.labels)
+        return logits
+
+
+@pytest.mark.parametrize("elbo", [name for name in ELBOS if name != "RenyiELBO"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_kl_of_the_history_is_that_of_any_likelihood(make_causal, elbo, accumulation):
+    """Estimated for a guide of Pyro from the loss and the likelihood: the same in both models."""
+    found = []
+    for cls in (ScalaBLModel, ScaledLikelihood):
+        pyro.set_rng_seed(0)
+        adapter = make_causal(projections="fixed")
+        split = adapter.readout.encode(make_records(8))
+        model = cls(adapter, num_data=len(split))
+        guide = AutoNormal(model, init_loc_fn=model.init_loc_fn)
+        config = FitConfig(steps=1, batch_size=4, accumulation=accumulation, lr_guide=0.0)
+        found.append(fit(model, guide, split, config, elbo=ELBOS[elbo], progress=False).history[0])
+    plain, scaled = found
+    assert scaled["nll"] == pytest.approx(0.25 * plain["nll"], rel=1e-5)
+    assert scaled["kl"] == pytest.approx(plain["kl"], abs=1e-3)
+    assert plain["kl"] > 1
+
+
+def test_a_model_that_observes_nothing_in_a_plate_is_refused(make_causal, records):
+    class Bare(ScalaBLModel):
+        def observe(self, batch, logits):
+            pyro.sample("label", dist.Categorical(logits=logits).to_event(1), obs=batch.labels)
+            return logits
+
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = Bare(adapter, num_data=len(split))
+    with pytest.raises(ValueError, match="observes nothing in a plate"):
+        fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)

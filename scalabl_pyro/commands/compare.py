@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..config import ConfigError, DataConfig, RunConfig, build, merged
@@ -66,6 +68,7 @@ class CompareConfig:
             for trial in trials:
                 for seed in (self.tuning_seed, *self.seeds):
                     self.run_config(name, trial, seed)
+                _check_fit(name, trial)
 
     def run_config(
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""
@@ -79,6 +82,9 @@ class CompareConfig:
         unknown = sorted(trial.keys() - {"method", "fit"})
         if unknown:
             raise ConfigError(f"methods.{name} overrides {unknown}: expected method and fit")
+        for key, value in trial.items():
+            if not isinstance(value, dict):
+                raise ConfigError(f"methods.{name} has {key} {value!r}: expected a mapping")
         values = {
             "model": asdict(self.model),
             "lora": asdict(self.lora),
@@ -93,6 +99,22 @@ class CompareConfig:
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]
         return replace(
             config, resume=True, run_dir=str(Path(self.out) / "runs" / f"{name}-{key}-seed{seed}")
+        )
+
+
+def _check_fit(name: str, trial: dict[str, Any]) -> None:
+    """Refuse to train a method with the ``fit`` of another, where its own file has one."""
+    path = files("scalabl_pyro.configs") / "method" / f"{trial['method']['name']}.yaml"
+    if not path.is_file():
+        return
+    file = cast(DictConfig, OmegaConf.create(path.read_text(encoding="utf-8")))
+    own = file.get("fit", {})
+    missing = own.keys() - trial.get("fit", {}).keys()
+    if missing:
+        raise ConfigError(
+            f"methods.{name} has a trial without fit.{sorted(missing)[0]}, and the one that all"
+            f" rows share is not made for {trial['method']['name']}: give the trial its own; what"
+            f" scalabl train takes is {own}"
         )
 
 

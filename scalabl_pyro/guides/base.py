@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import pyro
@@ -27,7 +26,8 @@ class AutoSubspace(PyroModule):
     Further latent sites of the prior, such as a scale, get an independent normal each in the same
     way. The parameters exist from the start, without a trace of the model; the guide keeps no
     reference to the language model, so it pickles and saves alone. A subclass defines its
-    parameters in ``__init__``, q(z) in :meth:`base` and its marginals in :meth:`marginals`.
+    parameters in ``__init__``, q(z) in :meth:`base` and its marginals in :meth:`marginals`; one
+    whose marginals have no ``icdf`` overrides :meth:`quantiles`, which the median comes from.
 
     :param model: gives the shape, the support and the start of s.
     :param init_loc: (M, r), the initial median of s; ``model.init_loc`` if left out.
@@ -65,13 +65,15 @@ class AutoSubspace(PyroModule):
             scale = torch.full_like(zeros, init_scale)
             setattr(self, f"{name}_scale", PyroParam(scale, constraints.softplus_positive, 2))
 
-    @abstractmethod
     def base(self) -> TorchDistribution:
         """q(z), with event shape (M, r)."""
+        raise NotImplementedError(f"{type(self).__name__} must define base()")
 
-    @abstractmethod
-    def marginals(self) -> dist.Normal:
+    def marginals(self) -> TorchDistribution:
         """The marginal of each coordinate of z, with batch shape (M, r)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define marginals(), or override quantiles() and kl()"
+        )
 
     def get_posterior(self) -> TorchDistribution:
         """q(s), with event shape (M, r)."""
@@ -122,12 +124,13 @@ class AutoSubspace(PyroModule):
 
         .. math:: KL(q \,\|\, p) = -H(q) - \sum_{mj} E_q[\log p(s_{mj})]
 
-        A guide that is not normal overrides it.
         """
         p = getattr(prior, "base_dist", None)
         if self._latents or self._to_support is not None or not isinstance(p, dist.Normal):
             return None
         q = self.marginals()
+        if not isinstance(q, dist.Normal):
+            return None
         cross = 0.5 * ((q.loc - p.loc) ** 2 + q.scale**2) / p.scale**2 - p.log_prob(p.loc)
         return float(cross.sum() - self.entropy())
 
@@ -154,11 +157,13 @@ class JointNormal(AutoSubspace):
         per_module: bool = False,
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
+        if not isinstance(per_module, bool):
+            raise ValueError(f"per_module is {per_module!r}: expected true or false")
         self.per_module = per_module
 
-    @abstractmethod
     def joint(self) -> dist.MultivariateNormal | dist.LowRankMultivariateNormal:
         """q(z), with event shape (D,), or (r,) per module."""
+        raise NotImplementedError(f"{type(self).__name__} must define joint()")
 
     def base(self) -> TorchDistribution:
         if self.per_module:

@@ -135,10 +135,14 @@ class Method(ABC):
 
         :param adapter: with the projections of the run.
         :param state: what the predictor's own ``state()`` was.
-        :raises ValueError: if something is missing from it.
+        :raises ValueError: if something is missing from it, or it holds what only a ``restore`` of
+            the method's own could read.
         """
         if self.svd and "s" not in state:
             raise ValueError("there are no draws s")
+        unknown = sorted(state.keys() - {"s"})
+        if unknown:
+            raise ValueError(f"{type(self).__name__} must override restore, to read {unknown}")
         return Predictor(adapter, state.get("s"), temperature)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
