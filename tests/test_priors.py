@@ -168,7 +168,7 @@ def test_a_trained_start_is_moved_off_the_edge_of_the_support(make_causal, recor
 
 
 def test_a_support_around_0_is_not_started_in_its_middle(make_causal):
-    adapter = make_causal()
+    adapter = make_causal(filled=False)
     model = ScalaBLModel(adapter, num_data=3, prior=dist.Uniform(-0.3, 0.3))
     assert (model.init_loc.abs() > 0.01).all()
     with pytest.raises(ValueError, match="s = 0 cannot be the start"):
