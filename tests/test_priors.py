@@ -109,12 +109,6 @@ def test_what_is_no_distribution_is_refused(make_causal, prior):
         ScalaBLModel(make_causal(), num_data=4, prior=prior)
 
 
-def test_building_a_prior_moves_no_random_state(make_causal):
-    before = torch.get_rng_state()
-    make_prior((2, 3), "laplace")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_prior_on_B_adds_its_log_density(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
