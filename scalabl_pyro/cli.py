@@ -96,7 +96,7 @@ def main() -> None:
         found, overrides = hydras.parse_known_args(sys.argv[1:])
         methods = [word.removeprefix("method=") for word in overrides if word.startswith("method=")]
         try:
-            print(explain(name, found.config_name, *methods))
+            print(explain(name, found.config_name, methods[-1] if methods else None))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

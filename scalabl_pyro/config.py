@@ -154,10 +154,10 @@ class RunConfig:
             )
         known = [f.name for f in dataclasses.fields(METHODS[name]) if f.name not in SHARED]
         unknown = sorted(settings.keys() - set(known))
-        if unknown and not difflib.get_close_matches(unknown[0], known):
+        if unknown:
             raise ConfigError(
-                f"there is no setting method.{unknown[0]} of {name}: expected some of {known}; to"
-                " train by another method give method=NAME, which brings that method's settings"
+                f"{_no_setting(unknown[0], known, 'method.')}; another method than {name} is"
+                " method=NAME, which brings that method's settings"
             )
         shared = {field: getattr(self, key) for field, key in SHARED.items()}
         return build(METHODS[name], settings | shared, "method.")
@@ -260,10 +260,14 @@ def _check_keys(cls: type, values: Mapping[str, Any], place: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {place}{near[0]}?" if near else f"; expected one of {known}"
-            raise ConfigError(f"there is no setting {place}{key}{hint}")
+            raise ConfigError(_no_setting(key, known, place))
         if value == "???":
             raise ConfigError(f"the setting {place}{key} is needed: give {place}{key}=…")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             _check_keys(hints[key], value, f"{place}{key}.")
+
+
+def _no_setting(key: str, known: list[str], place: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {place}{near[0]}?" if near else f"expected one of {known}"
+    return f"there is no setting {place}{key}; {hint}"

@@ -207,7 +207,8 @@ def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:
 
 
 def _device(distribution: TorchDistribution) -> torch.device:
-    """Where the distribution's draws are, by one draw, which the published figures begin with."""
+    """Where the distribution's draws are."""
+    # A draw moves the global random state; without it the benchmarks' seeds give other figures.
     return distribution.sample().device
 
 

@@ -123,7 +123,6 @@ class AutoSubspace(PyroModule):
         r"""KL(q‖p) in nats where it has a closed form, a normal q and a normal prior p.
 
         .. math:: KL(q \,\|\, p) = -H(q) - \sum_{mj} E_q[\log p(s_{mj})]
-
         """
         p = getattr(prior, "base_dist", None)
         if self._latents or self._to_support is not None or not isinstance(p, dist.Normal):
