@@ -16,11 +16,15 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
 
-def report(name: str, figures: dict[str, Any], *, save: bool) -> None:
-    """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked."""
+def report(script: str, figures: dict[str, Any], *, save: bool) -> None:
+    """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked.
+
+    :param script: as ``python -m`` takes it, after ``benchmarks.``.
+    """
+    name = script.rpartition(".")[2]
     found = {
         "figures": figures,
-        "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "hardware": _hardware(),
     }

@@ -1,102 +1,137 @@
-"""Bayesian low-rank adaptation of language models as a probabilistic program on Pyro."""
+"""Bayesian low-rank adaptation of language models as a probabilistic program on Pyro.
 
-import logging
+Names are imported on first use (PEP 562), so that ``import scalabl_pyro`` costs nothing.
+"""
 
-import pyro
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# It warns at import of optional kernels that this machine lacks.
-logging.getLogger("bitsandbytes").setLevel("ERROR")
-# Before any PyroModule is built: parameters belong to their modules, not to a global store.
-pyro.settings.set(module_local_params=True)
-
-from .adapter import SubspaceAdapter  # noqa: E402
-from .completion import Completion, CompletionModel, CompletionTokens, read_completions  # noqa: E402
-from .data import Batch, DataError, Record, Split  # noqa: E402
-from .diagnostics import loo, pareto_k, to_inference_data  # noqa: E402
-from .distill import distill, fold_into  # noqa: E402
-from .draws import draw, hold, signal_to_noise  # noqa: E402
-from .elbos import make_elbo  # noqa: E402
-from .generate import Decoding, ScoredText, generate, score  # noqa: E402
-from .guides import (  # noqa: E402
-    AutoSubspaceDelta,
-    AutoSubspaceLowRankMultivariateNormal,
-    AutoSubspaceMultivariateNormal,
-    AutoSubspaceNormal,
-    make_guide,
-)
-from .kl import KLBudget, KLSchedule, kl_weight  # noqa: E402
-from .laplace import Laplace, laplace  # noqa: E402
-from .linearised import Linearised  # noqa: E402
-from .mcmc import Chains, mcmc  # noqa: E402
-from .memory import MemoryConfig, estimate  # noqa: E402
-from .metrics import entropy, evaluate, mutual_information  # noqa: E402
-from .model import LoRAModel, Projections, ScalaBLModel  # noqa: E402
-from .peft_io import export, merge, push_to_hub  # noqa: E402
-from .predict import Predictions, Predictor, average, predict, predict_proba  # noqa: E402
-from .priors import make_prior  # noqa: E402
-from .readout import LabelTokens, MultipleChoice, SequenceClassification  # noqa: E402
-from .run_folder import load_run  # noqa: E402
-from .svi import FitConfig, FitResult, NonFiniteLossError, fit  # noqa: E402
+if TYPE_CHECKING:
+    from . import (
+        data,
+        diagnostics,
+        guides,
+        infer,
+        lora,
+        methods,
+        models,
+        prediction,
+        readouts,
+        runs,
+    )
+    from .data import Record, Split
+    from .diagnostics import loo, pareto_k, to_inference_data
+    from .guides import (
+        AutoSubspaceDelta,
+        AutoSubspaceLowRankMultivariateNormal,
+        AutoSubspaceMultivariateNormal,
+        AutoSubspaceNormal,
+        make_guide,
+    )
+    from .infer import FitConfig, KLSchedule, fit, kl_weight, laplace, mcmc
+    from .lora import SubspaceAdapter
+    from .models import CompletionModel, LoRAModel, ScalaBLModel, make_prior, priors
+    from .prediction import (
+        Predictions,
+        Predictor,
+        distill,
+        draw,
+        entropy,
+        evaluate,
+        generate,
+        mutual_information,
+        predict,
+        predict_proba,
+    )
+    from .runs import load_run
 
 __all__ = [
     "AutoSubspaceDelta",
     "AutoSubspaceLowRankMultivariateNormal",
     "AutoSubspaceMultivariateNormal",
     "AutoSubspaceNormal",
-    "Batch",
-    "Chains",
-    "Completion",
     "CompletionModel",
-    "CompletionTokens",
-    "DataError",
-    "Decoding",
     "FitConfig",
-    "FitResult",
-    "KLBudget",
     "KLSchedule",
-    "LabelTokens",
-    "Laplace",
-    "Linearised",
     "LoRAModel",
-    "MemoryConfig",
-    "MultipleChoice",
-    "NonFiniteLossError",
     "Predictions",
     "Predictor",
-    "Projections",
     "Record",
     "ScalaBLModel",
-    "ScoredText",
-    "SequenceClassification",
     "Split",
     "SubspaceAdapter",
-    "average",
+    "data",
+    "diagnostics",
     "distill",
     "draw",
     "entropy",
-    "estimate",
     "evaluate",
-    "export",
     "fit",
-    "fold_into",
     "generate",
-    "hold",
+    "guides",
+    "infer",
     "kl_weight",
     "laplace",
     "load_run",
     "loo",
-    "make_elbo",
+    "lora",
     "make_guide",
     "make_prior",
     "mcmc",
-    "merge",
+    "methods",
+    "models",
     "mutual_information",
     "pareto_k",
     "predict",
     "predict_proba",
-    "push_to_hub",
-    "read_completions",
-    "score",
-    "signal_to_noise",
+    "prediction",
+    "priors",
+    "readouts",
+    "runs",
     "to_inference_data",
 ]
+
+_HOMES = {
+    "data": ["Record", "Split"],
+    "diagnostics": ["loo", "pareto_k", "to_inference_data"],
+    "guides": [
+        "AutoSubspaceDelta",
+        "AutoSubspaceLowRankMultivariateNormal",
+        "AutoSubspaceMultivariateNormal",
+        "AutoSubspaceNormal",
+        "make_guide",
+    ],
+    "infer": ["FitConfig", "KLSchedule", "fit", "kl_weight", "laplace", "mcmc"],
+    "lora": ["SubspaceAdapter"],
+    "methods": [],
+    "models": ["CompletionModel", "LoRAModel", "ScalaBLModel", "make_prior", "priors"],
+    "prediction": [
+        "Predictions",
+        "Predictor",
+        "distill",
+        "draw",
+        "entropy",
+        "evaluate",
+        "generate",
+        "mutual_information",
+        "predict",
+        "predict_proba",
+    ],
+    "readouts": [],
+    "runs": ["load_run"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return import_module(f".{name}", __name__)
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

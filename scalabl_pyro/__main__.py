@@ -1,6 +1,6 @@
 """``python -m scalabl_pyro``, the same as ``scalabl``."""
 
-from .cli import main
+from .commands.cli import main
 
 if __name__ == "__main__":
     main()

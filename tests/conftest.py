@@ -24,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scalabl_pyro import LabelTokens, Record, ScalaBLModel, Split, SubspaceAdapter
-from scalabl_pyro.cli import main
+from scalabl_pyro import Record, ScalaBLModel, Split, SubspaceAdapter
+from scalabl_pyro.commands.cli import main
 from scalabl_pyro.data import PROMPTS
-from scalabl_pyro.readout import MultipleChoice, SequenceClassification
+from scalabl_pyro.readouts import LabelTokens
+from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = [

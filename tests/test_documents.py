@@ -18,7 +18,7 @@ from conftest import make_records, scalabl, write_jsonl
 from nbclient import NotebookClient
 from pyro.nn import PyroParam
 
-import scalabl_pyro.model as model_file
+import scalabl_pyro.models.model as model_file
 from scalabl_pyro import (
     FitConfig,
     Predictor,
@@ -258,23 +258,25 @@ def test_the_method_of_contributing_fits(make_choice, records):
     torch.testing.assert_close(2 * logits, predict(plain.predictor, split).logits)
 
 
-def test_no_module_imports_one_to_its_right():
-    """The chain of CONTRIBUTING, read from it, against the imports."""
-    chain = re.search(
-        r"\n    (data → .*? cli)\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
-    )
-    groups = [g.replace(",", " ").split() for g in chain.group(1).split("→")]
+def test_no_folder_imports_one_to_its_right():
+    """The chain of CONTRIBUTING, read from it, against all imports of the package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    chain = re.search(r"\n    (data → .*? commands)\n", text, re.DOTALL).group(1)
+    groups = [g.replace(",", " ").split() for g in chain.split("→")]
     place = {name: i for i, group in enumerate(groups) for name in group}
+    place |= {"embedded": -1, "distributed": -1, "files": -1}
     package = ROOT / "scalabl_pyro"
-    seen = set()
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert place.keys() == folders | {"distributed", "files"}
     for path in package.rglob("*.py"):
-        module = path.relative_to(package).parts[0].removesuffix(".py")
-        if module not in place:
-            continue
-        seen.add(module)
-        depth = len(path.relative_to(package).parts)
+        parts = path.relative_to(package).parts
+        module = parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
-                other = node.module.split(".")[0]
-                assert place.get(other, -1) <= place[module], f"{module} imports {other}"
-    assert seen == set(place)
+            if not (isinstance(node, ast.ImportFrom) and node.level and module in place):
+                continue
+            above = parts[: len(parts) - node.level]
+            others = [node.module] if node.module else [name.name for name in node.names]
+            for other in (".".join([*above, other]).split(".")[0] for other in others):
+                near = place[other] == place[module] and other != module
+                assert place[other] <= place[module], f"{path} imports {other}"
+                assert not near, f"{path} imports {other}, which stands beside it"

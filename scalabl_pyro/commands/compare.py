@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +17,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..config import ConfigError, DataConfig, RunConfig, build, merged
 from ..data import check_split, fingerprint
-from ..loading import AdapterConfig, ModelConfig
-from ..svi import FitConfig, NonFiniteLossError
-from .console import quiet_worker
-from .report import write_report
+from ..infer.svi import FitConfig, NonFiniteLossError
+from ..lora.config import AdapterConfig, ModelConfig
+from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
+from ._configs import CONFIGS
+from ._quiet import quiet_worker
+from ._report import write_report
 from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare"]
@@ -104,7 +104,7 @@ class CompareConfig:
 
 def _check_fit(name: str, trial: dict[str, Any]) -> None:
     """Refuse to train a method with the ``fit`` of another, where its own file has one."""
-    path = files("scalabl_pyro.configs") / "method" / f"{trial['method']['name']}.yaml"
+    path = CONFIGS / "method" / f"{trial['method']['name']}.yaml"
     if not path.is_file():
         return
     file = cast(DictConfig, OmegaConf.create(path.read_text(encoding="utf-8")))

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..data import Split, iter_records
-from ..distill import distill
 from ..files import new_path, whole_folder
-from ..loading import make_adapter
-from ..peft_io import save_adapter
-from ..predict import Predictor, average, predict
-from ..run_folder import load_run
-from ..svi import FitConfig
+from ..infer.svi import FitConfig
+from ..lora.loading import make_adapter
+from ..prediction.distillation import distill
+from ..prediction.metrics import average
+from ..prediction.predictor import Predictor, predict
+from ..runs.exports import save_adapter
+from ..runs.folder import load_run
 
 __all__ = ["DistillConfig", "distill_run"]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
 from ..data import DataSource
 from ..files import new_path, write_whole
-from ..metrics import evaluate
-from ..predict import predict
-from ..prediction import PredictionConfig, make_predictor
-from ..run_folder import load_run
+from ..prediction.metrics import evaluate
+from ..prediction.predictor import predict
+from ..runs.config import ConfigError
+from ..runs.folder import load_run
+from ..runs.predictors import PredictionConfig, make_predictor
 
 __all__ = ["EvaluateConfig", "evaluate_run"]
 

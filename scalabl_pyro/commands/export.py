@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import new_path
-from ..peft_io import check_output_layer, export, merge, push_to_hub
-from ..run_folder import load_run
+from ..runs.exports import check_output_layer, export, merge, push_to_hub
+from ..runs.folder import load_run
 
 __all__ = ["ExportConfig", "export_run"]
 

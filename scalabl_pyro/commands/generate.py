@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..completion import read_completions
-from ..generate import Decoding, ScoredText, generate
-from ..run_folder import load_run
-from .jsonl import ResumableJsonl
+from ..data.completions import read_completions
+from ..prediction.generation import Decoding, ScoredText, generate
+from ..runs.folder import load_run
+from ._jsonl import ResumableJsonl
 
 __all__ = ["GenerateConfig", "generate_file"]
 

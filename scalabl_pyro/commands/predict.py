@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from ..data import Record, iter_records
 from ..files import new_path
-from ..metrics import entropy, mutual_information
-from ..predict import average, predict
-from ..prediction import PredictionConfig, make_predictor
-from ..run_folder import load_run
-from .jsonl import ResumableJsonl
+from ..prediction.metrics import average, entropy, mutual_information
+from ..prediction.predictor import predict
+from ..runs.folder import load_run
+from ..runs.predictors import PredictionConfig, make_predictor
+from ._jsonl import ResumableJsonl
 
 __all__ = ["PredictConfig", "predict_file"]
 

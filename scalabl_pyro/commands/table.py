@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..config import ConfigError, RunConfig, build
 from ..data import DataSource
-from .report import write_report
+from ..runs.config import ConfigError, RunConfig, build
+from ._report import write_report
 
 __all__ = ["TableConfig", "tabulate"]
 

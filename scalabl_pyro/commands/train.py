@@ -17,18 +17,18 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from ..config import ConfigError, RunConfig, build
 from ..data import Record, Split, fingerprint
 from ..distributed import is_main
 from ..files import write_whole
-from ..loading import Classes, load_readout, make_adapter
-from ..memory import MemoryConfig, explain_out_of_memory
+from ..infer.checkpoints import Checkpoints
+from ..infer.svi import NonFiniteLossError
+from ..lora.loading import Classes, load_readout, make_adapter
 from ..methods import Fitted
-from ..metrics import evaluate
-from ..predict import predict
-from ..run_folder import save_run
-from ..svi import NonFiniteLossError
-from ..training_state import Checkpoints
+from ..prediction.metrics import evaluate
+from ..prediction.predictor import predict
+from ..runs.config import ConfigError, RunConfig, build
+from ..runs.folder import save_run
+from ..runs.memory import MemoryConfig, explain_out_of_memory
 
 __all__ = ["run", "unfinished_folder"]
 

@@ -1,6 +1,7 @@
 """Records, readers, prompts and batches."""
 
 from .batches import Batch, Example, Split
+from .completions import Completion, read_completions
 from .hub import Task
 from .prompts import PROMPTS, Prompt
 from .readers import iter_records, read_folder, read_records
@@ -13,6 +14,7 @@ __all__ = [
     "PROMPTS",
     "TASKS",
     "Batch",
+    "Completion",
     "DataError",
     "DataSource",
     "Example",
@@ -25,6 +27,7 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "iter_records",
+    "read_completions",
     "read_folder",
     "read_records",
     "without_overlap",

@@ -21,7 +21,7 @@ class EmbeddedTask:
         :raises DataError: if ``hub_path`` is given.
         """
         # The world is made of records, whose package this is.
-        from ..tiny import world
+        from .world import world
 
         if hub_path is not None:
             raise DataError("data.hub_path: data.task=embedded is generated and has no copies")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..model import ScalaBLModel
+from ..models.model import ScalaBLModel
 from .base import AutoSubspace
 from .delta import AutoSubspaceDelta
 from .low_rank_multivariate_normal import AutoSubspaceLowRankMultivariateNormal

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..model import ScalaBLModel, require_module_local_params
+from ..models.model import ScalaBLModel, require_module_local_params
 
 __all__ = ["AutoSubspace", "JointNormal"]
 

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor
 
-from ..model import ScalaBLModel
+from ..models.model import ScalaBLModel
 from .base import AutoSubspace
 
 __all__ = ["AutoSubspaceDelta"]

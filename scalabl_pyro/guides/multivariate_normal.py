@@ -8,7 +8,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor
 
-from ..model import ScalaBLModel
+from ..models.model import ScalaBLModel
 from .base import JointNormal
 
 __all__ = ["AutoSubspaceMultivariateNormal"]

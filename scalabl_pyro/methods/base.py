@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Literal
 import pyro
 from torch import Tensor
 
-from ..adapter import ProjectionMode, SubspaceAdapter
 from ..data import Split
 from ..guides import AutoSubspace
-from ..metrics import evaluate
-from ..model import LoRAModel, ScalaBLModel
-from ..predict import Predictor, Predicts, RunPredictor, predict
-from ..svi import FitConfig, FitResult, fit, no_guide
-from ..training_state import Checkpoints
-from ..weight_draws import WeightAverage
+from ..infer.checkpoints import Checkpoints
+from ..infer.svi import FitConfig, FitResult, fit, no_guide
+from ..lora.adapter import ProjectionMode, SubspaceAdapter
+from ..models.model import LoRAModel, ScalaBLModel
+from ..prediction.metrics import evaluate
+from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict
+from ..prediction.weight_draws import WeightAverage
 
 __all__ = ["DrawsWeights", "Fitted", "Method", "PointMethod"]
 
@@ -58,7 +58,7 @@ class Method(ABC):
 
     @property
     def projections(self) -> ProjectionMode:
-        """What is trained beside s, as in :class:`~scalabl_pyro.adapter.SubspaceAdapter`; a
+        """What is trained beside s, as in :class:`~scalabl_pyro.lora.SubspaceAdapter`; a
         setting of the methods that leave a choice."""
         return "free"
 
@@ -76,7 +76,7 @@ class Method(ABC):
         :param make_adapter: ``make_adapter(svd=…, projections=…)`` builds a fresh adapter from the
             current random state, which this method seeds.
         :param seed: fixes initialisation, order of the data, and draws.
-        :param checkpoints: what :func:`~scalabl_pyro.svi.fit` writes, and goes on from.
+        :param checkpoints: what :func:`~scalabl_pyro.infer.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
         adapter = make_adapter(svd=self.svd, projections=self.projections)
@@ -148,14 +148,15 @@ class Method(ABC):
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         """Train in place.
 
-        :param options: ``seed``, ``validate`` and ``checkpoints`` of :func:`~scalabl_pyro.svi.fit`.
+        :param options: ``seed``, ``validate`` and ``checkpoints`` of
+            :func:`~scalabl_pyro.infer.fit`.
         """
         guide = no_guide if guide is None else guide
         return fit(model, guide, train, self.config, progress=self.progress, **options)
 
 
 class DrawsWeights:
-    """A method whose predictor is a :class:`~scalabl_pyro.weight_draws.WeightAverage`."""
+    """A method whose predictor is a :class:`~scalabl_pyro.prediction.WeightAverage`."""
 
     def restore(
         self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], **_: Any

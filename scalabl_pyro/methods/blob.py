@@ -13,11 +13,11 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Batch, Split
-from ..model import LoRAModel
-from ..svi import FitResult
-from ..weight_draws import WeightAverage
+from ..infer.svi import FitResult
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import LoRAModel
+from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Method
 
 __all__ = ["BLoB", "BLoBModel", "NormalA"]
@@ -30,7 +30,7 @@ class BLoBModel(LoRAModel):
               y_n \mid x_n, A \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; A))
 
     The matrices B and heads are points. Examples of a batch see A at other signs of A − M, where M
-    are the adapter's own matrices (see :class:`~scalabl_pyro.adapter.SubspaceAdapter`), so that the
+    are the adapter's own matrices (see :class:`~scalabl_pyro.lora.SubspaceAdapter`), so that the
     guide has to be symmetric about M.
 
     :param prior_scale: σ_p.

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..svi import FitResult
-from ..training_state import Checkpoints
-from ..weight_draws import WeightAverage
+from ..infer.checkpoints import Checkpoints
+from ..infer.svi import FitResult
+from ..lora.adapter import SubspaceAdapter
+from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Fitted, PointMethod
 
 __all__ = ["Ensemble"]

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Batch, Split
-from ..kfac import Kronecker, kfac, logit_moments
+from ..infer.kfac import Kronecker, kfac, logit_moments
+from ..lora.adapter import SubspaceAdapter
 from .base import Fitted, PointMethod
 
 __all__ = ["LaplaceAverage", "LaplaceLoRA", "best_precision"]
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaplaceAverage:
-    r"""In the place of a :class:`~scalabl_pyro.predict.Predictor`: draws of logits.
+    r"""In the place of a :class:`~scalabl_pyro.prediction.Predictor`: draws of logits.
 
     .. math:: f_k(x) = f(x) + \big(J(x) (H + λI)^{-1} J(x)^⊤\big)^{1/2} ε_k,
               \qquad ε_k \sim \mathrm{Normal}(0, I)
@@ -66,8 +66,8 @@ class LaplaceLoRA(PointMethod):
     .. math:: q(θ) = \mathrm{Normal}\big(θ^*, (H + λI)^{-1}\big)
 
     H is the KFAC approximation of the curvature over the training data (see
-    :func:`~scalabl_pyro.kfac.kfac`), and the logits are linear in θ. Heads stay points. Published
-    settings: ``rank`` 10, λ by evidence.
+    :func:`~scalabl_pyro.infer.kfac.kfac`), and the logits are linear in θ. Heads stay points.
+    Published settings: ``rank`` 10, λ by evidence.
 
     :param rank: most eigenvectors of a Kronecker factor.
     :param prior_precision: λ; the one that maximises the evidence if ``None``.

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Batch
-from ..model import LoRAModel
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import LoRAModel
 from .base import PointMethod
 
 __all__ = ["DropoutAverage", "MCDropout"]
@@ -19,7 +19,7 @@ __all__ = ["DropoutAverage", "MCDropout"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DropoutAverage:
-    """In the place of a :class:`~scalabl_pyro.predict.Predictor`: passes with dropout left on.
+    """In the place of a :class:`~scalabl_pyro.prediction.Predictor`: passes with dropout left on.
 
     :param num_draws: S, passes; the kth has the same masks in every batch of one shape.
     :param seed: of the masks.

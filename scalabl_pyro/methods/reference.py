@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from tqdm import tqdm
 
-from ..adapter import SubspaceAdapter
 from ..data import Split
 from ..distributed import world_size
-from ..draws import draw
 from ..guides import AutoSubspace
-from ..model import ScalaBLModel
-from ..predict import Predictor
-from ..svi import FitConfig, FitResult, NonFiniteLossError
-from ..training_state import Snapshot
+from ..infer.checkpoints import Snapshot
+from ..infer.svi import FitConfig, FitResult, NonFiniteLossError
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import ScalaBLModel
+from ..prediction.draws import draw
+from ..prediction.predictor import Predictor
 from .base import Method
 
 __all__ = ["LogMeanNormal", "Reference", "burst_steps", "burst_weight", "fit_reference"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..adapter import ProjectionMode, SubspaceAdapter
 from ..data import Split
-from ..draws import draw
-from ..elbos import make_elbo
 from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
-from ..model import ScalaBLModel
-from ..predict import Predictor
-from ..priors import make_prior
-from ..svi import FitResult
+from ..infer.elbos import make_elbo
+from ..infer.svi import FitResult
+from ..lora.adapter import ProjectionMode, SubspaceAdapter
+from ..models.model import ScalaBLModel
+from ..models.priors import make_prior
+from ..prediction.draws import draw
+from ..prediction.predictor import Predictor
 from .base import Method
 
 __all__ = ["ScalaBL"]
@@ -24,7 +24,7 @@ class ScalaBL(Method):
     """Samplawski et al. 2025 (arXiv 2506.21408), with one correct objective.
 
     :param projections: what is trained beside s, as in
-        :class:`~scalabl_pyro.adapter.SubspaceAdapter`. With V frozen B wants a learning rate of
+        :class:`~scalabl_pyro.lora.SubspaceAdapter`. With V frozen B wants a learning rate of
         about 5e-3, with V free all want about 1e-3.
     :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
     :param prior: ``name``, a key of ``PRIORS``, and its own options. A normal's ``loc``, if left

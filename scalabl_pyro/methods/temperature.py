@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import SubspaceAdapter
 from ..data import Split
-from ..predict import Predictor, predict
+from ..lora.adapter import SubspaceAdapter
+from ..prediction.predictor import Predictor, predict
 from .base import Fitted, PointMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]

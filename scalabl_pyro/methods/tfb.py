@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..data import Split
-from ..weight_draws import WeightAverage
+from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Fitted, PointMethod
 
 __all__ = ["TFB"]

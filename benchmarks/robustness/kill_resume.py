@@ -1,0 +1,157 @@
+"""kill -9 at random moments: do resumed commands end as those that ran through?
+
+    python -m benchmarks.robustness.kill_resume --kills 20 --save
+
+Runs ``scalabl train`` on the embedded model once without interruption, then again and again with
+``resume=true``, killed at random moments, until there were so many kills; whenever a run gets to
+its end, its tensors and metrics are compared with those of the first, and a new one begins. The
+same for ``compare`` and for ``predict`` with a fifth of the kills each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks._report import report
+
+FAST = [
+    "model.name=embedded",
+    "model.prompt=classes",
+    "data.task=embedded",
+    "lora.targets=[q_proj,v_proj]",
+    "data.limit=200",
+    "fit.batch_size=8",
+    "progress=false",
+]
+
+
+def scalabl(*words: str, seconds: float | None = None) -> bool:
+    """Whether the command ran to its end before it was killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scalabl_pyro", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return False
+    if process.returncode:
+        raise RuntimeError(f"scalabl {' '.join(words)} failed: {error}")
+    return True
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Whether two run folders hold the same numbers, to the bit."""
+    if (a / "metrics.json").read_text() != (b / "metrics.json").read_text():
+        return False
+    for name in ("projections", "posterior", "predictions"):
+        left, right = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
+        if left.keys() != right.keys() or any(not torch.equal(left[k], right[k]) for k in left):
+            return False
+    return (a / "history.csv").read_bytes() == (b / "history.csv").read_bytes()
+
+
+def kill_and_compare(
+    command: list[str],
+    target: Callable[[Path], list[str]],
+    same: Callable[[Path, Path], bool],
+    folder: Path,
+    kills: int,
+    chance: random.Random,
+) -> dict[str, int | bool]:
+    """Kill a command so often; every run that gets to its end must equal the uninterrupted one."""
+    start = time.perf_counter()
+    scalabl(*command, *target(folder / "whole"))
+    seconds = time.perf_counter() - start
+    found = {"kills": 0, "finished_runs": 0, "equal_runs": 0}
+    while found["kills"] < kills or not found["finished_runs"]:
+        # The last run goes to its end.
+        limit = chance.uniform(0, 1.2 * seconds) if found["kills"] < kills else None
+        path = folder / "killed"
+        if not scalabl(*command, *target(path), seconds=limit):
+            found["kills"] += 1
+            if not path.is_file():  # a file is the whole output, and is not written again
+                continue
+        found["finished_runs"] += 1
+        found["equal_runs"] += same(folder / "whole", path)
+        left = [other.name for other in folder.iterdir() if other.name not in ("whole", "killed")]
+        if left:
+            raise RuntimeError(f"a finished run left {left} behind")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found | {"bit_equal": found["equal_runs"] == found["finished_runs"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--save", action="store_true", help="write results/kill_resume.json")
+    args = parser.parse_args()
+    chance = random.Random(0)
+    with TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        for name in ("train", "compare", "predict"):
+            (root / name).mkdir()
+        figures = {
+            "train": kill_and_compare(
+                ["train", *FAST, f"fit.steps={args.steps}", "checkpoint.every=5", "resume=true"],
+                lambda path: [f"run_dir={path}"],
+                same_run,
+                root / "train",
+                args.kills,
+                chance,
+            )
+        }
+        rows = ["~methods.map", "~methods.mle_tempered", "~methods.mle", "seeds=[0,1]", "jobs=1"]
+        figures["compare"] = kill_and_compare(
+            ["compare", *FAST, f"fit.steps={args.steps}", *rows],
+            lambda path: [f"out={path}"],
+            lambda a, b: (a / "table.json").read_text() == (b / "table.json").read_text(),
+            root / "compare",
+            args.kills // 5,
+            chance,
+        )
+        run = root / "run"
+        scalabl("train", *FAST, f"fit.steps={args.steps}", f"run_dir={run}")
+        questions = root / "questions.jsonl"
+        write_questions(questions)
+        figures["predict"] = kill_and_compare(
+            ["predict", f"run={run}", f"input={questions}", "batch_size=4", "progress=false"],
+            lambda path: [f"output={path}"],
+            lambda a, b: a.read_text() == b.read_text(),
+            root / "predict",
+            args.kills // 5,
+            chance,
+        )
+    figures = {"kills": sum(part["kills"] for part in figures.values())} | figures
+    figures["bit_equal"] = all(figures[n]["bit_equal"] for n in ("train", "compare", "predict"))
+    report("robustness.kill_resume", figures, save=args.save)
+
+
+def write_questions(path: Path) -> None:
+    from scalabl_pyro.data import DataSource
+
+    records = DataSource(task="embedded").read()["test"]
+    rows = [{"id": r.id, "question": r.question, "choices": list(r.choices)} for r in records]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Inference: SVI with any ELBO, MCMC and Laplace approximations."""
+
+from .chains import Chains, mcmc
+from .checkpoints import Checkpoints, Interrupted
+from .elbos import ELBOS, make_elbo
+from .kl import KLBudget, KLSchedule, kl_weight
+from .laplace_approximation import Laplace, laplace
+from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide
+
+__all__ = [
+    "ELBOS",
+    "Chains",
+    "Checkpoints",
+    "FitConfig",
+    "FitResult",
+    "Interrupted",
+    "KLBudget",
+    "KLSchedule",
+    "Laplace",
+    "NonFiniteLossError",
+    "fit",
+    "kl_weight",
+    "laplace",
+    "make_elbo",
+    "mcmc",
+    "no_guide",
+]

@@ -1,0 +1,234 @@
+"""Hamiltonian Monte Carlo over s: draws from the posterior itself, for fixed projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.infer import HMC, MCMC, NUTS
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data import Batch, Split
+from ..models.model import ScalaBLModel
+
+if TYPE_CHECKING:
+    import arviz as az
+
+__all__ = ["KERNELS", "Chains", "mcmc", "whole_split"]
+
+#: Pyro's kernels by name
+KERNELS = {"hmc": HMC, "nuts": NUTS}
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """Draws of Markov chains after warm-up.
+
+    :param draws: (chains, S, M, r) draws of ``"s"``.
+    :param latents: (chains, S, ...) draws of the prior's other sites, by name.
+    :param diverging: (chains, S), true where the integrator diverged.
+    :param acceptance: (chains,) share of steps that moved.
+    :param module_names: the M modules.
+    """
+
+    draws: Tensor
+    latents: dict[str, Tensor]
+    diverging: Tensor
+    acceptance: Tensor
+    module_names: tuple[str, ...]
+
+    def bank(self, num_draws: int) -> Tensor:
+        """(S, M, r) draws, evenly spaced through all chains: ``Predictor(adapter, bank)``.
+
+        :raises ValueError: if there are fewer draws than asked for.
+        """
+        every = self.draws.flatten(0, 1)
+        if not 1 <= num_draws <= len(every):
+            raise ValueError(
+                f"the number of draws is {num_draws}: expected 1 to {len(every)}, as many as the"
+                " chains hold"
+            )
+        return every[torch.linspace(0, len(every) - 1, num_draws).round().long()]
+
+    def diagnostics(self) -> dict[str, float]:
+        """Whether the chains can be trusted: the worst coordinate of ``"s"``, and the whole.
+
+        ``r_hat`` (rank-normalised, split; below 1.01), ``ess_bulk`` and ``ess_tail`` (Vehtari et
+        al. 2021, arXiv 1903.08008), ``divergences`` (0) and mean ``acceptance``.
+        """
+        import arviz as az  # slow to import, and sampling does not need it
+
+        data = self.to_inference_data()
+        return {
+            "r_hat": float(az.rhat(data)["s"].max()),
+            "ess_bulk": float(az.ess(data)["s"].min()),
+            "ess_tail": float(az.ess(data, method="tail")["s"].min()),
+            "divergences": float(self.diverging.sum()),
+            "acceptance": float(self.acceptance.mean()),
+        }
+
+    def to_inference_data(self) -> az.InferenceData:
+        """``posterior``: ``s`` (chain, draw, module, rank) and the prior's other sites;
+        ``sample_stats``: ``diverging`` (chain, draw)."""
+        import arviz as az
+
+        sites = {"s": self.draws, **self.latents}
+        return az.from_dict(
+            posterior={name: draws.cpu().numpy() for name, draws in sites.items()},
+            sample_stats={"diverging": self.diverging.numpy()},
+            coords={"module": list(self.module_names), "rank": range(self.draws.shape[-1])},
+            dims={"s": ["module", "rank"]},
+        )
+
+
+def mcmc(
+    model: ScalaBLModel,
+    split: Split,
+    *,
+    kernel: str = "nuts",
+    num_samples: int = 500,
+    warmup: int = 500,
+    chains: int = 4,
+    seed: int = 0,
+    init_loc: Tensor | None = None,
+    dispersion: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Chains:
+    r"""Sample p(s | D) ∝ p(s) Π_n p(y_n | x_n, s) with Pyro's HMC or NUTS.
+
+    Every projection, head and learned prior scale stays as it is. The likelihood is that of the
+    whole split, for a minibatch would change the target. Chains run one after another, for a
+    language model does not pickle; each has a random state of its own, and the global one is left
+    alone.
+
+    :param split: the N labelled examples of ``model.num_data``.
+    :param kernel: ``nuts`` (Hoffman & Gelman 2014) or ``hmc``.
+    :param num_samples: S draws kept of each chain.
+    :param warmup: steps before them, which adapt step size and mass matrix.
+    :param seed: fixes starts and draws.
+    :param init_loc: (M, r), about which chains start; ``model.init_loc`` if left out.
+    :param dispersion: standard deviation of the starts about it, on the unconstrained scale. R-hat
+        means something only where this is more than that of the posterior.
+    :param batch_size: examples in one pass if the split does not fit; more than one pass costs a
+        second forward each.
+    :param options: of Pyro's kernel, such as ``full_mass``, ``max_tree_depth``, ``num_steps``.
+    :raises ValueError: if a value is out of range, labels are missing, or the split does not hold
+        ``model.num_data`` examples.
+    """
+    _check(kernel, num_samples, warmup, chains, dispersion)
+    batches = whole_split(model, split, batch_size)
+    loc = model.init_loc if init_loc is None else init_loc
+    if loc.shape != model.init_loc.shape:
+        raise ValueError(
+            f"init_loc has shape {tuple(loc.shape)}: expected (M, r) {tuple(model.init_loc.shape)}"
+        )
+    found: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+    with (
+        _frozen(model),
+        model.projections.one_site(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+    ):
+        potential, transforms, start = _potential(model, batches)
+        start["s"] = transforms["s"](loc.to(start["s"]))
+        # Chains of neighbouring seeds must not share a random state.
+        for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
+            torch.manual_seed(int(chain_seed))
+            sampler = MCMC(
+                KERNELS[kernel](potential_fn=potential, **options),
+                num_samples,
+                warmup,
+                initial_params={
+                    name: z + dispersion * torch.randn_like(z) for name, z in start.items()
+                },
+                transforms=transforms,
+                disable_progbar=not progress,
+            )
+            sampler.run()
+            found.append((sampler.get_samples(), sampler.diagnostics()))
+    sites = {name: torch.stack([draws[name] for draws, _ in found]) for name in start}
+    diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
+    for chain, (_, said) in enumerate(found):
+        diverging[chain, said["divergences"]["chain 0"]] = True
+    return Chains(
+        draws=sites.pop("s"),
+        latents=sites,
+        diverging=diverging,
+        acceptance=torch.tensor([said["acceptance rate"]["chain 0"] for _, said in found]),
+        module_names=model.adapter.module_names,
+    )
+
+
+def whole_split(model: ScalaBLModel, split: Split, batch_size: int | None) -> list[Batch]:
+    """All N examples in batches, or in one, for a likelihood without a minibatch's noise.
+
+    :raises ValueError: if a label is missing, or N is not ``model.num_data``.
+    """
+    if split.labels is None:
+        raise ValueError("a posterior needs a label in every record")
+    if len(split) != model.num_data:
+        raise ValueError(
+            f"the split holds {len(split)} examples, but the model's num_data is"
+            f" {model.num_data}: the posterior is that of all the data, so give all of it"
+        )
+    size = len(split) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
+    examples = list(split)
+    return [split.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def _potential(
+    model: ScalaBLModel, batches: list[Batch]
+) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Any], dict[str, Tensor]]:
+    """−log p(s, D) as a function of the unconstrained sites, their transforms, and a start."""
+    made = [initialize_model(model, (batch,), init_strategy=model.init_loc_fn) for batch in batches]
+    start, potential, transforms, _ = made[0]
+    if len(batches) == 1:
+        return potential, transforms, start
+    # Each batch scales its likelihood to the data set, so that the mean over batches, weighted by
+    # their sizes, is the whole: prior and Jacobian enter with weights that add up to 1.
+    weights = torch.tensor([len(batch) / model.num_data for batch in batches])
+
+    def whole(z: dict[str, Tensor]) -> Tensor:
+        # Without recomputation the graphs of all batches would be held at once.
+        terms = [checkpoint(each, z, use_reentrant=False) for _, each, _, _ in made]
+        return weights.to(terms[0]) @ torch.stack(terms)
+
+    return whole, transforms, start
+
+
+@contextmanager
+def _frozen(model: ScalaBLModel) -> Iterator[None]:
+    """No gradient for anything but the latent sites, and evaluation mode."""
+    model.adapter.eval()
+    every = [*model.adapter.named_parameters().values(), *model.parameters()]
+    trained = [parameter for parameter in every if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _check(kernel: str, num_samples: int, warmup: int, chains: int, dispersion: float) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}: expected one of {sorted(KERNELS)}")
+    # Four draws are the fewest that R-hat can split.
+    for name, value, low in (
+        ("num_samples", num_samples, 4),
+        ("warmup", warmup, 0),
+        ("chains", chains, 1),
+        ("dispersion", dispersion, 0),
+    ):
+        if not value >= low:
+            raise ValueError(f"{name} is {value}: expected {low} or more")

@@ -1,0 +1,404 @@
+"""Stochastic variational inference: one visible loop over minibatches."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import Split
+from ..distributed import average_over_ranks, check_same, is_main, rank, wait, world_size
+from ..guides import AutoSubspace, AutoSubspaceDelta
+from ..models.model import LoRAModel, ScalaBLModel
+from .checkpoints import (
+    Checkpoints,
+    Interrupted,
+    Snapshot,
+    TrainingState,
+    random_state,
+    set_random_state,
+)
+from .kl import KLBudget, KLSchedule, kl_weight
+from .messengers import AllSites, ObservedNLL
+
+__all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; parameters are those of the last good step."""
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """Settings of :func:`fit`.
+
+    :param steps: T, the optimizer's steps.
+    :param batch_size: B of a minibatch.
+    :param lr: learning rate of the projections and heads.
+    :param lr_guide: learning rate of the guide.
+    :param weight_decay: AdamW's decoupled decay of the projections and heads.
+    :param warmup: share of the steps over which learning rates rise linearly from 0.
+    :param decay: how they fall afterwards: to 0 (``linear``, ``cosine``) or not (``constant``).
+    :param clip_norm: largest norm of the gradient of −ELBO/N.
+    :param accumulation: minibatches in a step.
+    :param kl: schedule of the KL weight.
+    :param eval_every: steps between two validations, of which the last is at the end; 0 validates
+        never.
+    :param keep: which state to end with: the last, or the one with the best validation NLL.
+    :raises ValueError: if a value is out of range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-3
+    lr_guide: float = 1e-2
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    decay: str = "linear"
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    kl: KLSchedule = field(default_factory=KLSchedule)
+    eval_every: int = 0
+    keep: str = "last"
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "steps": (1, math.inf),
+            "batch_size": (1, math.inf),
+            "lr": (0, math.inf),
+            "lr_guide": (0, math.inf),
+            "weight_decay": (0, math.inf),
+            "warmup": (0, 1),
+            "accumulation": (1, math.inf),
+            "eval_every": (0, math.inf),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {low} to {high}")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
+            )
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"decay is {self.decay!r}: expected constant, linear or cosine")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep is {self.keep!r}: expected last or best")
+        if self.keep == "best" and not self.eval_every:
+            raise ValueError("keep is 'best', but eval_every is 0: set how often to validate")
+
+    def learning_rate(self, step: int) -> float:
+        """The factor on both learning rates at 0-based ``step``."""
+        warmup = self.warmup * self.steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.decay == "constant":
+            return 1.0
+        left = (self.steps - step) / max(self.steps - warmup, 1.0)
+        return left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns.
+
+    :param history: a row a step: ``step``, ``loss`` (−ELBO/N), ``nll``, ``kl`` (nats),
+        ``kl_weight``, ``lr`` (factor), and ``validation_nll`` where it was computed.
+    :param best_step: the step kept: the last, or the one with the lowest validation NLL.
+    """
+
+    history: list[dict[str, float]]
+    best_step: int
+
+
+def no_guide(*args: object, **kwargs: object) -> None:
+    """The guide of a model without latent variables."""
+
+
+def fit(
+    model: LoRAModel,
+    guide: Callable[..., Any],
+    train: Split,
+    config: FitConfig,
+    *,
+    seed: int = 0,
+    elbo: Any = None,
+    validate: Callable[[], float] | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool = True,
+) -> FitResult:
+    r"""Minimise −ELBO/N with one AdamW over projections, heads and guide, changed in place.
+
+    .. math:: -\frac{1}{N} \Big( \frac{N}{B} \sum_{n ∈ batch} E_q[\log p(y_n \mid x_n, s)]
+              - β_t \, KL(q(s) \,\|\, p(s)) \Big)
+
+    In a process group of ``torch.distributed`` every process has its share of each minibatch, and
+    all must start from the same random state, so that they draw the same s.
+
+    :param model: with its projections; ``model.num_data`` is N.
+    :param guide: any Pyro guide for the model, or :func:`no_guide` for a point estimate.
+    :param train: the N labelled examples.
+    :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
+    :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
+    :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
+    :param checkpoints: written on the way; where there is one already, training goes on from it,
+        and ends as it would have ended without the interruption, to the bit.
+    :raises NonFiniteLossError: if the loss or the gradient is not finite.
+    :raises Interrupted: if a signal asked to stop, after a checkpoint.
+    :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
+        the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
+    """
+    if train.labels is None:
+        raise ValueError("training needs a label in every record")
+    if len(train) != model.num_data:
+        log.warning(
+            "there are %d training examples, but the model's num_data is %d: it is N, which weighs"
+            " the likelihood against the prior",
+            len(train),
+            model.num_data,
+        )
+    if config.eval_every and validate is None:
+        raise ValueError("eval_every is set, but no validate function was given")
+    if config.kl.budget is not None and isinstance(guide, AutoSubspaceDelta):
+        raise ValueError("kl.budget needs a density q(s), and the guide is a point: set kl.weight")
+    if world_size() > 1 and model.adapter.has_dropout:
+        raise ValueError(
+            "dropout leaves another random state in every process, so that s would not be shared:"
+            " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
+        )
+    elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
+    adapter = model.adapter
+    if isinstance(guide, nn.Module) and not list(guide.parameters()):
+        with torch.no_grad(), pyro.poutine.block():
+            # Pyro's automatic guides make their parameters at the first call.
+            guide(next(train.minibatches(config.batch_size, seed=seed)))
+    run = _Run(model, guide, config)
+    if checkpoints is not None:
+        run.resume(checkpoints)
+        check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")
+    minibatches = train.minibatches(
+        config.batch_size,
+        seed=seed,
+        skip=run.step * config.accumulation,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    parameters, history = run.parameters, run.history
+    if not parameters:
+        raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
+    good = Snapshot(parameters)
+    per_example = 1 / (model.num_data * config.accumulation)
+
+    adapter.train()
+    with (
+        model.projections.one_site(),
+        checkpoints.interruptible() if checkpoints else nullcontext(),
+        tqdm(total=config.steps, initial=run.step, disable=not (progress and is_main())) as bar,
+    ):
+        for step in range(run.step, config.steps):
+            beta = run.kl_weight()
+            loss, nll = 0.0, 0.0
+            # Checks are worth their time once: sites, shapes and supports do not change.
+            check = step == 0
+            sites = AllSites(parameters) if check else nullcontext()
+            with pyro.validation_enabled(check), sites, kl_weight(beta):
+                for _ in range(config.accumulation):
+                    with ObservedNLL() as observed:
+                        loss += elbo.loss_and_grads(model, guide, next(minibatches)) * per_example
+                    nll += observed.total() * per_example
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            stop = checkpoints is not None and checkpoints.asked
+            if world_size() > 1:
+                terms = torch.tensor([loss, nll, float(stop)], device=adapter.device)
+                average_over_ranks([*gradients, terms])
+                loss, nll, stop = terms.tolist()  # all stop if one is asked to
+            norm = float(nn.utils.get_total_norm(gradients)) * per_example
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                good.restore()
+                adapter.eval()
+                raise NonFiniteLossError(
+                    f"at step {step + 1} of {config.steps} the loss is {loss} and the norm of its"
+                    f" gradient {norm}; the parameters are those of step {max(step - 1, 0)},"
+                    " the last good one; lower lr or lr_guide, or clip_norm"
+                )
+            good.take()
+            clip = min(1.0, config.clip_norm / (norm + 1e-6))
+            torch._foreach_mul_(gradients, per_example * clip)
+            row: dict[str, float] = {
+                "step": step + 1,
+                "loss": loss,
+                "nll": nll,
+                "kl": _kl(model, guide, (loss - nll) * model.num_data, beta),
+                "kl_weight": beta,
+                "lr": config.learning_rate(step),
+            }
+            history.append(row)
+            run.take_step()
+            last = run.step == config.steps
+            if (
+                validate is not None
+                and config.eval_every
+                and (last or not run.step % config.eval_every)
+            ):
+                adapter.eval()
+                row["validation_nll"] = validate()
+                adapter.train()
+                run.compare(row["validation_nll"])
+            if checkpoints is not None and (stop or last or not run.step % checkpoints.every):
+                if is_main():
+                    checkpoints.save(run.state())
+                wait()  # before any process may go on from it
+                if stop:
+                    adapter.eval()
+                    raise Interrupted(
+                        f"stopped by a signal after step {run.step}; go on with resume=true"
+                    )
+            bar.set_postfix(
+                nll=f"{nll:.3f}", kl=f"{row['kl']:.1f}", kl_weight=f"{beta:.3g}", refresh=False
+            )
+            bar.update()
+    adapter.eval()
+    if config.keep == "best":
+        run.best.restore()
+        return FitResult(history, run.best_step)
+    return FitResult(history, config.steps)
+
+
+class _Run:
+    """What training carries from step to step, and a checkpoint holds."""
+
+    def __init__(self, model: LoRAModel, guide: Callable[..., Any], config: FitConfig) -> None:
+        self._config = config
+        self._device = model.adapter.device
+        trained = model.adapter.named_parameters()
+        known = {id(parameter) for parameter in trained.values()}
+        # A prior's own parameters are variational ones: they move with the guide's.
+        inferred = {
+            f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known
+        }
+        if isinstance(guide, nn.Module):
+            inferred |= {f"guide.{name}": p for name, p in guide.named_parameters()}
+        self._named = trained | inferred
+        self.parameters = list(self._named.values())
+        groups = [
+            {"params": [*trained.values()], "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": [*inferred.values()], "lr": config.lr_guide, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
+        self._budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best = Snapshot(self.parameters)
+        self.best_nll, self.best_step = math.inf, config.steps
+
+    def kl_weight(self) -> float:
+        """β of the next step."""
+        factor = 1.0 if self._budget is None else self._budget.factor
+        return factor * self._config.kl(self.step, self._config.steps)
+
+    def take_step(self) -> None:
+        """Move the parameters by their gradients, and the schedules by the last row of history."""
+        if self._budget is not None:
+            self._budget.update(self.history[-1]["kl"])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        self.step += 1
+
+    def compare(self, validation_nll: float) -> None:
+        """Remember the current parameters if they are the best so far.
+
+        :raises NonFiniteLossError: if the NLL is no number.
+        """
+        if math.isnan(validation_nll):
+            raise NonFiniteLossError(
+                f"the validation NLL is {validation_nll} after step {self.step}; lower lr or"
+                " lr_guide"
+            )
+        if validation_nll < self.best_nll or math.isinf(self.best_nll):
+            self.best_nll, self.best_step = validation_nll, self.step
+            self.best.take()
+
+    def state(self) -> TrainingState:
+        """All of it, and torch's random state."""
+        optimizer = self._optimizer.state_dict()
+        tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in self._named.items()}
+        for index, moments in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        if self._config.keep == "best":
+            best = zip(self._named, self.best.values, strict=True)
+            tensors |= {f"best.{name}": value for name, value in best}
+        values = {
+            "groups": optimizer["param_groups"],
+            "scheduler": self._scheduler.state_dict(),
+            "budget": None if self._budget is None else vars(self._budget),
+            "history": self.history,
+            "best": [self.best_nll, self.best_step],
+        }
+        return TrainingState(self.step, tensors | random_state(self._device), values)
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        :raises ValueError: if it is of other parameters.
+        """
+        state = checkpoints.latest()
+        if state is None:
+            return
+        tensors, values = dict(state.tensors), state.values
+        prefix = "parameter."
+        saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        wrong = {n for n, p in self._named.items() if n not in saved or saved[n].shape != p.shape}
+        wrong |= saved.keys() - self._named.keys()
+        if wrong:
+            raise ValueError(
+                f"the checkpoint of step {state.step} in {checkpoints.folder} is of other"
+                f" parameters; these are missing, unknown or of another shape: {sorted(wrong)}"
+            )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = value
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(saved[name])
+            if self._config.keep == "best":
+                for value, name in zip(self.best.values, self._named, strict=True):
+                    value.copy_(tensors[f"best.{name}"])
+        self._optimizer.load_state_dict({"state": moments, "param_groups": values["groups"]})
+        self._scheduler.load_state_dict(values["scheduler"])
+        if self._budget is not None:
+            vars(self._budget).update(values["budget"])
+        self.history.extend(values["history"])
+        self.best_nll, self.best_step = values["best"]
+        self.step = state.step
+        set_random_state(tensors, self._device)
+
+
+@torch.no_grad()
+@pyro.validation_enabled(False)  # the step has seen these very distributions
+def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -> float:
+    """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate.
+
+    :param rest: β·KL − log p(B), what the loss is made of beside the NLL.
+    """
+    if guide is no_guide:
+        return 0.0
+    if not isinstance(model, ScalaBLModel):
+        return rest / beta
+    exact = None
+    if isinstance(guide, AutoSubspace) and not model.prior.latents:
+        exact = guide.kl(model.prior())
+    return (rest + float(model.log_prior_B())) / beta if exact is None else exact

@@ -1,0 +1,122 @@
+"""Which language model, and which of its layers are adapted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+
+from ..data import PROMPTS
+from ..readouts import READOUTS
+
+__all__ = ["AdapterConfig", "ModelConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which language model, and how its answer is read.
+
+    :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
+    :param readout: ``label_tokens``, ``sequence_classification`` or ``multiple_choice``.
+    :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
+    :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
+        quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,
+        arXiv 2208.07339). Embeddings, the output layer and heads stay in ``dtype``, in which 4-bit
+        layers compute; 8-bit layers round their inputs too, batch by batch.
+    :param device: ``auto`` takes a GPU if there is one.
+    :param device_map: spreads the layers over several GPUs instead: ``auto``, ``balanced``,
+        ``balanced_low_0`` or ``sequential``.
+    :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
+    :param revision: branch, tag or commit on the Hub.
+    :param prompt: for label tokens, a name in ``PROMPTS``.
+    :param chat: for label tokens, put prompts through the chat template.
+    :param truncate: cut prompts that are longer than the context instead of refusing them.
+    :param shard: where several processes train together, spread the frozen weights over them.
+    :raises ValueError: if a value is not one of those listed.
+    """
+
+    name: str
+    readout: str = "label_tokens"
+    dtype: str = "float32"
+    quantization: str | None = None
+    device: str = "auto"
+    device_map: str | None = None
+    attention: str | None = None
+    revision: str = "main"
+    prompt: str = "letters"
+    chat: bool = False
+    truncate: bool = False
+    shard: bool = False
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, list[Any]] = {
+            "readout": sorted(READOUTS),
+            "dtype": ["float32", "bfloat16", "float16"],
+            "quantization": [None, "4bit", "8bit"],
+            "device_map": [None, "auto", "balanced", "balanced_low_0", "sequential"],
+            "prompt": sorted(PROMPTS),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """LoRA: rank r, scaling α, target modules, dropout, and heads that are trained whole.
+
+    :param layers: indices of the blocks to adapt; all of them if empty.
+    :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
+        scaling, targets, dropout, layers and heads are then its own.
+    :param base_dropout: also train with the base model's own dropout.
+    :raises ValueError: if a value is out of range.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
+    dropout: float = 0.0
+    heads: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    start: str | None = None
+    base_dropout: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}: expected a rank of 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha}: expected a number above 0")
+        if not self.targets:
+            raise ValueError("targets is empty: expected the name of a linear layer, or several")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
+
+    def lora(self) -> LoraConfig:
+        """The same as PEFT's configuration, or that of the adapter to start from.
+
+        :raises ValueError: if there is no such adapter.
+        """
+        if self.start is not None:
+            try:
+                return LoraConfig.from_pretrained(self.start)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"lora.start is {self.start!r}: expected a PEFT adapter, a folder with"
+                    f" adapter_config.json or a name on the Hub (PEFT says: {error})"
+                ) from error
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            target_modules=list(self.targets),
+            lora_dropout=self.dropout,
+            layers_to_transform=list(self.layers) or None,
+            modules_to_save=list(self.heads) or None,
+        )

@@ -1,0 +1,217 @@
+"""The probabilistic models: a language model with random subspace vectors, and one without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ..data import Batch
+from ..lora.adapter import SubspaceAdapter
+from .priors import FixedPrior, Prior
+
+__all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
+
+
+def require_module_local_params() -> None:
+    """:raises RuntimeError: unless Pyro keeps parameters in their modules."""
+    if not pyro.settings.get("module_local_params"):
+        raise RuntimeError(
+            "Pyro's module_local_params is off, so a second model would silently inherit the first"
+            " one's parameters; call pyro.settings.set(module_local_params=True) first"
+            " (importing scalabl_pyro does)"
+        )
+
+
+class Projections(PyroModule):
+    """Everything an adapter trains, as Pyro parameters: A (or V), B and heads.
+
+    Each ``PyroParam`` holds the very tensor that the PEFT layer holds, so that plain
+    ``pyro.infer.SVI`` steps it. Call it once in a model to declare them all::
+
+        projections = Projections(adapter)
+
+        def model(batch):
+            projections()
+            s = pyro.sample("s", dist.Normal(0.0, 1.0).expand(adapter.shape).to_event(2))
+            with pyro.plate("data", num_data, subsample_size=len(batch)):
+                pyro.sample("label", dist.Categorical(logits=adapter(batch, s)), obs=batch.labels)
+
+    :raises RuntimeError: if ``module_local_params`` is off.
+    """
+
+    def __init__(self, adapter: SubspaceAdapter) -> None:
+        require_module_local_params()
+        super().__init__()
+        self._names: list[str] = []
+        self._declared = slice(None)
+        for name, parameter in adapter.named_parameters().items():
+            attribute = name.replace(".", "__")
+            setattr(self, attribute, PyroParam(parameter, constraints.real))
+            self._parameters[f"{attribute}_unconstrained"] = parameter  # not a copy of it
+            self._names.append(attribute)
+
+    def forward(self) -> None:
+        for name in self._names[self._declared]:
+            getattr(self, name)  # reading a PyroParam makes it a site
+
+    @contextmanager
+    def one_site(self) -> Iterator[None]:
+        """Declare one tensor instead of all, which saves a site for each of the others.
+
+        For a loop that steps :meth:`SubspaceAdapter.named_parameters` itself; one site is what an
+        ELBO needs in order to run its backward pass.
+        """
+        self._declared = slice(1)
+        try:
+            yield
+        finally:
+            self._declared = slice(None)
+
+
+class LoRAModel(PyroModule):
+    r"""A language model with LoRA points and no latent variable.
+
+    .. math:: y_n \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n)), \quad n = 1, …, N
+
+    Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
+    same ``fit`` trains point estimates and posteriors.
+
+    :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
+    :param num_data: N, which scales a minibatch to the data set.
+    :raises RuntimeError: if ``module_local_params`` is off.
+    """
+
+    def __init__(self, adapter: SubspaceAdapter, *, num_data: int) -> None:
+        require_module_local_params()
+        if num_data < 1:
+            raise ValueError(f"num_data is {num_data}: expected the number of training examples")
+        super().__init__()
+        self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters
+        self.num_data = num_data
+        self.projections = Projections(adapter)
+
+    @property
+    def adapter(self) -> SubspaceAdapter:
+        return self._adapter[0]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, C); observes ``"label"`` if the batch has labels, and samples it otherwise."""
+        self.projections()
+        return self.observe(batch, self.adapter(batch))
+
+    def observe(self, batch: Batch, logits: Tensor) -> Tensor:
+        """The likelihood: ``"label"`` in the plate ``"data"``; override it for another one.
+
+        :param logits: (\\*draws, B, C), returned as they are.
+        """
+        batch = batch.to(logits.device)
+        with self.data_plate(batch):
+            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+        return logits
+
+    def data_plate(self, batch: Batch) -> pyro.plate:
+        """The plate ``"data"``, of which the batch is B out of N, or all that there is if it has no
+        labels."""
+        size = len(batch) if batch.labels is None else self.num_data
+        rows = torch.arange(len(batch), device=batch.choices.device)  # so that Pyro draws no subset
+        return pyro.plate("data", size, subsample=rows, dim=-1)
+
+
+class ScalaBLModel(LoRAModel):
+    r"""Bayesian LoRA in the subspace of s (ScalaBL, Samplawski et al. 2025, arXiv 2506.21408).
+
+    .. math::
+        s_{mj} &\sim p(s) && m = 1, …, M, \; j = 1, …, r \\
+        y_n \mid x_n, s &\sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; s)) && n = 1, …, N
+
+    with :math:`ΔW_m(s) = (α/r) \, B_m \, \mathrm{diag}(s_m) \, V_m`. All M vectors are one stacked
+    site ``"s"`` of shape (M, r); V, B and any head are learned points.
+
+    :param adapter: in the subspace form.
+    :param num_data: N.
+    :param prior: distribution of one coordinate, with a batch shape that expands to (M, r), or a
+        :class:`~scalabl_pyro.models.priors.Prior`; a standard normal if left out. Where the
+        adapter's start lies outside its support, the start moves inside, and B with it, so that the
+        same is computed there.
+    :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
+        density joins the objective; none if left out.
+    :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0, or the
+        start has to move and the adapter has been trained since it was made.
+    """
+
+    def __init__(
+        self,
+        adapter: SubspaceAdapter,
+        *,
+        num_data: int,
+        prior: TorchDistribution | Prior | None = None,
+        scale_B: float | None = None,
+    ) -> None:
+        super().__init__(adapter, num_data=num_data)
+        if prior is None:
+            prior = dist.Normal(0.0, 1.0)
+        if not isinstance(prior, (Prior, TorchDistributionMixin)):
+            raise ValueError(
+                f"prior is {prior!r}: expected a distribution of Pyro over one number, or a Prior,"
+                " such as make_prior(adapter.shape, 'horseshoe')"
+            )
+        if not isinstance(prior, Prior):
+            prior = FixedPrior(adapter.shape, prior)
+            prior.to_device(adapter.device)
+        if prior.shape != adapter.shape:
+            raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
+        if scale_B is not None and not scale_B > 0:
+            raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
+        self.prior = prior.to(adapter.device)
+        self.scale_B = scale_B
+        if prior.support is not constraints.real:
+            self._move_inside(prior.support)
+
+    def _move_inside(self, support: Any) -> None:
+        """Start well inside the support, where transformed guides have a gradient."""
+        start = self.adapter.init_loc
+        inside = support.check(start * 0.999) & support.check(start * 1.001)
+        if not inside.all():
+            # Not in the middle, which may be 0, where nothing depends on V or B.
+            self.adapter.move_start(biject_to(support)(torch.full_like(start, 0.5)))
+
+    def log_prior_B(self) -> Tensor:
+        """log p(B) of all matrices, 0 without a prior on them."""
+        zero = torch.zeros((), device=self.adapter.device)
+        if self.scale_B is None:
+            return zero
+        p = dist.Normal(0.0, self.scale_B)
+        each = [p.log_prob(B.weight).sum().to(zero) for B in self.adapter.matrices.B.values()]
+        return torch.stack([zero, *each]).sum()
+
+    @property
+    def init_loc(self) -> Tensor:
+        """(M, r), where guides start: there the adapter computes what plain LoRA would."""
+        return self.adapter.init_loc
+
+    def init_loc_fn(self, site: dict) -> Tensor:
+        """For Pyro's own guides: ``AutoNormal(model, init_loc_fn=model.init_loc_fn)``."""
+        return self.init_loc if site["name"] == "s" else init_to_median(site)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""
+        self.projections()
+        s = pyro.sample("s", self.prior())  # (*draws, M, r)
+        if self.scale_B is not None:
+            pyro.factor("prior_B", self.log_prior_B())
+        logits = self.adapter(batch, s)  # (*draws, B, C)
+        if s.dim() > 2 and s.shape[-3] == 1:
+            # Vectorised particles keep a dimension of size 1 where the data plate goes.
+            logits = logits.squeeze(s.dim() - 3)
+        return self.observe(batch, logits)

@@ -1,0 +1,227 @@
+"""Priors over the subspace vectors s: fixed, learned, or with latent scales of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+# Before any PyroModule is built: parameters belong to their modules, not to a global store.
+pyro.settings.set(module_local_params=True)
+
+__all__ = [
+    "PRIORS",
+    "FixedPrior",
+    "HierarchicalNormal",
+    "Horseshoe",
+    "Latent",
+    "LearnedNormal",
+    "Prior",
+    "make_prior",
+]
+
+
+class Latent(NamedTuple):
+    """A latent site that a prior has beside ``"s"``, whose two dimensions are event dimensions."""
+
+    shape: tuple[int, int]
+    support: constraints.Constraint
+
+
+class Prior(PyroModule):
+    """p(s). Called in a model, it samples its own latent sites and returns the prior of ``"s"``.
+
+    A subclass says in :attr:`latents` which sites those are, so that every guide covers them.
+
+    :param shape: (M, r).
+    """
+
+    #: where s may lie
+    support: constraints.Constraint = cast(constraints.Constraint, constraints.real)
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = (shape[0], shape[1])
+        self.latents: dict[str, Latent] = {}
+
+    def forward(self) -> TorchDistribution:
+        """The distribution of s, with event shape (M, r)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
+
+
+class FixedPrior(Prior):
+    """Any distribution of one number, for each coordinate.
+
+    :param coordinate: with a batch shape that expands to (M, r), on an interval of the real line.
+    :raises ValueError: if it is a distribution of more than one number, of another shape, or
+        discrete.
+    """
+
+    def __init__(self, shape: tuple[int, int], coordinate: TorchDistribution) -> None:
+        super().__init__(shape)
+        self.support = cast(constraints.Constraint, coordinate.support)
+        reals = torch.tensor([-1e6, 0.0, 1e6], device=_device(coordinate))
+        if not coordinate.event_shape and self.support.check(reals).all():
+            self.support = Prior.support  # by whatever name, as a mixture's
+        if coordinate.event_shape or self.support.is_discrete:
+            raise ValueError(
+                f"the prior is {coordinate} with event shape {tuple(coordinate.event_shape)} and"
+                f" support {coordinate.support}: expected a distribution of one continuous number"
+            )
+        try:
+            self._coordinate = coordinate.expand(torch.Size(shape))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the prior has batch shape {tuple(coordinate.batch_shape)}, which does not expand"
+                f" to (M, r) = {tuple(shape)}"
+            ) from error
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the distribution's parameters, which belong to no module."""
+        if _device(self._coordinate) != device:
+            self._coordinate = _on(device, self._coordinate)
+
+    def forward(self) -> TorchDistribution:
+        return self._coordinate.to_event(2)
+
+
+class LearnedNormal(Prior):
+    r"""Normal(0, τ²) whose scale is learned by empirical Bayes, as a parameter of the model.
+
+    :param scale: τ at the start.
+    :param per_module: a scale τ_m for each module instead of one in all.
+    """
+
+    scale: Tensor  # (M, 1) or (1, 1)
+
+    def __init__(
+        self, shape: tuple[int, int], *, scale: float = 1.0, per_module: bool = True
+    ) -> None:
+        super().__init__(shape)
+        if not isinstance(per_module, bool):
+            raise ValueError(f"per_module is {per_module!r}: expected true or false")
+        start = torch.full((shape[0] if per_module else 1, 1), _positive("scale", scale))
+        self.scale = PyroParam(start, constraints.softplus_positive, 2)  # type: ignore[assignment]
+
+    def forward(self) -> TorchDistribution:
+        return dist.Normal(0.0, self.scale).expand(self.shape).to_event(2)
+
+
+class HierarchicalNormal(Prior):
+    r"""A latent scale for each module.
+
+    .. math:: τ_m \sim \mathrm{HalfNormal}(τ), \qquad s_{mj} \sim \mathrm{Normal}(0, τ_m^2)
+
+    :param scale: τ, of the half-normal.
+    """
+
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, int], *, scale: float = 1.0) -> None:
+        super().__init__(shape)
+        self.latents = {"module_scale": Latent((shape[0], 1), constraints.positive)}
+        self.register_buffer("scale", torch.full((shape[0], 1), _positive("scale", scale)))
+
+    def forward(self) -> TorchDistribution:
+        tau = pyro.sample("module_scale", dist.HalfNormal(self.scale).to_event(2))
+        return _normals(tau, self.shape)
+
+
+class Horseshoe(Prior):
+    r"""Sparse: most coordinates near 0, few far from it (Carvalho, Polson & Scott 2010).
+
+    .. math:: τ \sim C^+(0, τ_0), \quad λ_{mj} \sim C^+(0, 1), \quad
+              s_{mj} \sim \mathrm{Normal}(0, τ^2 λ_{mj}^2)
+
+    :param scale: τ₀, of the global half-Cauchy.
+    """
+
+    scale: Tensor
+    ones: Tensor
+
+    def __init__(self, shape: tuple[int, int], *, scale: float = 1.0) -> None:
+        super().__init__(shape)
+        self.latents = {
+            "global_scale": Latent((1, 1), constraints.positive),
+            "local_scale": Latent((shape[0], shape[1]), constraints.positive),
+        }
+        self.register_buffer("scale", torch.full((1, 1), _positive("scale", scale)))
+        self.register_buffer("ones", torch.ones(shape))
+
+    def forward(self) -> TorchDistribution:
+        tau = pyro.sample("global_scale", dist.HalfCauchy(self.scale).to_event(2))
+        lam = pyro.sample("local_scale", dist.HalfCauchy(self.ones).to_event(2))
+        return _normals(tau * lam, self.shape)
+
+
+def make_prior(shape: tuple[int, int], name: str = "normal", **options: Any) -> Prior:
+    """The prior of that name.
+
+    :param options: of its entry in ``PRIORS``.
+    :raises ValueError: if there is no such prior or option, or a value is out of range.
+    """
+    if name not in PRIORS:
+        raise ValueError(f"prior.name is {name!r}: expected one of {sorted(PRIORS)}")
+    try:
+        return PRIORS[name](shape, **options)
+    except TypeError as error:
+        raise ValueError(f"the prior {name} does not take {options}: {error}") from error
+
+
+def _fixed(make: Callable[..., TorchDistribution]) -> Callable[..., Prior]:
+    """A prior from a function of options that gives the distribution of one coordinate."""
+    return lambda shape, **options: FixedPrior(shape, make(**options))
+
+
+#: priors by the name that configurations use, as functions of (M, r) and options
+PRIORS: dict[str, Callable[..., Prior]] = {
+    "hierarchical_normal": HierarchicalNormal,
+    "horseshoe": Horseshoe,
+    "laplace": _fixed(lambda scale=1.0: dist.Laplace(0.0, _positive("scale", scale))),
+    "learned_normal": LearnedNormal,
+    "log_normal": _fixed(lambda scale=1.0: dist.LogNormal(0.0, _positive("scale", scale))),
+    "normal": _fixed(lambda loc=0.0, scale=1.0: dist.Normal(loc, _positive("scale", scale))),
+    "relaxed_bernoulli": _fixed(
+        lambda probs=0.5, temperature=0.5: dist.RelaxedBernoulli(
+            torch.tensor(_positive("temperature", temperature)),
+            probs=torch.tensor(_positive("probs", probs, below=1.0)),
+        )
+    ),
+}
+
+
+def _positive(name: str, value: float, *, below: float = math.inf) -> float:
+    if not (isinstance(value, (int, float)) and 0 < value < below):
+        raise ValueError(f"{name} is {value!r}: expected a number above 0 and below {below:g}")
+    return float(value)
+
+
+def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:
+    """Normal(0, scale²) with event shape (M, r), whatever draws lead the scale's shape."""
+    batch = torch.Size((*scale.shape[:-2], *shape))
+    return dist.Normal(0.0, scale).expand(batch).to_event(2)
+
+
+def _device(distribution: TorchDistribution) -> torch.device:
+    """Where the distribution's draws are."""
+    # A draw moves the global random state; without it the benchmarks' seeds give other figures.
+    return distribution.sample().device
+
+
+def _on(device: torch.device, distribution: TorchDistribution) -> TorchDistribution:
+    """The same distribution with its parameters on ``device``."""
+    parameters = {
+        name: getattr(distribution, name).to(device) for name in distribution.arg_constraints
+    }
+    try:
+        # The values were checked when the distribution was built.
+        return type(distribution)(**parameters, validate_args=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the prior {distribution} is not on {device}: build it there") from error

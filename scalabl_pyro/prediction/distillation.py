@@ -1,0 +1,101 @@
+"""Distillation: a plain LoRA adapter whose single pass gives the model average."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyro
+import torch
+from torch import Tensor
+
+from ..data import Batch, Split
+from ..infer.svi import FitConfig, FitResult, fit, no_guide
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import LoRAModel
+from .predictor import Predictor
+
+__all__ = ["distill", "fold_into"]
+
+
+@torch.no_grad()
+def fold_into(adapter: SubspaceAdapter, s: Tensor, student: SubspaceAdapter) -> None:
+    """Make a plain LoRA adapter compute what the subspace adapter computes at one s.
+
+    :param s: (M, r), such as the posterior's mean.
+    :param student: on the same base model, with the same LoRA layers and heads, and ``svd=False``;
+        changed in place.
+    :raises ValueError: if its layers differ.
+    """
+    if student.unit:
+        raise ValueError("the student has projections='unit', which rescales A: make it 'free'")
+    with adapter.folded(s):
+        source, target = adapter.state(), student.state()
+        shapes = {n: tuple(p.shape) for n, p in source.items()}
+        wrong = shapes.items() ^ {n: tuple(p.shape) for n, p in target.items()}.items()
+        if wrong:
+            raise ValueError(
+                "the student has other layers than the adapter; these are missing on one side or"
+                f" differ in shape: {sorted({name for name, _ in wrong})}"
+            )
+        for name, parameter in target.items():
+            parameter.copy_(source[name])
+
+
+def distill(
+    student: SubspaceAdapter,
+    split: Split,
+    log_probs: Tensor,
+    config: FitConfig,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Predictor, FitResult]:
+    r"""Train a plain LoRA adapter towards the model average (Hinton et al. 2015, arXiv 1503.02531;
+    Korattikara et al. 2015, arXiv 1506.04416).
+
+    .. math:: \min \frac{1}{N} \sum_n KL\big(\bar p(· \mid x_n) \,\|\, q(· \mid x_n)\big)
+
+    The average is computed once, so the teacher need not stay in memory::
+
+        log_probs = average(predict(teacher, split).logits)
+        fold_into(teacher.adapter, guide.median()["s"], student)
+        predictor, _ = distill(student, split, log_probs, FitConfig(steps=400))
+
+    Uncertainty of a single pass is one number: entropy stays, mutual information does not.
+
+    :param student: best started at the posterior mean, by :func:`fold_into` or from the ``adapter``
+        folder of a run; changed in place. ``folded(ones)`` saves it as an ordinary PEFT adapter.
+    :param split: N inputs; labels are not looked at and may be missing.
+    :param log_probs: (N, C), log p̄.
+    :param config: of the same training loop; its history calls the divergence ``nll``.
+    :returns: a deterministic predictor, and the training history.
+    :raises ValueError: if ``log_probs`` has not a row for each example.
+    """
+    expected = (len(split), student.readout.num_classes)
+    if tuple(log_probs.shape) != expected:
+        raise ValueError(
+            f"log_probs has shape {tuple(log_probs.shape)}: expected (N, C) = {expected}"
+        )
+    # A row's label is its number: the row of log_probs that it learns from.
+    numbered = [replace(example, label=n) for n, example in enumerate(split)]
+    model = _SoftLabels(student, log_probs.to(student.device))
+    train = Split(split.records, numbered, split.collate)
+    result = fit(model, no_guide, train, config, seed=seed, progress=progress)
+    return Predictor(student), result
+
+
+class _SoftLabels(LoRAModel):
+    """The likelihood exp(−KL(p̄ ‖ q)) of each example, whose labels are rows of ``log_probs``."""
+
+    def __init__(self, adapter: SubspaceAdapter, log_probs: Tensor) -> None:
+        super().__init__(adapter, num_data=len(log_probs))
+        self._log_probs = log_probs
+
+    def observe(self, batch: Batch, logits: Tensor) -> Tensor:
+        batch = batch.to(logits.device)
+        # A choice that does not exist has probability 0 on both sides, and adds nothing.
+        log_p = self._log_probs[batch.labels].masked_fill(~batch.choices, 0.0)
+        log_q = logits.log_softmax(-1).masked_fill(~batch.choices, 0.0)
+        with self.data_plate(batch):
+            pyro.factor("label", -(log_p.exp() * (log_p - log_q)).sum(-1))
+        return logits

@@ -1,0 +1,137 @@
+"""Banks of draws of s: independent, antithetic or quasi-random, and which modules stay random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from ..data import Batch
+from ..guides import AutoSubspace
+
+__all__ = ["KINDS", "draw", "hold", "signal_to_noise"]
+
+KINDS = ("independent", "antithetic", "sobol")
+
+
+def draw(
+    guide: Callable[..., Any],
+    num_draws: int,
+    *,
+    seed: int,
+    kind: str = "independent",
+    batch: Batch | None = None,
+) -> Tensor:
+    r"""A bank of S draws of s, (S, M, r), independent of the global random state.
+
+    Each draw has the distribution q(s) whatever the kind; together they may cover it better. With
+    s = t(ε) for a standard normal ε,
+
+    * ``independent``: ε_1, …, ε_S independent;
+    * ``antithetic``: pairs ε, −ε (Hammersley & Morton 1956): averages are exact for whatever is
+      linear in ε;
+    * ``sobol``: ε = Φ⁻¹(u) at a scrambled Sobol sequence u in the unit cube (Owen 1998). Every
+      prefix of the bank covers the cube evenly, best where S is a power of 2.
+
+    :param guide: any guide that samples ``"s"``, ours or Pyro's.
+    :param seed: fixes the bank.
+    :param kind: one of :data:`KINDS`; but for ``independent``, it needs a guide with a normal q.
+    :param batch: what Pyro's own guides are called with; ours need none.
+    :raises ValueError: if S < 1, a guide of Pyro comes without a batch, the kind is unknown, it has
+        more dimensions than Sobol's, or it needs a normal q and the guide has none.
+    """
+    if num_draws < 1:
+        raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
+    if kind not in KINDS:
+        raise ValueError(f"the kind of draws is {kind!r}: expected one of {KINDS}")
+    # Seeding touches every device, wherever the guide lives.
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+        torch.manual_seed(seed)
+        if kind == "independent" and isinstance(guide, AutoSubspace):
+            return guide.sample(num_draws)
+        unbuilt = isinstance(guide, AutoGuide) and guide.prototype_trace is None
+        if kind == "independent" and unbuilt and batch is None:
+            raise ValueError(
+                f"{type(guide).__name__} is made at its first call, with what the model is called"
+                " with: give batch=, a batch of the training split"
+            )
+        if kind == "independent":
+            return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
+        if not isinstance(guide, AutoSubspace):
+            raise ValueError(
+                f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
+                f" {type(guide).__name__}; use kind='independent'"
+            )
+        q = guide.get_posterior()
+        loc = guide.median()["s"]
+        if kind == "sobol":
+            noise = _sobol(num_draws, loc.numel(), seed)
+        else:
+            half = torch.randn(-(-num_draws // 2), loc.numel(), dtype=torch.float64)
+            noise = torch.stack([half, -half], 1).flatten(0, 1)[:num_draws]
+        return _transform(q, noise.to(loc))
+
+
+def signal_to_noise(draws: Tensor) -> Tensor:
+    r"""How sure a posterior is of each module, (M,).
+
+    .. math:: \mathrm{SNR}_m = \sqrt{\sum_j μ_{mj}^2 \Big/ \sum_j σ_{mj}^2}
+
+    :param draws: (S, M, r), enough for a standard deviation; a thousand cost nothing.
+    """
+    noise = draws.var(0).sum(-1)
+    return (draws.mean(0).square().sum(-1) / noise).sqrt()
+
+
+def hold(draws: Tensor, loc: Tensor, random: Tensor) -> Tensor:
+    """The draws with some modules at one value, (S, M, r).
+
+    An adapter runs the blocks below the first random module once for all draws, so that::
+
+        draws = hold(draws, guide.median()["s"], adapter.trunk.above(18))       # by depth
+        draws = hold(draws, guide.median()["s"], signal_to_noise(draws) < 3)    # by their spread
+
+    cost less. They are draws of another, narrower posterior.
+
+    :param draws: (S, M, r).
+    :param loc: (M, r), where the other modules stay.
+    :param random: (M,), true for the modules that stay random.
+    """
+    return torch.where(random.to(draws.device)[:, None], draws, loc)
+
+
+def _sobol(num_draws: int, dimensions: int, seed: int) -> Tensor:
+    if dimensions > SobolEngine.MAXDIM:
+        raise ValueError(
+            f"s has {dimensions} numbers, but Sobol sequences have at most {SobolEngine.MAXDIM}"
+            " dimensions; use kind='antithetic'"
+        )
+    points = SobolEngine(dimensions, scramble=True, seed=seed).draw(num_draws, dtype=torch.float64)
+    # Points lie on a grid that includes 0: the middle of a cell has a finite quantile.
+    return torch.special.ndtri(points + 0.5 ** (SobolEngine.MAXBIT + 1))
+
+
+def _transform(q: TorchDistribution, noise: Tensor) -> Tensor:
+    """Draws of q, made of a standard normal noise (S, D)."""
+    if isinstance(q, torch.distributions.TransformedDistribution):
+        value = _transform(q.base_dist, noise)
+        for transform in q.transforms:
+            value = transform(value)
+        return value
+    if isinstance(q, torch.distributions.Independent):
+        return _transform(q.base_dist, noise)
+    if isinstance(q, torch.distributions.Normal):
+        return q.loc + q.scale * noise.view(-1, *q.batch_shape)
+    if isinstance(q, (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
+        rows = noise.view(-1, *q.batch_shape, *q.event_shape, 1)
+        return q.mean + (q.scale_tril @ rows).squeeze(-1)
+    raise ValueError(
+        f"there is no map from normal noise to draws of a {type(q).__name__}; use"
+        " kind='independent'"
+    )

@@ -1,0 +1,227 @@
+"""Prediction: the average of the probabilities over a fixed bank of draws of s."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import Batch, Record, Split
+from ..lora.adapter import SubspaceAdapter
+from .metrics import average, half_width
+
+__all__ = [
+    "MAX_ROWS",
+    "Predictions",
+    "Predictor",
+    "Predicts",
+    "RunPredictor",
+    "predict",
+    "predict_proba",
+]
+
+log = logging.getLogger(__name__)
+
+#: most sequences in one forward pass, if not told
+MAX_ROWS = 256
+#: tokens in one forward pass on a CPU: with more, activations leave its cache
+_CPU_TOKENS = 4096
+#: fewest draws of which a spread is estimated
+_FEWEST = 4
+
+
+class Predicts(Protocol):
+    """What :func:`predict` needs: logits (S, B, C) of a batch."""
+
+    @property
+    def adapter(self) -> SubspaceAdapter: ...
+
+    @property
+    def num_draws(self) -> int: ...
+
+    def logits(self, batch: Batch) -> Tensor: ...
+
+
+class RunPredictor(Predicts, Protocol):
+    """What a method returns and a run folder keeps: it names its own tensors."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Predictor:
+    """What every method ends as: logits for a batch, one set per draw.
+
+    :param adapter: the trained model.
+    :param draws: (S, M, r), or ``None`` for a deterministic plain LoRA.
+    :param temperature: divides the logits.
+    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
+        ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
+        cache. Where memory runs out it is halved, with a line in the log.
+    :raises ValueError: if the draws have another shape.
+    """
+
+    adapter: SubspaceAdapter
+    draws: Tensor | None = None
+    temperature: float = 1.0
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws is not None and (
+            self.draws.dim() != 3 or self.draws.shape[1:] != self.adapter.shape
+        ):
+            raise ValueError(
+                f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) ="
+                f" (S, {self.adapter.shape[0]}, {self.adapter.shape[1]}); one s (M, r) is s[None]"
+            )
+
+    @property
+    def num_draws(self) -> int:
+        """S; 1 if deterministic."""
+        return 1 if self.draws is None else len(self.draws)
+
+    def state(self) -> dict[str, Tensor]:
+        """The draws as ``s``, if there are some."""
+        return {} if self.draws is None else {"s": self.draws}
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, some: slice = slice(None)) -> Tensor:
+        """(S, B, C) in float32, −inf where a choice does not exist.
+
+        :param some: which of the draws.
+        :raises torch.OutOfMemoryError: if a single draw of the batch does not fit.
+        """
+        if self.draws is None:
+            return self.adapter(batch)[None] / self.temperature
+        *shape, tokens = batch.inputs["input_ids"].shape
+        rows = math.prod(shape)
+        draws = self.draws[some]
+        found: list[Tensor] = []
+        run: Callable[[Tensor], Tensor] = partial(self.adapter, batch)
+        done = 0
+        while done < len(draws):
+            size = min(max(1, self.most_rows(tokens) // rows), len(draws))
+            try:
+                if not done and size < len(draws):
+                    run = self.adapter.above_trunk(batch, draws)
+                found.append(run(draws[done : done + size]))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            else:
+                done += size
+                continue
+            # Outside the handler, whose traceback keeps the failed pass in memory.
+            self.max_rows = rows * (size // 2)
+            log.warning(
+                "out of memory with %d draws of a batch of %d rows at once: going on with %d",
+                size,
+                rows,
+                size // 2,
+            )
+        return torch.cat(found) / self.temperature
+
+    def most_rows(self, tokens: int = 1) -> int:
+        """Sequences of so many tokens, padding included, that may run in one forward pass."""
+        if self.max_rows is not None:
+            return self.max_rows
+        on_cpu = self.adapter.device.type == "cpu"
+        return min(MAX_ROWS, _CPU_TOKENS // tokens) if on_cpu else MAX_ROWS
+
+
+class Predictions(NamedTuple):
+    """Logits of a whole split.
+
+    :param logits: (S, N, C) on the CPU, −inf where a choice does not exist.
+    :param labels: (N,), or ``None``.
+    :param used: (N,), how many draws each example took, if not all S. Its logits then repeat these,
+        which leaves every average over draws as it was.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    used: Tensor | None = None
+
+
+def predict(
+    predictor: Predicts,
+    split: Split,
+    *,
+    batch_size: int = 64,
+    tolerance: float | None = None,
+    progress: bool = False,
+) -> Predictions:
+    """Predict all N examples of a split, with the same draws for every batch.
+
+    Examples run in the order of their length, so that little is padded, and come back in their own.
+
+    :param batch_size: B of a forward pass before draws multiply it.
+    :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
+        probability. It is looked at after each divisor of S that is 4 or more, so that an S with
+        many of them, such as 12, 24 or 48, stops soonest.
+    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
+    """
+    if tolerance is not None and not (
+        tolerance > 0 and isinstance(predictor, Predictor) and predictor.draws is not None
+    ):
+        raise ValueError(
+            f"tolerance is {tolerance}: expected a number above 0, and a predictor with draws of s"
+        )
+    predictor.adapter.eval()
+    order = sorted(range(len(split)), key=split.lengths.__getitem__)
+    found, used = [], []
+    for start in tqdm(range(0, len(order), batch_size), disable=not progress):
+        indices = order[start : start + batch_size]
+        if tolerance is not None and isinstance(predictor, Predictor):
+            logits, draws = _until_settled(predictor, split, indices, tolerance)
+            used.append(draws)
+        else:
+            logits = predictor.logits(split.collate([split[index] for index in indices])).cpu()
+        found.append(logits)
+    place = torch.tensor(order).argsort()
+    return Predictions(
+        torch.cat(found, dim=1)[:, place],
+        split.labels,
+        torch.cat(used)[place] if used else None,
+    )
+
+
+def predict_proba(predictor: Predicts, records: Sequence[Record], **options: Any) -> Tensor:
+    """Averaged probabilities of C choices, (N, C), for records with or without labels.
+
+    :param options: of :func:`predict`.
+    :raises DataError: if a record does not fit the readout.
+    """
+    split = predictor.adapter.readout.encode(records)
+    return average(predict(predictor, split, **options).logits).exp()
+
+
+def _until_settled(
+    predictor: Predictor, split: Split, indices: list[int], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
+    S = predictor.num_draws
+    stops = [n for n in range(_FEWEST, S) if S % n == 0] + [S]
+    logits = torch.empty(S, len(indices), predictor.adapter.readout.num_classes)
+    used = torch.full((len(indices),), S)
+    pending = torch.arange(len(indices))
+    done = 0
+    for stop in stops:
+        batch = split.collate([split[indices[b]] for b in pending.tolist()])
+        logits[done:stop, pending] = predictor.logits(batch, slice(done, stop)).cpu()
+        settled = half_width(logits[:stop, pending]) <= tolerance
+        if stop < S:
+            for b in pending[settled].tolist():
+                logits[:, b] = logits[:stop, b].repeat(S // stop, 1)
+                used[b] = stop
+        pending, done = pending[~settled], stop
+        if not len(pending):
+            break
+    return logits, used

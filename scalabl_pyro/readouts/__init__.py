@@ -1,0 +1,22 @@
+"""Readouts: how a record becomes rows of tokens, and a model's output becomes C logits."""
+
+from .base import Readout
+from .completion_tokens import CompletionTokens
+from .heads import MultipleChoice, SequenceClassification
+from .label_tokens import LabelTokens
+
+__all__ = [
+    "READOUTS",
+    "CompletionTokens",
+    "LabelTokens",
+    "MultipleChoice",
+    "Readout",
+    "SequenceClassification",
+]
+
+#: readouts by the name that configurations use
+READOUTS: dict[str, type[Readout]] = {
+    "label_tokens": LabelTokens,
+    "sequence_classification": SequenceClassification,
+    "multiple_choice": MultipleChoice,
+}

@@ -1,0 +1,57 @@
+"""Readouts of encoders with a trained head: sequence classification and multiple choice."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data import Record
+from .base import Readout
+
+__all__ = ["MultipleChoice", "SequenceClassification"]
+
+
+class SequenceClassification(Readout):
+    """A classification head on the text of the question, one class per choice."""
+
+    padding_side = "right"
+    auto_class = "AutoModelForSequenceClassification"
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        found = self.tokenizer(record.question, truncation=True, max_length=self.max_length)
+        return {name: [ids] for name, ids in found.items()}
+
+    def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        return llm(**inputs).logits.float()
+
+
+class MultipleChoice(Readout):
+    """A score for each (question, choice) pair (``AutoModelForMultipleChoice``); rows (B, C, T)."""
+
+    padding_side = "right"
+    auto_class = "AutoModelForMultipleChoice"
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        questions = [record.question] * len(record.choices)
+        return dict(self.tokenizer(questions, list(record.choices)).items())
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        # Of a pair, the question alone: a choice that is cut is no choice.
+        questions = [record.question] * len(record.choices)
+        found = self.tokenizer(
+            questions,
+            list(record.choices),
+            truncation="only_first",
+            max_length=self.max_length,
+        )
+        return dict(found.items())
+
+    def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
+        # A missing choice is scored as a copy of the first one and masked afterwards.
+        return rows + rows[:1] * (self.num_classes - len(rows))
+
+    def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        return llm(**inputs).logits.float()

@@ -1,0 +1,25 @@
+"""Runs: their settings, what they leave on disk, and how they are read and exported."""
+
+from .config import ConfigError, DataConfig, RunConfig, build
+from .exports import export, merge, push_to_hub
+from .folder import Run, RunFolderError, load_run, save_run
+from .memory import MemoryConfig, estimate
+from .predictors import PredictionConfig, make_predictor
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "MemoryConfig",
+    "PredictionConfig",
+    "Run",
+    "RunConfig",
+    "RunFolderError",
+    "build",
+    "estimate",
+    "export",
+    "load_run",
+    "make_predictor",
+    "merge",
+    "push_to_hub",
+    "save_run",
+]

@@ -1,0 +1,273 @@
+"""The configuration of a run: plain mappings to frozen dataclasses, unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
+from ..files import check_writable
+from ..infer.svi import FitConfig
+from ..lora.config import AdapterConfig, ModelConfig
+from ..methods import METHODS, Method
+
+__all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
+
+T = TypeVar("T")
+
+#: settings that may change between an interruption and its resumption
+NO_MATTER = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
+
+#: fields of every method → the setting of a run that fills them
+SHARED = {"config": "fit", "eval_batch_size": "eval_batch_size", "progress": "progress"}
+
+
+class ConfigError(ValueError):
+    """A configuration key that does not exist, or a value of the wrong kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig(DataSource):
+    """The records of a run: a source, and what is made of its splits.
+
+    :param limit: train on the first so many records.
+    :param validation_fraction: share of the training records held out where there is no validation
+        split.
+    :raises ValueError: if a value is out of range.
+    """
+
+    limit: int | None = None
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        DataSource.__post_init__(self)
+        if self.limit is not None and self.limit < 2:
+            raise ConfigError(f"data.limit is {self.limit}: expected 2 or more")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction is {self.validation_fraction}: expected a number between"
+                " 0 and 1"
+            )
+
+    def splits(self, *, seed: int) -> dict[str, list[Record]]:
+        """The labelled records by split, of which no question stands in two (see ``disjoint``).
+
+        :param seed: fixes which records are held out for validation where there is no such split.
+        :raises DataError: if a file is missing or bad.
+        """
+        splits = self.read()
+        train = check_split(splits, "train")
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = hold_out(
+                train, self.validation_fraction, seed=seed
+            )
+        splits = disjoint(splits)
+        splits["train"] = splits["train"][: self.limit]
+        for name, records in splits.items():
+            for record in records:
+                if record.label is None:
+                    raise DataError(f"the record {record.id!r} of the split {name} has no label")
+        return splits
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of unfinished training.
+
+    :param every: steps between two of them.
+    :param keep: how many are kept.
+    :raises ConfigError: if a number is below 1.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}: expected 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything that defines a training run.
+
+    :param method: ``name``, a key of ``METHODS``, and that method's own fields; fields left out are
+        filled in with their defaults, which another version may change.
+    :param run_dir: the folder to write, which must not exist.
+    :param checkpoint: how often an unfinished run is saved.
+    :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
+        finished one as it is.
+    :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
+        trained, and the one with the lowest validation NLL is kept.
+    """
+
+    model: ModelConfig
+    lora: AdapterConfig
+    data: DataConfig
+    run_dir: str
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "scalabl"})
+    fit: FitConfig = field(default_factory=FitConfig)
+    trials: tuple[dict[str, Any], ...] = ()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: bool = False
+    eval_batch_size: int = 64
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.eval_batch_size < 1:
+            raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: expected 0 to 2^63 − 1")
+        method = self.make_method()
+        if method.projections == "fixed" and self.lora.start is None:
+            raise ConfigError(
+                "method.projections is 'fixed', which trains s alone, and B starts at 0, where"
+                " nothing depends on s: give lora.start, a trained adapter"
+            )
+        own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]
+        settings = {"name": method.name} | {name: getattr(method, name) for name in own}
+        object.__setattr__(self, "method", settings)
+        self.attempts()
+
+    def make_method(self) -> Method:
+        """The method with its settings.
+
+        :raises ConfigError: if there is no such method, or it has no such setting.
+        """
+        settings = dict(self.method)
+        name = settings.pop("name", None)
+        if name not in METHODS:
+            raise ConfigError(f"method.name is {name!r}: expected one of {sorted(METHODS)}")
+        taken = sorted(settings.keys() & SHARED.keys())
+        if taken:
+            raise ConfigError(
+                f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
+            )
+        known = [f.name for f in dataclasses.fields(METHODS[name]) if f.name not in SHARED]
+        unknown = sorted(settings.keys() - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{_no_setting(unknown[0], known, 'method.')}; another method than {name} is"
+                " method=NAME, which brings that method's settings"
+            )
+        shared = {field: getattr(self, key) for field, key in SHARED.items()}
+        return build(METHODS[name], settings | shared, "method.")
+
+    def attempts(self) -> list[RunConfig]:
+        """The configurations to train, of which one is kept: those of the trials, or this one.
+
+        :raises ConfigError: if a trial overrides something else, or is wrong.
+        """
+        if not self.trials:
+            return [self]
+        return [replace(self.changed(trial), trials=()) for trial in self.trials]
+
+    def changed(self, trial: Mapping[str, Any]) -> RunConfig:
+        """This configuration with another ``method`` or another ``fit``, or parts of them.
+
+        :raises ConfigError: if the trial overrides something else, or is wrong.
+        """
+        unknown = sorted(trial.keys() - {"method", "fit"})
+        if unknown:
+            raise ConfigError(f"a trial overrides {unknown}: expected method and fit")
+        for key, value in trial.items():
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"a trial's {key} is {value!r}: expected a mapping")
+        method = dict(trial.get("method", {}))
+        if method.get("name", self.method["name"]) == self.method["name"]:
+            method = merged(self.method, method)  # another method has settings of its own
+        fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})), "fit.")
+        return replace(self, method=method, fit=fit, trials=())
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """The settings that differ from another run's, of those that change what is trained."""
+        mine, others = (_flat(asdict(config)) for config in (self, other))
+        return [
+            f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
+            for key in sorted(mine.keys() | others.keys())
+            if mine.get(key) != others.get(key) and key.split(".")[0] not in NO_MATTER
+        ]
+
+    def check_run_dir(self) -> Path:
+        """The run folder, in a place that can be written.
+
+        :raises FileExistsError: if it exists.
+        :raises PermissionError: if the folder that is to hold it cannot be made.
+        """
+        folder = Path(self.run_dir)
+        if folder.exists():
+            raise FileExistsError(
+                f"the run folder {folder} exists; choose another run_dir, or remove it"
+            )
+        check_writable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        found |= _flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
+    return found
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, in nested mappings too."""
+    return dict(base) | {
+        key: merged(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
+
+
+def build(cls: type[T], values: Any, place: str = "") -> T:
+    """An instance of a dataclass from a mapping, nested dataclasses included.
+
+    :param place: of the mapping in a configuration, such as ``method.``, for messages.
+    :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is
+        missing, or a value has the wrong type or is out of range.
+    """
+    _check_keys(cls, values, place)
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_message(e, place) for e in error.errors())) from error
+
+
+def _message(error: Any, place: str) -> str:
+    """What is wrong, led by the setting's full name."""
+    loc = [str(part) for part in error["loc"]]
+    if error["type"] != "value_error":
+        return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # A dataclass that stands in several places names its own fields alone.
+    bare = re.match(r"(?!there )[\w.]+ is ", message)
+    prefix = place + "".join(f"{part}." for part in loc)
+    return prefix + message if bare and not message.startswith(prefix) else message
+
+
+def _check_keys(cls: type, values: Mapping[str, Any], place: str) -> None:
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(_no_setting(key, known, place))
+        if value == "???":
+            raise ConfigError(f"the setting {place}{key} is needed: give {place}{key}=…")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(hints[key], value, f"{place}{key}.")
+
+
+def _no_setting(key: str, known: list[str], place: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {place}{near[0]}?" if near else f"expected one of {known}"
+    return f"there is no setting {place}{key}; {hint}"

@@ -1,0 +1,257 @@
+"""Trained runs for other programs: each draw as an ordinary PEFT adapter, or one merged model.
+
+An exported folder holds ``mean/`` and ``draw_00/``, ``draw_01/``, … with A = diag(s)·V and B, which
+any reader of PEFT adapters can load; ``manifest.json``, which says how to average them; and
+``README.md``, a model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..embedded import model_path
+from ..files import whole_folder
+from ..lora.adapter import SubspaceAdapter
+from ..lora.config import ModelConfig
+from ..lora.loading import load_llm
+from ..readouts.base import Readout
+from ..readouts.label_tokens import LabelTokens
+from .folder import Run, posterior_mean
+
+__all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
+
+FORMAT = 1
+OUTPUT_LAYER = ("keep", "drop", "merge")
+
+
+def export(
+    run: Run,
+    folder: str | Path,
+    *,
+    draws: int | None = None,
+    output_layer: str = "keep",
+    metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    r"""Write the mean and the draws as PEFT adapters of the run's own rank.
+
+    .. math:: ΔW_m = (α/r) \, B_m A_m, \quad A_m = \mathrm{diag}(s_m) \, V_m
+
+    A server that adapts blocks but no output layer needs that layer's adapter out of the way:
+    ``drop`` leaves it out of every adapter; ``merge`` also folds its mean into ``base/``, a copy of
+    the base model that the adapters then go with. Both change the logits, for no draw has an output
+    layer of its own any more.
+
+    :param folder: must not exist; written whole or not at all.
+    :param draws: export the first so many of the run's S draws; all if left out.
+    :param output_layer: ``keep``, ``drop`` or ``merge``.
+    :param metrics: for the model card, as in ``metrics.json`` of a run.
+    :returns: the manifest.
+    :raises ValueError: if the run has fewer draws, or draws of more than s, or ``merge`` finds no
+        adapted output layer.
+    :raises FileExistsError: if the folder exists.
+    """
+    check_output_layer(output_layer)
+    predictor = run.subspace_predictor()
+    adapter, bank = predictor.adapter, predictor.draws
+    head = _output_layer(adapter)
+    if output_layer == "merge" and head is None:
+        raise ValueError("output_layer is 'merge', but no output layer is adapted: set it to keep")
+    if output_layer != "keep" and set(adapter.layers) == {head}:
+        raise ValueError(
+            f"output_layer is {output_layer!r}, but nothing else is adapted, so that no adapter"
+            " would be left: set it to keep"
+        )
+    points = {"mean": posterior_mean(run.predictor, run.guide)}
+    available = 0 if bank is None else len(bank)
+    if draws is not None and draws > available:
+        raise ValueError(f"draws is {draws}, but the run has {available}: export at most those")
+    for index in range(available if draws is None else draws):
+        points[f"draw_{index:02d}"] = bank[index]  # type: ignore[index]
+    drop = set() if output_layer == "keep" or head is None else {head}
+    with whole_folder(Path(folder)) as part:
+        for name, s in points.items():
+            save_adapter(adapter, s, part / name, drop=drop)
+        if output_layer == "merge":
+            save_adapter(adapter, points["mean"], part / "head", drop=set(adapter.layers) - drop)
+            merge(run.config.model, run.readout, part / "head", part / "base")
+            shutil.rmtree(part / "head")
+        manifest = _manifest(run, part, list(points), output_layer)
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (part / "README.md").write_text(_card(manifest, metrics or {}), encoding="utf-8")
+    return manifest
+
+
+def merge(
+    config: ModelConfig,
+    readout: Readout,
+    adapter: str | Path,
+    folder: str | Path,
+) -> None:
+    """Fold an exported adapter into its base model, and save that as a plain model with tokenizer.
+
+    A quantised base is brought back to ``config.dtype`` first, with the values it computes with.
+    Input and output embeddings that were tied are no longer, if the output layer was adapted.
+
+    :param config: the base model, which is loaded anew.
+    :param adapter: a PEFT adapter for it, such as ``mean/``.
+    :param folder: must not exist; written whole or not at all.
+    :raises FileExistsError: if the folder exists.
+    """
+    with whole_folder(Path(folder)) as part:
+        heads = PeftConfig.from_pretrained(str(adapter)).modules_to_save or ()
+        llm = load_llm(config, readout, heads=heads)
+        if hasattr(llm, "hf_quantizer"):
+            llm = llm.dequantize()
+        peft_model = PeftModel.from_pretrained(llm, str(adapter))
+        _untie(llm)
+        merged = peft_model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(part)
+        readout.tokenizer.save_pretrained(part)
+
+
+def push_to_hub(folder: str | Path, repo: str, *, private: bool = True) -> str:
+    """Upload an exported folder to the Hub, with the token of ``hf auth login``.
+
+    :param repo: ``user/name``; made if it does not exist.
+    :returns: its address.
+    :raises OSError: if the Hub cannot be reached or refuses; the folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder))
+    except OSError as error:
+        raise OSError(
+            f"{folder} is complete, but was not uploaded: {error}; to try again, run hf upload"
+            f" {repo} {folder}"
+        ) from error
+    return str(url)
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def _output_layer(adapter: SubspaceAdapter) -> str | None:
+    """The name of the adapted output layer, where there is one."""
+    head = cast(PreTrainedModel, adapter.peft_model.get_base_model()).get_output_embeddings()
+    return next((name for name, layer in adapter.layers.items() if layer is head), None)
+
+
+def save_adapter(
+    adapter: SubspaceAdapter, s: Tensor, folder: Path, *, drop: Collection[str] = ()
+) -> None:
+    """Write one ordinary PEFT adapter, A = diag(s)·V and B.
+
+    :param s: (M, r).
+    :param drop: adapted modules to leave out.
+    """
+    with adapter.folded(s) as peft_model:
+        # The base model's own embeddings are never part of an adapter.
+        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's template; the exported folder has a card of its own
+    if not drop:
+        return
+    weights = folder / "adapter_model.safetensors"
+    kept = {
+        name: value
+        for name, value in load_file(weights).items()
+        if not any(name.startswith(f"base_model.model.{module}.lora_") for module in drop)
+    }
+    save_file(kept, weights, metadata={"format": "pt"})
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text())
+    names = {module.rpartition(".")[2] for module in adapter.layers if module not in drop}
+    config.write_text(json.dumps(values | {"target_modules": sorted(names)}, indent=2) + "\n")
+
+
+def _untie(llm: PreTrainedModel) -> None:
+    """Give an adapted output layer a weight of its own."""
+    head = llm.get_output_embeddings()
+    if isinstance(head, LoraLayer) and llm.config.get_text_config().tie_word_embeddings:
+        base = cast(nn.Linear, head.get_base_layer())
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        llm.config.tie_word_embeddings = False
+        llm.config.get_text_config().tie_word_embeddings = False
+
+
+# ---------------------------------------------------------------------- manifest, card
+
+
+def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> dict[str, Any]:
+    model, adapter, readout = run.config.model, run.predictor.adapter, run.readout
+    base = str(model_path()) if model.name == "embedded" else model.name
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "base_model": {
+            "name": "base" if output_layer == "merge" else base,
+            "fingerprint": adapter.base_fingerprint(),
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+        "rank": adapter.rank,
+        "scaling": adapter.scaling,
+        "output_layer": output_layer,
+        "draws": names[1:],
+        "temperature": run.subspace_predictor().temperature,
+        "auto_class": readout.auto_class,
+    }
+    if isinstance(readout, LabelTokens):
+        manifest["label_words"] = list(readout.label_words)
+        manifest["label_ids"] = readout.label_ids.tolist()
+    manifest["sha256"] = {name: _sha256(folder / name) for name in names}
+    return manifest
+
+
+def _sha256(folder: Path) -> str:
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+    base, auto_class = manifest["base_model"]["name"], manifest["auto_class"]
+    on_hub = manifest["output_layer"] != "merge" and not Path(base).exists()
+    lines = ["---", *([f"base_model: {base}"] if on_hub else []), "library_name: peft"]
+    lines += ["tags: [lora, bayesian]", "---", "", f"# Bayesian LoRA on {base}", ""]
+    lines += [
+        f"`mean/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run"
+        " (ScalaBL, arXiv 2506.21408), each an ordinary PEFT adapter of rank"
+        f" {manifest['rank']}.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}",
+        "",
+        f"llm = {auto_class}.from_pretrained({base!r})",
+        'model = PeftModel.from_pretrained(llm, "mean")  # or a name in "draws" of manifest.json',
+        "```",
+        "",
+        "The prediction is the mean over the draws of softmax(logits / temperature), with"
+        f" temperature {manifest['temperature']:g}"
+        + (", of the logits of `label_ids`." if "label_ids" in manifest else "."),
+    ]
+    if metrics:
+        names = list(next(iter(metrics.values())))
+        lines += ["", "| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            f"| {split} | " + " | ".join(f"{values[name]:.4g}" for name in names) + " |"
+            for split, values in metrics.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def check_output_layer(value: str) -> None:
+    if value not in OUTPUT_LAYER:
+        raise ValueError(f"output_layer is {value!r}: expected one of {list(OUTPUT_LAYER)}")

@@ -1,0 +1,317 @@
+"""Run folders: what a trained method leaves on disk, and how it is read again.
+
+* ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
+  member
+* ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
+  guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
+* ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
+* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
+* ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data import DataError, Record, Split
+from ..files import whole_folder
+from ..guides import AutoSubspace
+from ..lora.loading import Classes, load_readout, make_adapter
+from ..methods import Fitted
+from ..models.model import LoRAModel, ScalaBLModel
+from ..prediction.metrics import average
+from ..prediction.predictor import Predictions, Predictor, Predicts, RunPredictor, predict
+from ..readouts.base import Readout
+from ..readouts.label_tokens import LabelTokens
+from .config import RunConfig, build
+
+__all__ = ["Run", "RunFolderError", "load_run", "save_run"]
+
+FORMAT = 2
+PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
+
+
+class RunFolderError(ValueError):
+    """A run folder that is incomplete, of another format, or made on another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder, loaded.
+
+    :param predictor: gives the logits that it gave before saving.
+    :param model: the probabilistic model, with what its prior learned.
+    :param guide: the posterior q(s), or ``None`` without one.
+    """
+
+    config: RunConfig
+    classes: Classes
+    predictor: RunPredictor
+    model: LoRAModel
+    guide: AutoSubspace | None
+
+    @property
+    def readout(self) -> Readout:
+        return self.predictor.adapter.readout
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The choices that all records of the run share, where it knows them."""
+        model = self.config.model
+        letters = model.readout == "label_tokens" and model.prompt == "letters"
+        return self.config.data.classes or (() if letters else self.classes.words)
+
+    def subspace_predictor(self) -> Predictor:
+        """The predictor, as one at draws of s or at a point.
+
+        :raises ValueError: if the method has draws of something else.
+        """
+        if not isinstance(self.predictor, Predictor):
+            raise ValueError(
+                f"method {self.config.method['name']} predicts by more than one adapter and vector"
+                " s: of such a run there are train, compare, evaluate, predict and distill alone"
+            )
+        return self.predictor
+
+    def encode(self, records: Sequence[Record]) -> Split:
+        """Tokenise records for the run's model.
+
+        :raises DataError: if all records of the run share their choices, and one has others or the
+            same in another order, or a record does not fit the readout.
+        """
+        for record in records:
+            if self.class_names and record.choices != self.class_names:
+                raise DataError(
+                    f"record {record.id!r} has the choices {list(record.choices)}, but the run"
+                    f" knows {list(self.class_names)}, in this order"
+                )
+        return self.readout.encode(records)
+
+    def predict_proba(self, inputs: Sequence[Record | str], *, batch_size: int = 64) -> Tensor:
+        """Probabilities of the Bayesian model average, (N, C).
+
+        :param inputs: records, or texts where all share the choices of the run.
+        :raises ValueError: if one text is given for a list, or texts and the run knows no choices,
+            or see :meth:`encode`.
+        """
+        if isinstance(inputs, str):
+            raise ValueError(f"inputs is the text {inputs[:40]!r}: expected a list of texts")
+        if any(isinstance(x, str) for x in inputs) and not self.class_names:
+            raise ValueError(
+                "the choices of this run differ from record to record: give records with choices"
+            )
+        records = [
+            x if isinstance(x, Record) else Record(str(n), x, self.class_names)
+            for n, x in enumerate(inputs)
+        ]
+        found = predict(self.predictor, self.encode(records), batch_size=batch_size)
+        return average(found.logits).exp()
+
+
+def save_run(
+    config: RunConfig,
+    classes: Classes,
+    fitted: Fitted,
+    metrics: Mapping[str, Any],
+    predictions: Mapping[str, Predictions],
+    trials: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the run folder that the configuration names, whole or not at all.
+
+    :raises FileExistsError: if the folder exists.
+    """
+    with whole_folder(config.check_run_dir()) as part:
+        _write_run(part, config, classes, fitted, metrics, predictions, trials)
+
+
+def _write_run(
+    part: Path,
+    config: RunConfig,
+    classes: Classes,
+    fitted: Fitted,
+    metrics: Mapping[str, Any],
+    predictions: Mapping[str, Predictions],
+    trials: Sequence[Mapping[str, Any]],
+) -> None:
+    predictor, adapter = fitted.predictor, fitted.predictor.adapter
+    guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
+    mean = posterior_mean(predictor, fitted.guide)
+    with adapter.folded(mean) as peft_model:
+        # The base model's own embeddings are never part of an adapter.
+        peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
+    save_file(_tensors(adapter.state()), part / "projections.safetensors")
+    posterior = {f"guide.{name}": value for name, value in guide_state.items()}
+    if isinstance(fitted.model, ScalaBLModel):
+        prior_state = fitted.model.prior.state_dict()
+        posterior |= {f"prior.{name}": value for name, value in prior_state.items()}
+    posterior |= predictor.state()
+    if posterior:
+        save_file(_tensors(posterior), part / "posterior.safetensors")
+    readout = adapter.readout
+    form = readout.form if isinstance(readout, LabelTokens) else None
+    _write_json(
+        part / "posterior.json",
+        {
+            "format": FORMAT,
+            "method": config.method,
+            "modules": adapter.module_names,
+            "rank": adapter.rank,
+            "scaling": adapter.scaling,
+            "kl_weight": fitted.result.history[-1]["kl_weight"],
+            "num_data": fitted.model.num_data,
+            "seed": config.seed,
+            "temperature": predictor.temperature if isinstance(predictor, Predictor) else 1.0,
+            "classes": asdict(classes) | {"form": form},
+            "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
+        },
+    )
+    logits = {f"{split}.logits": found.logits for split, found in predictions.items()}
+    labels = {f"{split}.labels": found.labels for split, found in predictions.items()}
+    known = {name: value for name, value in labels.items() if value is not None}
+    save_file(_tensors(logits | known), part / "predictions.safetensors")
+    OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
+    _write_json(part / "metrics.json", metrics)
+    if trials:
+        _write_json(part / "trials.json", list(trials))
+    _write_history(part / "history.csv", fitted.result.history)
+    _write_json(part / "environment.json", _environment())
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder and the base model it names.
+
+    :raises RunFolderError: if it is incomplete, of another format version, or was made on other
+        base weights.
+    """
+    folder = Path(folder)
+    try:
+        info = json.loads(_existing(folder / "posterior.json").read_text())
+    except json.JSONDecodeError as error:
+        raise RunFolderError(f"{folder / 'posterior.json'} is torn: {error}") from error
+    if info.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
+            " use the version of scalabl_pyro named in its environment.json"
+        )
+    config = build(
+        RunConfig, OmegaConf.to_container(OmegaConf.load(_existing(folder / "config.yaml")))
+    )
+    config = replace(config, model=replace(config.model, shard=False))  # one process reads it
+    info["classes"]["words"] = tuple(info["classes"]["words"])
+    classes = Classes(**info["classes"])
+    method = config.make_method()
+    # What was decomposed before saving comes with the projections; the adapter that training
+    # started from may be gone, and what was saved has the same layers.
+    start = str(folder / "adapter") if config.lora.start is not None else None
+    adapter = make_adapter(
+        config.model,
+        replace(config.lora, start=start),
+        load_readout(config.model, classes),
+        svd=False,
+        projections=method.projections,
+    )
+    if list(adapter.module_names) != info["modules"]:
+        raise RunFolderError(
+            f"{folder} adapts {info['modules']}, but on this model the same settings adapt"
+            f" {list(adapter.module_names)}"
+        )
+    if adapter.base_fingerprint() != info["base_model"]["fingerprint"]:
+        raise RunFolderError(
+            f"{folder} was made on other weights than those of {config.model.name!r}; set"
+            " model.name in its config.yaml to the model it was trained on"
+        )
+    model = method.make_model(adapter, num_data=info["num_data"])
+    # After the model, which may move the start of an adapter.
+    _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
+    guide, posterior = None, folder / "posterior.safetensors"
+    saved = _load_tensors(posterior) if posterior.exists() or method.svd else {}
+    if isinstance(model, ScalaBLModel):
+        guide = method.make_guide(model)
+        targets = {f"guide.{name}": value for name, value in guide.state_dict().items()}
+        targets |= {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
+        _load_into(targets, {name: value for name, value in saved.items() if name != "s"})
+        saved = {name: value for name, value in saved.items() if name == "s"}
+    try:
+        predictor = method.restore(
+            adapter,
+            {name: value.to(adapter.device) for name, value in saved.items()},
+            temperature=info["temperature"],
+            seed=info["seed"],
+        )
+    except ValueError as error:
+        raise RunFolderError(f"{posterior}: {error}") from error
+    return Run(config, classes, predictor, model, guide)
+
+
+def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
+    """(M, r), the s of one pass: the guide's median, the mean of the draws, or 1 without either."""
+    if guide is not None:
+        return guide.median()["s"]
+    if isinstance(predictor, Predictor) and predictor.draws is not None:
+        return predictor.draws.mean(0)
+    return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
+
+
+@torch.no_grad()
+def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(value.shape) for name, value in targets.items()}
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != found:
+        wrong = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
+        raise RunFolderError(f"these tensors are missing, unknown or of another shape: {wrong}")
+    for name, target in targets.items():
+        target.copy_(saved[name])
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(_existing(path))
+    except SafetensorError as error:
+        raise RunFolderError(f"{path} is torn or no safetensors file: {error}") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise RunFolderError(f"{path} does not exist: {path.parent} is no complete run folder")
+    return path
+
+
+def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in values.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": sys.argv,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,85 @@
+"""How a run folder predicts: which draws of s, how many, or the posterior's mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..prediction.draws import KINDS, draw, hold
+from ..prediction.linearised import Linearised
+from ..prediction.predictor import Predicts
+from .folder import Run
+
+__all__ = ["PredictionConfig", "make_predictor"]
+
+NAMES = ("average", "mean", "linearised")
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionConfig:
+    """A way to predict with a posterior over s.
+
+    * ``average``: the average of the probabilities over draws of s
+    * ``mean``: one pass at the posterior's median
+    * ``linearised``: the average, with logits that are linear in s
+
+    :param draws: S; those that the run saved if left out.
+    :param kind: of the draws, see :func:`~scalabl_pyro.prediction.draw`.
+    :param trunk: share of the lowest blocks, 0 to 1, that stay at the median, and run once for all
+        draws.
+    :param tolerance: for ``average``, stop drawing for an example when its probabilities are known
+        so well (see :func:`~scalabl_pyro.prediction.predict`).
+    :param seed: of new draws.
+    :raises ValueError: if a value is not one of those listed, or means nothing.
+    """
+
+    name: str = "average"
+    draws: int | None = None
+    kind: str = "independent"
+    trunk: float = 0.0
+    tolerance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"method.name is {self.name!r}: expected one of {NAMES}")
+        if self.kind not in KINDS:
+            raise ValueError(f"method.kind is {self.kind!r}: expected one of {KINDS}")
+        if self.draws is not None and self.draws < 1:
+            raise ValueError(f"method.draws is {self.draws}: expected 1 or more")
+        if self.kind != "independent" and self.draws is None:
+            raise ValueError(f"method.kind is {self.kind!r}: give method.draws, how many of them")
+        if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
+            raise ValueError("method.name is 'mean', which takes no draws, trunk or tolerance")
+        if not 0 <= self.trunk <= 1:
+            raise ValueError(f"method.trunk is {self.trunk}: expected a share, 0 to 1")
+        if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
+            raise ValueError(
+                f"method.tolerance is {self.tolerance} with method.name {self.name!r}: expected a"
+                " number above 0, with average"
+            )
+
+
+def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
+    """What predicts in this way.
+
+    :raises ValueError: if the run has no posterior over s, and the way is another than its own.
+    """
+    if config == PredictionConfig():
+        return run.predictor
+    if run.guide is None:
+        raise ValueError("the run has no posterior over s: leave method as it is")
+    predictor, median = run.subspace_predictor(), run.guide.median()["s"]
+    adapter, draws = predictor.adapter, predictor.draws
+    if config.name == "mean":
+        return replace(predictor, draws=median[None])
+    if config.draws is not None:
+        draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
+    assert draws is not None
+    if config.trunk and not adapter.trunk.num_blocks:
+        raise ValueError(f"method.trunk is {config.trunk}: {adapter.trunk.why_not}")
+    depth = round(config.trunk * adapter.trunk.num_blocks)
+    if depth:
+        draws = hold(draws, median, adapter.trunk.above(depth))
+    if config.name == "linearised":
+        return Linearised(adapter, median, draws)
+    return replace(predictor, draws=draws)

@@ -1,0 +1,33 @@
+"""Benchmarks run on tiny sizes and end with one JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def last_line(script: str, *words: str) -> dict:
+    command = [sys.executable, "-m", f"benchmarks.{script}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_train_step_reports_ratios():
+    found = last_line("cost.train_step", "--pairs=3", "--hidden=64", "--blocks=1", "--tokens=4")
+    assert found["figures"]["step_ratio"] > 0
+    low, high = found["figures"]["step_ratio_95"]
+    assert low <= high
+    assert set(found["figures"]["pyro_ms"]) == {"57", "129"}
+    assert {"torch", "pyro-ppl"} <= found["versions"].keys()
+    assert found["command"].startswith("python -m benchmarks.cost.train_step")
+
+
+def test_committed_results_say_how_they_were_made():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        found = json.loads(path.read_text())
+        assert {"command", "versions", "hardware"} <= found.keys(), path.name

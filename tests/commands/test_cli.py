@@ -1,0 +1,622 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from conftest import make_records, scalabl, tiny_bert_config, tiny_llama, write_jsonl
+from omegaconf import OmegaConf
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
+
+import scalabl_pyro.commands.predict as predict_command
+from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands.cli import COMMANDS
+from scalabl_pyro.data import read_folder
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.lora.loading import make_adapter
+from scalabl_pyro.methods import METHODS, ScalaBL
+from scalabl_pyro.runs.config import DataConfig, RunConfig, build
+from scalabl_pyro.runs.folder import RunFolderError
+
+FAST = [
+    "fit.steps=4",
+    "fit.batch_size=4",
+    "fit.lr_guide=0.3",
+    "progress=false",
+    "model.dtype=float32",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, count in (("train", 16), ("validation", 8), ("test", 9)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(local_model, data, tmp_path, capsys):
+    """A finished run folder."""
+    where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={tmp_path / 'run'}"]
+    assert scalabl("train", *where, *FAST, "fit.lr=0.1") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", f"method={method}", *where, *FAST) == 0
+    trained = json.loads(capsys.readouterr().out)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names - {"posterior.safetensors"} == {
+        "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
+        "posterior.json", "predictions.safetensors", "projections.safetensors",
+    }  # fmt: skip
+    with_draws = {"scalabl", "reference", "ensemble", "laplace_lora", "tfb", "blob"}
+    assert ("posterior.safetensors" in names) == (method in with_draws)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
+    with (tmp_path / "out" / "history.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == (20 if method == "ensemble" else 4)
+
+    assert (
+        scalabl("evaluate", "run=out", f"data.root={data}", "output=m.json", "progress=false") == 0
+    )
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+    assert json.loads((tmp_path / "m.json").read_text()) == trained["test"]
+
+    unlabelled = [Record(r.id, r.question, r.choices) for r in make_records(9)]
+    write_jsonl(tmp_path / "in.jsonl", unlabelled)
+    assert scalabl("predict", "run=out", "input=in.jsonl", "output=o.jsonl", "progress=false") == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [record.id for record in unlabelled]
+    for row, record in zip(rows, unlabelled, strict=True):
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert row["answer"] == record.choices[row["label"]]
+        assert row["entropy"] > 0
+        assert row["mutual_information"] >= 0
+
+
+def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, data, capsys):
+    found = []
+    for name in ("a", "b"):
+        where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={name}"]
+        assert scalabl("train", *where, *FAST) == 0
+        found.append(json.loads(capsys.readouterr().out) | {"run": ""})
+    assert found[0] == found[1]
+
+
+def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, capsys):
+    (data / "validation.jsonl").unlink()
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "data.validation_fraction=0.25") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"run", "test", "validation"}
+    assert json.loads(Path("out/posterior.json").read_text())["num_data"] == 12
+
+
+def test_posterior_mean_differs_from_the_average(run, data, capsys):
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 0
+    average = json.loads(capsys.readouterr().out)
+    words = ["method.name=mean", "progress=false"]
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", *words) == 0
+    mean = json.loads(capsys.readouterr().out)
+    assert mean["mutual_information"] < 1e-6 < 1e-5 < average["mutual_information"]
+
+
+def test_the_adapter_folder_is_plain_peft_at_the_posterior_mean(run):
+    loaded = load_run(run)
+    adapter, mean = loaded.predictor.adapter, loaded.guide.median()["s"]
+    split = loaded.readout.encode(make_records(5))
+    batch = split.collate(list(split))
+    plain = PeftModel.from_pretrained(tiny_llama(), run / "adapter").eval()
+    expected = loaded.readout(plain.get_base_model(), batch.inputs)
+    torch.testing.assert_close(adapter(batch, mean), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
+    lines = (shared / "data" / "openbookqa" / "train.jsonl").read_text().splitlines()
+    for name, part in (("train", lines[:40]), ("validation", lines[40:50]), ("test", lines[50:70])):
+        (tmp_path / "obqa").mkdir(exist_ok=True)
+        (tmp_path / "obqa" / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    model = shared / "models" / "stories260k"
+    words = [f"model.name={model}", "data.root=obqa", "run_dir=out", *FAST]
+    assert scalabl("train", *words) == 0
+    before = load_predictions(Path("out"))["test"].logits
+    loaded = load_run("out")
+    split = loaded.readout.encode(read_folder("obqa")["test"])
+    assert torch.equal(before, predict(loaded.predictor, split).logits)
+    words = ["input=obqa/test.jsonl", "output=o.jsonl", "progress=false"]
+    assert scalabl("predict", "run=out", *words) == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 20
+    capsys.readouterr()
+    trained = json.loads(Path("out/metrics.json").read_text())["test"]
+    assert scalabl("evaluate", "run=out", "data.root=obqa", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit.kl.weight=0"], "KL weight is 0.0"),
+        (["fit.kl.shape=round"], "fit.kl.shape is 'round'"),
+        (["fit.steps=0"], "error: fit.steps is 0: expected 1"),
+        (["method.draws=-1"], "error: method.draws is -1"),
+        (["method.projections=frozen"], "error: method.projections is 'frozen'"),
+        (["method=mle", "method.projections=unit"], "error: method.projections is 'unit'"),
+        (["method=blob", "+method.projections=free"], "no setting method.projections"),
+        (["+method.drawz=1"], "no setting method.drawz; did you mean method.draws"),
+        (["trials=[{fit:{steps:0}}]"], "error: fit.steps is 0"),
+        (["seed=-1"], "seed is -1: expected 0 to 2^63"),
+        (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
+        (["fit.steps=many"], "fit.steps is 'many'"),
+        (["model.name=???"], "model.name is needed"),
+        (["model.name=no/where"], "model 'no/where' not found"),
+        (["model.readout=vision"], "error: model.readout is 'vision'"),
+        (["lora.targets=[]"], "error: lora.targets is empty"),
+        (["lora.dropout=2"], "error: lora.dropout is 2.0: expected a probability below 1"),
+        (
+            ["lora.layers=[1,99]"],
+            "layers_to_transform holds [99], but LlamaForCausalLM has 2 blocks",
+        ),
+        (["lora.start=/nope"], "lora.start is '/nope': expected a PEFT adapter"),
+        (["lora.targets=[query]"], r"target_modules ['query'] match no module"),
+        (["data.root=nowhere"], "nowhere: expected a folder"),
+        (["data.path=x.jsonl"], "give exactly one"),
+        (["run_dir=."], "run folder . exists"),
+    ],
+)
+def test_bad_input_is_one_error_and_leaves_nothing(
+    local_model, data, tmp_path, capsys, words, message
+):
+    before = sorted(tmp_path.rglob("*"))
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hydra_refuses_unknown_keys(capsys):
+    assert scalabl("train", "fit.stepz=3") == 1
+    assert "stepz" in capsys.readouterr().err
+
+
+def test_unknown_commands_show_the_usage(capsys):
+    assert scalabl("fly") == 2
+    assert "usage: scalabl COMMAND" in capsys.readouterr().err
+    assert scalabl("--help") == 0
+
+
+def settings(config):
+    """The names of a configuration's settings and groups, nested ones too."""
+    for field in dataclasses.fields(config):
+        yield field.name
+        kind = get_type_hints(config)[field.name]
+        yield from settings(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_setting(command, capsys):
+    assert scalabl(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"# scalabl {command}: ")
+    assert "defaults:" not in shown
+    assert "hydra/" not in shown
+    documented = set(re.findall(r"^ *(\w+):", shown, re.MULTILINE))
+    config, _ = COMMANDS[command]
+    # Of a model, an adapter or training, memory and distill use a part.
+    nested = command not in ("memory", "distill")
+    names = settings(config) if nested else [field.name for field in dataclasses.fields(config)]
+    assert set(names) <= documented
+    if command == "train":
+        assert {"guide", "prior", "elbo", "draws"} <= documented
+
+
+def test_help_explains_another_method(capsys):
+    assert scalabl("train", "method=blob", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "prior_scale:" in shown
+    assert "init_loc" not in shown
+    assert "num_particles" not in shown
+    assert scalabl("train", "method=blub", "--help") == 2
+    assert "method is blub: expected one of ['blob'" in capsys.readouterr().err
+
+
+def test_flags_of_hydra_may_follow_overrides(local_model, data, tmp_path):
+    words = [f"model.name={local_model}", f"data.root={data}", "method=mle", *FAST]
+    assert scalabl("train", *words, "--multirun", "seed=0,1") == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mle-seed0", "mle-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.projections=fixed"], "give lora.start, a trained adapter"),
+        (["method.name=mle"], "there is no setting method.draws; expected one of ['projections']"),
+        (["data.root=null", "data.task=embeded"], "error: there is no data set 'embeded'"),
+        (["method.prior.name=cauchy"], "method.prior.name is 'cauchy'"),
+    ],
+)
+def test_wrong_settings_are_named_in_full(local_model, data, capsys, words, message):
+    assert scalabl("train", f"model.name={local_model}", f"data.root={data}", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_for_a_list_is_refused(run):
+    with pytest.raises(ValueError, match="inputs is the text 'sky': expected a list"):
+        load_run(run).predict_proba("sky")
+
+
+def test_help_explains_another_file_of_settings(capsys):
+    assert scalabl("compare", "--config-name", "tune", "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# scalabl compare --config-name tune: ")
+    assert shown.index("name: ???") < shown.index("name: embedded"), "its own come first"
+    assert "batch_size:" in shown
+    assert scalabl("compare", "--config-name=tun", "--help") == 2
+    assert "--config-name is tun: expected one of ['base', 'compare'" in capsys.readouterr().err
+
+
+def test_metrics_are_not_written_over(run, data, capsys):
+    Path("m.json").write_text("kept")
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", "output=m.json") == 1
+    assert "the output m.json exists" in capsys.readouterr().err
+    assert Path("m.json").read_text() == "kept"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_checkpoint_of_another_format_is_refused(run):
+    edit_json(run / "posterior.json", format=99)
+    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 2"):
+        load_run(run)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, local_model):
+    other = tiny_llama()
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    other.save_pretrained(local_model)
+    with pytest.raises(RunFolderError, match="made on other weights"):
+        load_run(run)
+
+
+def test_torn_and_missing_files_are_refused(run):
+    path = run / "projections.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunFolderError, match="torn"):
+        load_run(run)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    with pytest.raises(RunFolderError, match="missing, unknown or of another shape"):
+        load_run(run)
+    path.unlink()
+    with pytest.raises(RunFolderError, match="no complete run folder"):
+        load_run(run)
+
+
+def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", make_records(2))
+    (tmp_path / "o.jsonl").write_text("mine")
+    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "o.jsonl").read_text() == "mine"
+
+
+def test_default_settings_are_those_of_the_classes(capsys):
+    """The files in configs/ say what the classes say, but for what a run must choose itself."""
+    assert scalabl("train", "--cfg", "job", "model.name=x", "data.task=embedded", "run_dir=y") == 0
+    values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
+    # The recipe; the class ends at the ELBO, and serves every method.
+    assert values["fit"].pop("lr") == 5e-3
+    assert values["fit"]["kl"].pop("weight") == 10.0
+    method = values.pop("method")
+    config = build(RunConfig, values)
+    assert config == RunConfig(
+        ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), run_dir="y"
+    )
+    assert METHODS[method.pop("name")](**method) == ScalaBL()
+
+
+def test_a_run_keeps_settings_that_were_left_out():
+    """Another version may have other defaults."""
+    options = ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), "y"
+    config = RunConfig(*options, method={"name": "scalabl", "draws": 3})
+    assert config.method["draws"] == 3
+    assert config.method["projections"] == ScalaBL().projections
+    assert RunConfig(*options, method=config.method) == config
+    assert not config.method.keys() & {"config", "eval_batch_size", "progress"}
+
+
+def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, tokenizer, capsys):
+    torch.manual_seed(0)
+    BertModel(tiny_bert_config()).save_pretrained("bert")
+    BertForSequenceClassification(tiny_bert_config(num_labels=2)).save_pretrained("headed")
+    tokenizer.save_pretrained("headed")
+    tokenizer.save_pretrained("bert")
+    rows = [f"the cat runs {i} times,{('red', 'blue', 'green')[i % 3]}" for i in range(30)]
+    Path("texts.csv").write_text("\n".join(["text,class", *rows]) + "\n")
+    Path("new.csv").write_text("text\nthe dog sings\na bird sleeps\n")
+    words = [
+        "model.name=bert",
+        "model.readout=sequence_classification",
+        "lora.targets=[query,value]",
+    ]
+    words += ["lora.heads=[classifier]", "data.path=texts.csv", "run_dir=out", *FAST]
+    assert scalabl("train", *words, "lora.heads=[]") == 1
+    error = capsys.readouterr().err
+    assert "would stay random: train them whole, as by lora.heads=[classifier]" in error
+    assert scalabl("train", *words, "model.name=headed") == 1
+    assert "has a head for 2 classes, but the data has 3" in capsys.readouterr().err
+    assert scalabl("train", *words) == 0
+    assert scalabl("predict", "run=out", "input=new.csv", "output=o.jsonl", "progress=false") == 0
+    answers = [json.loads(line)["answer"] for line in Path("o.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert set(answers) <= {"red", "blue", "green"}
+    assert scalabl("evaluate", "run=out", "data.path=texts.csv", "progress=false") == 0
+
+
+def test_train_keeps_the_trial_with_the_lowest_validation_nll(local_model, data, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    trials = "trials=[{fit:{lr:1.0e+30}},{fit:{lr:0.1}},{method:{name:mle},fit:{lr:0.0}}]"
+    assert scalabl("train", *where, *FAST, trials) == 0
+    found = json.loads(capsys.readouterr().out)
+    nll = [trial["validation_nll"] for trial in found["trials"]]
+    assert nll[0] is None  # diverged
+    assert found["validation"]["nll"] == min(nll[1:])
+    assert json.loads(Path("out/trials.json").read_text()) == found["trials"]
+    kept = OmegaConf.load("out/config.yaml")
+    assert kept.fit.lr == found["trials"][nll.index(min(nll[1:]))]["trial"]["fit"]["lr"]
+    assert load_run("out").predictor is not None
+
+    assert scalabl("train", *where, *FAST, "trials=[{lora:{r:2}}]", "run_dir=other") == 1
+    assert "a trial overrides ['lora']: expected method and fit" in capsys.readouterr().err
+
+
+def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatch):
+    made, alive = [], []
+
+    def make(*args, **options):
+        alive.append(sum(model() is not None for model in made))
+        adapter = make_adapter(*args, **options)
+        made.append(weakref.ref(adapter.peft_model))
+        return adapter
+
+    monkeypatch.setattr("scalabl_pyro.commands.train.make_adapter", make)
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "trials=[{fit:{lr:0.1}},{fit:{lr:0.0}}]") == 0
+    assert alive == [0, 0, 0]  # two trials, and the better one again
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.guide.name=multivariate_normal", "+method.guide.per_module=true"],
+        ["method.guide.name=delta", "method.prior.name=laplace"],
+        ["method.prior.name=horseshoe", "method.elbo.num_particles=2"],
+        ["method.prior.name=learned_normal", "method.projections=unit", "method.scale_B=0.1"],
+        ["method.prior.name=log_normal", "method.projections=frozen_v", "fit.kl.budget=5"],
+    ],
+    ids=" ".join,
+)
+def test_guides_priors_and_projections_are_swapped_by_a_word(local_model, data, capsys, words):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert scalabl("evaluate", "run=out", f"data.root={data}", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+
+
+def test_what_a_prior_learned_is_kept_with_the_run(local_model, data):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "method.prior.name=learned_normal") == 0
+    scale = load_run("out").model.prior.scale
+    assert not torch.allclose(scale, torch.ones_like(scale), atol=1e-3)
+    saved = load_file("out/posterior.safetensors")["prior.scale_unconstrained"]
+    torch.testing.assert_close(torch.nn.functional.softplus(saved), scale, atol=1e-6, rtol=1e-6)
+
+
+def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, tmp_path, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "fit.lr=0.1"]
+    assert scalabl("train", "method=mle", *where, *FAST, "run_dir=point") == 0
+    before = load_file("point/projections.safetensors")
+    start = ["lora.start=point/adapter", "method.projections=fixed", "method.guide.init_scale=1e-6"]
+    capsys.readouterr()
+    assert scalabl("train", *where, *FAST, *start, "run_dir=bayes", "fit.lr_guide=1e-9") == 0
+    trained = json.loads(capsys.readouterr().out)
+    point, bayes = (load_predictions(tmp_path / name)["test"].logits for name in ("point", "bayes"))
+    torch.testing.assert_close(bayes, point.expand_as(bayes), atol=1e-3, rtol=1e-3)
+    (tmp_path / "point").rename(tmp_path / "gone")
+    assert scalabl("evaluate", "run=bayes", f"data.root={data}", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == trained["test"]
+    posterior = load_file("bayes/posterior.safetensors")
+    assert set(before) == set(load_file("bayes/projections.safetensors"))
+    assert posterior["guide.loc_unconstrained"].shape == posterior["s"].shape[1:]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.draws=4", "method.kind=sobol"],
+        ["method.draws=6", "method.kind=antithetic", "method.tolerance=0.5"],
+        ["method.name=linearised", "method.draws=200"],
+        ["method.trunk=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_predict(run, data, capsys, words):
+    where = [f"run={run}", f"data.root={data}", "progress=false"]
+    assert scalabl("evaluate", *where) == 0
+    saved = json.loads(capsys.readouterr().out)
+    assert scalabl("evaluate", *where, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nll"] == pytest.approx(saved["nll"], abs=0.3)
+    assert found["nll"] != saved["nll"]
+
+
+def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
+    where = [f"run={run}", f"data.root={data}", "progress=false"]
+    for words, message in {
+        ("method.name=median",): "method.name is 'median'",
+        ("method.kind=sobol",): "give method.draws",
+        ("method.name=mean", "method.tolerance=0.1"): "takes no draws, trunk or tolerance",
+        ("method.draws=0",): "method.draws is 0",
+        ("method.trunk=2",): "method.trunk is 2.0",
+    }.items():
+        assert scalabl("evaluate", *where, *words) == 1
+        assert message in capsys.readouterr().err
+    point = ["method=mle", f"model.name={local_model}", f"data.root={data}", "run_dir=point"]
+    assert scalabl("train", *point, *FAST) == 0
+    assert scalabl("evaluate", "run=point", f"data.root={data}", "method.name=mean") == 1
+    assert "no posterior over s" in capsys.readouterr().err
+
+
+def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_path, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", "method=ensemble", "method.members=2", *where, *FAST) == 0
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "prompt": "the cat"}) + "\n")
+    for words in (
+        ["evaluate", "run=out", f"data.root={data}", "method.name=mean"],
+        ["export", "run=out", "output=exported"],
+        ["generate", "run=out", "input=in.jsonl", "output=o.jsonl"],
+    ):
+        assert scalabl(*words) == 1
+        message = capsys.readouterr().err
+        assert "no posterior over s" in message or "method ensemble predicts by" in message
+    assert not (tmp_path / "exported").exists()
+    questions = write_jsonl(tmp_path / "questions.jsonl", make_records(9))
+    words = ["run=out", f"input={questions}", "output=student", "fit.steps=2"]
+    assert scalabl("distill", *words, "progress=false") == 0
+
+
+def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch):
+    write_jsonl(tmp_path / "in.jsonl", make_records(9))
+    words = [f"run={run}", "input=in.jsonl", "progress=false", "batch_size=2"]
+    assert scalabl("predict", *words, "output=whole.jsonl") == 0
+    calls = []
+    original = predict_command.predict
+
+    def ends(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 3:
+            raise RuntimeError("pulled the plug")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_command, "predict", ends)
+        assert scalabl("predict", *words, "output=out.jsonl") == 1
+    part = tmp_path / "out.jsonl.part"
+    assert len(part.read_text().splitlines()) == 6
+    part.write_bytes(part.read_bytes() + b'{"id": "torn')
+    assert scalabl("predict", *words, "output=out.jsonl", "method.name=mean") == 1
+    assert "was begun with other settings" in capsys.readouterr().err
+    assert scalabl("predict", *words, "output=out.jsonl") == 0
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
+
+
+def test_predict_proba_takes_records(run, data):
+    trained = load_run(run)
+    records = read_folder(data)["test"]
+    logits = load_predictions(run)["test"].logits
+    probs = trained.predict_proba(records)
+    torch.testing.assert_close(probs, logits.softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="differ from record to record"):
+        trained.predict_proba(["the cat runs"])
+
+
+def test_distill_writes_a_plain_adapter(run, data, local_model, capsys):
+    unlabelled = [Record(r.id, r.question, r.choices) for r in make_records(16)]
+    write_jsonl(Path("in.jsonl"), unlabelled)
+    words = [f"run={run}", "input=in.jsonl", "output=student", "progress=false"]
+    assert scalabl("distill", *words, "fit.steps=30", "fit.batch_size=8", "fit.lr=0.01") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["kl_after"] < found["kl_before"]
+    assert json.loads(Path("student/distilled.json").read_text())["records"] == 16
+
+    trained = load_run(run)
+    batch = trained.readout.encode(read_folder(data)["test"])
+    average = predict(trained.predictor, batch).logits.softmax(-1).mean(0)
+    readout = trained.readout
+    with torch.no_grad():
+        llm = AutoModelForCausalLM.from_pretrained(local_model)
+        student = PeftModel.from_pretrained(llm, "student").eval().get_base_model()
+        whole = batch.collate(list(batch))
+        single = readout(student, whole.inputs).softmax(-1)
+    torch.testing.assert_close(single, average, atol=0.1, rtol=0)
+    assert scalabl("distill", *words) == 1
+    assert "student exists" in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_there_is_named(capsys):
+    assert scalabl("nothing") == 2
+    assert "there is no command 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora.heads=[nope]"], "modules_to_save ['nope'] match no module of LlamaForCausalLM"),
+        (["+method.config=3"], "method.config is no setting"),
+        (["run_dir=/proc/nope/x"], "/proc/nope/x cannot be written, for /proc takes no new file"),
+    ],
+)
+def test_settings_that_would_be_lost_are_refused(local_model, data, capsys, words, message):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, capsys, monkeypatch):
+    monkeypatch.setattr(predict_command, "predict", lambda *args, **options: 1 / 0)
+    write_jsonl(data / "in.jsonl", make_records(2))
+    where = [f"run={run}", "output=/proc/nope/x", "progress=false"]
+    for command, of in (
+        ("evaluate", f"data.root={data}"),
+        ("predict", f"input={data}/in.jsonl"),
+        ("distill", f"input={data}/in.jsonl"),
+    ):
+        assert scalabl(command, *where, of) == 1
+        assert "/proc/nope/x cannot be written" in capsys.readouterr().err
+
+
+def test_each_of_two_checkouts_on_one_path_reads_its_own_configs(tmp_path):
+    """The second checkout is a copy whose default seed differs."""
+    root = Path(__file__).resolve().parents[2]
+    for folder in ("scalabl_pyro", "configs"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    yaml = tmp_path / "configs" / "train.yaml"
+    yaml.write_text(re.sub(r"^seed: 0", "seed: 77", yaml.read_text(), flags=re.MULTILINE))
+    code = "import sys; from scalabl_pyro.commands.cli import main; main()"
+    for first, other, seed in ((tmp_path, root, 77), (root, tmp_path, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "train", "--cfg", "job", "--package", "seed"],
+            env=os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{other}"},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path.parent,
+        )
+        assert done.stdout.split() == [str(seed)], done.stderr

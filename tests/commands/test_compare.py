@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_records, scalabl, write_jsonl
+
+from scalabl_pyro import Predictions
+from scalabl_pyro.commands._report import load_predictions
+
+
+@pytest.fixture
+def compare(tmp_path, local_model, monkeypatch):
+    """``scalabl compare`` on a tiny model and made-up questions, in this process's folder."""
+    for name, count in (("train", 16), ("validation", 8), ("test", 9), ("unseen", 7)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> int:
+        where = [f"model.name={local_model}", "data.task=null", "data.root=data", "out=out"]
+        fast = ["model.prompt=letters", "fit.steps=3", "fit.batch_size=4", "progress=false"]
+        return scalabl("compare", *where, *fast, "jobs=1", *words)
+
+    return run
+
+
+def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, tmp_path, capsys):
+    methods = [
+        "methods.mle=[{method:{name:mle},fit:{lr:0.0}},{method:{name:mle},fit:{lr:0.1}}]",
+        "methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]",
+        "~methods.map",
+        "~methods.mle_tempered",
+    ]
+    assert compare("seeds=[0]", *methods) == 0
+    first = {
+        p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()
+    }
+    assert len(first) == 2 + 1 + 1
+    assert compare("seeds=[0,1]", *methods) == 0
+    second = {
+        p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()
+    }
+    assert first.items() <= second.items()
+    assert len(second) == len(first) + 2
+
+    write_jsonl(tmp_path / "data/test.jsonl", make_records(10))
+    assert compare("seeds=[0]", *methods) == 0
+    assert len(list((tmp_path / "out/runs").iterdir())) == len(second) + 4, "other data, other runs"
+    write_jsonl(tmp_path / "data/test.jsonl", make_records(9))
+    assert compare("seeds=[0,1]", *methods) == 0
+
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    trials = {t["trial"]["fit"]["lr"]: t["validation_nll"] for t in table["trials"]["mle"]}
+    assert table["chosen"]["mle"]["fit"]["lr"] == min(trials, key=trials.get)
+    seeds = [
+        json.loads((p / "metrics.json").read_text())["unseen"]["nll"]
+        for p in sorted((tmp_path / "out/runs").iterdir())
+        if p.name.startswith("scalabl") and p.name in second
+    ]
+    mean, error = table["metrics"]["scalabl"]["unseen"]["nll"]
+    assert mean == pytest.approx(sum(seeds) / 2)
+    assert error == pytest.approx(abs(seeds[0] - seeds[1]) / 2, abs=1e-9)
+    assert 0 <= table["auroc_of_entropy"]["mle"]["unseen"][0] <= 1
+    assert "scalabl" in table["minus_mle"]
+    assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "out/table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * 2 * 4
+    assert (tmp_path / "out/table.txt").read_text().strip() in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_a_comparison_without_a_test_split_is_refused_before_any_run(compare, tmp_path, capsys):
+    (tmp_path / "data/test.jsonl").unlink()
+    assert compare("seeds=[0]") == 1
+    assert "there is no split 'test'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named(compare, capsys):
+    assert compare("seeds=[0]", "lora.targets=[nowhere]") == 1
+    error = capsys.readouterr().err
+    assert "failed: target_modules ['nowhere'] match no module" in error
+    assert "finished runs are kept" in error
+
+
+def test_predictions_of_a_run_are_kept(compare, tmp_path):
+    others = ["~methods.map", "~methods.mle", "~methods.mle_tempered"]
+    words = ["methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]", *others]
+    assert compare("seeds=[0]", *words) == 0
+    (folder,) = (tmp_path / "out/runs").iterdir()
+    found = load_predictions(folder)
+    assert set(found) == {"validation", "test", "unseen"}
+    assert isinstance(found["test"], Predictions)
+    assert found["test"].logits.shape == (3, 9, 4)
+    assert torch.equal(found["unseen"].labels, torch.arange(7) % 4)
+    assert math.isfinite(float(found["test"].logits.sum()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seeds=[1,1]"], "expected different numbers"),
+        (["seeds=[1,100]"], "tuning_seed 100 is among the seeds"),
+        (["methods.mle=[]"], "expected one trial or more"),
+        (["methods.mle=[{method:{name:mle},lr:1}]"], "overrides ['lr']"),
+        (["methods.mle=[{method:{name:mla}}]"], "method.name is 'mla'"),
+        (["methods.mle=[{method:{name:mle},fit:3}]"], "methods.mle has fit 3: expected a mapping"),
+        (["+methods.blob=[{method:{name:blob}}]"], "methods.blob has a trial without fit.kl"),
+        (["+methods.own=[{method:{name:reference},fit:{lr:1}}]"], "without fit.batch_size"),
+    ],
+)
+def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):
+    assert compare(*words) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
+    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "seeds=[0]"]
+    diverge = "{method:{name:mle},fit:{lr:1.0e+30}}"
+    assert compare(f"methods.mle=[{diverge},{{method:{{name:mle}}}}]", *rest) == 0
+    trials = json.loads((tmp_path / "out/table.json").read_text())["trials"]["mle"]
+    assert trials[0]["validation_nll"] is None
+    assert trials[1]["validation_nll"] > 0
+    capsys.readouterr()
+    assert compare(f"methods.mle=[{diverge},{diverge}]", *rest, "out=other") == 1
+    assert "every trial of mle diverged" in capsys.readouterr().err
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Otherwise kill -9 would leave a worker that holds the lock of its run."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from scalabl_pyro.commands._quiet import quiet_worker\n"
+        "if __name__ == '__main__':\n"
+        "    context = get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=quiet_worker, initargs=(1,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0
+        process.kill()
+        # The worker holds the other end of the pipe, which closes when both have ended.
+        assert process.communicate(timeout=60)[0] == ""

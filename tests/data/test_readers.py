@@ -1,0 +1,375 @@
+"""CSV files, data sets in the Hub's own schema, and where a run's records come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import make_records, write_jsonl
+from test_cli import FAST, scalabl
+
+from scalabl_pyro import Record
+from scalabl_pyro.data import TASKS, DataError, DataSource, iter_records, read_folder, read_records
+from scalabl_pyro.runs.config import ConfigError, DataConfig, build
+
+LETTERS = ["A", "B", "C", "D"]
+QUESTIONS = "id,question,choice_1,choice_2,choice_3,label\n"
+TEXTS = "id,text,class\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def texts(count: int) -> str:
+    """Rows of texts of two classes, without a header."""
+    names, verbs = ("dog", "cat"), ("runs", "sings", "sleeps")
+    return "".join(
+        f"t{i},the {names[i % 2]} {verbs[i % 3]} {'a ' * (i // 6)},{names[i % 2]}\n"
+        for i in range(count)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv_of_questions(tmp_path, encoding, newline):
+    rows = QUESTIONS + 'a,"Größe, how\nlarge?",x,"y, z",,1\n\nb,Why?,x,y,z,\n'
+    path = write(tmp_path / "q.csv", rows.replace("\n", newline).encode(encoding))
+    assert read_records(path) == [
+        Record("a", f"Größe, how{newline}large?", ("x", "y, z"), 1),
+        Record("b", "Why?", ("x", "y", "z")),
+    ]
+
+
+def test_csv_of_questions_needs_neither_ids_nor_labels(tmp_path):
+    path = write(tmp_path / "q.csv", "question,choice_1,choice_2\nWhy?,x,y\nHow?,x,y\n")
+    assert list(iter_records(path)) == [
+        Record("1", "Why?", ("x", "y")),
+        Record("2", "How?", ("x", "y")),
+    ]
+
+
+def test_csv_of_texts_takes_its_classes_from_the_training_file(tmp_path):
+    write(tmp_path / "train.csv", "text,class\nfine,good\nsad, bad\nso so,fair\n")
+    write(tmp_path / "test.csv", "text,class\nfine,good\n")
+    splits = read_folder(tmp_path)
+    assert splits["train"][1] == Record("2", "sad", ("bad", "fair", "good"), 0)
+    assert splits["test"] == [Record("1", "fine", ("bad", "fair", "good"), 2)]
+    source = DataSource(path=str(tmp_path / "train.csv"), classes=("good", "fair", "bad"))
+    assert [record.label for record in source.read()["train"]] == [0, 2, 1]
+    with pytest.raises(DataError, match=r"test.csv: the classes are not known; give data.classes"):
+        DataSource(path=str(tmp_path / "test.csv")).read_split("test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no header; expected id, question"),
+        (QUESTIONS, "holds no records"),
+        ("id,question,choice_1,label\n", r"line 1: columns missing: \['choice_2'\]"),
+        ("question,choice_1,choice_3\n", r"missing: \['choice_2'\]; unknown: \['choice_3'\]"),
+        ("id,text,class,extra\n", r"line 1: .*unknown: \['extra'\]"),
+        ("id;text;class\n", r"missing: \['question', .*commas separate the columns"),
+        ("text,class,class\n", r"double: \['class'\]"),
+        ("question,choice_2,choice_1\n", "expected the choices in order"),
+        (QUESTIONS + "a,Why?,x,y,z,1\nb,Why?,x,y\n", "line 3: 4 cells, but the header has 6"),
+        (QUESTIONS + "a,Why?,x,y,z,1\na,How?,x,y,z,1\n", "line 3: the id 'a' occurs twice, first"),
+        (QUESTIONS + "a,Why?,x,y,,2\n", "line 2: label is 2, but the choices are numbered 0 to 1"),
+        (QUESTIONS + "a,Why?,x,y,,-1\n", "line 2: label is -1"),
+        (QUESTIONS + "a,Why?,x,y,,B\n", "line 2: label is 'B': expected the 0-based number"),
+        (QUESTIONS + "a,Why?,x,,z,0\n", "line 2: choices holds ''"),
+        (QUESTIONS + 'a,"Why?,x,y,z,0\n', "line 2: not CSV"),
+        (QUESTIONS.encode() + b"a,\xe9t\xe9,x,y,z,0\n", "line 2: not UTF-8 .*save the file as CSV"),
+        ((QUESTIONS + "a,Why?,x,y,z,0\n").encode("utf-16"), "line 1: not UTF-8"),
+        (TEXTS + "a,fine,good\nb,sad,\n", r"the column class holds \['good'\]: expected two"),
+        (TEXTS + "a,,good\nb,sad,bad\n", "line 2: question is ''"),
+    ],
+)
+def test_bad_csv_names_file_line_and_value(tmp_path, content, message):
+    path = write(tmp_path / "bad.csv", content)
+    with pytest.raises(DataError, match=rf"bad\.csv.*{message}"):
+        DataSource(path=str(path)).read()
+
+
+def test_class_names_that_do_not_exist_suggest_the_nearest(tmp_path):
+    path = write(tmp_path / "bad.csv", TEXTS + "a,fine,good\nb,sad,bda\n")
+    with pytest.raises(
+        DataError, match=r"line 3: class is 'bda': expected one of .*did you mean 'bad'"
+    ):
+        DataSource(path=str(path), classes=("good", "bad")).read()
+
+
+def test_files_of_other_kinds_and_two_files_for_a_split_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"x\.tsv: expected a file that ends in \.jsonl or \.csv"):
+        read_records(write(tmp_path / "x.tsv", "a"))
+    write(tmp_path / "train.csv", "")
+    write(tmp_path / "train.jsonl", "")
+    with pytest.raises(DataError, match=r"train\.csv and .*train\.jsonl: expected one file"):
+        read_folder(tmp_path)
+
+
+# One row in the Hub's own schema, and the record that it becomes.
+CHOICES = {"text": ["w", "x", "y", "z"], "label": LETTERS}
+SENTENCE = {"sentence": "Ann met Bo; _ left.", "option1": "Ann", "option2": "Bo"}
+ARC = {"id": "q1", "question": "Why?"}
+MMLU = {"question": "Why?", "subject": "virology", "choices": CHOICES["text"]}
+ROWS = {
+    "openbookqa": (
+        {"id": "q1", "question_stem": "Why is", "choices": CHOICES, "answerKey": "D"},
+        Record("q1", "Why is", ("w", "x", "y", "z"), 3),
+    ),
+    "arc_easy": (
+        ARC | {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        Record("q1", "Why?", ("x", "y", "z"), 1),
+    ),
+    "arc_challenge": (
+        ARC | {"choices": CHOICES, "answerKey": "C"},
+        Record("q1", "Why?", ("w", "x", "y", "z"), 2),
+    ),
+    **{
+        f"winogrande_{size}": (
+            SENTENCE | {"answer": "2"},
+            Record("train-0", SENTENCE["sentence"], ("Ann", "Bo"), 1),
+        )
+        for size in ("xs", "s", "m", "l")
+    },
+    "boolq": (
+        {"question": "is it so", "passage": "It is so.", "answer": True},
+        Record("train-0", "It is so.\nis it so?", ("no", "yes"), 1),
+    ),
+    "mmlu:virology": (MMLU | {"answer": 3}, Record("dev-0", "Why?", ("w", "x", "y", "z"), 3)),
+}
+
+
+def hub_copy(folder: Path, name: str, splits: dict[str, list[dict]]) -> Path:
+    """A folder laid out as a repository of the Hub, as its download gives it."""
+    for split, rows in splits.items():
+        place = folder / name / f"{split}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(place)
+    files = "".join(f"  - split: {s}\n    path: {name}/{s}-*\n" for s in splits)
+    write(
+        folder / "README.md", f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
+    )
+    return folder
+
+
+def copy_of(task: str, folder: Path, row: dict) -> Path:
+    return hub_copy(
+        folder, TASKS[task].name, {split: [row] for split in TASKS[task].splits.values()}
+    )
+
+
+def test_every_data_set_has_a_row():
+    assert {name.split(":")[0] for name in ROWS} == {name.split(":")[0] for name in TASKS} - {
+        "embedded"
+    }
+    assert sum(name.startswith("mmlu:") for name in TASKS) == 57
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_data_sets_of_the_hub(tmp_path, task):
+    row, record = ROWS[task]
+    splits = DataSource(task=task, hub_path=str(copy_of(task, tmp_path / "copy", row))).read()
+    assert next(iter(splits.values())) == [record]
+    assert set(splits) == (
+        {"dev", "validation", "test"}
+        if task.startswith("mmlu")
+        else {"train", "test"}
+        if task.startswith(("winogrande", "boolq"))
+        else {"train", "validation", "test"}
+    )
+
+
+def test_official_validation_of_winogrande_is_the_test_split(tmp_path):
+    rows = {
+        split: [SENTENCE | {"sentence": f"{split} {i} _", "answer": answer} for i in range(count)]
+        for split, count, answer in (("train", 20, "1"), ("validation", 3, "2"), ("test", 4, ""))
+    }
+    copy = hub_copy(tmp_path / "copy", "winogrande_s", rows)
+    config = DataConfig(task="winogrande_s", hub_path=str(copy))
+    splits = config.splits(seed=0)
+    assert {name: len(records) for name, records in splits.items()} == {
+        "train": 18,
+        "validation": 2,
+        "test": 3,
+    }
+    assert {record.id for record in splits["test"]} == {f"validation-{i}" for i in range(3)}
+    assert config.splits(seed=0) == splits
+    assert config.splits(seed=1)["validation"] != splits["validation"]
+
+
+def test_changed_copies_are_read_again(tmp_path):
+    row, _ = ROWS["boolq"]
+    for passage in ("Before.", "After."):
+        copy = copy_of("boolq", tmp_path / "copy", row | {"passage": passage})
+        records = DataSource(task="boolq", hub_path=str(copy)).read_split("test")
+        assert records[0].question.startswith(passage)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("openbookqa", {"answerKey": "E"}, "allenai/openbookqa, row train-0: the answer is 'E'"),
+        ("winogrande_s", {"answer": ""}, r"the answer is '': expected one of \['1', '2'\]"),
+        ("mmlu:virology", {"answer": -1}, "row dev-0: label is -1"),
+        ("boolq", {"passage": None}, None),
+    ],
+)
+def test_rows_of_another_schema_are_refused(tmp_path, task, change, message):
+    row = ROWS[task][0] | change
+    if message is None:
+        del row["passage"]
+        message = "google/boolq, row train-0: no column 'passage'; found"
+    with pytest.raises(DataError, match=message):
+        DataSource(task=task, hub_path=str(copy_of(task, tmp_path / "copy", row))).read()
+
+
+def test_copies_that_are_incomplete_are_refused(tmp_path):
+    row, _ = ROWS["boolq"]
+    copy = hub_copy(tmp_path / "copy", "default", {"train": [row]})
+    with pytest.raises(DataError, match=r"copy lacks the splits \['validation'\]: found"):
+        DataSource(task="boolq", hub_path=str(copy)).read()
+    with pytest.raises(DataError, match=r"cannot read virology of .*'virology' not found"):
+        DataSource(task="mmlu:virology", hub_path=str(copy)).read()
+    next(copy.rglob("*.parquet")).write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"cannot read default of .*hf download"):
+        DataSource(task="boolq", hub_path=str(copy)).read()
+    with pytest.raises(DataError, match="there is no folder nowhere"):
+        DataSource(task="boolq", hub_path="nowhere").read()
+
+
+def test_without_network_the_error_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    help = "hf download --repo-type dataset allenai/openbookqa --local-dir COPY.*data.root="
+    with pytest.raises(DataError, match=help):
+        DataSource(task="openbookqa").read()
+
+
+def test_embedded_world_is_a_data_set():
+    splits = DataConfig(task="embedded").splits(seed=0)
+    assert set(splits) == {"train", "validation", "test", "unseen", "shifted"}
+    with pytest.raises(DataError, match="has no copies"):
+        DataSource(task="embedded", hub_path="x").read()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "data.path is None, data.root is None, data.task is None: give exactly one"),
+        ({"root": "a", "task": "boolq"}, "give exactly one"),
+        ({"task": "openbokqa"}, "no data set 'openbokqa'; did you mean openbookqa"),
+        ({"task": "mmlu:college_fysics"}, "did you mean mmlu:college_physics"),
+        ({"task": "zzz"}, r"no data set 'zzz'; expected one of .*'mmlu:<subject>'"),
+        ({"root": "a", "hub_path": "b"}, "give data.task too"),
+        ({"root": "a", "classes": ["x"]}, r"data.classes is \['x'\]: expected two"),
+        ({"root": "a", "limit": 1}, "data.limit is 1"),
+        ({"root": "a", "validation_fraction": 1.0}, "data.validation_fraction is 1.0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build(DataConfig, values)
+
+
+def test_one_file_gives_training_and_validation_that_do_not_mix(tmp_path, caplog):
+    twice = [*make_records(20), *make_records(20)]
+    records = [Record(f"r{i}", r.question, r.choices, r.label) for i, r in enumerate(twice)]
+    path = write_jsonl(tmp_path / "own.jsonl", records)
+    splits = DataConfig(path=str(path)).splits(seed=0)
+    questions = {name: {r.question for r in records} for name, records in splits.items()}
+    assert set(splits) == {"train", "validation"}
+    assert not questions["train"] & questions["validation"]
+    assert "questions of train that are also in validation" in caplog.text
+    assert len(DataConfig(path=str(path), limit=7).splits(seed=0)["train"]) == 7
+
+
+def test_records_without_a_label_cannot_be_trained_on(tmp_path):
+    path = write_jsonl(tmp_path / "own.jsonl", make_records(20, labelled=False))
+    with pytest.raises(DataError, match=r"the record 'q\d+' of the split \w+ has no label"):
+        DataConfig(path=str(path)).splits(seed=0)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, local_model):
+    """The words of a command that trains on 200 texts with class names."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own.csv", TEXTS + texts(200))
+    return [f"model.name={local_model}", "data.path=own.csv", "model.prompt=classes", *FAST]
+
+
+def test_own_texts_are_trained_on_evaluated_and_predicted(own, tmp_path, capsys):
+    assert scalabl("train", *own, "run_dir=out") == 0
+    assert json.loads((tmp_path / "out" / "posterior.json").read_text())["classes"]["words"] == [
+        "cat",
+        "dog",
+    ]
+    # The file holds one class of the two: its names are those of the run.
+    write(tmp_path / "new.csv", TEXTS + "n,the red dog runs,dog\n")
+    capsys.readouterr()
+    quiet = ["run=out", "progress=false"]
+    assert scalabl("evaluate", *quiet, "data.path=new.csv") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    write(tmp_path / "in.csv", "text\nthe red dog runs\n")
+    assert scalabl("predict", *quiet, "input=in.csv", "output=o.jsonl") == 0
+    answer = json.loads((tmp_path / "o.jsonl").read_text())
+    assert metrics["acc"] == float(answer["answer"] == "dog")
+
+    other = [Record("a", "the dog runs", ("dog", "cat"), 0)]
+    write_jsonl(tmp_path / "other" / "test.jsonl", other)
+    capsys.readouterr()
+    assert scalabl("evaluate", *quiet, "data.root=other") == 1
+    assert "but the classes are ['cat', 'dog']" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_another_data_set(local_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "own.jsonl", make_records(30))
+    words = [f"model.name={local_model}", "data.path=own.jsonl", "run_dir=out", *FAST]
+    assert scalabl("train", *words) == 0
+    copy = copy_of("mmlu:virology", tmp_path / "copy", MMLU | {"answer": 1})
+    where = ["run=out", "data.task=mmlu:virology", f"data.hub_path={copy}", "progress=false"]
+    capsys.readouterr()
+    assert scalabl("evaluate", *where) == 0
+    assert json.loads(capsys.readouterr().out)["acc"] in (0.0, 1.0)
+    assert scalabl("evaluate", *where, "split=tset") == 1
+    assert "no split 'tset'; the data set has ['dev', 'test', 'validation']" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.path=bad.csv"], "bad.csv, line 4: the id 't0' occurs twice"),
+        (["data.classes=[cat,bird]"], "own.csv, line 2: class is 'dog'"),
+        (["data.path=null", "data.task=openbookqua"], "did you mean openbookqa?"),
+        (["data.path=null", "data.task=mmlu:virology", "data.hub_path=copy"], "no split 'train'"),
+    ],
+)
+def test_bad_data_is_one_error_and_leaves_nothing(own, tmp_path, capsys, words, message):
+    write(tmp_path / "bad.csv", TEXTS + texts(2) + texts(1))
+    copy_of("mmlu:virology", tmp_path / "copy", MMLU | {"answer": 1})
+    before = sorted(tmp_path.rglob("*"))
+    assert scalabl("train", *own, "run_dir=out", *words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_records_with_other_choices_than_the_runs_are_refused(own, tmp_path, capsys):
+    assert scalabl("train", *own, "run_dir=out") == 0
+    quiet = ["run=out", "progress=false"]
+    for choices in (("dog", "cat"), ("red", "blue")):
+        write_jsonl(tmp_path / "in.jsonl", [Record("1", "the red dog runs", choices)])
+        assert scalabl("predict", *quiet, "input=in.jsonl", "output=o.jsonl") == 1
+        assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err
+    write(tmp_path / "new.csv", TEXTS + "n,the red dog runs,dog\n")
+    assert scalabl("evaluate", *quiet, "data.path=new.csv", "data.classes=[dog,cat]") == 1
+    assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""Guides: one contract, supports, further latent sites, closed forms."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroParam
+
+from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, fit
+from scalabl_pyro.guides import GUIDES, AutoSubspace, make_guide
+from scalabl_pyro.infer.svi import FitConfig
+from scalabl_pyro.models.priors import HierarchicalNormal, Horseshoe
+
+SPREAD = [
+    {"name": "normal"},
+    {"name": "multivariate_normal"},
+    {"name": "multivariate_normal", "per_module": True},
+    {"name": "low_rank_multivariate_normal", "rank": 2},
+    {"name": "low_rank_multivariate_normal", "per_module": True},
+]
+EVERY = [*SPREAD, {"name": "delta"}]
+
+
+def identity(options):
+    return "-".join(str(value) for value in options.values())
+
+
+def test_every_guide_is_tested():
+    assert {options["name"] for options in EVERY} == set(GUIDES)
+
+
+@pytest.mark.parametrize("options", SPREAD, ids=identity)
+def test_guide_contract(make_causal, options):
+    model = ScalaBLModel(make_causal(), num_data=3)
+    guide = make_guide(model, init_scale=0.25, **options)
+    assert guide.get_posterior().event_shape == model.adapter.shape
+    torch.testing.assert_close(guide.median()["s"], model.init_loc)
+    low, high = guide.quantiles([0.1586553, 0.8413447])["s"]
+    draws = guide.sample(4000)
+    assert draws.shape == (4000, *model.adapter.shape)
+    torch.testing.assert_close(draws.mean(0), model.init_loc, atol=0.04, rtol=0)
+    torch.testing.assert_close(draws.std(0), (high - low) / 2, atol=0.0, rtol=0.08)
+    assert float((high - low).mean()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_point_guide_is_a_point(make_causal):
+    model = ScalaBLModel(make_causal(), num_data=3)
+    guide = AutoSubspaceDelta(model)
+    assert torch.equal(guide.median()["s"], model.init_loc)
+    assert torch.equal(guide.sample(2)[1], model.init_loc)
+    assert sum(p.numel() for p in guide.parameters()) == model.init_loc.numel()
+    with pytest.raises(TypeError, match="is a point"):
+        guide.marginals()
+
+
+@pytest.mark.parametrize("options", SPREAD, ids=identity)
+def test_kl_in_closed_form_equals_the_sampled_one(make_causal, options):
+    prior = dist.Normal(0.5, 2.0)
+    model = ScalaBLModel(make_causal(targets=("lm_head",)), num_data=3, prior=prior)
+    guide = make_guide(model, init_scale=0.3, **options)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        q, p = guide.get_posterior(), model.prior()
+        draws = q.sample((20_000,))
+        ratio = q.log_prob(draws) - p.log_prob(draws)
+    error = float(ratio.std()) / len(ratio) ** 0.5
+    assert guide.kl(p) == pytest.approx(float(ratio.mean()), abs=4 * error)
+    assert guide.kl(dist.Laplace(torch.zeros(model.adapter.shape), 1.0).to_event(2)) is None
+
+
+def test_a_guide_that_says_too_little_is_named(model):
+    class Bare(AutoSubspace):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Bare must define base\(\)"):
+        Bare(model).sample(1)
+    with pytest.raises(NotImplementedError, match=r"Bare must define marginals\(\), or override"):
+        Bare(model).median()
+
+
+class Mixture(AutoSubspace):
+    """Two normals for each coordinate, whose quantiles have no closed form."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        pair = torch.stack([self._init_loc - 0.1, self._init_loc + 0.1], -1)
+        self.loc = PyroParam(pair, constraints.real, 3)
+        self.scale = PyroParam(torch.full_like(pair, 0.05), constraints.softplus_positive, 3)
+
+    def base(self):
+        return self.marginals().to_event(2)
+
+    def marginals(self):
+        components = dist.Normal(self.loc, self.scale)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones_like(self.loc)), components)
+
+    def quantiles(self, quantiles):
+        draws = self.sample(500)
+        return {"s": draws.quantile(torch.tensor(quantiles), 0)}
+
+
+def test_a_guide_that_is_not_normal_trains(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = Mixture(model)
+    assert guide.kl(model.prior()) is None
+    history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
+    assert math.isfinite(history[-1]["kl"])
+    assert guide.median()["s"].shape == adapter.shape
+
+
+def test_per_module_guides_have_no_correlation_between_modules(make_causal):
+    model = ScalaBLModel(make_causal(), num_data=3)
+    M, r = model.adapter.shape
+    for name in ("multivariate_normal", "low_rank_multivariate_normal"):
+        guide = make_guide(model, name, per_module=True)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter += torch.randn_like(parameter)
+        draws = guide.sample(20_000)
+        correlation = draws.flatten(1).T.corrcoef().view(M, r, M, r)
+        within = torch.stack([correlation[m, :, m] for m in range(M)]) - torch.eye(r)
+        assert float(within.abs().max()) > 0.2
+        across = torch.stack([correlation[m, :, n] for m in range(M) for n in range(m)])
+        assert float(across.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("options", EVERY, ids=identity)
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.LogNormal(0.0, 1.0),
+        dist.RelaxedBernoulli(torch.tensor(0.5), probs=torch.tensor(0.5)),
+    ],
+    ids=["positive", "unit_interval"],
+)
+def test_guides_stay_in_the_support_of_the_prior(make_causal, records, options, prior):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    before = adapter(split.collate(list(split)), adapter.init_loc).detach()
+    model = ScalaBLModel(adapter, num_data=len(split), prior=prior)
+    after = adapter(split.collate(list(split)), model.init_loc).detach()
+    torch.testing.assert_close(after, before)  # wherever the start had to move
+    guide = make_guide(model, **options)
+    torch.testing.assert_close(guide.median()["s"], model.init_loc)
+    fit(model, guide, split, FitConfig(steps=3, lr_guide=0.1), progress=False)
+    assert model.prior.support.check(guide.sample(50)).all()
+    assert not torch.equal(guide.median()["s"], model.init_loc)
+
+
+@pytest.mark.parametrize("options", EVERY, ids=identity)
+@pytest.mark.parametrize("make_prior", [HierarchicalNormal, Horseshoe])
+def test_guides_cover_the_latent_sites_of_the_prior(make_causal, records, options, make_prior):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=make_prior(adapter.shape))
+    guide = make_guide(model, **options)
+    before = {name: value.detach().clone() for name, value in guide.named_parameters()}
+    for elbo in (
+        Trace_ELBO(max_plate_nesting=1),
+        Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+    ):
+        fit(model, guide, split, FitConfig(steps=2), elbo=elbo, progress=False)
+    unmoved = [n for n, value in guide.named_parameters() if torch.equal(value, before[n])]
+    assert unmoved == []
+
+
+def test_a_hierarchical_scale_finds_the_scale_of_the_coordinates(make_causal):
+    """Readings of s with little noise: the scale's posterior is near their root mean square."""
+    adapter = make_causal(targets=("lm_head",))
+    truth = torch.tensor([[3.0, -3.0, 2.5, -3.5]])
+
+    class Readings(ScalaBLModel):
+        def forward(self, batch):
+            s = pyro.sample("s", self.prior())
+            pyro.sample("y", dist.Normal(s, 0.01).to_event(2), obs=truth)
+
+    def scale(width):
+        pyro.set_rng_seed(0)
+        prior = HierarchicalNormal(adapter.shape, scale=width)
+        model = Readings(adapter, num_data=1, prior=prior)
+        guide = AutoSubspaceNormal(model, init_loc=truth, init_scale=0.01)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+        for _ in range(600):
+            svi.step(None)
+        return float(guide.module_scale_loc.detach().exp())
+
+    # The grid gives the median of p(τ | s) ∝ HalfNormal(τ | width) Π_j Normal(s_j | 0, τ²).
+    grid = torch.linspace(0.5, 20, 4000, dtype=torch.float64)
+    for width in (1.0, 10.0):
+        log_p = dist.HalfNormal(width).log_prob(grid)
+        log_p = log_p + dist.Normal(0.0, grid[:, None]).log_prob(truth.double()).sum(-1)
+        cumulative = log_p.softmax(0).cumsum(0)
+        median = float(grid[(cumulative > 0.5).nonzero()[0, 0]])
+        assert scale(width) == pytest.approx(median, rel=0.1)
+
+
+def test_guide_adds_two_numbers_per_coordinate_and_pickles_without_the_llm(model):
+    guide = AutoSubspaceNormal(model)
+    M, r = model.adapter.shape
+    assert sum(p.numel() for p in guide.parameters()) == 2 * M * r
+    data = pickle.dumps(guide)
+    assert len(data) < 20_000
+    copy = pickle.load(io.BytesIO(data))
+    torch.testing.assert_close(copy.median()["s"], guide.median()["s"])
+
+
+def test_guide_refuses_bad_arguments(model, make_causal):
+    guide = AutoSubspaceNormal(model)
+    with pytest.raises(ValueError, match="number of draws is 0"):
+        guide.sample(0)
+    for scale in (0, "abc"):
+        with pytest.raises(ValueError, match=f"init_scale is {scale!r}"):
+            AutoSubspaceNormal(model, init_scale=scale)
+    with pytest.raises(ValueError, match=r"init_loc has shape \(2,\)"):
+        AutoSubspaceNormal(model, init_loc=torch.ones(2))
+    positive = ScalaBLModel(make_causal(), num_data=3, prior=dist.LogNormal(0.0, 1.0))
+    with pytest.raises(ValueError, match="leaves the support of the prior"):
+        AutoSubspaceNormal(positive, init_loc=-positive.init_loc)
+    with pytest.raises(ValueError, match="rank is 0: expected a whole number from 1 to 4"):
+        make_guide(model, "low_rank_multivariate_normal", rank=0, per_module=True)
+
+
+def test_history_holds_the_closed_form(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = make_guide(model, "multivariate_normal", init_scale=0.2)
+    first = guide.kl(model.prior())
+    history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
+    assert history[0]["kl"] == pytest.approx(first, rel=1e-6)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import whole
+
+from scalabl_pyro import FitConfig, predict
+from scalabl_pyro.infer.kfac import Kronecker, kfac, logit_moments
+from scalabl_pyro.methods import MLE, LaplaceLoRA
+from scalabl_pyro.methods.laplace_lora import best_precision
+
+CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
+
+
+@pytest.fixture(params=["make_causal", "make_choice", "make_classifier"])
+def plain(request):
+    """A plain LoRA adapter with each readout."""
+    return request.getfixturevalue(request.param)(svd=False)
+
+
+def jacobians(adapter, batch):
+    """Derivatives of the logits by every A and B, (B, C, d_out, d_in) each."""
+    stored = {name: p for name, p in adapter.state().items() if ".lora_" in name}
+    f = adapter(batch)
+    each = [torch.autograd.grad(y, list(stored.values()), retain_graph=True) for y in f.flatten()]
+    return {
+        name: torch.stack([row[i] for row in each]).unflatten(0, f.shape)
+        for i, name in enumerate(stored)
+    }
+
+
+def dense(factor):
+    """H of vec(W), W's rows one after another."""
+    return torch.kron(factor.g.mT @ factor.g, factor.x.mT @ factor.x).double()
+
+
+def test_the_covariance_is_that_of_the_dense_matrix(plain, records):
+    split = plain.readout.encode(records)
+    batch = whole(split)
+    precision = 0.3
+    for rank in (1000, 3):
+        factors = kfac(plain, split, rank=rank, batch_size=5)
+        f, covariance = logit_moments(plain, batch, factors, precision)
+        torch.testing.assert_close(f, plain(batch).detach())
+        expected = torch.zeros_like(covariance)
+        for name, J in jacobians(plain, batch).items():
+            H = dense(factors[name])
+            flat = J.flatten(2).double()
+            inverse = torch.linalg.inv(H + precision * torch.eye(len(H)))
+            expected += flat @ inverse @ flat.mT
+        torch.testing.assert_close(covariance, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_factors_are_sums_over_tokens_that_are_no_padding(plain, records):
+    split = plain.readout.encode(records)
+    together, alone = (kfac(plain, split, rank=1000, batch_size=size) for size in (12, 1))
+    for name, factor in together.items():  # alone, nothing is padded but choices of one record
+        other = alone[name]
+        for root, expected in zip(factor, other, strict=True):
+            square = expected.mT @ expected
+            assert (root.mT @ root - square).norm() < 1e-4 * square.norm()
+
+
+def test_one_token_of_one_example_has_the_exact_curvature(make_causal, records):
+    adapter = make_causal(svd=False, targets=("lm_head",))
+    split = adapter.readout.encode(records[:1])
+    batch = whole(split)
+    factors = kfac(adapter, split, rank=1000)
+    p = adapter(batch).detach().softmax(-1)[0].double()
+    curvature = p.diag() - torch.outer(p, p)
+    for name, J in jacobians(adapter, batch).items():
+        flat = J[0].flatten(1).double()
+        torch.testing.assert_close(
+            dense(factors[name]), flat.mT @ curvature @ flat, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_low_rank_keeps_the_largest_directions(plain, records):
+    split = plain.readout.encode(records)
+    full = kfac(plain, split, rank=1000, batch_size=len(split))
+    low = kfac(plain, split, rank=2, batch_size=4)
+    for name, factor in low.items():
+        for root, whole_root in zip(factor, full[name], strict=True):
+            assert len(root) == 2
+            torch.testing.assert_close(root @ root.mT, root.square().sum(-1).diag())
+            most = float(whole_root[:2].square().sum())
+            assert 0.9 * most < float(root.square().sum()) <= 1.001 * most
+
+
+def test_log_det_is_that_of_the_dense_matrix():
+    factor = Kronecker(torch.eye(3, 5) * 2.0, torch.eye(2, 4) * 3.0)
+    expected = torch.logdet(dense(factor) + 0.7 * torch.eye(20))
+    assert factor.log_det(0.7) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_precision_maximises_the_evidence(plain, records):
+    factors = kfac(plain, plain.readout.encode(records), rank=1000)
+    found = best_precision(plain, factors)
+    weights = torch.cat(
+        [m.weight.detach().flatten() for m in plain.matrices.linears.values()]
+    ).double()
+    # d/dλ = 0: λ‖θ‖² = Σ h / (h + λ), the number of parameters that the data determine
+    effective = sum(
+        float((h / (h + found)).sum()) for h in (f.eigenvalues() for f in factors.values())
+    )
+    assert found * float(weights.square().sum()) == pytest.approx(effective, rel=0.1)
+
+
+def test_without_uncertainty_it_is_the_trained_model(make_choice, records):
+    split = make_choice().readout.encode(records)
+    plain = MLE(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
+    expected = predict(plain.predictor, split).logits[0]
+    settings = {"config": CONFIG, "progress": False, "draws": 4000}
+    sure = LaplaceLoRA(prior_precision=1e12, **settings).fit(make_choice, split, None, seed=0)
+    torch.testing.assert_close(predict(sure.predictor, split).logits[7], expected)
+    unsure = LaplaceLoRA(prior_precision=10.0, **settings).fit(make_choice, split, None, seed=0)
+    logits = predict(unsure.predictor, split).logits.double()
+    f, covariance = logit_moments(
+        unsure.model.adapter, whole(split), unsure.predictor.factors, 10.0
+    )
+    deviations = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    torch.testing.assert_close(logits.std(0), deviations, rtol=0.1, atol=1e-6)
+    torch.testing.assert_close(
+        logits.mean(0) / deviations, f.double() / deviations, rtol=0, atol=0.08
+    )
+
+
+def test_missing_choices_stay_impossible(make_choice, records):
+    adapter = make_choice(svd=False)
+    short = [replace(r, choices=r.choices[:3], label=r.label % 3) for r in records]
+    split = adapter.readout.encode(short)
+    fitted = LaplaceLoRA(CONFIG, progress=False, draws=5).fit(make_choice, split, None, seed=0)
+    logits = predict(fitted.predictor, split).logits
+    assert torch.isneginf(logits[..., 3]).all()
+    assert logits[..., :3].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"draws": 0}, "draws is 0"),
+        ({"prior_precision": 0.0}, "prior_precision is 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LaplaceLoRA(**options)

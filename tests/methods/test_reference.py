@@ -1,0 +1,244 @@
+"""The published algorithm, against its formulas written out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import write_jsonl
+
+from scalabl_pyro import FitConfig, ScalaBLModel, predict
+from scalabl_pyro.commands.train import run
+from scalabl_pyro.infer.svi import NonFiniteLossError
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.methods import METHODS, reference
+from scalabl_pyro.methods.reference import (
+    LogMeanNormal,
+    Reference,
+    burst_steps,
+    burst_weight,
+    fit_reference,
+)
+from scalabl_pyro.runs.config import DataConfig, RunConfig
+from scalabl_pyro.runs.folder import load_run
+
+CONFIG = FitConfig(steps=4, batch_size=4, lr=1e-2, lr_guide=1e-2)
+
+
+@pytest.fixture
+def parts(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    return model, LogMeanNormal(model), split
+
+
+def reversed_kl(mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """KL(Normal(0, 1) ‖ Normal(mean, scale²)) of each coordinate."""
+    return scale.log() + (1 + mean**2) / (2 * scale**2) - 0.5
+
+
+@pytest.mark.parametrize("steps", [0, 1, 66, 706, 5000])
+def test_the_weights_of_a_round_double_add_up_to_one_and_start_again(steps):
+    weights = [burst_weight(step, steps) for step in range(2 * (steps + 1))]
+    assert sum(weights[: steps + 1]) == pytest.approx(1)
+    assert weights[steps + 1 :] == weights[: steps + 1]
+    tail = weights[max(0, steps - 60) : steps + 1]
+    assert all(b / a == pytest.approx(2) for a, b in pairwise(tail))
+    if steps <= 66:
+        assert weights[0] == pytest.approx(2**0 / (2 ** (steps + 1) - 1))
+
+
+def test_a_published_run_has_5_to_16_bursts():
+    """5,000 steps of batch 4 on WinoGrande's S, M and L."""
+    bursts = [5000 / (burst_steps(count, 4) + 1) for count in (640, 2558, 10234)]
+    assert bursts == sorted(bursts, reverse=True)
+    assert bursts[0] == pytest.approx(16, abs=0.5)
+    assert bursts[-1] == pytest.approx(5, abs=0.5)
+
+
+def test_the_initial_state_has_the_known_divergences(make_causal):
+    """Per coordinate KL(p‖q) is about 361.9 and KL(q‖p) about 2.82, for the published start."""
+    adapter = make_causal()
+    q = LogMeanNormal(ScalaBLModel(adapter, num_data=1)).marginals()
+    torch.testing.assert_close(q.loc, adapter.init_loc)
+    low, high = 0.05 / 2**0.5, 0.05
+    assert (q.scale >= low).all()
+    assert (q.scale <= high).all()
+    assert len(q.scale.unique()) == q.scale.numel()
+    p = dist.Normal(0.0, 1.0)
+    for known, found in (
+        (361.9, torch.distributions.kl_divergence(p, q).detach()),
+        (2.82, torch.distributions.kl_divergence(q, p).detach()),
+    ):
+        error = float(found.std()) / found.numel() ** 0.5
+        assert float(found.mean()) == pytest.approx(known, abs=4 * error)
+
+
+def test_the_kl_steps_follow_the_derivatives_of_the_reversed_kl(parts):
+    """With AdamW at rest, q obeys ∂KL/∂λ = μ²/σ² and ∂KL/∂σ = 1/σ − (1 + μ²)/σ³."""
+    model, guide, split = parts
+    config = replace(CONFIG, steps=2 * (burst_steps(12, 4) + 1), lr=0.0, lr_guide=0.0)
+    log_mean, scale = (p.detach().double() for p in (guide.log_loc, guide.signed_scale))
+    projections = [p.detach().clone() for p in model.adapter.named_parameters().values()]
+    expected = []
+    for step in range(config.steps):
+        mean = log_mean.exp()
+        expected.append(float(reversed_kl(mean, scale).sum()))
+        rate = 0.2 * 2.0 ** (step % 67) / (2.0**67 - 1)
+        log_mean, scale = (
+            log_mean - rate * mean**2 / scale**2,
+            scale - rate * (1 / scale - (1 + mean**2) / scale**3),
+        )
+    history = fit_reference(model, guide, split, config, progress=False).history
+    q = guide.marginals()
+    torch.testing.assert_close(q.loc.double(), log_mean.exp(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(q.scale.double(), scale, rtol=1e-3, atol=1e-4)
+    assert [row["reversed_kl"] for row in history] == pytest.approx(expected, rel=1e-3)
+    assert expected[-1] < expected[0] / 100
+    after = model.adapter.named_parameters().values()
+    assert all(torch.equal(a, b) for a, b in zip(after, projections, strict=True))
+
+
+def test_the_likelihood_steps_are_adamw_on_the_nll_of_one_draw(make_causal, records):
+    """Without the KL, the loop equals one in stock torch with the same adapter and draws."""
+    ends = []
+    for by_hand in (False, True):
+        adapter = make_causal()
+        split = adapter.readout.encode(records)
+        model = ScalaBLModel(adapter, num_data=len(split))
+        torch.manual_seed(0)
+        guide = LogMeanNormal(model)
+        parameters = [*adapter.named_parameters().values(), *guide.parameters()]
+        config = replace(CONFIG, warmup=0.0, decay="constant", clip_norm=math.inf)
+        torch.manual_seed(1)
+        if by_hand:
+            optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-6, weight_decay=0.0)
+            minibatches = split.minibatches(4, seed=0)
+            for _ in range(4):
+                batch = next(minibatches)
+                noise = torch.randn(adapter.shape)
+                s = guide.log_loc.exp() + guide.signed_scale.abs() * noise
+                log_p = adapter(batch, s).log_softmax(-1)
+                optimizer.zero_grad()
+                (-log_p[torch.arange(4), batch.labels].mean()).backward()
+                optimizer.step()
+        else:
+            fit_reference(model, guide, split, config, lr_kl=0.0, progress=False)
+        ends.append(parameters)
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_moves_and_the_history_says_what(parts):
+    model, guide, split = parts
+    parameters = {**model.adapter.named_parameters(), **dict(guide.named_parameters())}
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    q, p = guide.get_posterior(), model.prior()
+    kl = float(torch.distributions.kl_divergence(q, p).detach())
+    history = fit_reference(model, guide, split, CONFIG, progress=False).history
+    assert [n for n, value in parameters.items() if torch.equal(value, before[n])] == []
+    assert [row["step"] for row in history] == [1, 2, 3, 4]
+    assert history[0]["kl"] == pytest.approx(kl)
+    assert history[0]["kl"] < history[0]["reversed_kl"]
+
+
+def test_a_start_that_no_exponential_reaches_is_refused(parts):
+    model = parts[0]
+    loc = model.init_loc
+    loc[0, 0] = -0.5
+    with pytest.raises(ValueError, match=r"init_loc has the value -0\.5"):
+        LogMeanNormal(model, init_loc=loc)
+
+
+def test_a_loss_that_is_not_finite_ends_training(parts):
+    model, guide, split = parts
+    with torch.no_grad():
+        next(iter(model.adapter.named_parameters().values())).fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="at step 1 of 4 the NLL is nan"):
+        fit_reference(model, guide, split, CONFIG, progress=False)
+
+
+def test_the_last_good_state_is_back_after_a_loss_that_is_not_finite(parts):
+    model, guide, split = parts
+    states = []
+
+    def spoil_the_second_step() -> float:
+        states.append(guide.log_loc.detach().clone())
+        if len(states) == 2:
+            with torch.no_grad():
+                guide.log_loc.fill_(float("nan"))
+        return 1.0
+
+    config = replace(CONFIG, eval_every=1)
+    # Validation would find the NaN in an argument, and could not tell the step.
+    with (
+        pyro.validation_enabled(True),
+        pytest.raises(NonFiniteLossError, match="are those of step 1, the last good one"),
+    ):
+        fit_reference(model, guide, split, config, validate=spoil_the_second_step, progress=False)
+    assert torch.equal(guide.log_loc, states[0])
+
+
+def test_several_processes_are_refused(parts, monkeypatch):
+    monkeypatch.setattr(reference, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes train together"):
+        fit_reference(*parts, CONFIG, progress=False)
+
+
+def test_the_best_state_is_kept_when_asked(parts):
+    model, guide, split = parts
+    states, values = [], iter([3.0, 1.0, 2.0])
+
+    def validate() -> float:
+        states.append(guide.log_loc.detach().clone())
+        return next(values)
+
+    config = replace(CONFIG, steps=5, eval_every=2, keep="best")
+    result = fit_reference(model, guide, split, config, validate=validate, progress=False)
+    assert result.best_step == 4
+    assert torch.equal(guide.log_loc, states[1])
+    assert [row.get("validation_nll") for row in result.history] == [None, 3.0, None, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_scale": 0.0}, "init_scale is 0.0"),
+        ({"prior_scale": -1.0}, "prior_scale is -1.0"),
+        ({"lr_kl": 0.0}, "lr_kl is 0.0"),
+        ({"draws": 0}, "draws is 0: expected 1 or more"),
+        ({"config": FitConfig(accumulation=2)}, "accumulation is 2"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Reference(**options)
+
+
+def test_a_run_is_saved_and_loaded_as_it_was(local_model, records, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "reference", Reference)
+    config = RunConfig(
+        model=ModelConfig(str(local_model), device="cpu"),
+        lora=AdapterConfig(r=4, targets=("q_proj", "v_proj")),
+        data=DataConfig(path=str(write_jsonl(tmp_path / "data.jsonl", records))),
+        run_dir=str(tmp_path / "run"),
+        method={"name": "reference", "draws": 3},
+        fit=CONFIG,
+        progress=False,
+    )
+    metrics = run(config)
+    loaded = load_run(tmp_path / "run")
+    assert isinstance(loaded.guide, LogMeanNormal)
+    assert loaded.predictor.num_draws == 3
+    found = predict(loaded.predictor, loaded.readout.encode(records))
+    assert found.logits.shape == (3, len(records), 4)
+    again = run(replace(config, run_dir=str(tmp_path / "again")))
+    assert again == metrics
+    mean = loaded.guide.median()["s"]
+    torch.testing.assert_close(mean, loaded.guide.marginals().loc.detach())

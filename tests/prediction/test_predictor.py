@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_records, whole
+
+from scalabl_pyro import Predictor, entropy, evaluate, mutual_information, predict
+from scalabl_pyro.methods.temperature import best_temperature
+from scalabl_pyro.prediction import average
+from scalabl_pyro.prediction.metrics import half_width
+from scalabl_pyro.prediction.predictor import predict_proba
+
+
+def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapter, split):
+    draws = torch.randn(5, *adapter.shape)
+    found = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5)
+    expected = adapter(whole(split), draws).detach()
+    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.labels, split.labels)
+
+
+def test_probabilities_of_records_without_labels(make_choice):
+    adapter = make_choice()
+    records = make_records(5, choices=3, labelled=False)
+    predictor = Predictor(adapter, torch.randn(4, *adapter.shape))
+    found = predict_proba(predictor, records, batch_size=2)
+    expected = adapter(whole(adapter.readout.encode(records)), predictor.draws).softmax(-1).mean(0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
+    assert (found[:, 3] == 0).all()
+
+
+def test_the_average_is_of_probabilities_and_stable():
+    logits = torch.randn(6, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(average(logits).exp(), logits.softmax(-1).mean(0))
+    far = torch.tensor([[[0.0, -2000.0]], [[0.0, -1000.0]]])
+    assert average(far)[0, 1] == pytest.approx(-1000 - np.log(2))
+
+
+def test_metrics_against_their_definitions():
+    probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
+    labels = torch.tensor([0, 1, 1, 0])
+    found = evaluate(probs.log()[None], labels)
+    assert found["acc"] == pytest.approx(0.75)
+    assert found["nll"] == pytest.approx(-np.log([0.8, 0.4, 0.7, 0.9]).mean(), rel=1e-5)
+    assert found["brier"] == pytest.approx(
+        (2 * np.array([0.2, 0.6, 0.3, 0.1]) ** 2).mean(), rel=1e-5
+    )
+    # Four bins of one example each: |accuracy − confidence| averages.
+    assert found["ece"] == pytest.approx(np.mean([0.2, 0.6, 0.3, 0.1]), rel=1e-5)
+    assert found["mutual_information"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("draws", [7, 47, 49])
+def test_sure_answers_do_not_round_above_one(draws):
+    logits = torch.zeros(draws, 2, 2)
+    logits[:, 0, 0] = 200.0
+    found = evaluate(logits, torch.tensor([0, 0]))
+    assert found["ece"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_mutual_information_is_the_disagreement_of_draws():
+    sure = torch.tensor([[[50.0, 0.0]], [[0.0, 50.0]]])
+    assert float(mutual_information(sure)) == pytest.approx(np.log(2), rel=1e-4)
+    assert float(entropy(sure)) == pytest.approx(np.log(2), rel=1e-4)
+    torch.testing.assert_close(mutual_information(torch.zeros(3, 1, 4)), torch.zeros(1))
+
+
+def test_temperature_recovers_a_known_scale():
+    torch.manual_seed(0)
+    logits = torch.randn(20000, 4) * 2
+    logits[::2, 3] = float("-inf")
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    assert best_temperature(logits * 3, labels) == pytest.approx(3.0, rel=0.05)
+
+
+def test_half_width_covers_the_mean_of_independent_draws():
+    torch.manual_seed(0)
+    p = torch.rand(8, 4000)  # S draws of a probability whose mean is one half
+    logits = torch.stack([p.log(), (1 - p).log()], -1)
+    covered = (p.mean(0) - 0.5).abs() <= half_width(logits)
+    assert float(covered.float().mean()) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("tolerance", [1e-9, 0.1, 1.0])
+def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
+    torch.manual_seed(0)
+    # At another scale of s, some examples are sure and some are not.
+    draws = adapter.init_loc * (1 + 0.3 * torch.randn(12, *adapter.shape))
+    every = predict(Predictor(adapter, draws), split).logits
+    found = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5, tolerance=tolerance)
+    assert found.used.shape == (len(split),)
+    for n, used in enumerate(found.used.tolist()):
+        earlier = [stop for stop in (4, 6) if stop < used]
+        assert used in (4, 6, 12)
+        assert all(half_width(every[:stop, n : n + 1]) > tolerance for stop in earlier)
+        assert used == 12 or half_width(every[:used, n : n + 1]) <= tolerance
+        torch.testing.assert_close(
+            average(found.logits[:, n : n + 1]),
+            average(every[:used, n : n + 1]),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    torch.testing.assert_close(
+        mutual_information(found.logits)[found.used == 12],
+        mutual_information(every)[found.used == 12],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    if tolerance == 1e-9:
+        torch.testing.assert_close(found.logits, every, atol=1e-5, rtol=1e-5)
+    if tolerance == 1.0:
+        assert (found.used == 4).all()
+
+
+def test_a_tolerance_needs_draws_and_a_positive_number(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    with pytest.raises(ValueError, match="a predictor with draws"):
+        predict(Predictor(adapter), split, tolerance=0.1)
+    with pytest.raises(ValueError, match="tolerance is 0"):
+        predict(Predictor(adapter, torch.ones(4, *adapter.shape)), split, tolerance=0)
+
+
+class SmallMemory:
+    """An adapter that runs out of memory above so many draws at once."""
+
+    def __init__(self, adapter, most: int) -> None:
+        self.adapter, self.most, self.sizes = adapter, most, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.adapter, name)
+
+    def above_trunk(self, batch, s):
+        return partial(self, batch)
+
+    def __call__(self, batch, s):
+        self.sizes.append(len(s))
+        if len(s) > self.most:
+            raise torch.OutOfMemoryError("too many rows")
+        return self.adapter(batch, s)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(make_causal, records, caplog):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    draws = torch.randn(10, *adapter.shape)
+    small = SmallMemory(adapter, most=3)
+    found = predict(Predictor(small, draws), split, batch_size=6)
+    expected = predict(Predictor(adapter, draws), split, batch_size=6)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-6)
+    assert small.sizes == [10, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]  # and remembered
+    assert "10 draws of a batch of 6 rows" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Predictor(SmallMemory(adapter, most=0), draws), split)
+
+
+def test_a_pass_on_a_cpu_holds_as_many_rows_as_fit_its_cache(make_causal):
+    adapter = make_causal()
+    predictor = Predictor(adapter, torch.ones(2, *adapter.shape))
+    assert [predictor.most_rows(tokens) for tokens in (1, 16, 64, 5000)] == [256, 256, 64, 0]
+    predictor.max_rows = 300
+    assert predictor.most_rows(64) == 300
+
+
+def test_shapes_that_hold_no_draws_are_named(adapter):
+    with pytest.raises(ValueError, match=r"draws has shape .*: expected \(S, M, r\)"):
+        Predictor(adapter, torch.ones(adapter.shape))
+    for measure in (average, entropy, mutual_information):
+        with pytest.raises(ValueError, match=r"logits has shape \(5, 4\): expected \(S, N, C\)"):
+            measure(torch.zeros(5, 4))

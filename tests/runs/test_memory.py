@@ -1,0 +1,196 @@
+"""Estimates of memory agree with what the allocator hands out, where it can be watched."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import tiny_bert_config, tiny_llama
+from omegaconf import OmegaConf
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+from benchmarks.cost._qwen import SIZES, qwen_config
+from scalabl_pyro import Predictor, SubspaceAdapter
+from scalabl_pyro.data import Batch
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.lora.loading import Classes, load_readout, load_skeleton, make_adapter
+from scalabl_pyro.runs.config import build
+from scalabl_pyro.runs.memory import MemoryConfig, estimate, explain_out_of_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+LETTERS = Classes(4, ("A", "B", "C", "D"))
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer) -> Path:
+    sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    tiny_llama(**sizes, vocab_size=512, max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryConfig:
+    options = dict(lora or {})
+    projections = options.pop("projections", "free")
+    adapter = AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head"), **options)
+    return MemoryConfig(
+        ModelConfig(str(folder), device="cpu", **model),
+        adapter,
+        projections,
+        batch_size=4,
+        eval_batch_size=2,
+        tokens=96,
+        draws=5,
+    )
+
+
+def load(config: MemoryConfig):
+    readout = load_readout(config.model, LETTERS)
+    return make_adapter(
+        config.model, config.lora, readout, svd=False, projections=config.projections
+    )
+
+
+def batch_of(config: MemoryConfig, size: int) -> Batch:
+    ids = torch.ones(size, config.tokens, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Batch(inputs, torch.ones(size, config.classes, dtype=torch.bool))
+
+
+def allocated(run) -> int:
+    """The most bytes that the allocator had given out at once during ``run``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    events = watched.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def most_in_training(adapter: SubspaceAdapter, config: MemoryConfig) -> int:
+    def step():
+        s = torch.ones(adapter.shape, requires_grad=True)
+        adapter(batch_of(config, config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
+
+    adapter.train()
+    step()  # the first pass makes what stays
+    adapter.peft_model.zero_grad(set_to_none=True)
+    return allocated(step)
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, with the scales of quantised layers."""
+    scales = []
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = module.weight.quant_state
+            scales += [state.absmax, state.state2.absmax]
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            scales += [module.weight.SCB if module.state.SCB is None else module.state.SCB]
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *scales))
+
+
+CASES = {
+    "plain": ({}, {}),
+    "checkpointed": ({"gradient_checkpointing": True}, {}),
+    "bfloat16": ({}, {"dtype": "bfloat16"}),
+    "upper blocks": ({"layers": (1,)}, {}),
+    "V frozen": ({"projections": "frozen_v"}, {}),
+    "s alone": ({"projections": "fixed"}, {}),
+    "4bit": ({}, {"quantization": "4bit"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimates_are_within_15_percent_of_what_is_allocated(folder, case):
+    config = settings(folder, CASES[case][0], **CASES[case][1])
+    found = estimate(config)
+    adapter = load(config)
+    model = adapter.peft_model
+    assert found.weights + found.adapters == pytest.approx(held(model), rel=0.005)
+
+    def predict():
+        draws = torch.randn(config.draws, *adapter.shape)
+        Predictor(adapter, draws).logits(batch_of(config, config.eval_batch_size))
+
+    assert found.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
+    adapter.eval()
+    assert found.prediction == pytest.approx(allocated(predict), rel=0.15)
+
+
+def test_8_bit_layers_keep_their_inputs_for_the_backward_pass(folder):
+    # In prediction, bitsandbytes' kernels for the CPU make more copies in passing than a GPU's.
+    config = settings(folder, quantization="8bit")
+    adapter = load(config)
+    found = estimate(config)
+    assert found.weights + found.adapters == pytest.approx(held(adapter.peft_model), rel=0.005)
+    assert found.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
+    assert found.activations > 1.1 * estimate(settings(folder)).activations
+
+
+def test_published_sizes_of_qwen(tmp_path):
+    # Parameters of arXiv 2412.15115 in billions; two bytes each.
+    published = {"0.5B": 0.494, "7B": 7.616, "32B": 32.764, "72B": 72.706}
+    for size in SIZES:
+        qwen_config(size).save_pretrained(tmp_path / size)
+        config = ModelConfig(str(tmp_path / size), dtype="bfloat16")
+        llm = load_skeleton(config, AutoModelForCausalLM)
+        assert sum(p.numel() for p in llm.parameters()) / 1e9 == pytest.approx(
+            published[size], rel=1e-3
+        )
+
+
+def test_a_folder_with_nothing_but_a_config_is_enough(folder, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "bare")
+    config = settings(tmp_path / "bare")
+    found = estimate(config)
+    assert found == estimate(settings(folder))
+    # Twice the rows, twice what they need, but for the gradients, which take what adapters take.
+    more = estimate(replace(config, batch_size=8))
+    assert more.activations - found.adapters == pytest.approx(
+        2 * (found.activations - found.adapters), rel=0.05
+    )
+
+
+def test_encoders_and_their_heads_are_estimated(tmp_path):
+    tiny_bert_config().save_pretrained(tmp_path)
+    found = {}
+    for readout in ("sequence_classification", "multiple_choice"):
+        config = MemoryConfig(
+            ModelConfig(str(tmp_path), readout=readout),
+            AdapterConfig(r=4, targets=("query", "value"), heads=("classifier",)),
+            batch_size=2,
+            tokens=16,
+        )
+        found[readout] = estimate(config)
+    # A row for each of four choices instead of one.
+    ratio = found["multiple_choice"].activations / found["sequence_classification"].activations
+    assert 3 < ratio < 5
+
+
+def test_out_of_memory_is_explained_with_what_helps(folder):
+    config = settings(folder)
+    text = explain_out_of_memory(config)
+    for words in ("fit.batch_size=2", "lora.gradient_checkpointing=true", "quantization=4bit"):
+        assert words in text
+    helped = replace(config, lora=replace(config.lora, gradient_checkpointing=True))
+    assert "gradient_checkpointing" not in explain_out_of_memory(helped)
+    assert estimate(helped).training < estimate(config).training
+
+
+def test_defaults_of_the_command_are_those_of_the_class():
+    given = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory.yaml"))
+    del given["defaults"]
+    given["model"]["name"] = "some/model"
+    assert build(MemoryConfig, given) == MemoryConfig(ModelConfig("some/model"), AdapterConfig())
+
+
+def test_bad_numbers_are_refused(folder):
+    with pytest.raises(ValueError, match="tokens is 0: expected 1 or more"):
+        replace(settings(folder), tokens=0)
