@@ -211,8 +211,8 @@ def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:
 
 def _device(distribution: TorchDistribution) -> torch.device:
     """Where the distribution's draws are."""
-    # A draw moves the global random state; without it the benchmarks' seeds give other figures.
-    return distribution.sample().device
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        return distribution.sample().device
 
 
 def _on(device: torch.device, distribution: TorchDistribution) -> TorchDistribution:

@@ -168,3 +168,11 @@ def test_a_support_around_0_is_not_started_in_its_middle(make_causal):
     assert (model.init_loc.abs() > 0.01).all()
     with pytest.raises(ValueError, match="s = 0 cannot be the start"):
         adapter.move_start(torch.zeros(adapter.shape))
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.0, 1.0), dist.Laplace(0.0, 1.0), None])
+def test_building_a_prior_leaves_the_global_random_state_alone(prior, make_causal):
+    adapter = make_causal()
+    before = torch.get_rng_state()
+    ScalaBLModel(adapter, num_data=4, prior=prior or make_prior(adapter.shape, "horseshoe"))
+    assert torch.equal(torch.get_rng_state(), before)
