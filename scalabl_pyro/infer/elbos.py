@@ -18,6 +18,8 @@ ELBOS: dict[str, type] = {
 def make_elbo(name: str = "trace", *, num_particles: int = 1, **options: Any) -> Any:
     """The ELBO of that name; several particles (P) run as one batch.
 
+    The bound of ``renyi`` is not a sum over examples. On minibatches its gradient is biased.
+
     :param options: such as ``alpha`` of ``renyi``.
     :raises ValueError: if there is no such ELBO or option, or P < 1, or 2 for ``renyi``.
     """

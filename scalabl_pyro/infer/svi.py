@@ -48,7 +48,8 @@ class FitConfig:
     :param batch_size: B of a minibatch.
     :param lr: learning rate of the projections and heads.
     :param lr_guide: learning rate of the guide.
-    :param weight_decay: AdamW's decoupled decay of the projections and heads.
+    :param weight_decay: AdamW's decoupled decay of the projections and heads. It is no Gaussian
+        prior: the share it takes depends neither on N nor on the gradient's scaling.
     :param warmup: share of the steps over which learning rates rise linearly from 0.
     :param decay: how they fall afterwards: to 0 (``linear``, ``cosine``) or not (``constant``).
     :param clip_norm: largest norm of the gradient of −ELBO/N.

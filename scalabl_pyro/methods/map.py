@@ -1,4 +1,4 @@
-"""Maximum a posteriori: plain LoRA fine-tuning with weight decay."""
+"""Plain LoRA fine-tuning with weight decay, which stands for maximum a posteriori."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ __all__ = ["MAP"]
 
 @dataclass(frozen=True)
 class MAP(PointMethod):
-    """As MLE, with AdamW's decoupled weight decay on A, B and heads (a Gaussian prior on them)."""
+    """As MLE, with AdamW's decoupled weight decay on A, B and heads.
+
+    The decay shrinks weights by a share of lr·weight_decay in each step, whatever N and Adam's
+    scaling of the gradient. So the result is not exactly the mode under a Gaussian prior.
+    """
 
     name: ClassVar[str] = "map"
 

@@ -1,4 +1,4 @@
-"""The published ScalaBL algorithm, only to compare with; nothing else in the package builds on it.
+"""The published ScalaBL algorithm, written anew; nothing else in the package builds on it.
 
 It is written from the published settings and from descriptions of the algorithm, not from anybody's
 code. What differs from :class:`~scalabl_pyro.methods.ScalaBL`: the divergence is KL(p‖q), which is
@@ -10,6 +10,9 @@ own; and the mean of q is positive. Where the descriptions say nothing, this is 
 * The KL is the sum over all M·r coordinates.
 * In each step the likelihood comes first, and its gradient is clipped as ``config`` says; the KL
   follows, at the new values.
+* The rate of the KL is constant. The gradient of KL(p‖q) grows as 1/σ³ where σ is small, so that a
+  σ can run away. This is of what is written here: the public implementation learns log σ, and its
+  rate warms up and decays.
 * i runs from 0 to M_KL and starts again; over one such round the weights add up to 1.
 """
 
@@ -96,7 +99,8 @@ class LogMeanNormal(AutoSubspace):
 class Reference(Method):
     """The published algorithm of Samplawski et al. 2025 (arXiv 2506.21408), only to compare with.
 
-    It does not maximise an ELBO, and its q(s) is no posterior: see :func:`fit_reference`. The
+    A re-implementation: see the choices in :mod:`scalabl_pyro.methods.reference`. It does not
+    maximise an ELBO, and its q(s) is no posterior: see :func:`fit_reference`. The
     published settings are 5,000 steps, batch size 4, ``lr`` and ``lr_guide`` 1e-4, ``warmup`` 0.06
     and linear decay. ``config.kl`` has no effect here. No checkpoints are written: an interrupted
     run starts anew.

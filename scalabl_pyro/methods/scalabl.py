@@ -21,15 +21,17 @@ __all__ = ["ScalaBL"]
 
 @dataclass(frozen=True)
 class ScalaBL(Method):
-    """Samplawski et al. 2025 (arXiv 2506.21408), with one correct objective.
+    """Samplawski et al. 2025 (arXiv 2506.21408), with one objective, an ELBO or a tempered one.
 
     :param projections: what is trained beside s, as in
-        :class:`~scalabl_pyro.lora.SubspaceAdapter`. With V frozen B wants a learning rate of
+        :class:`~scalabl_pyro.lora.SubspaceAdapter`. ``frozen_v`` is a choice of this package; the
+        method as published trains V, as ``free`` does. With V frozen B wants a learning rate of
         about 5e-3, with V free all want about 1e-3.
     :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
     :param prior: ``name``, a key of ``PRIORS``, and its own options. A normal's ``loc``, if left
         out, is 0, or 1 where the adapter starts from trained weights, at s = 1.
-    :param scale_B: standard deviation of a normal prior on the entries of B; none if left out.
+    :param scale_B: standard deviation of a normal prior on the entries of B; none if left out. The
+        KL weight does not multiply it.
     :param elbo: ``name``, a key of ``ELBOS``, and that ELBO's own options.
     :param draws: S of the bank that predicts; 0 predicts at the posterior's median.
     """

@@ -28,7 +28,11 @@ class TFB(DrawsWeights, PointMethod):
     .. math:: |\mathrm{NLL}(σ_q) - \mathrm{NLL}(0)| \le ε \, \mathrm{NLL}(0)
 
     on training examples, found by bisection in [0, ``max_scale``]. The published settings are
-    ε = 0.003, 0.015 and 5 bisections, for Llama-3.1-8B.
+    ε = 0.003, 0.015 and 5 bisections, for Llama-3.1-8B. The published NLL is of pseudo-labels, the
+    model's own answers; here it is of the labels.
+
+    Where even ``max_scale`` is within the tolerance, σ_q ends just below it, without a warning: see
+    σ_q in the log.
 
     :param tolerance: ε.
     :param max_scale: the largest σ_q tried.

@@ -145,7 +145,7 @@ class ScalaBLModel(LoRAModel):
         adapter's start lies outside its support, the start moves inside, and B with it, so that the
         same is computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
-        density joins the objective; none if left out.
+        density joins the objective, not weighted by the KL weight; none if left out.
     :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0, or the
         start has to move and the adapter has been trained since it was made.
     """

@@ -135,7 +135,12 @@ class ScoredText:
 
     @property
     def total_mutual_information(self) -> float:
-        """Σ_t of the mutual information; divide by T to compare texts of different lengths."""
+        """Σ_t of the tokens' mutual informations; divide by T to compare texts of other lengths.
+
+        This is not the mutual information of the text, which is at most log S. Each token's term
+        gives all draws equal weight, whatever the tokens before it tell about them, so that the sum
+        can be far above log S.
+        """
         return float(self.mutual_information.sum())
 
 

@@ -22,7 +22,11 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def mutual_information(logits: Tensor) -> Tensor:
-    """H[p̄] − mean_k H[p_k] ≥ 0 in nats, (N,) from (S, N, C): how far the draws disagree."""
+    """H[p̄] − mean_k H[p_k] ≥ 0 in nats, (N,) from (S, N, C): how far the draws disagree.
+
+    It is not free of scale. With a scorer that all choices share, it is small wherever the choices
+    are alike, familiar or not.
+    """
     if len(logits) == 1:
         return logits.new_zeros(logits.shape[1:-1])  # and not the rounding of two equal numbers
     each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
