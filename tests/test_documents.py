@@ -170,7 +170,8 @@ def with_p(pair: tuple[float, float], scale: int, digits: int) -> str:
     """mean ± standard error (p of Student's t over 5 seeds)."""
     mean, error = pair
     p = 2 * stats.t.sf(abs(mean / error), 4)
-    shown = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} ({p:.3f})"
+    p = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    shown = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} ({p})"
     return shown.replace("-", "−")
 
 
