@@ -54,6 +54,9 @@ class FitConfig:
     :param clip_norm: largest norm of the gradient of −ELBO/N.
     :param accumulation: minibatches in a step.
     :param kl: schedule of the KL weight.
+    :param kl_budget: C > 0 in nats: :class:`~scalabl_pyro.infer.KLBudget` adapts the weight on top
+        of its schedule, so that KL(q‖p) goes to C, and ends the nearer the more steps there are.
+        No budget if left out.
     :param eval_every: steps between two validations, of which the last is at the end; 0 validates
         never.
     :param keep: which state to end with: the last, or the one with the best validation NLL.
@@ -70,6 +73,7 @@ class FitConfig:
     clip_norm: float = 1.0
     accumulation: int = 1
     kl: KLSchedule = field(default_factory=KLSchedule)
+    kl_budget: float | None = None
     eval_every: int = 0
     keep: str = "last"
 
@@ -91,6 +95,8 @@ class FitConfig:
             raise ValueError(
                 f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
             )
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise ValueError(f"kl_budget is {self.kl_budget!r}: expected a number of nats above 0")
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay is {self.decay!r}: expected constant, linear or cosine")
         if self.keep not in ("last", "best"):
@@ -215,8 +221,8 @@ def _check(
         )
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
-    if config.kl.budget is not None and isinstance(guide, AutoSubspaceDelta):
-        raise ValueError("kl.budget needs a density q(s), and the guide is a point: set kl.weight")
+    if config.kl_budget is not None and isinstance(guide, AutoSubspaceDelta):
+        raise ValueError("kl_budget needs a density q(s), and the guide is a point: set kl.weight")
     if world_size() > 1 and model.adapter.has_dropout:
         raise ValueError(
             "dropout leaves another random state in every process, so that s would not be shared:"
@@ -251,7 +257,7 @@ class _Run:
         ]
         self._optimizer = torch.optim.AdamW(groups)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
-        self._budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
+        self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
         self._per_example = 1 / (model.num_data * config.accumulation)
         self.step = 0
         self.history: list[dict[str, float]] = []
