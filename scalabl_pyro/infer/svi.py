@@ -373,7 +373,7 @@ class _Run:
 
         :raises Interrupted: if it is time to stop.
         """
-        if not (stop or self._last or self.step % checkpoints.every == 0):
+        if not (stop or self._last or self.step % checkpoints.config.every == 0):
             return
         if is_main():
             checkpoints.save(self.state())
