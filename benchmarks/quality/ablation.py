@@ -113,6 +113,7 @@ class Row:
 
     :param settings: fields of the method.
     :param kl: fields of the KL schedule.
+    :param kl_budget: in nats, beside it.
     :param adapter: fields of the adapter's configuration.
     :param data: folder of the questions.
     """
@@ -120,6 +121,7 @@ class Row:
     method: type[ScalaBL] = ScalaBL
     settings: dict[str, Any] = field(default_factory=dict)
     kl: dict[str, Any] = field(default_factory=dict)
+    kl_budget: float | None = None
     adapter: dict[str, Any] = field(default_factory=dict)
     data: str = "openbookqa"
 
@@ -184,7 +186,7 @@ GROUPS: dict[str, Group] = {
         {
             **{f"weight {weight:g}": Row(kl={"weight": weight}) for weight in (0.1, 1, 10, 100)},
             **{shape: Row(kl={"shape": shape}) for shape in ("constant", "linear", "cosine")},
-            **{f"budget {nats:g}": Row(kl={"budget": nats}) for nats in (3, 10, 30)},
+            **{f"budget {nats:g}": Row(kl_budget=nats) for nats in (3, 10, 30)},
         },
     ),
     "scale": Group(
@@ -258,7 +260,9 @@ class Work:
     def program(self, row: Row, setting: Setting, steps: int) -> tuple[ScalaBL, AdapterConfig]:
         """All that a row trains with."""
         kl = KLSchedule(**({"weight": setting.kl_weight} | row.kl))
-        config = FitConfig(steps=steps, batch_size=BATCH, lr=setting.lr, kl=kl)
+        config = FitConfig(
+            steps=steps, batch_size=BATCH, lr=setting.lr, kl=kl, kl_budget=row.kl_budget
+        )
         method = row.method(config, progress=False, projections="free", **row.settings)
         return method, replace(self.lora, **row.adapter)
 

@@ -91,7 +91,7 @@ def scalabl(
     **settings: Any,
 ) -> Callable[[int], Method]:
     return lambda steps: ScalaBL(
-        fit_config(steps, lr=lr, kl=KLSchedule(weight, budget=budget)),
+        fit_config(steps, lr=lr, kl=KLSchedule(weight), kl_budget=budget),
         draws=DRAWS,
         progress=False,
         projections=projections,

@@ -128,7 +128,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
 def _unfinished(config: RunConfig) -> Iterator[Checkpoints]:
     """The checkpoints of this run, in a locked folder that is removed when the run is saved."""
     folder = unfinished_folder(Path(config.run_dir))
-    checkpoints = Checkpoints(folder, config.checkpoint.every, config.checkpoint.keep)
+    checkpoints = Checkpoints(folder, config.checkpoint)
     if not is_main():
         yield checkpoints
         return
@@ -166,6 +166,8 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
                 f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
                 " them as they were, or choose another run_dir"
             )
+    if config.resume and settings.exists() and not checkpoints.exist:
+        log.warning("the unfinished run in %s left no checkpoint: it starts anew", folder)
     write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 

@@ -1,7 +1,7 @@
 """Inference: SVI with any ELBO, MCMC and Laplace approximations."""
 
 from .chains import Chains, mcmc
-from .checkpoints import Checkpoints, Interrupted
+from .checkpoints import CheckpointConfig, Checkpoints, Interrupted
 from .elbos import ELBOS, make_elbo
 from .kl import KLBudget, KLSchedule, kl_weight
 from .laplace_approximation import Laplace, laplace
@@ -10,6 +10,7 @@ from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide
 __all__ = [
     "ELBOS",
     "Chains",
+    "CheckpointConfig",
     "Checkpoints",
     "FitConfig",
     "FitResult",

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 __all__ = [
+    "CheckpointConfig",
     "Checkpoints",
     "Interrupted",
     "Snapshot",
@@ -67,29 +68,38 @@ class TrainingState:
     values: Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class Checkpoints:
-    """A folder of checkpoints, each one safetensors file, written whole or not at all.
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, and how many stay.
 
-    :param folder: made at the first checkpoint.
     :param every: steps between two of them; one more comes at the end, and one on a signal.
     :param keep: how many are kept, the newest.
     :raises ValueError: if a number is below 1.
     """
 
-    folder: Path
     every: int = 100
     keep: int = 2
-    _asked: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
 
+
+@dataclass(slots=True)
+class Checkpoints:
+    """A folder of checkpoints, each one safetensors file, written whole or not at all.
+
+    :param folder: made at the first checkpoint.
+    """
+
+    folder: Path
+    config: CheckpointConfig = field(default_factory=CheckpointConfig)
+    _asked: int | None = field(default=None, init=False)
+
     def part(self, name: str) -> Checkpoints:
         """Those of one part of a run, in a folder inside."""
-        return Checkpoints(self.folder / name, self.every, self.keep)
+        return Checkpoints(self.folder / name, self.config)
 
     @property
     def exist(self) -> bool:
@@ -125,8 +135,9 @@ class Checkpoints:
                 f" it are kept in {self.folder}: make room, then go on with resume=true",
             ) from error
         paths = self._paths()
+        end = paths.index(path) + 1
         # What is newer than this one is torn, for training went back behind it.
-        for old in [*paths[: paths.index(path) + 1][: -self.keep], *paths[paths.index(path) + 1 :]]:
+        for old in [*paths[:end][: -self.config.keep], *paths[end:]]:
             old.unlink()
 
     def latest(self) -> TrainingState | None:

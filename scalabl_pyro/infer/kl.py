@@ -50,20 +50,15 @@ class KLSchedule:
 
     with u = min(1, (t + 1) / (fraction · T)).
 
-    With a ``budget`` of C nats, :class:`KLBudget` adapts the weight on top, so that KL(q‖p) goes to
-    C, and ends the nearer the more steps there are; the schedule then only gives the start.
-
     :param weight: the final β > 0; 1 ends at the ELBO.
     :param shape: how β rises.
     :param fraction: share of the steps during which it rises, in (0, 1].
-    :param budget: C > 0 in nats; no budget if left out.
     :raises ValueError: if a value is out of range.
     """
 
     weight: float = 1.0
     shape: str = "linear"
     fraction: float = 0.2
-    budget: float | None = None
 
     def __post_init__(self) -> None:
         kl_weight(self.weight)
@@ -71,8 +66,6 @@ class KLSchedule:
             raise ValueError(f"shape is {self.shape!r}: expected constant, linear or cosine")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction!r}: expected a number in (0, 1]")
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"budget is {self.budget!r}: expected a number of nats above 0")
 
     def __call__(self, step: int, steps: int) -> float:
         """β at 0-based ``step`` of ``steps``, above 0."""

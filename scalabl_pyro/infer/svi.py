@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import Split
+from ..data import Batch, Split
 from ..distributed import average_over_ranks, check_same, is_main, rank, wait, world_size
 from ..guides import AutoSubspace, AutoSubspaceDelta
 from ..models.model import LoRAModel, ScalaBLModel
@@ -55,6 +55,9 @@ class FitConfig:
     :param clip_norm: largest norm of the gradient of −ELBO/N.
     :param accumulation: minibatches in a step.
     :param kl: schedule of the KL weight.
+    :param kl_budget: C > 0 in nats: :class:`~scalabl_pyro.infer.KLBudget` adapts the weight on top
+        of its schedule, so that KL(q‖p) goes to C, and ends the nearer the more steps there are.
+        No budget if left out.
     :param eval_every: steps between two validations, of which the last is at the end; 0 validates
         never.
     :param keep: which state to end with: the last, or the one with the best validation NLL.
@@ -71,6 +74,7 @@ class FitConfig:
     clip_norm: float = 1.0
     accumulation: int = 1
     kl: KLSchedule = field(default_factory=KLSchedule)
+    kl_budget: float | None = None
     eval_every: int = 0
     keep: str = "last"
 
@@ -92,6 +96,8 @@ class FitConfig:
             raise ValueError(
                 f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
             )
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise ValueError(f"kl_budget is {self.kl_budget!r}: expected a number of nats above 0")
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay is {self.decay!r}: expected constant, linear or cosine")
         if self.keep not in ("last", "best"):
@@ -159,26 +165,8 @@ def fit(
     :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
         the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
     """
-    if train.labels is None:
-        raise ValueError("training needs a label in every record")
-    if len(train) != model.num_data:
-        log.warning(
-            "there are %d training examples, but the model's num_data is %d: it is N, which weighs"
-            " the likelihood against the prior",
-            len(train),
-            model.num_data,
-        )
-    if config.eval_every and validate is None:
-        raise ValueError("eval_every is set, but no validate function was given")
-    if config.kl.budget is not None and isinstance(guide, AutoSubspaceDelta):
-        raise ValueError("kl.budget needs a density q(s), and the guide is a point: set kl.weight")
-    if world_size() > 1 and model.adapter.has_dropout:
-        raise ValueError(
-            "dropout leaves another random state in every process, so that s would not be shared:"
-            " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
-        )
+    _check(model, guide, train, config, validate)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
-    adapter = model.adapter
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():
             # Pyro's automatic guides make their parameters at the first call.
@@ -194,92 +182,63 @@ def fit(
         rank=rank(),
         world_size=world_size(),
     )
-    parameters, history = run.parameters, run.history
-    if not parameters:
-        raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
-    good = Snapshot(parameters)
-    per_example = 1 / (model.num_data * config.accumulation)
-
-    adapter.train()
+    model.adapter.train()
     with (
         model.projections.one_site(),
         checkpoints.interruptible() if checkpoints else nullcontext(),
         tqdm(total=config.steps, initial=run.step, disable=not (progress and is_main())) as bar,
     ):
-        for step in range(run.step, config.steps):
+        while run.step < config.steps:
             beta = run.kl_weight()
-            loss, nll = 0.0, 0.0
-            # Checks are worth their time once: sites, shapes and supports do not change.
-            check = step == 0
-            sites = AllSites(parameters) if check else nullcontext()
-            with pyro.validation_enabled(check), sites, kl_weight(beta):
-                for _ in range(config.accumulation):
-                    with ObservedNLL() as observed:
-                        loss += elbo.loss_and_grads(model, guide, next(minibatches)) * per_example
-                    nll += observed.total() * per_example
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            stop = checkpoints is not None and checkpoints.asked
-            if world_size() > 1:
-                terms = torch.tensor([loss, nll, float(stop)], device=adapter.device)
-                average_over_ranks([*gradients, terms])
-                loss, nll, stop = terms.tolist()  # all stop if one is asked to
-            norm = float(nn.utils.get_total_norm(gradients)) * per_example
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                good.restore()
-                adapter.eval()
-                raise NonFiniteLossError(
-                    f"at step {step + 1} of {config.steps} the loss is {loss} and the norm of its"
-                    f" gradient {norm}; the parameters are those of step {max(step - 1, 0)},"
-                    " the last good one; lower lr or lr_guide, or clip_norm"
-                )
-            good.take()
-            clip = min(1.0, config.clip_norm / (norm + 1e-6))
-            torch._foreach_mul_(gradients, per_example * clip)
-            row: dict[str, float] = {
-                "step": step + 1,
-                "loss": loss,
-                "nll": nll,
-                "kl": _kl(model, guide, (loss - nll) * model.num_data, beta),
-                "kl_weight": beta,
-                "lr": config.learning_rate(step),
-            }
-            history.append(row)
+            loss, nll = run.gradients(elbo, minibatches, beta)
+            loss, nll, stop = run.over_ranks(loss, nll, checkpoints)
+            run.clip(loss)
+            run.record(loss, nll, beta)
             run.take_step()
-            last = run.step == config.steps
-            if (
-                validate is not None
-                and config.eval_every
-                and (last or not run.step % config.eval_every)
-            ):
-                adapter.eval()
-                row["validation_nll"] = validate()
-                adapter.train()
-                run.compare(row["validation_nll"])
-            if checkpoints is not None and (stop or last or not run.step % checkpoints.every):
-                if is_main():
-                    checkpoints.save(run.state())
-                wait()  # before any process may go on from it
-                if stop:
-                    adapter.eval()
-                    raise Interrupted(
-                        f"stopped by a signal after step {run.step}; go on with resume=true"
-                    )
-            bar.set_postfix(
-                nll=f"{nll:.3f}", kl=f"{row['kl']:.1f}", kl_weight=f"{beta:.3g}", refresh=False
-            )
-            bar.update()
-    adapter.eval()
-    if config.keep == "best":
-        run.best.restore()
-        return FitResult(history, run.best_step)
-    return FitResult(history, config.steps)
+            run.validate(validate)
+            if checkpoints is not None:
+                run.save(checkpoints, stop)
+            run.show(bar)
+    model.adapter.eval()
+    return run.result()
+
+
+def _check(
+    model: LoRAModel,
+    guide: Callable[..., Any],
+    train: Split,
+    config: FitConfig,
+    validate: Callable[[], float] | None,
+) -> None:
+    """Refuse what cannot be trained, before anything is."""
+    if train.labels is None:
+        raise ValueError("training needs a label in every record")
+    if len(train) != model.num_data:
+        log.warning(
+            "there are %d training examples, but the model's num_data is %d: it is N, which weighs"
+            " the likelihood against the prior",
+            len(train),
+            model.num_data,
+        )
+    if config.eval_every and validate is None:
+        raise ValueError("eval_every is set, but no validate function was given")
+    if config.kl_budget is not None and isinstance(guide, AutoSubspaceDelta):
+        raise ValueError("kl_budget needs a density q(s), and the guide is a point: set kl.weight")
+    if world_size() > 1 and model.adapter.has_dropout:
+        raise ValueError(
+            "dropout leaves another random state in every process, so that s would not be shared:"
+            " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
+        )
 
 
 class _Run:
-    """What training carries from step to step, and a checkpoint holds."""
+    """What training carries from step to step, and a checkpoint holds; and the parts of a step.
+
+    :raises ValueError: if nothing is trained.
+    """
 
     def __init__(self, model: LoRAModel, guide: Callable[..., Any], config: FitConfig) -> None:
-        self._config = config
+        self._model, self._guide, self._config = model, guide, config
         self._device = model.adapter.device
         trained = model.adapter.named_parameters()
         known = {id(parameter) for parameter in trained.values()}
@@ -290,23 +249,96 @@ class _Run:
         if isinstance(guide, nn.Module):
             inferred |= {f"guide.{name}": p for name, p in guide.named_parameters()}
         self._named = trained | inferred
-        self.parameters = list(self._named.values())
+        self._parameters = list(self._named.values())
+        if not self._parameters:
+            raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
         groups = [
             {"params": [*trained.values()], "lr": config.lr, "weight_decay": config.weight_decay},
             {"params": [*inferred.values()], "lr": config.lr_guide, "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(groups)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
-        self._budget = None if config.kl.budget is None else KLBudget(config.kl.budget)
+        self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
+        self._per_example = 1 / (model.num_data * config.accumulation)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.best = Snapshot(self.parameters)
+        self._good = Snapshot(self._parameters)
+        self.best = Snapshot(self._parameters)
         self.best_nll, self.best_step = math.inf, config.steps
+
+    @property
+    def _last(self) -> bool:
+        return self.step == self._config.steps
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def kl_weight(self) -> float:
         """β of the next step."""
         factor = 1.0 if self._budget is None else self._budget.factor
         return factor * self._config.kl(self.step, self._config.steps)
+
+    def gradients(
+        self, elbo: Any, minibatches: Iterator[Batch], beta: float
+    ) -> tuple[float, float]:
+        """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N and the NLL."""
+        loss, nll = 0.0, 0.0
+        # Checks are worth their time once: sites, shapes and supports do not change.
+        check = self.step == 0
+        sites = AllSites(self._parameters) if check else nullcontext()
+        with pyro.validation_enabled(check), sites, kl_weight(beta):
+            for _ in range(self._config.accumulation):
+                with ObservedNLL() as observed:
+                    found = elbo.loss_and_grads(self._model, self._guide, next(minibatches))
+                loss += found * self._per_example
+                nll += observed.total() * self._per_example
+        return loss, nll
+
+    def over_ranks(
+        self, loss: float, nll: float, checkpoints: Checkpoints | None
+    ) -> tuple[float, float, bool]:
+        """Average the gradients, the loss and the NLL; and whether a process was asked to stop."""
+        stop = checkpoints is not None and checkpoints.asked
+        if world_size() == 1:
+            return loss, nll, stop
+        terms = torch.tensor([loss, nll, float(stop)], device=self._device)
+        average_over_ranks([*self._gradients, terms])
+        loss, nll, share = terms.tolist()
+        return loss, nll, share > 0  # all stop if one is asked to
+
+    def clip(self, loss: float) -> None:
+        """Scale the gradients to those of −ELBO/N, of a norm that is not too large.
+
+        :raises NonFiniteLossError: if they or the loss are not finite; the last good parameters are
+            put back.
+        """
+        gradients = self._gradients
+        norm = float(nn.utils.get_total_norm(gradients)) * self._per_example
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._good.restore()
+            self._model.adapter.eval()
+            raise NonFiniteLossError(
+                f"at step {self.step + 1} of {self._config.steps} the loss is {loss} and the norm"
+                f" of its gradient {norm}; the parameters are those of step"
+                f" {max(self.step - 1, 0)}, the last good one; lower lr or lr_guide, or clip_norm"
+            )
+        self._good.take()
+        factor = min(1.0, self._config.clip_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, self._per_example * factor)
+
+    def record(self, loss: float, nll: float, beta: float) -> None:
+        """Add a row to the history, of the parameters before the step."""
+        rest = (loss - nll) * self._model.num_data
+        row: dict[str, float] = {
+            "step": self.step + 1,
+            "loss": loss,
+            "nll": nll,
+            "kl": _kl(self._model, self._guide, rest, beta),
+            "kl_weight": beta,
+            "lr": self._config.learning_rate(self.step),
+        }
+        self.history.append(row)
 
     def take_step(self) -> None:
         """Move the parameters by their gradients, and the schedules by the last row of history."""
@@ -317,11 +349,17 @@ class _Run:
         self._scheduler.step()
         self.step += 1
 
-    def compare(self, validation_nll: float) -> None:
-        """Remember the current parameters if they are the best so far.
+    def validate(self, validate: Callable[[], float] | None) -> None:
+        """Where a validation is due, remember the current parameters if they are the best so far.
 
         :raises NonFiniteLossError: if the NLL is no number.
         """
+        every = self._config.eval_every
+        if validate is None or not every or not (self._last or self.step % every == 0):
+            return
+        self._model.adapter.eval()
+        validation_nll = self.history[-1]["validation_nll"] = validate()
+        self._model.adapter.train()
         if math.isnan(validation_nll):
             raise NonFiniteLossError(
                 f"the validation NLL is {validation_nll} after step {self.step}; lower lr or"
@@ -330,6 +368,38 @@ class _Run:
         if validation_nll < self.best_nll or math.isinf(self.best_nll):
             self.best_nll, self.best_step = validation_nll, self.step
             self.best.take()
+
+    def save(self, checkpoints: Checkpoints, stop: bool) -> None:
+        """Write a checkpoint where one is due, or it is time to stop.
+
+        :raises Interrupted: if it is time to stop.
+        """
+        if not (stop or self._last or self.step % checkpoints.config.every == 0):
+            return
+        if is_main():
+            checkpoints.save(self.state())
+        wait()  # before any process may go on from it
+        if stop:
+            self._model.adapter.eval()
+            raise Interrupted(f"stopped by a signal after step {self.step}; go on with resume=true")
+
+    def show(self, bar: tqdm[Any]) -> None:
+        """Move the bar by a step."""
+        row = self.history[-1]
+        bar.set_postfix(
+            nll=f"{row['nll']:.3f}",
+            kl=f"{row['kl']:.1f}",
+            kl_weight=f"{row['kl_weight']:.3g}",
+            refresh=False,
+        )
+        bar.update()
+
+    def result(self) -> FitResult:
+        """What training ends with, in the parameters too."""
+        if self._config.keep == "best":
+            self.best.restore()
+            return FitResult(self.history, self.best_step)
+        return FitResult(self.history, self._config.steps)
 
     def state(self) -> TrainingState:
         """All of it, and torch's random state."""

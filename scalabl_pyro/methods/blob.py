@@ -104,8 +104,8 @@ class BLoB(DrawsWeights, Method):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a number above 0")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}: expected 1 or more")
-        if self.config.kl.budget is not None:
-            raise ValueError("kl.budget is for method scalabl: set kl.weight")
+        if self.config.kl_budget is not None:
+            raise ValueError("kl_budget is for method scalabl: set kl.weight")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> BLoBModel:
         """The probabilistic model of these settings.

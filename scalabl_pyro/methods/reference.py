@@ -18,6 +18,7 @@ own; and the mean of q is positive. Where the descriptions say nothing, this is 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from ..data import Split
 from ..distributed import world_size
 from ..guides import AutoSubspace
-from ..infer.checkpoints import Snapshot
+from ..infer.checkpoints import Checkpoints, Snapshot
 from ..infer.svi import FitConfig, FitResult, NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import ScalaBLModel
@@ -44,6 +45,8 @@ from ..prediction.predictor import Predictor
 from .base import Method
 
 __all__ = ["LogMeanNormal", "Reference", "burst_steps", "burst_weight", "fit_reference"]
+
+log = logging.getLogger(__name__)
 
 
 def burst_steps(num_data: int, batch_size: int) -> int:
@@ -102,8 +105,8 @@ class Reference(Method):
     A re-implementation: see the choices in :mod:`scalabl_pyro.methods.reference`. It does not
     maximise an ELBO, and its q(s) is no posterior: see :func:`fit_reference`. The
     published settings are 5,000 steps, batch size 4, ``lr`` and ``lr_guide`` 1e-4, ``warmup`` 0.06
-    and linear decay. ``config.kl`` has no effect here. No checkpoints are written: an interrupted
-    run starts anew.
+    and linear decay. ``config.kl`` has no effect here. No checkpoints are written, which a warning
+    says where they are asked for: an interrupted run starts anew, with ``resume`` too.
 
     :param init_scale: initial σ, drawn from U(init_scale/√2, init_scale).
     :param prior_scale: standard deviation of the prior, Normal(0, prior_scale²).
@@ -144,8 +147,17 @@ class Reference(Method):
         return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
 
     def _train(
-        self, model: Any, guide: Any, train: Split, checkpoints: object = None, **options: Any
+        self,
+        model: Any,
+        guide: Any,
+        train: Split,
+        checkpoints: Checkpoints | None = None,
+        **options: Any,
     ) -> FitResult:
+        if checkpoints is not None:
+            log.warning(
+                "method reference writes no checkpoints: if this run is interrupted, it starts anew"
+            )
         return fit_reference(
             model, guide, train, self.config, lr_kl=self.lr_kl, progress=self.progress, **options
         )

@@ -51,8 +51,8 @@ class ScalaBL(Method):
         make_prior((1, 1), **self.prior)
         make_elbo(**self.elbo)
         check_guide(**self.guide)
-        if self.guide.get("name") == "delta" and self.config.kl.budget is not None:
-            raise ValueError("kl.budget needs a density q(s), and guide delta is a point")
+        if self.guide.get("name") == "delta" and self.config.kl_budget is not None:
+            raise ValueError("kl_budget needs a density q(s), and guide delta is a point")
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 

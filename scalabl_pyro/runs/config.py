@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
 from ..files import check_writable
+from ..infer.checkpoints import CheckpointConfig
 from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method
@@ -75,24 +76,6 @@ class DataConfig(DataSource):
                 if record.label is None:
                     raise DataError(f"the record {record.id!r} of the split {name} has no label")
         return splits
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointConfig:
-    """Checkpoints of unfinished training.
-
-    :param every: steps between two of them.
-    :param keep: how many are kept.
-    :raises ConfigError: if a number is below 1.
-    """
-
-    every: int = 100
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}: expected 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

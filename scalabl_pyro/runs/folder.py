@@ -41,7 +41,7 @@ from .config import RunConfig, build
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
 
-FORMAT = 2
+FORMAT = 3
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
 
 

@@ -289,7 +289,7 @@ def edit_json(path, **changes):
 
 def test_a_checkpoint_of_another_format_is_refused(run):
     edit_json(run / "posterior.json", format=99)
-    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 2"):
+    with pytest.raises(RunFolderError, match="has format 99, but this version reads format 3"):
         load_run(run)
 
 
@@ -417,7 +417,7 @@ def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatc
         ["method.guide.name=delta", "method.prior.name=laplace"],
         ["method.prior.name=horseshoe", "method.elbo.num_particles=2"],
         ["method.prior.name=learned_normal", "method.projections=unit", "method.scale_B=0.1"],
-        ["method.prior.name=log_normal", "method.projections=frozen_v", "fit.kl.budget=5"],
+        ["method.prior.name=log_normal", "method.projections=frozen_v", "fit.kl_budget=5"],
     ],
     ids=" ".join,
 )

@@ -15,14 +15,14 @@ from conftest import make_records, scalabl, write_jsonl
 from filelock import FileLock
 from pyro.infer import Trace_ELBO
 
-from scalabl_pyro import KLSchedule, ScalaBLModel, fit, load_run
+from scalabl_pyro import ScalaBLModel, fit, load_run
 from scalabl_pyro.commands._report import load_predictions
 from scalabl_pyro.guides import make_guide
 from scalabl_pyro.infer import checkpoints as module
-from scalabl_pyro.infer.checkpoints import Checkpoints, Interrupted, TrainingState
+from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints, Interrupted, TrainingState
 from scalabl_pyro.infer.svi import FitConfig
 
-FIT = FitConfig(steps=7, batch_size=4, lr=0.05, accumulation=2, kl=KLSchedule(budget=5.0))
+FIT = FitConfig(steps=7, batch_size=4, lr=0.05, accumulation=2, kl_budget=5.0)
 BEST = FitConfig(steps=7, batch_size=4, lr=0.05, eval_every=2, keep="best")
 
 
@@ -71,7 +71,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     make_causal, records, tmp_path, config, stop_after
 ):
     whole, expected = train(make_causal, records, config)
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
     with pytest.raises(Stop):
         train(make_causal, records, config, checkpoints=checkpoints, stop_after=stop_after)
     assert checkpoints.latest().step == stop_after
@@ -79,11 +79,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert result == expected
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    assert len(list(tmp_path.iterdir())) == checkpoints.keep
+    assert len(list(tmp_path.iterdir())) == checkpoints.config.keep
 
 
 def test_torn_checkpoints_are_passed_over(make_causal, records, tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=1, keep=3)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=3))
     train(make_causal, records, FIT, checkpoints=checkpoints)
     newest, second, _ = sorted(tmp_path.iterdir(), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-10])  # truncated
@@ -97,7 +97,7 @@ def test_torn_checkpoints_are_passed_over(make_causal, records, tmp_path):
 
 
 def test_torn_checkpoints_never_push_out_good_ones(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1))
     checkpoints.save(TrainingState(10, {"a": torch.ones(3)}, {}))
     (tmp_path / "step-00000020.safetensors").write_bytes(b"torn")
     assert checkpoints.latest().step == 10
@@ -121,7 +121,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
     state = TrainingState(1, {"a": torch.ones(3)}, {"history": []})
     checkpoints.save(state)
 
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_signal_stops_after_the_step_with_a_checkpoint(make_causal, records, tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=1000)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1000))
     whole, _ = train(make_causal, records, FIT)
     handler = signal.getsignal(signal.SIGTERM)
     original = Checkpoints.asked
@@ -156,20 +156,22 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(make_causal, records, t
     finally:
         Checkpoints.asked = original
     assert signal.getsignal(signal.SIGTERM) is handler
-    resumed, _ = train(make_causal, records, FIT, checkpoints=Checkpoints(tmp_path, every=1000))
+    resumed, _ = train(
+        make_causal, records, FIT, checkpoints=Checkpoints(tmp_path, CheckpointConfig(every=1000))
+    )
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(make_causal, records, tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
     checkpoints.save(TrainingState(1, {"parameter.other": torch.ones(2)}, {}))
     with pytest.raises(ValueError, match="is of other parameters"):
         train(make_causal, records, FIT, checkpoints=checkpoints)
 
 
-def test_intervals_must_be_positive(tmp_path):
+def test_intervals_must_be_positive():
     with pytest.raises(ValueError, match="every is 0"):
-        Checkpoints(tmp_path, every=0)
+        CheckpointConfig(every=0)
 
 
 @pytest.fixture
@@ -234,3 +236,14 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_nothing(
     assert scalabl(*words, "run_dir=out") == 1
     assert "pulled the plug" in capsys.readouterr().err
     assert list(tmp_path.glob("out*")) == []
+
+
+def test_a_run_without_checkpoints_says_that_it_starts_anew(words, tmp_path, capsys):
+    words = [*words, "method=reference", "run_dir=out"]
+    (tmp_path / "out.unfinished").mkdir()  # as a process leaves it that was killed
+    (tmp_path / "out.unfinished" / "config.yaml").touch()
+    assert scalabl(*words, "resume=true") == 0
+    said = capsys.readouterr().err
+    assert "method reference writes no checkpoints" in said
+    assert "the unfinished run in out.unfinished left no checkpoint: it starts anew" in said
+    assert (tmp_path / "out" / "metrics.json").exists()

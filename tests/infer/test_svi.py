@@ -353,7 +353,7 @@ def test_a_kl_budget_is_reached(make_causal, records):
     for nats in (5.0, 20.0):
         model = ScalaBLModel(adapter, num_data=1000)
         guide = AutoSubspaceNormal(model)
-        config = FitConfig(steps=250, lr=0.0, lr_guide=0.05, kl=KLSchedule(budget=nats))
+        config = FitConfig(steps=250, lr=0.0, lr_guide=0.05, kl_budget=nats)
         history = fit(model, guide, split, config, progress=False).history
         ends[nats] = history[-1]["kl"]
         assert ends[nats] == pytest.approx(nats, rel=0.15)
@@ -375,8 +375,8 @@ def test_a_kl_budget_is_reached(make_causal, records):
 
 
 def test_a_budget_must_be_positive():
-    with pytest.raises(ValueError, match="budget is -1"):
-        KLSchedule(budget=-1)
+    with pytest.raises(ValueError, match="kl_budget is -1"):
+        FitConfig(kl_budget=-1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -414,7 +414,7 @@ def test_a_point_has_no_kl_to_budget(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
-    config = FitConfig(steps=1, kl=KLSchedule(budget=2.0))
+    config = FitConfig(steps=1, kl_budget=2.0)
     with pytest.raises(ValueError, match="the guide is a point"):
         fit(model, AutoSubspaceDelta(model), split, config, progress=False)
 

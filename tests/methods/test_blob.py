@@ -127,7 +127,7 @@ def test_matrices_that_do_not_move_are_refused(make_causal, projections):
         ({"prior_scale": 0.0}, "prior_scale is 0.0"),
         ({"init_scale": -1.0}, "init_scale is -1.0"),
         ({"draws": 0}, "draws is 0"),
-        ({"config": FitConfig(kl=KLSchedule(budget=3.0))}, "kl.budget is for method scalabl"),
+        ({"config": FitConfig(kl_budget=3.0)}, "kl_budget is for method scalabl"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

@@ -5,7 +5,7 @@ import torch
 from conftest import whole
 
 from scalabl_pyro import FitConfig, fit, predict
-from scalabl_pyro.infer.checkpoints import Checkpoints
+from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints
 from scalabl_pyro.methods import MAP, MLE, Ensemble, MCDropout, base
 from scalabl_pyro.prediction.weight_draws import WeightAverage
 
@@ -74,7 +74,7 @@ def test_an_interrupted_ensemble_keeps_its_finished_members(
     split = make_choice().readout.encode(records)
     method = Ensemble(CONFIG, progress=False, members=2)
     expected = predict(method.fit(make_choice, split, None, seed=1).predictor, split).logits
-    checkpoints = Checkpoints(tmp_path / "unfinished", every=1, keep=1)
+    checkpoints = Checkpoints(tmp_path / "unfinished", CheckpointConfig(every=1, keep=1))
     calls = []
 
     def dies(*args, **options):
