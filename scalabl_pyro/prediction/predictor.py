@@ -177,13 +177,12 @@ def predict(
     predictor.adapter.eval()
     order = sorted(range(len(split)), key=split.lengths.__getitem__)
     found, used = [], []
-    for start in tqdm(range(0, len(order), batch_size), disable=not progress):
-        indices = order[start : start + batch_size]
+    for some in tqdm(split.select(order).batches(batch_size), disable=not progress):
         if tolerance is not None and isinstance(predictor, Predictor):
-            logits, draws = _until_settled(predictor, split, indices, tolerance)
+            logits, draws = _until_settled(predictor, some, tolerance)
             used.append(draws)
         else:
-            logits = predictor.logits(split.collate([split[index] for index in indices])).cpu()
+            logits = predictor.logits(some.collate(some.examples)).cpu()
         found.append(logits)
     place = torch.tensor(order).argsort()
     return Predictions(
@@ -203,18 +202,16 @@ def predict_proba(predictor: Predicts, records: Sequence[Record], **options: Any
     return average(predict(predictor, split, **options).logits).exp()
 
 
-def _until_settled(
-    predictor: Predictor, split: Split, indices: list[int], tolerance: float
-) -> tuple[Tensor, Tensor]:
+def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tuple[Tensor, Tensor]:
     """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
     S = predictor.num_draws
     stops = [n for n in range(_FEWEST, S) if S % n == 0] + [S]
-    logits = torch.empty(S, len(indices), predictor.adapter.readout.num_classes)
-    used = torch.full((len(indices),), S)
-    pending = torch.arange(len(indices))
+    logits = torch.empty(S, len(split), predictor.adapter.readout.num_classes)
+    used = torch.full((len(split),), S)
+    pending = torch.arange(len(split))
     done = 0
     for stop in stops:
-        batch = split.collate([split[indices[b]] for b in pending.tolist()])
+        batch = split.collate([split[b] for b in pending.tolist()])
         logits[done:stop, pending] = predictor.logits(batch, slice(done, stop)).cpu()
         settled = half_width(logits[:stop, pending]) <= tolerance
         if stop < S:
