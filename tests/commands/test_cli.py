@@ -28,6 +28,8 @@ from scalabl_pyro.data import read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import make_adapter
 from scalabl_pyro.methods import METHODS, ScalaBL
+from scalabl_pyro.prediction import metrics
+from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.config import DataConfig, RunConfig, build
 from scalabl_pyro.runs.folder import RunFolderError
 
@@ -535,6 +537,19 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     assert scalabl("predict", *words, "output=out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
+
+
+def test_predict_encodes_each_record_once_and_averages_each_chunk_once(run, monkeypatch):
+    write_jsonl(Path("in.jsonl"), make_records(9))
+    seen, averaged = [], []
+    encode, average = LabelTokens.encode, metrics.average
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelTokens, "encode", lambda r, x: (seen.extend(x), encode(r, x))[1])
+        patch.setattr(metrics, "average", lambda x: (averaged.append(len(x)), average(x))[1])
+        words = [f"run={run}", "input=in.jsonl", "output=o.jsonl", "batch_size=4"]
+        assert scalabl("predict", *words, "progress=false") == 0
+    assert [record.id for record in seen] == [f"q{n}" for n in range(9)]
+    assert len(averaged) == 3
 
 
 def test_predict_proba_takes_records(run, data):
