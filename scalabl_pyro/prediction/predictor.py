@@ -66,6 +66,13 @@ class Predictor:
         ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
         cache. Where memory runs out it is halved, with a line in the log.
     :raises ValueError: if the draws have another shape.
+
+    Usage::
+
+        predictor = Predictor(adapter, draw(guide, 10, seed=0))
+        found = predict(predictor, records)
+        found.probabilities, found.mutual_information  # (N, C) and (N,)
+        metrics = evaluate(found.logits, found.labels)
     """
 
     adapter: SubspaceAdapter
