@@ -28,7 +28,7 @@ class PredictConfig:
     run: str
     input: str
     output: str
-    method: PredictionConfig = field(default_factory=PredictionConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
     batch_size: int = 64
     progress: bool = True
 
@@ -47,16 +47,16 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     records = list(iter_records(config.input, run.class_names))
-    predictor = make_predictor(run, config.method)
+    predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
-    settings = {"run": config.run, "method": asdict(config.method), "batch": config.batch_size}
+    settings = {"run": config.run, "prediction": asdict(config.prediction), "batch": config.batch_size}
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
         for chunk in split.batches(config.batch_size, start=file.done):
             found = predict(
-                predictor, chunk, batch_size=config.batch_size, tolerance=config.method.tolerance
+                predictor, chunk, batch_size=config.batch_size, tolerance=config.prediction.tolerance
             )
             file.write(_answers(chunk.records, found.logits, found.used))
             bar.update(len(chunk))
