@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         make_guide,
     )
     from .infer import FitConfig, KLSchedule, fit, kl_weight, laplace, mcmc
-    from .lora import SubspaceAdapter
+    from .lora import SubspaceAdapter, from_pretrained
     from .models import CompletionModel, LoRAModel, ScalaBLModel, make_prior, priors
     from .prediction import (
         Predictions,
@@ -67,6 +67,7 @@ __all__ = [
     "entropy",
     "evaluate",
     "fit",
+    "from_pretrained",
     "generate",
     "guides",
     "infer",
@@ -102,7 +103,7 @@ _HOMES = {
         "make_guide",
     ],
     "infer": ["FitConfig", "KLSchedule", "fit", "kl_weight", "laplace", "mcmc"],
-    "lora": ["SubspaceAdapter"],
+    "lora": ["SubspaceAdapter", "from_pretrained"],
     "methods": [],
     "models": ["CompletionModel", "LoRAModel", "ScalaBLModel", "make_prior", "priors"],
     "prediction": [

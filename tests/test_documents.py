@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import shlex
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import nbformat
 import numpy as np
+import pyro
 import pytest
 import torch
-from conftest import make_records, scalabl, write_jsonl
+from conftest import make_records, scalabl, tiny_llama, write_jsonl
 from nbclient import NotebookClient
+from peft import LoraConfig
 from pyro.nn import PyroParam
 from scipy import stats
 
+import scalabl_pyro as sp
 import scalabl_pyro.models.model as model_file
 from scalabl_pyro import (
     FitConfig,
@@ -33,6 +38,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.methods import MLE, temperature
 from scalabl_pyro.methods.base import PointMethod
+from scalabl_pyro.readouts import LabelTokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -344,6 +350,22 @@ def test_notebooks_run_and_are_committed_executed(path, tmp_path):
         for name, value in (("STEPS", 4), ("DRAWS", 30)):
             cell.source = re.sub(rf"^{name} = \d+", f"{name} = {value}", cell.source, flags=re.M)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+
+
+def test_the_usage_in_docstrings_runs(tokenizer, records):
+    """One after the other, as they build on each other."""
+    names: dict[str, object] = {name: getattr(sp, name) for name in sp.__all__}
+    names |= {"llm": tiny_llama(), "tokenizer": tokenizer, "records": records, "torch": torch}
+    names |= {"LoraConfig": LoraConfig, "LabelTokens": LabelTokens, "PROMPTS": sp.data.PROMPTS}
+    names |= {"pyro": pyro, "dist": pyro.distributions}
+    for documented in (sp.SubspaceAdapter, sp.ScalaBLModel, sp.fit, sp.Predictor):
+        code = textwrap.dedent(inspect.getdoc(documented).partition("Usage::\n\n")[2])
+        assert code
+        exec(compile(code, documented.__name__, "exec"), names)
+    assert names["logits"].shape == (10, 4, 4)
+    assert {"s", "label"} <= set(names["trace"].nodes)
+    assert len(names["history"]) == 20
+    assert names["metrics"]["nll"] > 0
 
 
 def run_snippet(start: str, names: dict[str, object]) -> None:

@@ -25,7 +25,7 @@ class EvaluateConfig:
     run: str
     data: DataSource
     split: str = "test"
-    method: PredictionConfig = field(default_factory=PredictionConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
     output: str | None = None
     batch_size: int = 64
     progress: bool = True
@@ -47,10 +47,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     records = replace(config.data, classes=classes).read_split(config.split)
     split = trained.encode(records)
     found = predict(
-        make_predictor(trained, config.method),
+        make_predictor(trained, config.prediction),
         split,
         batch_size=config.batch_size,
-        tolerance=config.method.tolerance,
+        tolerance=config.prediction.tolerance,
         progress=config.progress,
     )
     metrics = evaluate(found.logits, found.labels)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..data import Record, iter_records
 from ..files import new_path
-from ..prediction.metrics import average, entropy, mutual_information
+from ..prediction.metrics import summarise
 from ..prediction.predictor import predict
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
@@ -28,7 +28,7 @@ class PredictConfig:
     run: str
     input: str
     output: str
-    method: PredictionConfig = field(default_factory=PredictionConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
     batch_size: int = 64
     progress: bool = True
 
@@ -47,17 +47,16 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     records = list(iter_records(config.input, run.class_names))
-    predictor = make_predictor(run, config.method)
-    run.encode(records)  # every record is checked before the first is predicted
-    settings = {"run": config.run, "method": asdict(config.method), "batch": config.batch_size}
+    predictor = make_predictor(run, config.prediction)
+    split = run.encode(records)  # every record is checked before the first is predicted
+    settings = {"run": config.run, "prediction": asdict(config.prediction), "batch": config.batch_size}
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
-        for start in range(file.done, len(records), config.batch_size):
-            chunk = run.encode(records[start : start + config.batch_size])
+        for chunk in split.batches(config.batch_size, start=file.done):
             found = predict(
-                predictor, chunk, batch_size=config.batch_size, tolerance=config.method.tolerance
+                predictor, chunk, batch_size=config.batch_size, tolerance=config.prediction.tolerance
             )
             file.write(_answers(chunk.records, found.logits, found.used))
             bar.update(len(chunk))
@@ -67,8 +66,8 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
 def _answers(
     records: Sequence[Record], logits: Tensor, used: Tensor | None
 ) -> Iterator[dict[str, Any]]:
-    probs = average(logits).exp()
-    rows = zip(records, probs, entropy(logits), mutual_information(logits), strict=True)
+    found = summarise(logits)
+    rows = zip(records, found.probabilities, found.entropy, found.mutual_information, strict=True)
     for index, (record, p, h, i) in enumerate(rows):
         answer: dict[str, Any] = {
             "id": record.id,

@@ -95,6 +95,30 @@ class Split(Sequence[Example]):
         """(N,) tokens of each example's longest row."""
         return self._lengths
 
+    def select(self, indices: Sequence[int]) -> Split:
+        """A split of these examples, in this order.
+
+        :raises DataError: if there are none.
+        """
+        return Split(
+            [self.records[index] for index in indices],
+            [self.examples[index] for index in indices],
+            self.collate,
+        )
+
+    def batches(self, batch_size: int, *, start: int = 0) -> list[Split]:
+        """The examples in their order, B at a time; the last part may be smaller.
+
+        :param start: leave out the first so many examples.
+        :raises ValueError: if ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
+        return [
+            self.select(range(first, min(first + batch_size, len(self))))
+            for first in range(start, len(self), batch_size)
+        ]
+
     def minibatches(
         self, batch_size: int, *, seed: int, skip: int = 0, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:

@@ -144,10 +144,10 @@ def _predictions(
         return classes.log_prob(found.labels), classes.sample(), found.labels
     terms: list[Tensor] = []
     replicated: list[Tensor] = []
-    for start in range(0, len(split), batch_size):
-        examples = split.examples[start : start + batch_size]
-        batch = split.collate(examples)
-        logits = found.logits[:, start : start + len(examples)].to(predictor.adapter.device)
+    parts = found.logits.split(batch_size, dim=1)
+    for some, part in zip(split.batches(batch_size), parts, strict=True):
+        batch = some.collate(some.examples)
+        logits = part.to(predictor.adapter.device)
         observe = poutine.trace(model.observe)
         sites: Any = observe.get_trace(batch, logits).nodes.values()
         of_data = [n for n in sites if n["type"] == "sample" and not site_is_subsample(n)]

@@ -169,7 +169,8 @@ def mcmc(
 def whole_split(model: ScalaBLModel, split: Split, batch_size: int | None) -> list[Batch]:
     """All N examples in batches, or in one, for a likelihood without a minibatch's noise.
 
-    :raises ValueError: if a label is missing, or N is not ``model.num_data``.
+    :raises ValueError: if a label is missing, N is not ``model.num_data``, or ``batch_size`` is
+        below 1.
     """
     if split.labels is None:
         raise ValueError("a posterior needs a label in every record")
@@ -179,10 +180,7 @@ def whole_split(model: ScalaBLModel, split: Split, batch_size: int | None) -> li
             f" {model.num_data}: the posterior is that of all the data, so give all of it"
         )
     size = len(split) if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
-    examples = list(split)
-    return [split.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    return [some.collate(some.examples) for some in split.batches(size)]
 
 
 def _potential(

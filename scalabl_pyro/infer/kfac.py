@@ -74,8 +74,8 @@ def kfac(
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    for start in range(0, len(split), batch_size):
-        batch = split.collate(split.examples[start : start + batch_size]).to(adapter.device)
+    for some in split.batches(batch_size):
+        batch = some.collate(some.examples).to(adapter.device)
         mask = batch.inputs["attention_mask"].flatten(0, -2).bool()  # (R, T)
         f, seen = _run(adapter, batch)
         p = f.detach().softmax(-1)

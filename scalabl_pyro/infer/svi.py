@@ -164,6 +164,13 @@ def fit(
     :raises Interrupted: if a signal asked to stop, after a checkpoint.
     :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
         the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
+
+    Usage::
+
+        model = ScalaBLModel(adapter, num_data=len(train))
+        guide = AutoSubspaceNormal(model)
+        config = FitConfig(steps=20, batch_size=4, kl=KLSchedule(weight=10.0))
+        history = fit(model, guide, train, config).history  # a dictionary of figures for each step
     """
     _check(model, guide, train, config, validate)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo

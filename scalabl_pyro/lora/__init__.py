@@ -3,16 +3,19 @@
 from .adapter import PROJECTIONS, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .loading import Classes, load_llm, load_readout, make_adapter
+from .pretrained import LoadOptions, from_pretrained
 from .trunk import Trunk
 
 __all__ = [
     "PROJECTIONS",
     "AdapterConfig",
     "Classes",
+    "LoadOptions",
     "ModelConfig",
     "ProjectionMode",
     "SubspaceAdapter",
     "Trunk",
+    "from_pretrained",
     "load_llm",
     "load_readout",
     "make_adapter",

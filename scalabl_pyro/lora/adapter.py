@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import Batch, Split
+from ..data import Batch, Record, Split
 from ..distributed import shard
 from ..readouts.base import Readout
 from .flipout import Shift, flipped
@@ -63,6 +63,15 @@ class SubspaceAdapter:
         computes the same (see :class:`~scalabl_pyro.lora.Trunk`).
     :raises ValueError: if a target matches no module, what PEFT builds would bypass the hook, or
         ``start`` does not fit the model.
+
+    Usage::
+
+        readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+        adapter = SubspaceAdapter(llm, LoraConfig(r=4, target_modules=["q_proj"]), readout)
+        train = adapter.encode(records)
+        batch = next(train.minibatches(4, seed=0))
+        s = torch.randn(10, *adapter.shape)  # (S, M, r)
+        logits = adapter(batch, s)  # (S, B, C)
     """
 
     def __init__(
@@ -240,6 +249,13 @@ class SubspaceAdapter:
         return found.hexdigest()
 
     # ------------------------------------------------------------------ forward
+
+    def encode(self, records: Sequence[Record]) -> Split:
+        """Tokenise records for the readout.
+
+        :raises DataError: if a record does not fit it.
+        """
+        return self.readout.encode(records)
 
     def __call__(
         self,

@@ -86,8 +86,10 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
         )
     if lora.alpha_pattern:
         raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
-    if isinstance(llm, PeftModel):
-        raise ValueError("the model already carries a PEFT adapter: pass the base model")
+    if isinstance(llm, PeftModel) or any(isinstance(m, LoraLayer) for m in llm.modules()):
+        raise ValueError(
+            "the model already carries a PEFT adapter: pass the base model, loaded anew"
+        )
     layers = lora.layers_to_transform or []
     blocks = getattr(llm.config.get_text_config(), "num_hidden_layers", None)
     layers = [layers] if isinstance(layers, int) else layers

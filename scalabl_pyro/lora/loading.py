@@ -28,7 +28,7 @@ from ..readouts.label_tokens import LabelTokens
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 
-__all__ = ["Classes", "load_llm", "load_readout", "make_adapter"]
+__all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,14 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
 
     :raises FileNotFoundError: if the model cannot be found.
     """
-    tokenizer: PreTrainedTokenizerBase = _load(config, AutoTokenizer)
-    max_length = _context(tokenizer, _load(config, AutoConfig))
+    return make_readout(config, classes, _load(config, AutoTokenizer), _load(config, AutoConfig))
+
+
+def make_readout(
+    config: ModelConfig, classes: Classes, tokenizer: PreTrainedTokenizerBase, llm_config: Any
+) -> Readout:
+    """The readout with the tokenizer of a model whose config.json is known."""
+    max_length = _context(tokenizer, llm_config)
     if config.readout == "label_tokens":
         return LabelTokens(
             tokenizer,
@@ -120,8 +126,14 @@ def load_llm(
             f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random:"
             f" train them whole, as by lora.heads=[{','.join(modules)}]"
         )
+    return prepare(llm, readout)
+
+
+def prepare(llm: PreTrainedModel, readout: Readout) -> PreTrainedModel:
+    """The same model, told the padding token, and with quantised layers that keep their weights."""
     llm.config.pad_token_id = readout.tokenizer.pad_token_id
-    for module in llm.modules():
+    modules: Any = llm.modules()
+    for module in modules:
         # On CPUs with bfloat16 instructions, bitsandbytes would repack 4-bit weights at the first
         # prediction: rounded anew, and no gradient would pass them any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -172,13 +172,12 @@ class Trunk:
         """
         if not self.depth:
             raise ValueError(f"there is no trunk to compute once: {self.why_not}")
-        examples = []
-        for start in range(0, len(split), batch_size):
-            some = split.examples[start : start + batch_size]
-            batch = split.collate(some)
+        examples: list[Example] = []
+        for some in split.batches(batch_size):
+            batch = some.collate(some.examples)
             mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
             # With gradients on, the first batch tells whether a trained parameter has a part in it.
-            with torch.set_grad_enabled(start == 0):
+            with torch.set_grad_enabled(not examples):
                 leaving = self.leaving(partial(run, batch), self.depth)
                 if leaving is None:
                     raise ValueError(

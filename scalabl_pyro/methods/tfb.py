@@ -66,9 +66,7 @@ class TFB(DrawsWeights, PointMethod):
         """
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(train), generator=generator)[: self.examples].tolist()
-        anchor = Split(
-            [train.records[i] for i in chosen], [train[i] for i in chosen], train.collate
-        )
+        anchor = train.select(chosen)
         adapter = fitted.model.adapter
         plain = self.nll(fitted.predictor, anchor)
         matrices = adapter.matrices

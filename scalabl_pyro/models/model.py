@@ -148,6 +148,13 @@ class ScalaBLModel(LoRAModel):
         density joins the objective, not weighted by the KL weight; none if left out.
     :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0, or the
         start has to move and the adapter has been trained since it was made.
+
+    Usage::
+
+        model = ScalaBLModel(adapter, num_data=len(train), prior=dist.Laplace(0.0, 1.0))
+        batch = next(train.minibatches(4, seed=0))
+        trace = pyro.poutine.trace(model).get_trace(batch)  # "s" (M, r), and "label" (B,) observed
+        guide = pyro.infer.autoguide.AutoNormal(model, init_loc_fn=model.init_loc_fn)
     """
 
     def __init__(

@@ -4,11 +4,21 @@ from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
 from .linearised import Linearised
-from .metrics import auroc, average, entropy, evaluate, half_width, mutual_information
+from .metrics import (
+    Averaged,
+    auroc,
+    average,
+    entropy,
+    evaluate,
+    half_width,
+    mutual_information,
+    summarise,
+)
 from .predictor import Predictions, Predictor, Predicts, RunPredictor, predict, predict_proba
 from .weight_draws import WeightAverage
 
 __all__ = [
+    "Averaged",
     "Decoding",
     "Linearised",
     "Predictions",
@@ -32,4 +42,5 @@ __all__ = [
     "predict_proba",
     "score",
     "signal_to_noise",
+    "summarise",
 ]

@@ -34,7 +34,7 @@ from transformers import (
 from ..data.completions import Completion
 from ..data.records import is_text
 from ..readouts.completion_tokens import CompletionTokens
-from .metrics import average, entropy, mutual_information
+from .metrics import average, summarise
 from .predictor import Predictor
 
 __all__ = ["Decoding", "ScoredText", "generate", "score"]
@@ -391,4 +391,5 @@ def _measure(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p_k of each token (S, N), entropy (N,) and mutual information (N,), from (S, N, C)."""
     picked = tokens.expand(len(logits), -1)[..., None]  # (S, N, 1)
     log_probs = logits.log_softmax(-1).gather(-1, picked)[..., 0]
-    return log_probs, entropy(logits), mutual_information(logits)
+    found = summarise(logits)
+    return log_probs, found.entropy, found.mutual_information

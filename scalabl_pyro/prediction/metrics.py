@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from scipy import stats
@@ -13,7 +14,44 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
-__all__ = ["auroc", "average", "entropy", "evaluate", "half_width", "mutual_information"]
+__all__ = [
+    "Averaged",
+    "auroc",
+    "average",
+    "entropy",
+    "evaluate",
+    "half_width",
+    "mutual_information",
+    "summarise",
+]
+
+
+class Averaged(NamedTuple):
+    """The model average over draws, and how uncertain it is.
+
+    :param probabilities: (N, C).
+    :param log_probabilities: (N, C), exact where the former are 0 by rounding.
+    :param entropy: (N,), see :func:`entropy`.
+    :param mutual_information: (N,), see :func:`mutual_information`.
+    """
+
+    probabilities: Tensor
+    log_probabilities: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+
+
+def summarise(logits: Tensor) -> Averaged:
+    """All of it from (S, N, C), with the average computed once."""
+    log_probs = average(logits)
+    probs = log_probs.exp()
+    total = torch.special.entr(probs).sum(-1)
+    if len(logits) == 1:
+        between = torch.zeros_like(total)  # and not the rounding of two equal numbers
+    else:
+        each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
+        between = (total - each).clamp(min=0)
+    return Averaged(probs, log_probs, total, between)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -27,10 +65,7 @@ def mutual_information(logits: Tensor) -> Tensor:
     It is not free of scale. With a scorer that all choices share, it is small wherever the choices
     are alike, familiar or not.
     """
-    if len(logits) == 1:
-        return logits.new_zeros(logits.shape[1:-1])  # and not the rounding of two equal numbers
-    each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
-    return (entropy(logits) - each).clamp(min=0)
+    return summarise(logits).mutual_information
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
@@ -57,8 +92,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     """
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
-    log_probs = average(logits)  # (N, C)
-    probs = log_probs.exp()
+    probs, log_probs, total, between = summarise(logits)
     classes = probs.shape[-1]
     one_hot = torch.nn.functional.one_hot(labels, classes)
     values = {
@@ -66,8 +100,8 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "ece": multiclass_calibration_error(probs, labels, classes, n_bins=bins, norm="l1"),
         "nll": torch.nn.functional.nll_loss(log_probs, labels),
         "brier": (probs - one_hot).square().sum(-1).mean(),
-        "entropy": entropy(logits).mean(),
-        "mutual_information": mutual_information(logits).mean(),
+        "entropy": total.mean(),
+        "mutual_information": between.mean(),
     }
     return {name: float(value) for name, value in values.items()}
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data import Batch, Record, Split
 from ..lora.adapter import SubspaceAdapter
-from .metrics import average, half_width
+from .metrics import average, entropy, half_width, mutual_information
 
 __all__ = [
     "MAX_ROWS",
@@ -66,6 +66,13 @@ class Predictor:
         ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
         cache. Where memory runs out it is halved, with a line in the log.
     :raises ValueError: if the draws have another shape.
+
+    Usage::
+
+        predictor = Predictor(adapter, draw(guide, 10, seed=0))
+        found = predict(predictor, records)
+        found.probabilities, found.mutual_information  # (N, C) and (N,)
+        metrics = evaluate(found.logits, found.labels)
     """
 
     adapter: SubspaceAdapter
@@ -137,7 +144,7 @@ class Predictor:
 
 
 class Predictions(NamedTuple):
-    """Logits of a whole split.
+    """Logits of a whole split, and what follows from them, computed at each access.
 
     :param logits: (S, N, C) on the CPU, −inf where a choice does not exist.
     :param labels: (N,), or ``None``.
@@ -149,24 +156,41 @@ class Predictions(NamedTuple):
     labels: Tensor | None
     used: Tensor | None = None
 
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, C), the average over the draws."""
+        return average(self.logits).exp()
+
+    @property
+    def entropy(self) -> Tensor:
+        """(N,) in nats, see :func:`~scalabl_pyro.prediction.entropy`."""
+        return entropy(self.logits)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(N,) in nats, see :func:`~scalabl_pyro.prediction.mutual_information`."""
+        return mutual_information(self.logits)
+
 
 def predict(
     predictor: Predicts,
-    split: Split,
+    data: Split | Sequence[Record],
     *,
     batch_size: int = 64,
     tolerance: float | None = None,
     progress: bool = False,
 ) -> Predictions:
-    """Predict all N examples of a split, with the same draws for every batch.
+    """Predict all N examples, with the same draws for every batch.
 
     Examples run in the order of their length, so that little is padded, and come back in their own.
 
+    :param data: a split, or records with or without labels, which the readout encodes.
     :param batch_size: B of a forward pass before draws multiply it.
     :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
         probability. It is looked at after each divisor of S that is 4 or more, so that an S with
         many of them, such as 12, 24 or 48, stops soonest.
     :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
+    :raises DataError: if a record does not fit the readout.
     """
     if tolerance is not None and not (
         tolerance > 0 and isinstance(predictor, Predictor) and predictor.draws is not None
@@ -174,16 +198,16 @@ def predict(
         raise ValueError(
             f"tolerance is {tolerance}: expected a number above 0, and a predictor with draws of s"
         )
+    split = data if isinstance(data, Split) else predictor.adapter.readout.encode(data)
     predictor.adapter.eval()
     order = sorted(range(len(split)), key=split.lengths.__getitem__)
     found, used = [], []
-    for start in tqdm(range(0, len(order), batch_size), disable=not progress):
-        indices = order[start : start + batch_size]
+    for some in tqdm(split.select(order).batches(batch_size), disable=not progress):
         if tolerance is not None and isinstance(predictor, Predictor):
-            logits, draws = _until_settled(predictor, split, indices, tolerance)
+            logits, draws = _until_settled(predictor, some, tolerance)
             used.append(draws)
         else:
-            logits = predictor.logits(split.collate([split[index] for index in indices])).cpu()
+            logits = predictor.logits(some.collate(some.examples)).cpu()
         found.append(logits)
     place = torch.tensor(order).argsort()
     return Predictions(
@@ -193,28 +217,26 @@ def predict(
     )
 
 
-def predict_proba(predictor: Predicts, records: Sequence[Record], **options: Any) -> Tensor:
-    """Averaged probabilities of C choices, (N, C), for records with or without labels.
+def predict_proba(predictor: Predicts, data: Split | Sequence[Record], **options: Any) -> Tensor:
+    """Averaged probabilities of C choices, (N, C).
 
+    :param data: a split, or records with or without labels.
     :param options: of :func:`predict`.
     :raises DataError: if a record does not fit the readout.
     """
-    split = predictor.adapter.readout.encode(records)
-    return average(predict(predictor, split, **options).logits).exp()
+    return predict(predictor, data, **options).probabilities
 
 
-def _until_settled(
-    predictor: Predictor, split: Split, indices: list[int], tolerance: float
-) -> tuple[Tensor, Tensor]:
+def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tuple[Tensor, Tensor]:
     """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
     S = predictor.num_draws
     stops = [n for n in range(_FEWEST, S) if S % n == 0] + [S]
-    logits = torch.empty(S, len(indices), predictor.adapter.readout.num_classes)
-    used = torch.full((len(indices),), S)
-    pending = torch.arange(len(indices))
+    logits = torch.empty(S, len(split), predictor.adapter.readout.num_classes)
+    used = torch.full((len(split),), S)
+    pending = torch.arange(len(split))
     done = 0
     for stop in stops:
-        batch = split.collate([split[indices[b]] for b in pending.tolist()])
+        batch = split.collate([split[b] for b in pending.tolist()])
         logits[done:stop, pending] = predictor.logits(batch, slice(done, stop)).cpu()
         settled = half_width(logits[:stop, pending]) <= tolerance
         if stop < S:

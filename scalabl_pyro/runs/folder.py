@@ -33,8 +33,13 @@ from ..guides import AutoSubspace
 from ..lora.loading import Classes, load_readout, make_adapter
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
-from ..prediction.metrics import average
-from ..prediction.predictor import Predictions, Predictor, Predicts, RunPredictor, predict
+from ..prediction.predictor import (
+    Predictions,
+    Predictor,
+    Predicts,
+    RunPredictor,
+    predict_proba,
+)
 from ..readouts.base import Readout
 from ..readouts.label_tokens import LabelTokens
 from .config import RunConfig, build
@@ -118,8 +123,7 @@ class Run:
             x if isinstance(x, Record) else Record(str(n), x, self.class_names)
             for n, x in enumerate(inputs)
         ]
-        found = predict(self.predictor, self.encode(records), batch_size=batch_size)
-        return average(found.logits).exp()
+        return predict_proba(self.predictor, self.encode(records), batch_size=batch_size)
 
 
 def save_run(

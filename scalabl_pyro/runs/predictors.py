@@ -41,20 +41,20 @@ class PredictionConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise ValueError(f"method.name is {self.name!r}: expected one of {NAMES}")
+            raise ValueError(f"prediction.name is {self.name!r}: expected one of {NAMES}")
         if self.kind not in KINDS:
-            raise ValueError(f"method.kind is {self.kind!r}: expected one of {KINDS}")
+            raise ValueError(f"prediction.kind is {self.kind!r}: expected one of {KINDS}")
         if self.draws is not None and self.draws < 1:
-            raise ValueError(f"method.draws is {self.draws}: expected 1 or more")
+            raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
-            raise ValueError(f"method.kind is {self.kind!r}: give method.draws, how many of them")
+            raise ValueError(f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them")
         if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
-            raise ValueError("method.name is 'mean', which takes no draws, trunk or tolerance")
+            raise ValueError("prediction.name is 'mean', which takes no draws, trunk or tolerance")
         if not 0 <= self.trunk <= 1:
-            raise ValueError(f"method.trunk is {self.trunk}: expected a share, 0 to 1")
+            raise ValueError(f"prediction.trunk is {self.trunk}: expected a share, 0 to 1")
         if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
             raise ValueError(
-                f"method.tolerance is {self.tolerance} with method.name {self.name!r}: expected a"
+                f"prediction.tolerance is {self.tolerance} with prediction.name {self.name!r}: expected a"
                 " number above 0, with average"
             )
 
@@ -67,7 +67,7 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     if config == PredictionConfig():
         return run.predictor
     if run.guide is None:
-        raise ValueError("the run has no posterior over s: leave method as it is")
+        raise ValueError("the run has no posterior over s: leave prediction as it is")
     predictor, median = run.subspace_predictor(), run.guide.median()["s"]
     adapter, draws = predictor.adapter, predictor.draws
     if config.name == "mean":
@@ -76,7 +76,7 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
     if config.trunk and not adapter.trunk.num_blocks:
-        raise ValueError(f"method.trunk is {config.trunk}: {adapter.trunk.why_not}")
+        raise ValueError(f"prediction.trunk is {config.trunk}: {adapter.trunk.why_not}")
     depth = round(config.trunk * adapter.trunk.num_blocks)
     if depth:
         draws = hold(draws, median, adapter.trunk.above(depth))

@@ -28,6 +28,8 @@ from scalabl_pyro.data import read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import make_adapter
 from scalabl_pyro.methods import METHODS, ScalaBL
+from scalabl_pyro.prediction import metrics
+from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.config import DataConfig, RunConfig, build
 from scalabl_pyro.runs.folder import RunFolderError
 
@@ -115,7 +117,7 @@ def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, 
 def test_posterior_mean_differs_from_the_average(run, data, capsys):
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 0
     average = json.loads(capsys.readouterr().out)
-    words = ["method.name=mean", "progress=false"]
+    words = ["prediction.name=mean", "progress=false"]
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", *words) == 0
     mean = json.loads(capsys.readouterr().out)
     assert mean["mutual_information"] < 1e-6 < 1e-5 < average["mutual_information"]
@@ -459,10 +461,10 @@ def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, t
 @pytest.mark.parametrize(
     "words",
     [
-        ["method.draws=4", "method.kind=sobol"],
-        ["method.draws=6", "method.kind=antithetic", "method.tolerance=0.5"],
-        ["method.name=linearised", "method.draws=200"],
-        ["method.trunk=0.5"],
+        ["prediction.draws=4", "prediction.kind=sobol"],
+        ["prediction.draws=6", "prediction.kind=antithetic", "prediction.tolerance=0.5"],
+        ["prediction.name=linearised", "prediction.draws=200"],
+        ["prediction.trunk=0.5"],
     ],
     ids=" ".join,
 )
@@ -479,17 +481,17 @@ def test_other_ways_to_predict(run, data, capsys, words):
 def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
     where = [f"run={run}", f"data.root={data}", "progress=false"]
     for words, message in {
-        ("method.name=median",): "method.name is 'median'",
-        ("method.kind=sobol",): "give method.draws",
-        ("method.name=mean", "method.tolerance=0.1"): "takes no draws, trunk or tolerance",
-        ("method.draws=0",): "method.draws is 0",
-        ("method.trunk=2",): "method.trunk is 2.0",
+        ("prediction.name=median",): "prediction.name is 'median'",
+        ("prediction.kind=sobol",): "give prediction.draws",
+        ("prediction.name=mean", "prediction.tolerance=0.1"): "takes no draws, trunk or tolerance",
+        ("prediction.draws=0",): "prediction.draws is 0",
+        ("prediction.trunk=2",): "prediction.trunk is 2.0",
     }.items():
         assert scalabl("evaluate", *where, *words) == 1
         assert message in capsys.readouterr().err
     point = ["method=mle", f"model.name={local_model}", f"data.root={data}", "run_dir=point"]
     assert scalabl("train", *point, *FAST) == 0
-    assert scalabl("evaluate", "run=point", f"data.root={data}", "method.name=mean") == 1
+    assert scalabl("evaluate", "run=point", f"data.root={data}", "prediction.name=mean") == 1
     assert "no posterior over s" in capsys.readouterr().err
 
 
@@ -498,7 +500,7 @@ def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_p
     assert scalabl("train", "method=ensemble", "method.members=2", *where, *FAST) == 0
     (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "prompt": "the cat"}) + "\n")
     for words in (
-        ["evaluate", "run=out", f"data.root={data}", "method.name=mean"],
+        ["evaluate", "run=out", f"data.root={data}", "prediction.name=mean"],
         ["export", "run=out", "output=exported"],
         ["generate", "run=out", "input=in.jsonl", "output=o.jsonl"],
     ):
@@ -530,11 +532,24 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     part = tmp_path / "out.jsonl.part"
     assert len(part.read_text().splitlines()) == 6
     part.write_bytes(part.read_bytes() + b'{"id": "torn')
-    assert scalabl("predict", *words, "output=out.jsonl", "method.name=mean") == 1
+    assert scalabl("predict", *words, "output=out.jsonl", "prediction.name=mean") == 1
     assert "was begun with other settings" in capsys.readouterr().err
     assert scalabl("predict", *words, "output=out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
+
+
+def test_predict_encodes_each_record_once_and_averages_each_chunk_once(run, monkeypatch):
+    write_jsonl(Path("in.jsonl"), make_records(9))
+    seen, averaged = [], []
+    encode, average = LabelTokens.encode, metrics.average
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelTokens, "encode", lambda r, x: (seen.extend(x), encode(r, x))[1])
+        patch.setattr(metrics, "average", lambda x: (averaged.append(len(x)), average(x))[1])
+        words = [f"run={run}", "input=in.jsonl", "output=o.jsonl", "batch_size=4"]
+        assert scalabl("predict", *words, "progress=false") == 0
+    assert [record.id for record in seen] == [f"q{n}" for n in range(9)]
+    assert len(averaged) == 3
 
 
 def test_predict_proba_takes_records(run, data):

@@ -143,6 +143,18 @@ def test_minibatches_cover_the_data_group_by_length_and_follow_the_seed(tokenize
     assert padded < sum(int((b.inputs["attention_mask"] == 0).sum()) for b in in_order)
 
 
+def test_batches_of_a_split_are_splits_in_its_order(tokenizer):
+    split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(7))
+    assert [len(some) for some in split.batches(3)] == [3, 3, 1]
+    assert [r for some in split.batches(3, start=2) for r in some.records] == [*split.records[2:]]
+    for some, part in zip(split.batches(3), split.labels.split(3), strict=True):
+        assert torch.equal(some.collate(some.examples).labels, part)
+    assert split.batches(3, start=7) == []
+    assert split.select([5, 0]).records == (split.records[5], split.records[0])
+    with pytest.raises(ValueError, match="batch_size is 0: expected 1 or more"):
+        split.batches(0)
+
+
 def test_no_example_is_left_out_for_its_length(tokenizer):
     split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(15))
     stream = split.minibatches(4, seed=0)

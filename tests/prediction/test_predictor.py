@@ -22,6 +22,16 @@ def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapte
     assert torch.equal(found.labels, split.labels)
 
 
+def test_records_are_predicted_as_their_split_is(adapter, split, records):
+    predictor = Predictor(adapter, torch.randn(5, *adapter.shape))
+    found, expected = predict(predictor, records), predict(predictor, split)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.labels, split.labels)
+    assert torch.equal(found.probabilities, average(expected.logits).exp())
+    assert torch.equal(found.entropy, entropy(expected.logits))
+    assert torch.equal(found.mutual_information, mutual_information(expected.logits))
+
+
 def test_probabilities_of_records_without_labels(make_choice):
     adapter = make_choice()
     records = make_records(5, choices=3, labelled=False)
