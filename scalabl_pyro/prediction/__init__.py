@@ -4,7 +4,7 @@ from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
 from .linearised import Linearised
-from .metrics import auroc, average, entropy, evaluate, half_width, mutual_information
+from .metrics import auroc, average, ece, entropy, evaluate, half_width, mutual_information
 from .predictor import Predictions, Predictor, Predicts, RunPredictor, predict, predict_proba
 from .weight_draws import WeightAverage
 
@@ -21,6 +21,7 @@ __all__ = [
     "average",
     "distill",
     "draw",
+    "ece",
     "entropy",
     "evaluate",
     "fold_into",

@@ -7,13 +7,18 @@ import math
 import torch
 from scipy import stats
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
+from torchmetrics.functional.classification import binary_auroc
 
-__all__ = ["auroc", "average", "entropy", "evaluate", "half_width", "mutual_information"]
+__all__ = [
+    "auroc",
+    "average",
+    "calibration_gaps",
+    "ece",
+    "entropy",
+    "evaluate",
+    "half_width",
+    "mutual_information",
+]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -40,26 +45,103 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     return float(binary_auroc(scores / top, positive.long()))
 
 
+def ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    r"""Expected calibration error in [0, 1], L1 with equal-width bins (Guo et al. 2017).
+
+    .. math:: \sum_b \frac{n_b}{N} \, \big| \mathrm{acc}_b - \mathrm{conf}_b \big|
+
+    Bin b holds the confidences max_c p_c in [b / bins, (b + 1) / bins); the last holds 1 too.
+
+    :param probabilities: (N, C).
+    :param labels: (N,).
+    :raises ValueError: if these are no probabilities and labels, or there is no bin.
+    """
+    return float(calibration_gaps(probabilities, labels, bins).mean())
+
+
+def calibration_gaps(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """(N,) in float64, what each example adds to :func:`ece`, which is their mean.
+
+    That is confidence − [right], with the sign of its sum over the example's bin.
+
+    :raises ValueError: as :func:`ece`.
+    """
+    check_labels(probabilities, labels)
+    confidence, answer = check_probabilities(probabilities).max(-1)
+    gap = confidence.double() - (answer == labels).double()
+    place = bin_of(confidence, bins)
+    return gap * torch.bincount(place, gap, minlength=bins).sign()[place]
+
+
+def bin_of(confidence: Tensor, bins: int) -> Tensor:
+    """(N,), the equal-width bin of each confidence in [0, 1]; the last bin is closed.
+
+    :raises ValueError: if there is no bin.
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: expected 1 or more")
+    # In the confidences' own type, so that 0.6 lies where the bin from 9/15 on begins.
+    edges = (torch.arange(1, bins, dtype=torch.float64) / bins).to(confidence)
+    return torch.bucketize(confidence, edges, right=True)
+
+
+def check_probabilities(probabilities: Tensor) -> Tensor:
+    """(N, C), as they are.
+
+    :raises ValueError: if there are none, or a row does not hold numbers in [0, 1] that sum to 1.
+    """
+    if probabilities.dim() != 2 or not probabilities.numel():
+        raise ValueError(
+            f"probabilities has shape {tuple(probabilities.shape)}: expected (N, C), N of 1 or more"
+        )
+    bad = (probabilities < 0) | (probabilities > 1) | probabilities.isnan()
+    # Rounding of C numbers in half precision stays below this.
+    off = bad.any(-1) | ((probabilities.double().sum(-1) - 1).abs() > 0.02)
+    if off.any():
+        row = int(off.nonzero()[0])
+        raise ValueError(
+            f"probabilities holds {probabilities[row].tolist()} in row {row}: expected numbers from"
+            " 0 to 1 that sum to 1; of logits, take the softmax"
+        )
+    return probabilities
+
+
+def check_labels(probabilities: Tensor, labels: Tensor) -> None:
+    """:raises ValueError: if labels are not N class indices for (N, C) probabilities."""
+    N, C = probabilities.shape[0], probabilities.shape[-1]
+    if labels.shape != (N,) or labels.is_floating_point():
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and type {labels.dtype}: expected {N} whole"
+            " numbers, one for each example"
+        )
+    wrong = labels[(labels < 0) | (labels >= C)]
+    if len(wrong):
+        raise ValueError(
+            f"labels holds {int(wrong[0])}: expected class indices from 0 to {C - 1}; leave"
+            " examples out whose label is not known"
+        )
+
+
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
-    * ``acc``: accuracy; ``ece``: expected calibration error, L1, equal-width bins
+    * ``acc``: accuracy; ``ece``: expected calibration error, see :func:`ece`
     * ``nll``: mean −log p̄(y_n), in nats; ``brier``: mean Σ_c (p̄_c − [c = y_n])², in [0, 2]
     * ``entropy`` and ``mutual_information``: means, in nats
 
     :param logits: (S, N, C).
     :param labels: (N,).
-    :raises ValueError: if there are no labels.
+    :raises ValueError: if there are no labels, or others than class indices.
     """
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
     log_probs = average(logits)  # (N, C)
     probs = log_probs.exp()
-    classes = probs.shape[-1]
-    one_hot = torch.nn.functional.one_hot(labels, classes)
+    check_labels(probs, labels)
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     values = {
-        "acc": multiclass_accuracy(probs, labels, classes, average="micro"),
-        "ece": multiclass_calibration_error(probs, labels, classes, n_bins=bins, norm="l1"),
+        "acc": (probs.argmax(-1) == labels).float().mean(),
+        "ece": ece(probs, labels, bins),
         "nll": torch.nn.functional.nll_loss(log_probs, labels),
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": entropy(logits).mean(),
