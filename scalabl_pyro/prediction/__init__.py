@@ -1,15 +1,19 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
+from .calibration import CalibrationFloor, ece, ece_floor
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
+from .intervals import Interval, crossed_interval, paired_difference, per_question
 from .linearised import Linearised
-from .metrics import auroc, average, ece, entropy, evaluate, half_width, mutual_information
+from .metrics import auroc, average, entropy, evaluate, half_width, mutual_information
 from .predictor import Predictions, Predictor, Predicts, RunPredictor, predict, predict_proba
 from .weight_draws import WeightAverage
 
 __all__ = [
+    "CalibrationFloor",
     "Decoding",
+    "Interval",
     "Linearised",
     "Predictions",
     "Predictor",
@@ -19,9 +23,11 @@ __all__ = [
     "WeightAverage",
     "auroc",
     "average",
+    "crossed_interval",
     "distill",
     "draw",
     "ece",
+    "ece_floor",
     "entropy",
     "evaluate",
     "fold_into",
@@ -29,6 +35,8 @@ __all__ = [
     "half_width",
     "hold",
     "mutual_information",
+    "paired_difference",
+    "per_question",
     "predict",
     "predict_proba",
     "score",

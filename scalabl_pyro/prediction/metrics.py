@@ -7,13 +7,14 @@ import math
 import torch
 from scipy import stats
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
+
+from .calibration import check_labels, ece, ece_floor
 
 __all__ = [
     "auroc",
     "average",
-    "calibration_gaps",
     "ece",
+    "ece_floor",
     "entropy",
     "evaluate",
     "half_width",
@@ -35,91 +36,34 @@ def mutual_information(logits: Tensor) -> Tensor:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of a score ≥ 0 for telling the positive examples, ties at one half.
+    r"""Area under the ROC curve of a score for telling the positive examples, ties at one half.
 
-    :param scores: (N,), such as :func:`entropy`.
+    The share of pairs of a positive and a negative example in which the positive one scores higher,
+    from the sum R₊ of the ranks of the n₊ positive ones (Mann and Whitney 1947):
+
+    .. math:: \frac{R_+ - n_+ (n_+ + 1) / 2}{n_+ n_-}
+
+    :param scores: (N,), such as :func:`entropy`; of any sign, as only their order counts.
     :param positive: (N,), such as whether the answer was wrong.
+    :returns: in [0, 1], and nan where all examples are positive, or none is.
+    :raises ValueError: if the shapes differ, or a score is no number.
     """
-    # torchmetrics takes scores outside [0, 1] for logits; only their order counts.
-    top = scores.max().clamp(min=torch.finfo(scores.dtype).tiny)
-    return float(binary_auroc(scores / top, positive.long()))
-
-
-def ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    r"""Expected calibration error in [0, 1], L1 with equal-width bins (Guo et al. 2017).
-
-    .. math:: \sum_b \frac{n_b}{N} \, \big| \mathrm{acc}_b - \mathrm{conf}_b \big|
-
-    Bin b holds the confidences max_c p_c in [b / bins, (b + 1) / bins); the last holds 1 too.
-
-    :param probabilities: (N, C).
-    :param labels: (N,).
-    :raises ValueError: if these are no probabilities and labels, or there is no bin.
-    """
-    return float(calibration_gaps(probabilities, labels, bins).mean())
-
-
-def calibration_gaps(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
-    """(N,) in float64, what each example adds to :func:`ece`, which is their mean.
-
-    That is confidence − [right], with the sign of its sum over the example's bin.
-
-    :raises ValueError: as :func:`ece`.
-    """
-    check_labels(probabilities, labels)
-    confidence, answer = check_probabilities(probabilities).max(-1)
-    gap = confidence.double() - (answer == labels).double()
-    place = bin_of(confidence, bins)
-    return gap * torch.bincount(place, gap, minlength=bins).sign()[place]
-
-
-def bin_of(confidence: Tensor, bins: int) -> Tensor:
-    """(N,), the equal-width bin of each confidence in [0, 1]; the last bin is closed.
-
-    :raises ValueError: if there is no bin.
-    """
-    if bins < 1:
-        raise ValueError(f"bins is {bins}: expected 1 or more")
-    # In the confidences' own type, so that 0.6 lies where the bin from 9/15 on begins.
-    edges = (torch.arange(1, bins, dtype=torch.float64) / bins).to(confidence)
-    return torch.bucketize(confidence, edges, right=True)
-
-
-def check_probabilities(probabilities: Tensor) -> Tensor:
-    """(N, C), as they are.
-
-    :raises ValueError: if there are none, or a row does not hold numbers in [0, 1] that sum to 1.
-    """
-    if probabilities.dim() != 2 or not probabilities.numel():
+    if scores.dim() != 1 or scores.shape != positive.shape:
         raise ValueError(
-            f"probabilities has shape {tuple(probabilities.shape)}: expected (N, C), N of 1 or more"
+            f"scores has shape {tuple(scores.shape)} and positive {tuple(positive.shape)}: expected"
+            " (N,) for both"
         )
-    bad = (probabilities < 0) | (probabilities > 1) | probabilities.isnan()
-    # Rounding of C numbers in half precision stays below this.
-    off = bad.any(-1) | ((probabilities.double().sum(-1) - 1).abs() > 0.02)
-    if off.any():
-        row = int(off.nonzero()[0])
+    if scores.isnan().any():
         raise ValueError(
-            f"probabilities holds {probabilities[row].tolist()} in row {row}: expected numbers from"
-            " 0 to 1 that sum to 1; of logits, take the softmax"
+            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
         )
-    return probabilities
-
-
-def check_labels(probabilities: Tensor, labels: Tensor) -> None:
-    """:raises ValueError: if labels are not N class indices for (N, C) probabilities."""
-    N, C = probabilities.shape[0], probabilities.shape[-1]
-    if labels.shape != (N,) or labels.is_floating_point():
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and type {labels.dtype}: expected {N} whole"
-            " numbers, one for each example"
-        )
-    wrong = labels[(labels < 0) | (labels >= C)]
-    if len(wrong):
-        raise ValueError(
-            f"labels holds {int(wrong[0])}: expected class indices from 0 to {C - 1}; leave"
-            " examples out whose label is not known"
-        )
+    held = positive.cpu().numpy().astype(bool)
+    count = int(held.sum())
+    pairs = count * (len(held) - count)
+    if not pairs:
+        return math.nan
+    ranks = stats.rankdata(scores.detach().cpu().double().numpy())
+    return float((ranks[held].sum() - count * (count + 1) / 2) / pairs)
 
 
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
@@ -128,6 +72,13 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     * ``acc``: accuracy; ``ece``: expected calibration error, see :func:`ece`
     * ``nll``: mean −log p̄(y_n), in nats; ``brier``: mean Σ_c (p̄_c − [c = y_n])², in [0, 2]
     * ``entropy`` and ``mutual_information``: means, in nats
+    * ``ece_floor``: the mean of :func:`ece_floor`, what a perfectly calibrated model would have
+    * ``ece_debiased``: ece − ece_floor, in [−1, 1]; 0 on average for a calibrated model, and up to
+      ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
+      et al. 2022 on that bias)
+    * ``auroc_entropy`` and ``auroc_mutual_information``: how well they tell wrong answers from
+      right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
+      mutual information of one draw
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -139,13 +90,20 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     probs = log_probs.exp()
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
-    values = {
-        "acc": (probs.argmax(-1) == labels).float().mean(),
-        "ece": ece(probs, labels, bins),
+    wrong = probs.argmax(-1) != labels
+    total, mutual = entropy(logits), mutual_information(logits)
+    error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
+    values: dict[str, Tensor | float] = {
+        "acc": (~wrong).float().mean(),
+        "ece": error,
         "nll": torch.nn.functional.nll_loss(log_probs, labels),
         "brier": (probs - one_hot).square().sum(-1).mean(),
-        "entropy": entropy(logits).mean(),
-        "mutual_information": mutual_information(logits).mean(),
+        "entropy": total.mean(),
+        "mutual_information": mutual.mean(),
+        "ece_floor": floor,
+        "ece_debiased": error - floor,
+        "auroc_entropy": auroc(total, wrong),
+        "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
     }
     return {name: float(value) for name, value in values.items()}
 

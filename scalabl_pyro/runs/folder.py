@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import DataError, Record, Split
-from ..files import whole_folder
+from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import Classes, load_readout, make_adapter
 from ..methods import Fitted
@@ -295,7 +295,7 @@ def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json_text(value, indent=2) + "\n")
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
