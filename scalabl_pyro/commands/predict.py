@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,17 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
-        for start in range(file.done, len(records), config.batch_size):
+        # Chunks begin where they began before an interruption, as rounding depends on them.
+        first = file.done - file.done % config.batch_size
+        for start in range(first, len(records), config.batch_size):
             chunk = run.encode(records[start : start + config.batch_size])
             found = predict(
                 predictor, chunk, batch_size=config.batch_size, tolerance=config.method.tolerance
             )
-            file.write(_answers(chunk.records, found.logits, found.used))
-            bar.update(len(chunk))
+            written = file.done - start
+            answers = _answers(chunk.records, found.logits, found.used)
+            file.write(islice(answers, written, None))
+            bar.update(len(chunk) - written)
     return {"output": config.output, "records": len(records)}
 
 

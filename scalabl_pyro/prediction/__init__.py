@@ -7,7 +7,15 @@ from .generation import Decoding, ScoredText, generate, score
 from .intervals import Interval, crossed_interval, paired_difference, per_question
 from .linearised import Linearised
 from .metrics import auroc, average, entropy, evaluate, half_width, mutual_information
-from .predictor import Predictions, Predictor, Predicts, RunPredictor, predict, predict_proba
+from .predictor import (
+    NonFinitePredictionsError,
+    Predictions,
+    Predictor,
+    Predicts,
+    RunPredictor,
+    predict,
+    predict_proba,
+)
 from .weight_draws import WeightAverage
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "Decoding",
     "Interval",
     "Linearised",
+    "NonFinitePredictionsError",
     "Predictions",
     "Predictor",
     "Predicts",

@@ -113,14 +113,35 @@ def average(logits: Tensor) -> Tensor:
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
 
-    :raises ValueError: if there is no dimension of draws.
+    :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
+        or +∞, or nothing else than −∞.
     """
     if logits.dim() < 3:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C); of one draw, logits[None]"
         )
+    if not logits.numel():
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}: expected (S, N, C), each 1 or more"
+        )
     # Rounding may leave a sure answer just above probability 1.
-    return (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    return _numbers(found)
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """(…, N, C) of what a softmax gave, as they are.
+
+    :raises ValueError: if they are none.
+    """
+    bad = values.isnan().any(-1)
+    if bad.any():
+        raise ValueError(
+            f"the logits of example {int(bad.nonzero()[0, -1])} hold NaN or infinity: expected"
+            " finite numbers, and −inf where a choice does not exist; lower lr, or leave float16"
+            " for bfloat16"
+        )
+    return values
 
 
 def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
@@ -134,7 +155,10 @@ def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
     probability is about linear in s, but worse where it is about even in s − μ.
 
     :param logits: (S, N, C), S ≥ 2.
+    :raises ValueError: if there are fewer draws, or a row holds NaN or +∞, or nothing else than −∞.
     """
     S = len(logits)
+    if logits.dim() < 3 or S < 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (S, N, C), S ≥ 2")
     t = float(stats.t.ppf((1 + level) / 2, S - 1))
-    return logits.softmax(-1).std(0).amax(-1) * t / math.sqrt(S)
+    return _numbers(logits.softmax(-1)).std(0).amax(-1) * t / math.sqrt(S)

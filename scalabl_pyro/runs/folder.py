@@ -279,9 +279,16 @@ def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(_existing(path))
+        found = load_file(_existing(path))
     except SafetensorError as error:
         raise RunFolderError(f"{path} is torn or no safetensors file: {error}") from error
+    bad = sorted(name for name, value in found.items() if not value.isfinite().all())
+    if bad:
+        raise RunFolderError(
+            f"{path} holds NaN or infinity in {bad}: expected finite numbers; train again with a"
+            " lower lr"
+        )
+    return found
 
 
 def _existing(path: Path) -> Path:
