@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
-__all__ = ["check_writable", "new_path", "whole_folder", "write_whole"]
+__all__ = ["check_writable", "json_text", "new_path", "whole_folder", "write_whole"]
+
+
+def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """JSON (RFC 8259), which knows no NaN and no infinity: ``null`` stands for them."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def new_path(path: Path) -> Path:

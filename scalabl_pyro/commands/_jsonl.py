@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..files import new_path, write_whole
+from ..files import json_text, new_path, write_whole
 
 __all__ = ["ResumableJsonl"]
 
@@ -94,7 +94,7 @@ class ResumableJsonl:
             self._file = self._open()
         for row in rows:
             assert row["id"] == self.ids[self.done], "rows come in the order of the records"
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json_text(row, ensure_ascii=False).encode() + b"\n")
             self.done += 1
         self._file.flush()
         os.fsync(self._file.fileno())

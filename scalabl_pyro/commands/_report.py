@@ -1,19 +1,29 @@
-"""A table over runs: mean ± standard error, paired differences, and what entropy tells apart."""
+"""A table over runs: means with their intervals, paired differences, what entropy tells apart."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from ..files import write_whole
-from ..prediction.metrics import auroc, entropy
+from ..files import json_text, write_whole
+from ..prediction.calibration import CalibrationFloor, ece_floor
+from ..prediction.intervals import (
+    Interval,
+    crossed_interval,
+    paired_difference,
+    per_question,
+    stacked,
+)
+from ..prediction.metrics import auroc, average, entropy
 from ..prediction.predictor import Predictions
 from ._plots import plot_comparison
 
@@ -41,91 +51,148 @@ def write_report(
 
     :param folders: a row's name → its run folders, one a seed, in the same order in each row.
     :param chosen: the settings of each row; ``trials`` those that were tried.
-    :returns: metrics by row and split as [mean, standard error], differences to ``mle`` paired by
-        seed, and the AUROC of entropy for telling the examples of a further split from ``test``.
+    :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
+        to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
+        by seed and question; ``ece_floor``, the ECE of calibrated models with the same
+        probabilities; and the AUROC of entropy for telling the examples of a further split from
+        ``test``, with an interval over seeds alone.
+    :raises ValueError: if runs answer other questions than the first.
     """
     predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
-    metrics = {
-        name: [json.loads((f / "metrics.json").read_text()) for f in row]
-        for name, row in folders.items()
+    first = next(iter(folders.values()))[0]
+    names = json.loads((first / "metrics.json").read_text())
+    splits = [s for s in names if s != "validation"]
+    for name, row in predictions.items():
+        for folder, run in zip(folders[name], row, strict=True):
+            _check_labels(folder, run, first, predictions, splits)
+    values = {
+        name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
+        for name, row in predictions.items()
     }
-    splits = [s for s in next(iter(metrics.values()))[0] if s != "validation"]
     table: dict[str, Any] = {
         "metrics": {
-            name: {s: {m: _mean([run[s][m] for run in runs]) for m in METRICS} for s in splits}
-            for name, runs in metrics.items()
+            name: {s: {m: _mean(row[s][m]) for m in METRICS} for s in splits}
+            for name, row in values.items()
+        },
+        "ece_floor": {
+            name: {s: _floor([run[s] for run in row]) for s in splits}
+            for name, row in predictions.items()
         },
         "auroc_of_entropy": {
-            name: {s: _mean([_auroc(run, s) for run in runs]) for s in splits if s != "test"}
-            for name, runs in predictions.items()
+            name: {
+                s: _mean(torch.tensor([_auroc(run, s) for run in row])[:, None])
+                for s in splits
+                if s != "test"
+            }
+            for name, row in predictions.items()
         },
         "chosen": dict(chosen),
         "trials": dict(trials),
     }
-    if REFERENCE in metrics:
+    if REFERENCE in values:
         table[f"minus_{REFERENCE}"] = {
             name: {
                 s: {
-                    m: _mean(
-                        [a[s][m] - b[s][m] for a, b in zip(runs, metrics[REFERENCE], strict=True)]
-                    )
+                    m: _entry(paired_difference(row[s][m], values[REFERENCE][s][m]), p=True)
                     for m in METRICS
                 }
                 for s in splits
             }
-            for name, runs in metrics.items()
+            for name, row in values.items()
             if name != REFERENCE
         }
     text = format_table(table)
-    write_whole(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_whole(out / "table.json", json_text(table, indent=1) + "\n")
     write_whole(out / "table.csv", _csv(table))
     write_whole(out / "table.txt", text + "\n")
     plot_comparison(predictions, out / "comparison.png")
     return table
 
 
+HEADER = """\
+mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
+ECE: beside it in brackets that of calibrated models with the same probabilities; what differs by
+less than that is noise. AUROC: entropy of this split against test, ± over seeds alone
+"""
+
+
 def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
-    head = f"{'':12s}{'':16s}{'ACC %':>14s}{'ECE %':>14s}{'NLL':>18s}{'Brier':>16s}{'AUROC':>16s}"
-    lines = ["mean ± standard error over seeds; AUROC: entropy of this split against test", head]
+    head = f"{'':28s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}{'AUROC':>16s}"
+    lines = [*HEADER.splitlines(), head]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             auroc = table["auroc_of_entropy"][name].get(split)
             last = _cell(auroc, 1, 3) if auroc else ""
-            lines.append(f"{split:12s}{name:16s}{_cells(row[split])}{last:>16s}")
-    for name, row in table.get(f"minus_{REFERENCE}", {}).items():
+            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
+            lines.append(f"{split:12s}{name:16s}{_cells(row[split], floor)}{last:>16s}")
+    differences = table.get(f"minus_{REFERENCE}", {})
+    if differences:
+        lines.append("differences, paired by seed and question, and p of none (two-sided)")
+    for name, row in differences.items():
         for split, cells in row.items():
-            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)[4:]}")
-    return "\n".join(lines)
+            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:16s}{_cells(cells)}")
+            p = {m: f"p = {cells[m]['p']:.3f}" for m in METRICS}
+            lines.append(f"{'':28s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _cells(row: Mapping[str, tuple[float, float | None]]) -> str:
-    percent = [_cell(row[m], 100, 1) for m in ("acc", "ece")]
-    plain = [_cell(row[m], 1, 3) for m in ("nll", "brier")]
-    return f"{percent[0]:>14s}{percent[1]:>14s}{plain[0]:>18s}{plain[1]:>16s}"
+def _cells(row: Mapping[str, Mapping[str, float]], floor: str = "") -> str:
+    accuracy, error = (_cell(row[m], 100, 1) for m in ("acc", "ece"))
+    nll, brier = (_cell(row[m], 1, 3) for m in ("nll", "brier"))
+    return f"{accuracy:>14s}{error + floor:>20s}{nll:>18s}{brier:>16s}"
 
 
-def _cell(value: tuple[float, float | None], unit: float, digits: int) -> str:
-    mean, error = value
-    return f"{unit * mean:.{digits}f}" + (
-        f" ± {unit * error:.{digits}f}" if error is not None else ""
-    )
+def _cell(value: Mapping[str, float], unit: float, digits: int) -> str:
+    half = (value["high"] - value["low"]) / 2
+    known = "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
+    return f"{unit * value['mean']:.{digits}f}{known}"
 
 
 def _csv(table: Mapping[str, Any]) -> str:
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow(["method", "split", "metric", "mean", "standard_error"])
+    writer.writerow(["method", "split", "metric", "mean", "standard_error", "low", "high"])
     for name, row in table["metrics"].items():
         for split, values in row.items():
-            writer.writerows([name, split, m, *value] for m, value in values.items())
+            writer.writerows([name, split, m, *value.values()] for m, value in values.items())
     return file.getvalue()
 
 
-def _mean(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, which one value does not have."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(x.std() / len(values) ** 0.5) if len(values) > 1 else None
+def _mean(values: Tensor) -> dict[str, float]:
+    return _entry(crossed_interval(values))
+
+
+def _entry(found: Interval, *, p: bool = False) -> dict[str, float]:
+    names = ("mean", "standard_error", "low", "high", *(("p",) if p else ()))
+    return {name: getattr(found, name) for name in names}
+
+
+def _floor(runs: Sequence[Predictions]) -> dict[str, float]:
+    """Of each seed; their mean."""
+    floors = torch.tensor([ece_floor(average(run.logits).exp()) for run in runs])
+    return CalibrationFloor(*floors.mean(0).tolist())._asdict()
+
+
+def _known(run: Predictions) -> tuple[Tensor, Tensor]:
+    assert run.labels is not None  # a run evaluates all its splits
+    return run.logits, run.labels
+
+
+def _check_labels(
+    folder: Path,
+    run: Mapping[str, Predictions],
+    first: Path,
+    predictions: Mapping[str, Sequence[Mapping[str, Predictions]]],
+    splits: Sequence[str],
+) -> None:
+    wanted = next(iter(predictions.values()))[0]
+    for split in splits:
+        if split not in run or not torch.equal(_known(run[split])[1], _known(wanted[split])[1]):
+            raise ValueError(
+                f"{folder} answers other questions of {split!r} than {first}: expected the same, in"
+                " the same order; make a table of each"
+            )
 
 
 def _auroc(run: Mapping[str, Predictions], split: str) -> float:

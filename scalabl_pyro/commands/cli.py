@@ -7,7 +7,6 @@ The first word picks a command; everything after it but ``--help`` is Hydra's ow
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..distributed import is_main, start
+from ..files import json_text
 from ..infer.checkpoints import Interrupted
 from ..runs.config import RunConfig, build
 from ..runs.memory import MemoryConfig, estimate
@@ -114,7 +114,7 @@ def main() -> None:
             found = command(build(config_class, values))
             if not is_main():
                 return
-            print(found if isinstance(found, str) else json.dumps(found, indent=2))
+            print(found if isinstance(found, str) else json_text(found, indent=2))
         except KeyboardInterrupt:
             print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
             sys.exit(130)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import DataSource
-from ..files import new_path, write_whole
+from ..files import json_text, new_path, write_whole
 from ..prediction.metrics import evaluate
 from ..prediction.predictor import predict
 from ..runs.config import ConfigError
@@ -55,5 +54,5 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     )
     metrics = evaluate(found.logits, found.labels)
     if config.output is not None:
-        write_whole(Path(config.output), json.dumps(metrics) + "\n")
+        write_whole(Path(config.output), json_text(metrics) + "\n")
     return metrics

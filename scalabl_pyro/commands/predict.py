@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,29 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
-    settings = {"run": config.run, "prediction": asdict(config.prediction), "batch": config.batch_size}
+    settings = {
+        "run": config.run,
+        "prediction": asdict(config.prediction),
+        "batch": config.batch_size,
+    }
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
-        for chunk in split.batches(config.batch_size, start=file.done):
+        # Chunks begin where they began before an interruption, as rounding depends on them.
+        first = file.done - file.done % config.batch_size
+        for chunk in split.batches(config.batch_size, start=first):
             found = predict(
-                predictor, chunk, batch_size=config.batch_size, tolerance=config.prediction.tolerance
+                predictor,
+                chunk,
+                batch_size=config.batch_size,
+                tolerance=config.prediction.tolerance,
             )
-            file.write(_answers(chunk.records, found.logits, found.used))
-            bar.update(len(chunk))
+            written = file.done - first
+            answers = _answers(chunk.records, found.logits, found.used)
+            file.write(islice(answers, written, None))
+            bar.update(len(chunk) - written)
+            first = file.done
     return {"output": config.output, "records": len(records)}
 
 

@@ -17,6 +17,7 @@ def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Line numbers and decoded objects of a UTF-8 JSON Lines file, one a line.
 
     :param classes: not needed here: every record spells out its choices.
+    :raises DataError: if a line is no JSON, or an object of it has a key twice.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -24,9 +25,26 @@ def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 # Some editors begin a file with a byte order mark.
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                found = json.loads(text, object_pairs_hook=_without_repeats)
+            except DataError as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+            # RecursionError: brackets within brackets; ValueError: a number of thousands of digits.
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 JSON ({error})") from error
+            yield number, found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """:raises DataError: if a key occurs twice, of which JSON's readers keep one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DataError(
+                f"the key {key!r} occurs twice, with {found[key]!r} and {value!r}: expected one"
+            )
+        found[key] = value
+    return found
 
 
 FORMATS = {".jsonl": jsonl_rows, ".csv": csv_rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,13 @@ class Record:
                 raise DataError(
                     f"{name} is {value!r}: expected a text that is not empty, of whole characters"
                 )
-        if isinstance(self.choices, str) or not isinstance(self.choices, Iterable):
-            raise DataError(f"choices is {self.choices!r}: expected a list of texts")
+        # A mapping would give its keys, a set an order that changes from process to process.
+        unordered = str | bytes | bytearray | Mapping | Set
+        if isinstance(self.choices, unordered) or not isinstance(self.choices, Iterable):
+            raise DataError(
+                f"choices is {self.choices!r}, a {type(self.choices).__name__}: expected a list of"
+                " texts, in their order"
+            )
         object.__setattr__(self, "choices", tuple(self.choices))
         if len(self.choices) < 2:
             raise DataError(f"choices is {list(self.choices)!r}: expected two choices or more")

@@ -1,8 +1,10 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
+from .calibration import CalibrationFloor, ece, ece_floor
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
+from .intervals import Interval, crossed_interval, paired_difference, per_question
 from .linearised import Linearised
 from .metrics import (
     Averaged,
@@ -14,13 +16,24 @@ from .metrics import (
     mutual_information,
     summarise,
 )
-from .predictor import Predictions, Predictor, Predicts, RunPredictor, predict, predict_proba
+from .predictor import (
+    NonFinitePredictionsError,
+    Predictions,
+    Predictor,
+    Predicts,
+    RunPredictor,
+    predict,
+    predict_proba,
+)
 from .weight_draws import WeightAverage
 
 __all__ = [
     "Averaged",
+    "CalibrationFloor",
     "Decoding",
+    "Interval",
     "Linearised",
+    "NonFinitePredictionsError",
     "Predictions",
     "Predictor",
     "Predicts",
@@ -29,8 +42,11 @@ __all__ = [
     "WeightAverage",
     "auroc",
     "average",
+    "crossed_interval",
     "distill",
     "draw",
+    "ece",
+    "ece_floor",
     "entropy",
     "evaluate",
     "fold_into",
@@ -38,6 +54,8 @@ __all__ = [
     "half_width",
     "hold",
     "mutual_information",
+    "paired_difference",
+    "per_question",
     "predict",
     "predict_proba",
     "score",

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -215,7 +216,9 @@ def generate(
     def run(numbers: Sequence[int]) -> list[ScoredText]:
         return _generate(predictor, [rows[n] for n in numbers], numbers, decoding)
 
-    return _in_chunks(predictor, range(start, len(rows)), run)
+    # Chunks begin where they began before an interruption, so that the numbers are the same.
+    first = start - start % _size(predictor)
+    return islice(_in_chunks(predictor, range(first, len(rows)), run), start - first, None)
 
 
 def _encode(predictor: Predictor, prompts: Sequence[str], decoding: Decoding) -> list[list[int]]:
@@ -358,6 +361,11 @@ def score(
     return [found[n] for n in range(len(split))]
 
 
+def _size(predictor: Predictor) -> int:
+    """How many texts run at once."""
+    return max(1, predictor.most_rows() // predictor.num_draws)
+
+
 def _in_chunks(
     predictor: Predictor,
     numbers: Sequence[int],
@@ -367,7 +375,7 @@ def _in_chunks(
     predictor.adapter.eval()
     done = 0
     while done < len(numbers):
-        chunk = numbers[done : done + max(1, predictor.most_rows() // predictor.num_draws)]
+        chunk = numbers[done : done + _size(predictor)]
         try:
             found = run(chunk)
         except torch.OutOfMemoryError:

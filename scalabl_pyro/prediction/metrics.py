@@ -8,16 +8,15 @@ from typing import NamedTuple
 import torch
 from scipy import stats
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
+
+from .calibration import check_labels, ece, ece_floor
 
 __all__ = [
     "Averaged",
     "auroc",
     "average",
+    "ece",
+    "ece_floor",
     "entropy",
     "evaluate",
     "half_width",
@@ -69,39 +68,72 @@ def mutual_information(logits: Tensor) -> Tensor:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of a score ≥ 0 for telling the positive examples, ties at one half.
+    r"""Area under the ROC curve of a score for telling the positive examples, ties at one half.
 
-    :param scores: (N,), such as :func:`entropy`.
+    The share of pairs of a positive and a negative example in which the positive one scores higher,
+    from the sum R₊ of the ranks of the n₊ positive ones (Mann and Whitney 1947):
+
+    .. math:: \frac{R_+ - n_+ (n_+ + 1) / 2}{n_+ n_-}
+
+    :param scores: (N,), such as :func:`entropy`; of any sign, as only their order counts.
     :param positive: (N,), such as whether the answer was wrong.
+    :returns: in [0, 1], and nan where all examples are positive, or none is.
+    :raises ValueError: if the shapes differ, or a score is no number.
     """
-    # torchmetrics takes scores outside [0, 1] for logits; only their order counts.
-    top = scores.max().clamp(min=torch.finfo(scores.dtype).tiny)
-    return float(binary_auroc(scores / top, positive.long()))
+    if scores.dim() != 1 or scores.shape != positive.shape:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)} and positive {tuple(positive.shape)}: expected"
+            " (N,) for both"
+        )
+    if scores.isnan().any():
+        raise ValueError(
+            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
+        )
+    held = positive.cpu().numpy().astype(bool)
+    count = int(held.sum())
+    pairs = count * (len(held) - count)
+    if not pairs:
+        return math.nan
+    ranks = stats.rankdata(scores.detach().cpu().double().numpy())
+    return float((ranks[held].sum() - count * (count + 1) / 2) / pairs)
 
 
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
-    * ``acc``: accuracy; ``ece``: expected calibration error, L1, equal-width bins
+    * ``acc``: accuracy; ``ece``: expected calibration error, see :func:`ece`
     * ``nll``: mean −log p̄(y_n), in nats; ``brier``: mean Σ_c (p̄_c − [c = y_n])², in [0, 2]
     * ``entropy`` and ``mutual_information``: means, in nats
+    * ``ece_floor``: the mean of :func:`ece_floor`, what a perfectly calibrated model would have
+    * ``ece_debiased``: ece − ece_floor, in [−1, 1]; 0 on average for a calibrated model, and up to
+      ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
+      et al. 2022 on that bias)
+    * ``auroc_entropy`` and ``auroc_mutual_information``: how well they tell wrong answers from
+      right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
+      mutual information of one draw
 
     :param logits: (S, N, C).
     :param labels: (N,).
-    :raises ValueError: if there are no labels.
+    :raises ValueError: if there are no labels, or others than class indices.
     """
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
-    probs, log_probs, total, between = summarise(logits)
-    classes = probs.shape[-1]
-    one_hot = torch.nn.functional.one_hot(labels, classes)
-    values = {
-        "acc": multiclass_accuracy(probs, labels, classes, average="micro"),
-        "ece": multiclass_calibration_error(probs, labels, classes, n_bins=bins, norm="l1"),
+    probs, log_probs, total, mutual = summarise(logits)
+    check_labels(probs, labels)
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
+    wrong = probs.argmax(-1) != labels
+    error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
+    values: dict[str, Tensor | float] = {
+        "acc": (~wrong).float().mean(),
+        "ece": error,
         "nll": torch.nn.functional.nll_loss(log_probs, labels),
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": total.mean(),
-        "mutual_information": between.mean(),
+        "mutual_information": mutual.mean(),
+        "ece_floor": floor,
+        "ece_debiased": error - floor,
+        "auroc_entropy": auroc(total, wrong),
+        "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
     }
     return {name: float(value) for name, value in values.items()}
 
@@ -111,14 +143,35 @@ def average(logits: Tensor) -> Tensor:
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
 
-    :raises ValueError: if there is no dimension of draws.
+    :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
+        or +∞, or nothing else than −∞.
     """
     if logits.dim() < 3:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C); of one draw, logits[None]"
         )
+    if not logits.numel():
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}: expected (S, N, C), each 1 or more"
+        )
     # Rounding may leave a sure answer just above probability 1.
-    return (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    return _numbers(found)
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """(…, N, C) of what a softmax gave, as they are.
+
+    :raises ValueError: if they are none.
+    """
+    bad = values.isnan().any(-1)
+    if bad.any():
+        raise ValueError(
+            f"the logits of example {int(bad.nonzero()[0, -1])} hold NaN or infinity: expected"
+            " finite numbers, and −inf where a choice does not exist; lower lr, or leave float16"
+            " for bfloat16"
+        )
+    return values
 
 
 def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
@@ -132,7 +185,10 @@ def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
     probability is about linear in s, but worse where it is about even in s − μ.
 
     :param logits: (S, N, C), S ≥ 2.
+    :raises ValueError: if there are fewer draws, or a row holds NaN or +∞, or nothing else than −∞.
     """
     S = len(logits)
+    if logits.dim() < 3 or S < 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (S, N, C), S ≥ 2")
     t = float(stats.t.ppf((1 + level) / 2, S - 1))
-    return logits.softmax(-1).std(0).amax(-1) * t / math.sqrt(S)
+    return _numbers(logits.softmax(-1)).std(0).amax(-1) * t / math.sqrt(S)

@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch, Record, Split
+from ..infer.svi import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from .metrics import average, entropy, half_width, mutual_information
 
 __all__ = [
     "MAX_ROWS",
+    "NonFinitePredictionsError",
     "Predictions",
     "Predictor",
     "Predicts",
@@ -35,6 +37,10 @@ MAX_ROWS = 256
 _CPU_TOKENS = 4096
 #: fewest draws of which a spread is estimated
 _FEWEST = 4
+
+
+class NonFinitePredictionsError(NonFiniteLossError, ValueError):
+    """Logits that are NaN or infinite: what is averaged over them would be no probabilities."""
 
 
 class Predicts(Protocol):
@@ -65,7 +71,8 @@ class Predictor:
     :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
         ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
         cache. Where memory runs out it is halved, with a line in the log.
-    :raises ValueError: if the draws have another shape.
+    :raises ValueError: if the draws have another shape or hold NaN or infinity, or the temperature
+        is not above 0.
 
     Usage::
 
@@ -87,6 +94,19 @@ class Predictor:
             raise ValueError(
                 f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) ="
                 f" (S, {self.adapter.shape[0]}, {self.adapter.shape[1]}); one s (M, r) is s[None]"
+            )
+        if self.draws is not None and not len(self.draws):
+            raise ValueError("draws holds no draw: expected (S, M, r), S of 1 or more")
+        if self.draws is not None and not self.draws.isfinite().all():
+            bad = (~self.draws.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"draws holds NaN or infinity in {len(bad)} of {len(self.draws)} draws, the first"
+                f" of which is {bad[0]}: expected finite numbers; train again with a lower lr_guide"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}: expected a finite number above 0, which"
+                " divides the logits"
             )
 
     @property
@@ -191,7 +211,10 @@ def predict(
         many of them, such as 12, 24 or 48, stops soonest.
     :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
     :raises DataError: if a record does not fit the readout.
+    :raises NonFinitePredictionsError: if a logit is NaN or infinite where there is a choice.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
     if tolerance is not None and not (
         tolerance > 0 and isinstance(predictor, Predictor) and predictor.draws is not None
     ):
@@ -207,7 +230,8 @@ def predict(
             logits, draws = _until_settled(predictor, some, tolerance)
             used.append(draws)
         else:
-            logits = predictor.logits(some.collate(some.examples)).cpu()
+            batch = some.collate(some.examples)
+            logits = _finite(predictor.logits(batch).cpu(), batch, some)
         found.append(logits)
     place = torch.tensor(order).argsort()
     return Predictions(
@@ -227,6 +251,25 @@ def predict_proba(predictor: Predicts, data: Split | Sequence[Record], **options
     return predict(predictor, data, **options).probabilities
 
 
+def _finite(logits: Tensor, batch: Batch, split: Split) -> Tensor:
+    """(S, B, C), as they are.
+
+    :param split: the B examples of the batch.
+    :raises NonFinitePredictionsError: if one of an existing choice is NaN or infinite.
+    """
+    bad = ~logits.isfinite() & batch.choices.cpu()
+    if not bad.any():
+        return logits
+    k, b, c = bad.nonzero()[0].tolist()
+    raise NonFinitePredictionsError(
+        f"{int(bad.any(-1).any(0).sum())} of {len(split)} examples have logits that are not"
+        f" finite, such as record {split.records[b].id!r}: {float(logits[k, b, c])} for"
+        f" choice {c} at draw {k}. Weights or draws that are NaN or far too large give this: train"
+        " again with a lower lr; so does float16, which ends at 65,504: take model.dtype=bfloat16"
+        " or float32"
+    )
+
+
 def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tuple[Tensor, Tensor]:
     """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
     S = predictor.num_draws
@@ -236,8 +279,10 @@ def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tupl
     pending = torch.arange(len(split))
     done = 0
     for stop in stops:
-        batch = split.collate([split[b] for b in pending.tolist()])
-        logits[done:stop, pending] = predictor.logits(batch, slice(done, stop)).cpu()
+        some = split.select(pending.tolist())
+        batch = some.collate(some.examples)
+        part = predictor.logits(batch, slice(done, stop)).cpu()
+        logits[done:stop, pending] = _finite(part, batch, some)
         settled = half_width(logits[:stop, pending]) <= tolerance
         if stop < S:
             for b in pending[settled].tolist():

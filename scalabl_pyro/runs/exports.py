@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -220,7 +221,7 @@ def _sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float | None]]) -> str:
     base, auto_class = manifest["base_model"]["name"], manifest["auto_class"]
     on_hub = manifest["output_layer"] != "merge" and not Path(base).exists()
     lines = ["---", *([f"base_model: {base}"] if on_hub else []), "library_name: peft"]
@@ -246,10 +247,15 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]
         names = list(next(iter(metrics.values())))
         lines += ["", "| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         lines += [
-            f"| {split} | " + " | ".join(f"{values[name]:.4g}" for name in names) + " |"
+            f"| {split} | " + " | ".join(_figure(values[name]) for name in names) + " |"
             for split, values in metrics.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    """A metric that was not a number is null in ``metrics.json``."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 def check_output_layer(value: str) -> None:

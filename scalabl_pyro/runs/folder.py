@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import DataError, Record, Split
-from ..files import whole_folder
+from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import Classes, load_readout, make_adapter
 from ..methods import Fitted
@@ -283,9 +283,16 @@ def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(_existing(path))
+        found = load_file(_existing(path))
     except SafetensorError as error:
         raise RunFolderError(f"{path} is torn or no safetensors file: {error}") from error
+    bad = sorted(name for name, value in found.items() if not value.isfinite().all())
+    if bad:
+        raise RunFolderError(
+            f"{path} holds NaN or infinity in {bad}: expected finite numbers; train again with a"
+            " lower lr"
+        )
+    return found
 
 
 def _existing(path: Path) -> Path:
@@ -299,7 +306,7 @@ def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json_text(value, indent=2) + "\n")
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:

@@ -47,7 +47,9 @@ class PredictionConfig:
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
-            raise ValueError(f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them")
+            raise ValueError(
+                f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them"
+            )
         if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
             raise ValueError("prediction.name is 'mean', which takes no draws, trunk or tolerance")
         if not 0 <= self.trunk <= 1:

@@ -552,6 +552,58 @@ def test_predict_encodes_each_record_once_and_averages_each_chunk_once(run, monk
     assert len(averaged) == 3
 
 
+@pytest.mark.parametrize("done", [1, 5, 6, 8])
+def test_predictions_that_go_on_inside_a_chunk_are_the_same_to_the_bit(run, tmp_path, done):
+    """Rounding depends on what runs together, so that chunks begin where they began."""
+    write_jsonl(tmp_path / "in.jsonl", make_records(11))
+    words = [f"run={run}", "input=in.jsonl", "progress=false", "batch_size=4"]
+    seen = []
+
+    def recorded(predictor, split, **options):
+        seen.append([record.id for record in split.records])
+        return predict(predictor, split, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_command, "predict", recorded)
+        assert scalabl("predict", *words, "output=whole.jsonl") == 0
+        lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+        chunks = seen[:]
+
+        def ends(*args, **options):
+            raise RuntimeError("pulled the plug")
+
+        patch.setattr(predict_command, "predict", ends)
+        assert scalabl("predict", *words, "output=out.jsonl") == 1
+        part = predict_command.ResumableJsonl(
+            "out.jsonl", [f"q{i}" for i in range(11)], settings_of(run)
+        )
+        with part as file:
+            file.write(json.loads(line) for line in lines[:done])
+        seen.clear()
+        patch.setattr(predict_command, "predict", recorded)
+        assert scalabl("predict", *words, "output=out.jsonl") == 0
+    assert seen == chunks[done // 4 :]
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+
+
+def settings_of(run):
+    method = dataclasses.asdict(predict_command.PredictConfig("", "", "").prediction)
+    return {"run": str(run), "prediction": method, "batch": 4}
+
+
+@pytest.mark.parametrize("where", ["s", "lora_A", "lora_B"])
+def test_a_run_that_is_not_finite_answers_nothing(run, tmp_path, capsys, where):
+    path = run / ("posterior.safetensors" if where == "s" else "projections.safetensors")
+    tensors = load_file(path)
+    name = next(n for n in tensors if n == where or f".{where}." in n)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path)
+    write_jsonl(tmp_path / "in.jsonl", make_records(3))
+    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 1
+    assert f"{path} holds NaN or infinity in ['{name}']" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.jsonl*"))
+
+
 def test_predict_proba_takes_records(run, data):
     trained = load_run(run)
     records = read_folder(data)["test"]

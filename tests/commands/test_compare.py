@@ -62,11 +62,18 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
         for p in sorted((tmp_path / "out/runs").iterdir())
         if p.name.startswith("scalabl") and p.name in second
     ]
-    mean, error = table["metrics"]["scalabl"]["unseen"]["nll"]
-    assert mean == pytest.approx(sum(seeds) / 2)
-    assert error == pytest.approx(abs(seeds[0] - seeds[1]) / 2, abs=1e-9)
-    assert 0 <= table["auroc_of_entropy"]["mle"]["unseen"][0] <= 1
-    assert "scalabl" in table["minus_mle"]
+    found = table["metrics"]["scalabl"]["unseen"]["nll"]
+    assert found["mean"] == pytest.approx(sum(seeds) / 2)
+    # Over questions too, and so more than over seeds alone.
+    assert found["standard_error"] > abs(seeds[0] - seeds[1]) / 2
+    assert found["low"] < found["mean"] < found["high"]
+    assert 0 <= table["auroc_of_entropy"]["mle"]["unseen"]["mean"] <= 1
+    assert 0 <= table["minus_mle"]["scalabl"]["test"]["nll"]["p"] <= 1
+    floor = table["ece_floor"]["mle"]["test"]
+    assert 0 <= floor["low"] < floor["mean"] < floor["high"] <= 1
+    shown = (tmp_path / "out/table.txt").read_text()
+    assert "over seeds and questions" in shown.splitlines()[0]
+    assert f"({100 * floor['mean']:.1f})" in shown
     assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "out/table.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * 2 * 4

@@ -17,6 +17,7 @@ from scalabl_pyro.data import (
     disjoint,
     hold_out,
     iter_records,
+    read_completions,
     read_folder,
     read_records,
     without_overlap,
@@ -65,6 +66,38 @@ def test_malformed_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"a": 1, "b": 2}, {"a", "b"}, frozenset("ab"), {"a": 1, "b": 2}.keys(), b"ab", "ab", 3, None],
+)
+def test_choices_without_an_order_are_refused(choices):
+    with pytest.raises(DataError, match=f"a {type(choices).__name__}: expected a list of texts"):
+        Record("1", "why?", choices, 0)
+
+
+@pytest.mark.parametrize("choices", [["a", "b"], ("a", "b"), iter("ab"), {1: "a", 2: "b"}.values()])
+def test_choices_in_an_order_are_taken(choices):
+    assert Record("1", "why?", choices, 0).choices == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "1", "id": "2"}', "the key 'id' occurs twice, with '1' and '2'"),
+        ('{"id": "1", "question": "q", "label": 0, "label": 0}', "the key 'label' occurs twice"),
+        ('{"id": "1", "question": {"a": 1, "a": 2}}', "the key 'a' occurs twice"),
+        ("[" * 100_000, r"not UTF-8 JSON \("),
+        ('{"label": ' + "1" * 5000 + "}", r"not UTF-8 JSON \("),
+    ],
+)
+@pytest.mark.parametrize("read", [read_records, read_completions])
+def test_lines_of_json_that_two_readers_would_read_apart_are_refused(tmp_path, line, message, read):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n" + line + "\n")
+    with pytest.raises(DataError, match=f"bad.jsonl, line 2: {message}"):
+        read(path)
 
 
 def test_missing_files_and_splits_are_named(tmp_path):

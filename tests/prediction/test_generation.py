@@ -169,6 +169,10 @@ def test_prompts_do_not_touch_each_other(predictor, decoding):
         same(a, b)
     for a, b in zip(whole[2:], generate(predictor, prompts, decoding, start=2), strict=True):
         same(a, b)
+    whole = list(generate(few, prompts, decoding))
+    for start in (1, 2, 5):  # inside a chunk too, and then to the bit
+        for a, b in zip(whole[start:], generate(few, prompts, decoding, start=start), strict=True):
+            assert torch.equal(a.draw_log_probs, b.draw_log_probs)
 
 
 def test_less_runs_at_once_where_memory_runs_out(predictor, monkeypatch, caplog):

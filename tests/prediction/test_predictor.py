@@ -5,13 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make_records, whole
+from conftest import lora, make_records, tiny_llama, whole
 
-from scalabl_pyro import Predictor, entropy, evaluate, mutual_information, predict
+from scalabl_pyro import Predictor, SubspaceAdapter, entropy, evaluate, mutual_information, predict
+from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.methods.temperature import best_temperature
-from scalabl_pyro.prediction import average
+from scalabl_pyro.prediction import NonFinitePredictionsError, average
 from scalabl_pyro.prediction.metrics import half_width
 from scalabl_pyro.prediction.predictor import predict_proba
+from scalabl_pyro.readouts import LabelTokens
 
 
 def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapter, split):
@@ -181,3 +183,59 @@ def test_shapes_that_hold_no_draws_are_named(adapter):
     for measure in (average, entropy, mutual_information):
         with pytest.raises(ValueError, match=r"logits has shape \(5, 4\): expected \(S, N, C\)"):
             measure(torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_divides_by_nothing_is_refused(make_causal, temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}: expected a finite"):
+        Predictor(make_causal(), temperature=temperature)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_draws_that_are_not_finite_are_refused_by_number(make_causal, bad):
+    adapter = make_causal()
+    draws = torch.ones(4, *adapter.shape)
+    draws[2, 0, 1] = bad
+    with pytest.raises(ValueError, match="in 1 of 4 draws, the first of which is 2"):
+        Predictor(adapter, draws)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_are_not_finite_predict_nothing(adapter, split, tolerance, value):
+    """The last one overflows on the way."""
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters().items():
+            if ".lora_B." in name:
+                parameter.fill_(value)
+    predictor = Predictor(adapter, torch.full((4, *adapter.shape), 1e30))
+    with pytest.raises(NonFinitePredictionsError, match=r"record 'q\d+': .*for choice \d at draw"):
+        predict(predictor, split, tolerance=tolerance)
+
+
+def test_a_float16_base_that_overflows_is_named(tokenizer, records):
+    llm = tiny_llama().half()
+    torch.nn.init.constant_(llm.lm_head.weight, 6e4)
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    adapter = SubspaceAdapter(llm, lora("q_proj"), readout)
+    with pytest.raises(ValueError, match="float16, which ends at 65,504"):
+        predict(Predictor(adapter), readout.encode(records))
+
+
+@pytest.mark.parametrize("measure", [average, entropy, mutual_information, half_width])
+@pytest.mark.parametrize(
+    "row", [[float("nan"), 0.0], [float("inf"), 0.0], [float("-inf"), float("-inf")]]
+)
+def test_measures_of_no_numbers_are_refused(measure, row):
+    logits = torch.zeros(3, 4, 2)
+    logits[1, 2] = torch.tensor(row)
+    with pytest.raises(ValueError, match=r"the logits of example 2 hold NaN or infinity"):
+        measure(logits)
+
+
+def test_missing_choices_are_no_fault(make_choice):
+    adapter = make_choice()
+    split = adapter.readout.encode(make_records(4, choices=3))
+    found = predict(Predictor(adapter, torch.ones(2, *adapter.shape)), split)
+    assert (found.logits[..., 3] == float("-inf")).all()
+    assert evaluate(found.logits, found.labels)["nll"] > 0

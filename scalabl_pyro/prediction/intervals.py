@@ -1,0 +1,128 @@
+r"""How sure a mean over seeds and questions is.
+
+Runs with several seeds answer the same questions, so that a mean over both has two sources of
+chance. With x_kn of seed k and question n as a crossed design with random effects (Searle, Casella
+and McCulloch 1992, chapter 4),
+
+.. math:: x_{kn} = \mu + a_k + b_n + e_{kn}, \qquad
+    \mathrm{Var}(\bar x) = \frac{\sigma_a^2}{K} + \frac{\sigma_b^2}{N} + \frac{\sigma_e^2}{K N}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .calibration import calibration_gaps, check_labels
+from .metrics import average
+
+__all__ = ["Interval", "crossed_interval", "paired_difference", "per_question", "stacked"]
+
+
+class Interval(NamedTuple):
+    """A mean, and how far chance may have moved it.
+
+    :param mean: over seeds and questions.
+    :param standard_error: of it, ``nan`` of one number.
+    :param low: end of the 95 % interval; ``high`` the other.
+    :param p: two-sided, of a true mean of 0.
+    """
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    p: float
+
+
+def crossed_interval(values: Tensor, *, level: float = 0.95) -> Interval:
+    r"""The mean over seeds and questions, with Student's interval for both as random.
+
+    The mean squares of the seeds' means, of the questions' means and of what is left give
+
+    .. math:: \widehat{\mathrm{Var}}(\bar x) = \frac{MS_a + MS_b - MS_e}{K N}
+
+    without bias; where chance makes it less than that of seeds or of questions alone, the larger of
+    these. Degrees of freedom are Satterthwaite's (1946): about K − 1 where seeds decide and N − 1
+    where questions do. One seed leaves the questions alone, one question the seeds.
+
+    :param values: (K, N), such as the loss of seed k at question n.
+    :param level: of the interval.
+    :raises ValueError: if values are not (K, N), or not finite.
+    """
+    if values.dim() != 2 or not values.numel():
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}: expected (K, N), seeds by questions"
+        )
+    if not values.isfinite().all():
+        where = (~values.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"values holds {float(values[tuple(where)])} at seed {where[0]}, question {where[1]}:"
+            " expected finite numbers"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: expected a number between 0 and 1")
+    x = values.double()
+    K, N = x.shape
+    mean = float(x.mean())
+    by_seed, by_question = x.mean(1), x.mean(0)
+    rest = x - by_seed[:, None] - by_question + mean
+    seeds = N * float(by_seed.var()) if K > 1 else 0.0
+    questions = K * float(by_question.var()) if N > 1 else 0.0
+    left = float(rest.square().sum()) / ((K - 1) * (N - 1)) if K > 1 and N > 1 else 0.0
+    total = max(seeds + questions - left, seeds, questions)
+    parts = [(seeds, K - 1), (questions, N - 1), (left, (K - 1) * (N - 1))]
+    spread = sum(square**2 / degrees for square, degrees in parts if degrees)
+    if K * N == 1:
+        return Interval(mean, math.nan, math.nan, math.nan, math.nan)
+    if total <= 1e-24 * mean**2 * K * N or spread == 0:  # all alike, but for rounding
+        return Interval(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
+    error = math.sqrt(total / (K * N))
+    degrees = total**2 / spread
+    half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, degrees))
+    return Interval(mean, error, mean - half, mean + half, p)
+
+
+def paired_difference(first: Tensor, second: Tensor, *, level: float = 0.95) -> Interval:
+    """:func:`crossed_interval` of first − second, (K, N) each, on the same seeds and questions.
+
+    :raises ValueError: if their shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(
+            f"the shapes {tuple(first.shape)} and {tuple(second.shape)} differ: expected (K, N) of"
+            " the same seeds and questions"
+        )
+    return crossed_interval(first.double() - second.double(), level=level)
+
+
+def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, Tensor]:
+    """What each question adds to ``acc``, ``ece``, ``nll`` and ``brier``, whose mean each is; (N,).
+
+    For ``ece`` the sign of a bin's gap is taken as known, which makes an interval rather too
+    wide where that gap is within its noise.
+
+    :param logits: (S, N, C).
+    :param labels: (N,).
+    """
+    log_probs = average(logits).double()
+    probs = log_probs.exp()
+    check_labels(probs, labels)
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
+    return {
+        "acc": (probs.argmax(-1) == labels).double(),
+        "ece": calibration_gaps(average(logits).exp(), labels, bins),
+        "nll": torch.nn.functional.nll_loss(log_probs, labels, reduction="none"),
+        "brier": (probs - one_hot).square().sum(-1),
+    }
+
+
+def stacked(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """(K, N) by metric, of K runs' :func:`per_question`."""
+    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}

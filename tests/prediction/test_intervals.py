@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scalabl_pyro import evaluate
+from scalabl_pyro.prediction import crossed_interval, paired_difference, per_question
+
+
+def crossed(seeds, questions, rest, *, K=5, N=500, generator):
+    """μ = 0 with effects of seeds, of questions and of both, of these standard deviations."""
+    a = seeds * torch.randn(K, 1, generator=generator, dtype=torch.float64)
+    b = questions * torch.randn(1, N, generator=generator, dtype=torch.float64)
+    return a + b + rest * torch.randn(K, N, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "questions", "rest"),
+    [
+        (0.02, 0.5, 0.5),
+        (0.05, 0.3, 0.3),  # seeds decide
+        (0.0, 1.0, 0.1),  # questions decide
+        (0.0, 0.0, 1.0),
+        (0.01, 0.2, 1.0),
+    ],
+)
+def test_intervals_cover_the_mean_of_crossed_data(seeds, questions, rest):
+    generator = torch.Generator().manual_seed(0)
+    hits, low = 0, 0
+    for _ in range(1000):
+        found = crossed_interval(crossed(seeds, questions, rest, generator=generator))
+        hits += found.low <= 0 <= found.high
+        low += found.p < 0.05
+    assert hits / 1000 >= 0.92
+    assert low == 1000 - hits
+
+
+def test_intervals_over_seeds_alone_would_not_cover():
+    """What the questions add is seen: seeds that share them agree too well."""
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(300):
+        means = crossed(0.0, 1.0, 0.1, generator=generator).mean(1)
+        hits += abs(float(means.mean())) <= 2.776 * float(means.std()) / 5**0.5
+    assert hits / 300 < 0.5
+
+
+def test_the_variance_is_that_of_an_analysis_of_variance_by_hand():
+    x = np.array([[1.0, 2.0, 4.0], [2.0, 5.0, 5.0]])
+    mean = 19 / 6
+    # Sums of squares, from the means of rows (7/3, 4) and of columns (1.5, 3.5, 4.5).
+    rows = 3 * ((7 / 3 - mean) ** 2 + (4 - mean) ** 2)
+    columns = 2 * ((1.5 - mean) ** 2 + (3.5 - mean) ** 2 + (4.5 - mean) ** 2)
+    left = (((x - mean) ** 2).sum() - rows - columns) / 2
+    expected = (rows / 1 + columns / 2 - left) / 6
+    found = crossed_interval(torch.tensor(x))
+    assert found.mean == pytest.approx(mean)
+    assert found.standard_error**2 == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
+def test_one_seed_or_one_question_leaves_students_interval_of_the_other(shape):
+    found = crossed_interval(torch.tensor([1.0, 2.0, 4.0, 9.0]).reshape(shape))
+    error = math.sqrt(((1 - 4) ** 2 + (2 - 4) ** 2 + 0 + (9 - 4) ** 2) / 3 / 4)
+    assert found.standard_error == pytest.approx(error)
+    assert found.high - 4 == pytest.approx(3.182446 * error, rel=1e-5)  # t of 3 degrees at 97.5 %
+    assert found.low + found.high == pytest.approx(8)
+
+
+def test_paired_differences_leave_out_what_both_share():
+    generator = torch.Generator().manual_seed(0)
+    shared = crossed(0.3, 2.0, 0.0, generator=generator)
+    a = shared + 0.05 + crossed(0.01, 0.1, 0.1, generator=generator)
+    b = shared + crossed(0.01, 0.1, 0.1, generator=generator)
+    found = paired_difference(a, b)
+    assert found.p < 0.02
+    assert found.low <= 0.05 <= found.high
+    assert crossed_interval(a).standard_error > 5 * found.standard_error
+    same = paired_difference(a, a)
+    assert (same.mean, same.standard_error, same.p) == (0, 0, 1)
+
+
+def test_the_means_of_what_questions_add_are_the_metrics():
+    torch.manual_seed(0)
+    logits, labels = 2 * torch.randn(3, 50, 4), torch.randint(4, (50,))
+    metrics = evaluate(logits, labels)
+    for name, values in per_question(logits, labels).items():
+        assert values.shape == (50,)
+        assert float(values.mean()) == pytest.approx(metrics[name], abs=1e-6)
+
+
+def test_one_number_has_no_interval():
+    found = crossed_interval(torch.tensor([[3.0]]))
+    assert found.mean == 3
+    assert all(math.isnan(x) for x in found[1:])
