@@ -11,29 +11,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
-from ..distributed import is_main, start
-from ..infer.checkpoints import Interrupted
-from ..runs.config import RunConfig, build
-from ..runs.memory import MemoryConfig, estimate
 from ._configs import CONFIGS
-from ._help import explain
-from ._quiet import quiet_libraries
-from ._report import format_table
-from .compare import CompareConfig, compare
-from .distill import DistillConfig, distill_run
-from .evaluate import EvaluateConfig, evaluate_run
-from .export import ExportConfig, export_run
-from .generate import GenerateConfig, generate_file
-from .predict import PredictConfig, predict_file
-from .table import TableConfig, tabulate
-from .train import run
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["main"]
 
@@ -52,32 +36,29 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
 scalabl COMMAND --help explains the settings of a command, with their defaults."""
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """Train and evaluate; the result is a run folder."""
-    start()
-    return {"run": config.run_dir, **run(config)}
+class Command(NamedTuple):
+    """Where a command is; importing its file takes seconds, so it waits until the command runs."""
+
+    module: str
+    config: str
+    function: str
+
+    def load(self) -> tuple[type, Callable[[Any], Any]]:
+        """The class of its settings, and what it does with them."""
+        found = import_module(f".{self.module}", __package__)
+        return getattr(found, self.config), getattr(found, self.function)
 
 
-def compare_methods(config: CompareConfig) -> str:
-    """Methods × seeds in one table."""
-    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
-
-
-def table_of_runs(config: TableConfig) -> str:
-    """One table over finished runs."""
-    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "train": (RunConfig, train),
-    "evaluate": (EvaluateConfig, evaluate_run),
-    "predict": (PredictConfig, predict_file),
-    "generate": (GenerateConfig, generate_file),
-    "compare": (CompareConfig, compare_methods),
-    "table": (TableConfig, table_of_runs),
-    "distill": (DistillConfig, distill_run),
-    "export": (ExportConfig, export_run),
-    "memory": (MemoryConfig, lambda config: estimate(config).gib()),
+COMMANDS = {
+    "train": Command("train", "RunConfig", "train"),
+    "evaluate": Command("evaluate", "EvaluateConfig", "evaluate_run"),
+    "predict": Command("predict", "PredictConfig", "predict_file"),
+    "generate": Command("generate", "GenerateConfig", "generate_file"),
+    "compare": Command("compare", "CompareConfig", "compare_methods"),
+    "table": Command("table", "TableConfig", "table_of_runs"),
+    "distill": Command("distill", "DistillConfig", "distill_run"),
+    "export": Command("export", "ExportConfig", "export_run"),
+    "memory": Command("memory", "MemoryConfig", "estimate_memory"),
 }
 
 
@@ -95,6 +76,8 @@ def main() -> None:
         hydras.add_argument("--config-name", "-cn")
         found, overrides = hydras.parse_known_args(sys.argv[1:])
         methods = [word.removeprefix("method=") for word in overrides if word.startswith("method=")]
+        from ._help import explain
+
         try:
             print(explain(name, found.config_name, methods[-1] if methods else None))
         except ValueError as error:
@@ -105,25 +88,40 @@ def main() -> None:
         # Hydra reads no override behind a flag that stands among them.
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
-    config_class, command = COMMANDS[name]
 
     def task(overrides: DictConfig) -> None:
-        quiet_libraries()  # here, for a sweep may run this in other processes
-        try:
-            values = OmegaConf.to_container(overrides, resolve=True)
-            found = command(build(config_class, values))
-            if not is_main():
-                return
-            print(found if isinstance(found, str) else json.dumps(found, indent=2))
-        except KeyboardInterrupt:
-            print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
-            sys.exit(130)
-        except (ValueError, OSError, RuntimeError) as error:
-            logging.getLogger(__name__).debug("traceback", exc_info=True)
-            sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-            if sweep and not isinstance(error, Interrupted):
-                raise  # the other runs go on; Hydra names this one at the end
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        _run(COMMANDS[name], overrides)
+
+    import hydra
 
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+
+
+def _run(command: Command, overrides: DictConfig) -> None:
+    """What Hydra calls, for a sweep in other processes too."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from ..distributed import is_main
+    from ..infer.checkpoints import Interrupted
+    from ..runs.config import build
+    from ._quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        config_class, function = command.load()
+        found = function(build(config_class, OmegaConf.to_container(overrides, resolve=True)))
+        if not is_main():
+            return
+        print(found if isinstance(found, str) else json.dumps(found, indent=2))
+    except KeyboardInterrupt:
+        print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        if sweep and not isinstance(error, Interrupted):
+            raise  # the other runs go on; Hydra names this one at the end
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -23,10 +23,10 @@ from ..lora.config import AdapterConfig, ModelConfig
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
 from ._configs import CONFIGS
 from ._quiet import quiet_worker
-from ._report import write_report
+from ._report import format_table, write_report
 from .train import run, unfinished_folder
 
-__all__ = ["CompareConfig", "compare"]
+__all__ = ["CompareConfig", "compare", "compare_methods"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,11 @@ def _check_fit(name: str, trial: dict[str, Any]) -> None:
             f" rows share is not made for {trial['method']['name']}: give the trial its own; what"
             f" scalabl train takes is {own}"
         )
+
+
+def compare_methods(config: CompareConfig) -> str:
+    """``scalabl compare``: the table as text."""
+    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from ..data import DataSource
 from ..runs.config import ConfigError, RunConfig, build
-from ._report import write_report
+from ._report import format_table, write_report
 
-__all__ = ["TableConfig", "tabulate"]
+__all__ = ["TableConfig", "table_of_runs", "tabulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,11 @@ class TableConfig:
 
     runs: str
     out: str
+
+
+def table_of_runs(config: TableConfig) -> str:
+    """``scalabl table``: the table as text."""
+    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
 
 
 def tabulate(config: TableConfig) -> dict[str, Any]:

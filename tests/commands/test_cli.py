@@ -31,6 +31,7 @@ from scalabl_pyro.methods import METHODS, ScalaBL
 from scalabl_pyro.runs.config import DataConfig, RunConfig, build
 from scalabl_pyro.runs.folder import RunFolderError
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = [
     "fit.steps=4",
     "fit.batch_size=4",
@@ -222,13 +223,35 @@ def test_help_explains_every_setting(command, capsys):
     assert "defaults:" not in shown
     assert "hydra/" not in shown
     documented = set(re.findall(r"^ *(\w+):", shown, re.MULTILINE))
-    config, _ = COMMANDS[command]
+    config, _ = COMMANDS[command].load()
     # Of a model, an adapter or training, memory and distill use a part.
     nested = command not in ("memory", "distill")
     names = settings(config) if nested else [field.name for field in dataclasses.fields(config)]
     assert set(names) <= documented
     if command == "train":
         assert {"guide", "prior", "elbo", "draws"} <= documented
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import scalabl_pyro",
+        *(
+            f"import sys; sys.argv = {['scalabl', *words]}\n"
+            "from scalabl_pyro.commands.cli import main\n"
+            "try: main()\nexcept SystemExit as end: assert not end.code"
+            for words in (["--help"], ["train", "--help"], ["compare", "-cn=tune", "--help"])
+        ),
+    ],
+)
+def test_help_and_the_package_itself_import_nothing_slow(code):
+    slow = ("torch", "transformers", "peft", "pyro", "hydra", "datasets", "numpy")
+    check = f"import sys; found = [name for name in {slow} if name in sys.modules]"
+    code = f"{code}\n{check}; assert not found, found"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_explains_another_method(capsys):
@@ -604,13 +627,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, cap
 
 def test_each_of_two_checkouts_on_one_path_reads_its_own_configs(tmp_path):
     """The second checkout is a copy whose default seed differs."""
-    root = Path(__file__).resolve().parents[2]
     for folder in ("scalabl_pyro", "configs"):
-        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
     yaml = tmp_path / "configs" / "train.yaml"
     yaml.write_text(re.sub(r"^seed: 0", "seed: 77", yaml.read_text(), flags=re.MULTILINE))
     code = "import sys; from scalabl_pyro.commands.cli import main; main()"
-    for first, other, seed in ((tmp_path, root, 77), (root, tmp_path, 0)):
+    for first, other, seed in ((tmp_path, ROOT, 77), (ROOT, tmp_path, 0)):
         done = subprocess.run(
             [sys.executable, "-c", code, "train", "--cfg", "job", "--package", "seed"],
             env=os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{other}"},
