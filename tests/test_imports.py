@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +45,42 @@ def test_of_bitsandbytes_one_message_is_left_out():
         check=True,
     )
     assert done.stderr == "something else\n"
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all absolute imports of a file, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+def canonical(requirement: str) -> str:
+    """The name in a requirement, as PEP 503 spells it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {canonical(requirement) for group in groups for requirement in group}
+    homes = packages_distributions()
+    modules = set().union(*map(imported, PACKAGE.rglob("*.py")))
+    modules -= sys.stdlib_module_names | {"scalabl_pyro"}
+    assert {"torch", "pyro", "numpy", "omegaconf"} <= modules, "the walk itself works"
+    missing = {
+        module
+        for module in modules
+        if not declared & {canonical(name) for name in homes.get(module, [module])}
+    }
+    assert not missing
+
+
+def test_what_is_declared_is_tested_in_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonical(line) for line in lines if not line.startswith("#")}
+    assert {canonical(requirement) for requirement in project["dependencies"]} <= pinned
