@@ -70,6 +70,7 @@ def main() -> None:
             print(f"error: there is no command {sys.argv[1]!r}\n", file=sys.stderr)
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
+    command = list(sys.argv)  # what is kept with a run; Hydra reads the rest alone
     name = sys.argv.pop(1)
     if {"-h", "--help"} & set(sys.argv):
         hydras = argparse.ArgumentParser(add_help=False)
@@ -90,6 +91,7 @@ def main() -> None:
         sys.argv.insert(1, flag)
 
     def task(overrides: DictConfig) -> None:
+        sys.argv = command  # a sweep may run this in processes that were started otherwise
         _run(COMMANDS[name], overrides)
 
     import hydra

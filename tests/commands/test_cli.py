@@ -105,6 +105,14 @@ def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, da
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("words", [["method=mle"], ["--multirun", "method=mle"]], ids=" ".join)
+def test_a_run_keeps_the_command_that_made_it(local_model, data, words):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    found = json.loads(Path("out/environment.json").read_text())["command"]
+    assert found == ["scalabl", "train", *where, *FAST, *words]
+
+
 def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, capsys):
     (data / "validation.jsonl").unlink()
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
