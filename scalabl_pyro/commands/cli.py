@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ._configs import CONFIGS
 
@@ -92,14 +93,38 @@ def main() -> None:
 
     def task(overrides: DictConfig) -> None:
         sys.argv = command  # a sweep may run this in processes that were started otherwise
-        _run(COMMANDS[name], overrides)
+        _run(COMMANDS[name], overrides, command)
 
-    import hydra
+    try:
+        import hydra
 
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+        with _raised_by_hydra():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    except Exception as error:
+        _fail(error, command)
 
 
-def _run(command: Command, overrides: DictConfig) -> None:
+@contextmanager
+def _raised_by_hydra() -> Iterator[None]:
+    """Hydra raises its errors, where it would print them as tracebacks."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _fail(error: Exception, words: Sequence[str]) -> NoReturn:
+    from ._errors import explain_error
+
+    print(explain_error(error, words), file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
     """What Hydra calls, for a sweep in other processes too."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -113,17 +138,27 @@ def _run(command: Command, overrides: DictConfig) -> None:
     quiet_libraries()
     try:
         config_class, function = command.load()
-        found = function(build(config_class, OmegaConf.to_container(overrides, resolve=True)))
+        values = _numbers(OmegaConf.to_container(overrides, resolve=True))
+        found = function(build(config_class, values))
         if not is_main():
             return
         print(found if isinstance(found, str) else json.dumps(found, indent=2))
     except KeyboardInterrupt:
         print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
+    except Exception as error:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         if sweep and not isinstance(error, Interrupted):
-            raise  # the other runs go on; Hydra names this one at the end
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+            raise  # the other runs go on; Hydra raises this at the end
+        _fail(error, words)
+
+
+def _numbers(values: Any) -> Any:
+    """Infinity as YAML writes it, which Hydra takes for a text in overrides."""
+    if isinstance(values, dict):
+        return {key: _numbers(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_numbers(value) for value in values]
+    if isinstance(values, str) and values.lower() in (".inf", "+.inf", "-.inf"):
+        return float(values.replace(".", ""))
+    return values

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..data import DataSource
+from ..files import check_writable
 from ..runs.config import ConfigError, RunConfig, build
 from ._report import format_table, write_report
 
@@ -43,6 +44,7 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
         the same row and seed; if runs of a row differ in more than the seed (and what each chose
         among its trials), or rows in their data or seeds.
     """
+    check_writable(Path(config.out) / "table.json")
     folder = Path(config.runs)
     unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
     if unfinished:

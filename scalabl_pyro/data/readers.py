@@ -25,7 +25,7 @@ def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
             try:
                 # Some editors begin a file with a byte order mark.
                 yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
                 raise DataError(f"{path}, line {number}: not UTF-8 JSON ({error})") from error
 
 
