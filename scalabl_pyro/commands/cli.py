@@ -33,8 +33,10 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   distill    a run's model average in one plain PEFT adapter
   export     a run as plain PEFT adapters, one a draw, and as a merged model
   memory     how much memory a run needs, before anything is downloaded
+  doctor     what works on this machine, and how to mend what does not
 
-scalabl COMMAND --help explains the settings of a command, with their defaults."""
+scalabl COMMAND --help explains the settings of a command, with their defaults.
+scalabl --version prints the version."""
 
 
 class Command(NamedTuple):
@@ -60,11 +62,15 @@ COMMANDS = {
     "distill": Command("distill", "DistillConfig", "distill_run"),
     "export": Command("export", "ExportConfig", "export_run"),
     "memory": Command("memory", "MemoryConfig", "estimate_memory"),
+    "doctor": Command("doctor", "DoctorConfig", "examine"),
 }
 
 
 def main() -> None:
     """Entry point of ``scalabl``."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"scalabl_pyro {_version()}")
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked = len(sys.argv) == 2 and sys.argv[1] in ("-h", "--help", "help")
         if len(sys.argv) > 1 and not asked:
@@ -102,6 +108,15 @@ def main() -> None:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
     except Exception as error:
         _fail(error, command)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("scalabl_pyro")
+    except PackageNotFoundError:  # a checkout on the path
+        return "not installed"
 
 
 @contextmanager

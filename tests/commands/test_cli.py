@@ -251,7 +251,12 @@ def test_help_explains_every_setting(command, capsys):
             f"import sys; sys.argv = {['scalabl', *words]}\n"
             "from scalabl_pyro.commands.cli import main\n"
             "try: main()\nexcept SystemExit as end: assert not end.code"
-            for words in (["--help"], ["train", "--help"], ["compare", "-cn=tune", "--help"])
+            for words in (
+                ["--help"],
+                ["--version"],
+                ["train", "--help"],
+                ["compare", "-cn=tune", "--help"],
+            )
         ),
     ],
 )
