@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -33,8 +34,10 @@ def new_path(path: Path) -> Path:
     """The path of an output, a file or a folder, which can be made, but is not there yet.
 
     :raises FileExistsError: if it exists.
+    :raises OSError: if its name is too long.
     :raises PermissionError: if it cannot be made where it is to be.
     """
+    _check_name(path)
     if path.exists():
         raise FileExistsError(f"the output {path} exists; choose another output, or remove it")
     check_writable(path)
@@ -44,8 +47,10 @@ def new_path(path: Path) -> Path:
 def check_writable(path: Path) -> None:
     """Try whether ``path`` could be written, before the work that it is to hold.
 
+    :raises OSError: if its name is too long.
     :raises PermissionError: if no file can be made in the folder that is to hold it.
     """
+    _check_name(path)
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with TemporaryFile(dir=there):
@@ -54,6 +59,20 @@ def check_writable(path: Path) -> None:
         raise PermissionError(
             f"{path} cannot be written, for {there} takes no new file: choose another output"
         ) from error
+
+
+def _check_name(path: Path) -> None:
+    """Names are tried with the longest ending that unfinished files and folders take."""
+    for part in path.absolute().parts[1:]:
+        try:
+            Path(path.absolute().anchor, f"{part}.unfinished").exists()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise OSError(
+                f"the name {part[:40]!r}… of {len(part)} characters is too long to be written, as"
+                " unfinished files need a longer one: choose a shorter name"
+            ) from error
 
 
 @contextmanager

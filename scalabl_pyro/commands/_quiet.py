@@ -15,10 +15,11 @@ __all__ = ["quiet_libraries", "quiet_worker"]
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own output: no loading bars, no other library's deprecations."""
+    """Leave the terminal to our own output: no loading bars, no calls of one library by another."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
+    # PEFT asks transformers by a name that is on its way out.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
 
 

@@ -7,33 +7,18 @@ The first word picks a command; everything after it but ``--help`` is Hydra's ow
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
-from ..distributed import is_main, start
 from ..files import json_text
-from ..infer.checkpoints import Interrupted
-from ..runs.config import RunConfig, build
-from ..runs.memory import MemoryConfig, estimate
 from ._configs import CONFIGS
-from ._help import explain
-from ._quiet import quiet_libraries
-from ._report import format_table
-from .compare import CompareConfig, compare
-from .distill import DistillConfig, distill_run
-from .evaluate import EvaluateConfig, evaluate_run
-from .export import ExportConfig, export_run
-from .generate import GenerateConfig, generate_file
-from .predict import PredictConfig, predict_file
-from .table import TableConfig, tabulate
-from .train import run
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["main"]
 
@@ -48,53 +33,59 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   distill    a run's model average in one plain PEFT adapter
   export     a run as plain PEFT adapters, one a draw, and as a merged model
   memory     how much memory a run needs, before anything is downloaded
+  doctor     what works on this machine, and how to mend what does not
 
-scalabl COMMAND --help explains the settings of a command, with their defaults."""
-
-
-def train(config: RunConfig) -> dict[str, Any]:
-    """Train and evaluate; the result is a run folder."""
-    start()
-    return {"run": config.run_dir, **run(config)}
+scalabl COMMAND --help explains the settings of a command, with their defaults.
+scalabl --version prints the version."""
 
 
-def compare_methods(config: CompareConfig) -> str:
-    """Methods × seeds in one table."""
-    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
+class Command(NamedTuple):
+    """Where a command is; importing its file takes seconds, so it waits until the command runs."""
+
+    module: str
+    config: str
+    function: str
+
+    def load(self) -> tuple[type, Callable[[Any], Any]]:
+        """The class of its settings, and what it does with them."""
+        found = import_module(f".{self.module}", __package__)
+        return getattr(found, self.config), getattr(found, self.function)
 
 
-def table_of_runs(config: TableConfig) -> str:
-    """One table over finished runs."""
-    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "train": (RunConfig, train),
-    "evaluate": (EvaluateConfig, evaluate_run),
-    "predict": (PredictConfig, predict_file),
-    "generate": (GenerateConfig, generate_file),
-    "compare": (CompareConfig, compare_methods),
-    "table": (TableConfig, table_of_runs),
-    "distill": (DistillConfig, distill_run),
-    "export": (ExportConfig, export_run),
-    "memory": (MemoryConfig, lambda config: estimate(config).gib()),
+COMMANDS = {
+    "train": Command("train", "RunConfig", "train"),
+    "evaluate": Command("evaluate", "EvaluateConfig", "evaluate_run"),
+    "predict": Command("predict", "PredictConfig", "predict_file"),
+    "generate": Command("generate", "GenerateConfig", "generate_file"),
+    "compare": Command("compare", "CompareConfig", "compare_methods"),
+    "table": Command("table", "TableConfig", "table_of_runs"),
+    "distill": Command("distill", "DistillConfig", "distill_run"),
+    "export": Command("export", "ExportConfig", "export_run"),
+    "memory": Command("memory", "MemoryConfig", "estimate_memory"),
+    "doctor": Command("doctor", "DoctorConfig", "examine"),
 }
 
 
 def main() -> None:
     """Entry point of ``scalabl``."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"scalabl_pyro {_version()}")
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked = len(sys.argv) == 2 and sys.argv[1] in ("-h", "--help", "help")
         if len(sys.argv) > 1 and not asked:
             print(f"error: there is no command {sys.argv[1]!r}\n", file=sys.stderr)
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
+    command = list(sys.argv)  # what is kept with a run; Hydra reads the rest alone
     name = sys.argv.pop(1)
     if {"-h", "--help"} & set(sys.argv):
         hydras = argparse.ArgumentParser(add_help=False)
         hydras.add_argument("--config-name", "-cn")
         found, overrides = hydras.parse_known_args(sys.argv[1:])
         methods = [word.removeprefix("method=") for word in overrides if word.startswith("method=")]
+        from ._help import explain
+
         try:
             print(explain(name, found.config_name, methods[-1] if methods else None))
         except ValueError as error:
@@ -105,25 +96,84 @@ def main() -> None:
         # Hydra reads no override behind a flag that stands among them.
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
-    config_class, command = COMMANDS[name]
 
     def task(overrides: DictConfig) -> None:
-        quiet_libraries()  # here, for a sweep may run this in other processes
-        try:
-            values = OmegaConf.to_container(overrides, resolve=True)
-            found = command(build(config_class, values))
-            if not is_main():
-                return
-            print(found if isinstance(found, str) else json_text(found, indent=2))
-        except KeyboardInterrupt:
-            print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
-            sys.exit(130)
-        except (ValueError, OSError, RuntimeError) as error:
-            logging.getLogger(__name__).debug("traceback", exc_info=True)
-            sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-            if sweep and not isinstance(error, Interrupted):
-                raise  # the other runs go on; Hydra names this one at the end
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        sys.argv = command  # a sweep may run this in processes that were started otherwise
+        _run(COMMANDS[name], overrides, command)
 
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    try:
+        import hydra
+
+        with _raised_by_hydra():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    except Exception as error:
+        _fail(error, command)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("scalabl_pyro")
+    except PackageNotFoundError:  # a checkout on the path
+        return "not installed"
+
+
+@contextmanager
+def _raised_by_hydra() -> Iterator[None]:
+    """Hydra raises its errors, where it would print them as tracebacks."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _fail(error: Exception, words: Sequence[str]) -> NoReturn:
+    from ._errors import explain_error
+
+    print(explain_error(error, words), file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
+    """What Hydra calls, for a sweep in other processes too."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from ..distributed import is_main
+    from ..infer.checkpoints import Interrupted
+    from ..runs.config import build
+    from ._quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        config_class, function = command.load()
+        values = _numbers(OmegaConf.to_container(overrides, resolve=True))
+        found = function(build(config_class, values))
+        if not is_main():
+            return
+        print(found if isinstance(found, str) else json_text(found, indent=2))
+    except KeyboardInterrupt:
+        print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        if sweep and not isinstance(error, Interrupted):
+            raise  # the other runs go on; Hydra raises this at the end
+        _fail(error, words)
+
+
+def _numbers(values: Any) -> Any:
+    """Infinity as YAML writes it, which Hydra takes for a text in overrides."""
+    if isinstance(values, dict):
+        return {key: _numbers(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_numbers(value) for value in values]
+    if isinstance(values, str) and values.lower() in (".inf", "+.inf", "-.inf"):
+        return float(values.replace(".", ""))
+    return values

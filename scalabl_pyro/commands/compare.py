@@ -18,15 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..data import check_split, fingerprint
+from ..files import check_writable
 from ..infer.svi import FitConfig, NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
 from ._configs import CONFIGS
+from ._errors import message
 from ._quiet import quiet_worker
-from ._report import write_report
+from ._report import format_table, write_report
 from .train import run, unfinished_folder
 
-__all__ = ["CompareConfig", "compare"]
+__all__ = ["CompareConfig", "compare", "compare_methods"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,20 @@ def _check_fit(name: str, trial: dict[str, Any]) -> None:
         )
 
 
+def compare_methods(config: CompareConfig) -> str:
+    """``scalabl compare``: the table as text."""
+    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
+
+
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Run what has not run yet, then write the table and pictures to ``config.out``.
 
     :returns: the table, as in ``table.json``.
     :raises DataError: if the data cannot be read or have no test split.
+    :raises PermissionError: if ``out`` cannot be written.
     :raises RuntimeError: if a run fails; the message names its settings, and other runs are kept.
     """
+    check_writable(Path(config.out) / "runs")
     data_hash = _data_hash(config.data)
 
     def run_config(name: str, trial: dict[str, Any], seed: int) -> RunConfig:
@@ -197,7 +206,8 @@ def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set
                 elif error is not None:
                     raise RuntimeError(
                         f"the run {started[done].run_dir} (method {started[done].method}) failed:"
-                        f" {error}; finished runs are kept, and the same command goes on from there"
+                        f" {message(error)}; finished runs are kept, and the same command goes on"
+                        " from there"
                     ) from error
                 bar.update()
         except BaseException:

@@ -39,6 +39,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: expected 0 to 2^32 − 1")
 
 
 def distill_run(config: DistillConfig) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..data import DataSource
+from ..files import check_writable
 from ..runs.config import ConfigError, RunConfig, build
-from ._report import write_report
+from ._report import format_table, write_report
 
-__all__ = ["TableConfig", "tabulate"]
+__all__ = ["TableConfig", "table_of_runs", "tabulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class TableConfig:
     out: str
 
 
+def table_of_runs(config: TableConfig) -> str:
+    """``scalabl table``: the table as text."""
+    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
+
+
 def tabulate(config: TableConfig) -> dict[str, Any]:
     """Write the table and pictures of all runs in a folder to ``config.out``.
 
@@ -38,6 +44,7 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
         the same row and seed; if runs of a row differ in more than the seed (and what each chose
         among its trials), or rows in their data or seeds.
     """
+    check_writable(Path(config.out) / "table.json")
     folder = Path(config.runs)
     unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
     if unfinished:

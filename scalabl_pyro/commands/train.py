@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from ..data import Record, Split, fingerprint
-from ..distributed import is_main
+from ..distributed import is_main, start
 from ..files import write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.svi import NonFiniteLossError
@@ -30,9 +30,15 @@ from ..runs.config import ConfigError, RunConfig, build
 from ..runs.folder import save_run
 from ..runs.memory import MemoryConfig, explain_out_of_memory
 
-__all__ = ["run", "unfinished_folder"]
+__all__ = ["RunConfig", "run", "train", "unfinished_folder"]
 
 log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """``scalabl train``: one of several processes, if a launcher started them."""
+    start()
+    return {"run": config.run_dir, **run(config)}
 
 
 def run(config: RunConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..data import Split
 from ..guides import AutoSubspace
+from ..infer._arviz import az
 from ..models.model import ScalaBLModel
 from ..prediction.predictor import Predictor, predict
 

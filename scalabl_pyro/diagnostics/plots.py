@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import arviz as az
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from ..infer._arviz import az
 
 __all__ = [
     "plot_correlation",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import arviz as az
 import numpy as np
 from scipy.special import logsumexp
+
+from ..infer._arviz import az
 
 __all__ = ["loo", "pareto_k"]
 

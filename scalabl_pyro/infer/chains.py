@@ -62,7 +62,7 @@ class Chains:
         ``r_hat`` (rank-normalised, split; below 1.01), ``ess_bulk`` and ``ess_tail`` (Vehtari et
         al. 2021, arXiv 1903.08008), ``divergences`` (0) and mean ``acceptance``.
         """
-        import arviz as az  # slow to import, and sampling does not need it
+        from ._arviz import az  # slow to import, and sampling does not need it
 
         data = self.to_inference_data()
         return {
@@ -76,7 +76,7 @@ class Chains:
     def to_inference_data(self) -> az.InferenceData:
         """``posterior``: ``s`` (chain, draw, module, rank) and the prior's other sites;
         ``sample_stats``: ``diverging`` (chain, draw)."""
-        import arviz as az
+        from ._arviz import az
 
         sites = {"s": self.draws, **self.latents}
         return az.from_dict(

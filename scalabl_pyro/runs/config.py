@@ -108,8 +108,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
             raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}: expected 0 to 2^63 − 1")
+        if not 0 <= self.seed < 2**32:  # numpy's generators, which Pyro seeds too, take no more
+            raise ConfigError(f"seed is {self.seed}: expected 0 to 2^32 − 1")
         method = self.make_method()
         if method.projections == "fixed" and self.lora.start is None:
             raise ConfigError(

@@ -27,6 +27,14 @@ def test_train_step_reports_ratios():
     assert found["command"].startswith("python -m benchmarks.cost.train_step")
 
 
+def test_startup_is_measured_in_turns_with_another_checkout():
+    figures = last_line("cost.startup", "--repeats=1", f"--against={ROOT}")["figures"]
+    assert figures["repeats"] == 1
+    for row in figures["cpu_seconds"].values():
+        assert set(row) == {"here", "against"}
+        assert min(row.values()) >= 0
+
+
 def test_committed_results_say_how_they_were_made():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         found = json.loads(path.read_text())

@@ -33,6 +33,7 @@ from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.config import DataConfig, RunConfig, build
 from scalabl_pyro.runs.folder import RunFolderError
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = [
     "fit.steps=4",
     "fit.batch_size=4",
@@ -106,6 +107,14 @@ def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, da
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("words", [["method=mle"], ["--multirun", "method=mle"]], ids=" ".join)
+def test_a_run_keeps_the_command_that_made_it(local_model, data, words):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    found = json.loads(Path("out/environment.json").read_text())["command"]
+    assert found == ["scalabl", "train", *where, *FAST, *words]
+
+
 def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, capsys):
     (data / "validation.jsonl").unlink()
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
@@ -166,7 +175,10 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
         (["method=blob", "+method.projections=free"], "no setting method.projections"),
         (["+method.drawz=1"], "no setting method.drawz; did you mean method.draws"),
         (["trials=[{fit:{steps:0}}]"], "error: fit.steps is 0"),
-        (["seed=-1"], "seed is -1: expected 0 to 2^63"),
+        (["seed=-1"], "seed is -1: expected 0 to 2^32"),
+        (["seed=4294967296"], "seed is 4294967296: expected 0 to 2^32 − 1"),
+        ([f"run_dir={'x' * 250}"], "of 250 characters is too long"),
+        (["run_dir=${nope}"], "nope"),
         (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
         (["fit.steps=many"], "fit.steps is 'many'"),
         (["model.name=???"], "model.name is needed"),
@@ -224,13 +236,40 @@ def test_help_explains_every_setting(command, capsys):
     assert "defaults:" not in shown
     assert "hydra/" not in shown
     documented = set(re.findall(r"^ *(\w+):", shown, re.MULTILINE))
-    config, _ = COMMANDS[command]
+    config, _ = COMMANDS[command].load()
     # Of a model, an adapter or training, memory and distill use a part.
     nested = command not in ("memory", "distill")
     names = settings(config) if nested else [field.name for field in dataclasses.fields(config)]
     assert set(names) <= documented
     if command == "train":
         assert {"guide", "prior", "elbo", "draws"} <= documented
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import scalabl_pyro",
+        *(
+            f"import sys; sys.argv = {['scalabl', *words]}\n"
+            "from scalabl_pyro.commands.cli import main\n"
+            "try: main()\nexcept SystemExit as end: assert not end.code"
+            for words in (
+                ["--help"],
+                ["--version"],
+                ["train", "--help"],
+                ["compare", "-cn=tune", "--help"],
+            )
+        ),
+    ],
+)
+def test_help_and_the_package_itself_import_nothing_slow(code):
+    slow = ("torch", "transformers", "peft", "pyro", "hydra", "datasets", "numpy")
+    check = f"import sys; found = [name for name in {slow} if name in sys.modules]"
+    code = f"{code}\n{check}; assert not found, found"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_explains_another_method(capsys):
@@ -671,13 +710,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, cap
 
 def test_each_of_two_checkouts_on_one_path_reads_its_own_configs(tmp_path):
     """The second checkout is a copy whose default seed differs."""
-    root = Path(__file__).resolve().parents[2]
     for folder in ("scalabl_pyro", "configs"):
-        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc"))
     yaml = tmp_path / "configs" / "train.yaml"
     yaml.write_text(re.sub(r"^seed: 0", "seed: 77", yaml.read_text(), flags=re.MULTILINE))
     code = "import sys; from scalabl_pyro.commands.cli import main; main()"
-    for first, other, seed in ((tmp_path, root, 77), (root, tmp_path, 0)):
+    for first, other, seed in ((tmp_path, ROOT, 77), (ROOT, tmp_path, 0)):
         done = subprocess.run(
             [sys.executable, "-c", code, "train", "--cfg", "job", "--package", "seed"],
             env=os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{other}"},
@@ -687,3 +725,120 @@ def test_each_of_two_checkouts_on_one_path_reads_its_own_configs(tmp_path):
             cwd=tmp_path.parent,
         )
         assert done.stdout.split() == [str(seed)], done.stderr
+
+
+def test_a_sweep_ends_in_one_line_for_a_run_that_failed(local_model, data, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "scalabl_pyro.commands.train.make_adapter", lambda *args, **options: {}["gone"]
+    )
+    where = [f"model.name={local_model}", f"data.root={data}"]
+    assert scalabl("train", "--multirun", *where, *FAST, "method=mle", "seed=0,1") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: KeyError: gone; ")
+    assert "Traceback" not in "".join(lines)
+    assert "in <lambda>" in log_of(lines[-1])
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def only_line(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def log_of(line: str) -> str:
+    path = Path(re.search(r"the traceback is in (\S+\.log)$", line).group(1))
+    text = path.read_text()
+    path.unlink()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("posterior.json", b"[]"),
+        ("posterior.json", b"{}"),
+        ("posterior.json", b"\xff\xfe"),
+        ("config.yaml", b"model: [unclosed"),
+        ("config.yaml", b"- a list"),
+        ("config.yaml", b"a: ${nowhere}"),
+        ("posterior.safetensors", b"torn"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line(run, data, capsys, name, content):
+    (run / name).write_bytes(content)
+    assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 1
+    line = only_line(capsys)
+    if "the traceback is in" in line:
+        assert log_of(line).startswith(f"scalabl evaluate run={run} ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("lost"),
+        TypeError("two\nlines"),
+        AssertionError(),
+        RecursionError("too deep"),
+        ValueError("of another library"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "bad byte"),
+    ],
+    ids=repr,
+)
+def test_any_error_is_one_line_with_its_traceback_in_a_file(run, capsys, monkeypatch, error):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(predict_command, "load_run", fails)
+    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 1
+    line = only_line(capsys)
+    assert line.startswith(f"error: {type(error).__name__}: ")
+    assert "check the files and settings" in line
+    log = log_of(line)
+    assert log.startswith("scalabl predict ")
+    assert "in fails" in log
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_pyros_dump_does_not_bury_an_error_of_the_model(
+    local_model, data, capsys, monkeypatch, kind
+):
+    def fails(*args, **options):
+        raise kind("the cause itself")
+
+    monkeypatch.setattr("scalabl_pyro.models.model.ScalaBLModel.observe", fails)
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST) == 1
+    line = only_line(capsys)
+    assert line.startswith(f"error: {kind.__name__}: the cause itself; ")
+    assert "Trace Shapes" in log_of(line)
+
+
+@pytest.mark.parametrize("value", [".inf", "inf", ".INF"])
+def test_infinity_as_help_and_yaml_write_it(local_model, data, value):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
+    assert scalabl("train", *where, *FAST, "method=mle", f"fit.clip_norm={value}") == 0
+    assert OmegaConf.load("out/config.yaml").fit.clip_norm == float("inf")
+
+
+@pytest.mark.parametrize("length", [245, 253, 256, 300])
+def test_a_name_that_is_too_long_is_told_before_the_work(run, data, capsys, monkeypatch, length):
+    for module in ("evaluate", "distill", "predict", "export"):
+        monkeypatch.setattr(f"scalabl_pyro.commands.{module}.load_run", lambda path: 1 / 0)
+    where = [f"run={run}", f"output={'x' * length}"]
+    for command, *words in (
+        ("evaluate", f"data.root={data}"),
+        ("distill", "input=in.jsonl"),
+        ("predict", "input=in.jsonl"),
+        ("export",),
+    ):
+        assert scalabl(command, *where, *words) == 1
+        assert f"of {length} characters is too long" in only_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["compare", "table"])
+def test_a_table_that_cannot_be_written_is_told_before_the_work(command, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/nope/x", "file"):
+        assert scalabl(command, f"out={out}") == 1
+        assert "cannot be written" in only_line(capsys)

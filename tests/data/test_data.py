@@ -55,6 +55,10 @@ def test_bad_records_name_file_line_and_value(tmp_path, change, message):
     ("content", "message"),
     [
         (b"{\n", "line 1: not UTF-8 JSON"),
+        (b"\n" + b'{"id": ' + b"7" * 5000 + b"}\n", "line 2: not UTF-8 JSON"),
+        (b"-" + b"1" * 9999 + b"\n", "line 1: not UTF-8 JSON"),
+        (b"[" * 100_000 + b"\n", "line 1: not UTF-8 JSON"),
+        (b'{"a":' * 50_000 + b"\n", "line 1: not UTF-8 JSON"),
         (b'{"id": "\xff"}\n', "line 1: not UTF-8 JSON"),
         (b"[1]\n", "line 1: found list"),
         (b"\n", "holds no records"),

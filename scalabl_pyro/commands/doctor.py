@@ -1,0 +1,165 @@
+"""``scalabl doctor``: what works on this machine, and how to mend what does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..embedded import MODEL_HASH, model_hash, model_path
+from ..files import check_writable
+
+__all__ = ["DoctorConfig", "examine"]
+
+LIBRARIES = ("torch", "pyro-ppl", "transformers", "peft", "datasets", "accelerate", "arviz")
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorConfig:
+    """``scalabl doctor`` has no settings."""
+
+
+class Finding(NamedTuple):
+    """One line of the table.
+
+    :param state: ``ok``; ``absent`` for what not every machine has or needs; or ``broken``.
+    """
+
+    state: str
+    text: str
+
+
+def examine(config: DoctorConfig) -> str:
+    """A table of what was looked at.
+
+    :raises RuntimeError: if what every command needs is broken, once the table is printed.
+    """
+    found = {name: _look(check, FIXES.get(name)) for name, check in CHECKS.items()}
+    table = "\n".join(f"{state:8s}{name:16s}{text}" for name, (state, text) in found.items())
+    broken = [name for name in BASICS if found[name].state == "broken"]
+    if broken:
+        print(table)
+        raise RuntimeError(f"{', '.join(broken)}: broken, see the table; no command will work")
+    return table
+
+
+def _look(check: Callable[[], Finding], fix: str | None) -> Finding:
+    """Whatever goes wrong in a check is what it found."""
+    try:
+        return check()
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Finding("broken", text if fix is None else f"{text}: {fix}")
+
+
+def _versions() -> Finding:
+    names = ("scalabl_pyro", *LIBRARIES)
+    versions = [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
+    return Finding("ok", ", ".join(versions))
+
+
+def _cpu() -> Finding:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding(
+        "ok", f"{os.cpu_count()} cores, torch takes {torch.get_num_threads()} threads, {capability}"
+    )
+
+
+def _cuda() -> Finding:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return Finding(
+            "absent",
+            f"torch {torch.__version__} is built for CPUs: on a machine with a GPU, install another"
+            " build, see pytorch.org/get-started",
+        )
+    if not torch.cuda.is_available():
+        return Finding(
+            "absent", "torch sees no GPU: if there is one, see whether nvidia-smi lists it"
+        )
+    bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: set float16"
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        name = torch.cuda.get_device_name(i)
+        devices.append(f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    return Finding("ok", f"{'; '.join(devices)}; {bfloat16}")
+
+
+def _bitsandbytes() -> Finding:
+    """A linear layer in 4 bits, against the product with its weight."""
+    if find_spec("bitsandbytes") is None:
+        return Finding(
+            "absent",
+            "for model.quantization: pip install 'scalabl_pyro[quantization]'",
+        )
+    # With peft, and without the message that bitsandbytes has on a kernel that is not needed.
+    from ..lora import _bitsandbytes  # noqa: F401
+
+    bnb = import_module("bitsandbytes")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    layer.support_avx512bf16_for_cpu = False  # as models are loaded
+    weight, x = layer.weight.detach().clone(), torch.eye(64)
+    with torch.no_grad():
+        error = (layer.to(device)(x.to(device)).cpu() - x @ weight.T).abs().max()
+    if not error < 0.2 * weight.abs().max():
+        return Finding(
+            "broken", f"a layer in 4 bits is off by {error:.2g}: leave quantization null"
+        )
+    return Finding("ok", f"{version('bitsandbytes')}, a layer in 4 bits runs on {device}")
+
+
+def _hub() -> Finding:
+    cache = Path(constants.HF_HUB_CACHE)
+    if constants.HF_HUB_OFFLINE:
+        return Finding(
+            "absent", f"offline, as HF_HUB_OFFLINE is set: models come from {cache} or a folder"
+        )
+    try:
+        check_writable(cache / "model")
+    except OSError:
+        return Finding(
+            "broken", f"nothing can be written to {cache}: set HF_HOME to another folder"
+        )
+    return Finding("ok", f"online, downloads go to {cache}")
+
+
+def _embedded() -> Finding:
+    path = model_path()
+    if model_hash() != MODEL_HASH:
+        return Finding("broken", f"{path} is not as it was shipped: install scalabl_pyro again")
+    llm, tokenizer = (c.from_pretrained(path) for c in (AutoModelForCausalLM, AutoTokenizer))
+    with torch.no_grad():
+        logits = llm(**tokenizer("the", return_tensors="pt")).logits
+    if not logits.isfinite().all():
+        return Finding("broken", "its logits are not finite: install another build of torch")
+    return Finding("ok", f"loads and runs, {llm.num_parameters():,} parameters")
+
+
+CHECKS = {
+    "versions": _versions,
+    "CPU": _cpu,
+    "CUDA": _cuda,
+    "bitsandbytes": _bitsandbytes,
+    "Hub": _hub,
+    "embedded model": _embedded,
+}
+#: what to do where a check fails with an error
+FIXES = {
+    "versions": "install scalabl_pyro again",
+    "CUDA": "see whether nvidia-smi lists the GPU, and whether its driver fits torch",
+    "bitsandbytes": "leave model.quantization null, or install bitsandbytes again",
+    "embedded model": "install scalabl_pyro again",
+}
+#: what every command needs
+BASICS = ("versions", "CPU", "embedded model")

@@ -1,0 +1,86 @@
+"""What an import of the package prints, and what it needs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "scalabl_pyro"
+NAMESPACES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_no_namespace_prints_or_warns_when_it_is_imported(tmp_path):
+    """On a first day: arviz keeps the date of its last notice in a cache, which is empty here."""
+    names = ", ".join(f"scalabl_pyro.{name}" for name in NAMESPACES)
+    errors = [f"-Werror::{kind}" for kind in ("UserWarning", "FutureWarning", "RuntimeWarning")]
+    done = subprocess.run(
+        [sys.executable, *errors, "-c", f"import {names}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_of_bitsandbytes_one_message_is_left_out():
+    code = (
+        "import logging, scalabl_pyro.lora\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from %s', 'nowhere')\n"
+        "log.warning('something else')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "something else\n"
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all absolute imports of a file, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+def canonical(requirement: str) -> str:
+    """The name in a requirement, as PEP 503 spells it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {canonical(requirement) for group in groups for requirement in group}
+    homes = packages_distributions()
+    modules = set().union(*map(imported, PACKAGE.rglob("*.py")))
+    modules -= sys.stdlib_module_names | {"scalabl_pyro"}
+    assert {"torch", "pyro", "numpy", "omegaconf"} <= modules, "the walk itself works"
+    missing = {
+        module
+        for module in modules
+        if not declared & {canonical(name) for name in homes.get(module, [module])}
+    }
+    assert not missing
+
+
+def test_what_is_declared_is_tested_in_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonical(line) for line in lines if not line.startswith("#")}
+    assert {canonical(requirement) for requirement in project["dependencies"]} <= pinned
