@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..infer.svi import FitConfig
 from .base import PointMethod
 
 __all__ = ["MAP"]
@@ -15,6 +16,8 @@ class MAP(PointMethod):
     """As MLE, with AdamW's decoupled weight decay on A, B and heads (a Gaussian prior on them)."""
 
     name: ClassVar[str] = "map"
+
+    config: FitConfig = FitConfig(weight_decay=0.1)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         if not self.config.weight_decay:
