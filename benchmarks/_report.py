@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from scalabl_pyro.files import write_whole
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
@@ -35,10 +37,7 @@ def report(script: str, figures: dict[str, Any], *, save: bool) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _hardware() -> dict[str, Any]:

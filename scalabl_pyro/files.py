@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; nothing else in the package renames."""
 
 from __future__ import annotations
 
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-__all__ = ["check_writable", "json_text", "new_path", "whole_folder", "write_whole"]
+__all__ = [
+    "check_writable",
+    "json_text",
+    "new_path",
+    "put",
+    "whole_file",
+    "whole_folder",
+    "write_whole",
+]
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
@@ -85,12 +94,45 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
-    part.rename(folder)
+    put(part, folder)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the context ends, and is removed
+    where it ends by an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        put(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text to a temporary file beside ``path``, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write a text, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def put(part: Path, path: Path) -> None:
+    """Rename a finished file or folder so that a loss of power leaves the old one or the new one.
+
+    What is in it has to be on the disk before its name is, and the name before anybody relies on
+    it: a rename alone promises neither.
+    """
+    for inside in [*part.rglob("*"), part]:
+        _sync(inside)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

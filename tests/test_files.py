@@ -1,11 +1,102 @@
+"""Files that are written whole or not at all, and on the disk itself."""
+
 from __future__ import annotations
 
+import ast
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
-from scalabl_pyro.files import json_text
+import scalabl_pyro
+from scalabl_pyro.commands._jsonl import ResumableJsonl
+from scalabl_pyro.files import json_text, put, whole_file, whole_folder, write_whole
+from scalabl_pyro.infer import Checkpoints
+from scalabl_pyro.infer.checkpoints import TrainingState
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is brought to the disk, and what is renamed, in their order."""
+    found = []
+    opened = {}
+    sync, replace, open_ = os.fsync, os.replace, os.open
+
+    def note_open(path, *args, **options):
+        descriptor = open_(path, *args, **options)
+        opened[descriptor] = Path(path).name
+        return descriptor
+
+    def note_sync(descriptor):
+        found.append(("sync", opened.get(descriptor)))
+        sync(descriptor)
+
+    def note_replace(source, target):
+        found.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "open", note_open)
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, events):
+    folder = tmp_path / "here"
+    order = [("sync", "a.txt.part"), ("rename", "a.txt"), ("sync", "here")]
+    write_whole(folder / "a.txt", "text")
+    assert events == order
+    assert (folder / "a.txt").read_text() == "text"
+    events.clear()
+    with whole_file(folder / "a.txt") as part:
+        part.write_text("other")
+    assert events == order
+    assert [p.name for p in folder.iterdir()] == ["a.txt"]
+
+
+def test_so_is_all_that_is_in_a_folder(tmp_path, events):
+    with whole_folder(tmp_path / "out") as part:
+        (part / "inner").mkdir()
+        (part / "inner" / "a.txt").touch()
+        (part / "b.txt").touch()
+    *synced, renamed, last = events
+    assert {name for _, name in synced} == {"inner", "a.txt", "b.txt", "out.part"}
+    assert {kind for kind, _ in synced} == {"sync"}
+    assert (renamed, last) == (("rename", "out"), ("sync", tmp_path.name))
+
+
+def test_so_are_checkpoints_and_lines(tmp_path, events):
+    Checkpoints(tmp_path / "run").save(TrainingState(1, {"a": torch.ones(2)}, {}))
+    name = "step-00000001.safetensors"
+    assert events == [("sync", f"{name}.part"), ("rename", name), ("sync", "run")]
+    with ResumableJsonl(tmp_path / "lines" / "a.jsonl", ["1"], {}) as file:
+        file.write([{"id": "1"}])
+    assert events[-3:] == [("sync", "a.jsonl.part"), ("rename", "a.jsonl"), ("sync", "lines")]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_whole(tmp_path / "a.txt", "old")
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt") as part:
+        os.replace(tmp_path / "gone", part)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+    with pytest.raises(FileNotFoundError):
+        put(tmp_path / "gone.part", tmp_path / "gone")
+
+
+def test_nothing_else_in_the_package_renames_a_file():
+    package = Path(scalabl_pyro.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            # A string's replace and a table's rename take other arguments than a path's.
+            alone = len(node.args) == 1 and not node.keywords
+            if node.func.attr in ("rename", "replace") and alone and path.name != "psis.py":
+                raise AssertionError(f"{path}, line {node.lineno}: use scalabl_pyro.files")
 
 
 def refuse(name):

@@ -41,6 +41,7 @@ from scalabl_pyro import (
     AutoSubspaceMultivariateNormal,
     AutoSubspaceNormal,
     FitConfig,
+    KLSchedule,
     ScalaBLModel,
     Split,
     draw,
@@ -147,7 +148,11 @@ class Bench:
             model = ScalaBLModel(self.adapter, num_data=len(self.train))
             guide = AutoSubspaceNormal(model)
             config = FitConfig(
-                steps=3 if self.quick else 300, batch_size=len(self.train), lr=3e-3, clip_norm=10.0
+                steps=3 if self.quick else 300,
+                batch_size=len(self.train),
+                lr=3e-3,
+                clip_norm=10.0,
+                kl=KLSchedule(1.0),
             )
             fit(model, guide, self.train, config, progress=False)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +219,7 @@ class Bench:
             lr=0.0,
             lr_guide=0.02,
             clip_norm=10.0,
+            kl=KLSchedule(1.0),
         )
         pyro.set_rng_seed(1)
         fit(self.model, guide, self.train, config, elbo=elbo, progress=False)

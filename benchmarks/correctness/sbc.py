@@ -33,6 +33,7 @@ from scalabl_pyro import (
     AutoSubspaceMultivariateNormal,
     AutoSubspaceNormal,
     FitConfig,
+    KLSchedule,
     Split,
     draw,
     fit,
@@ -82,7 +83,9 @@ def by_guide(
     def run(model: LinearGaussian, split: Split, seed: int) -> Draws:
         guide = guide_class(model, init_scale=0.3)
         elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
-        config = FitConfig(steps=400, batch_size=N, lr_guide=0.1, clip_norm=100.0)
+        config = FitConfig(
+            steps=400, batch_size=N, lr_guide=0.1, clip_norm=100.0, kl=KLSchedule(1.0)
+        )
         fit(model, guide, split, config, elbo=elbo, progress=False)
         marginals = guide.marginals()
         return draw(guide, RANKS - 1, seed=seed), marginals.loc.detach(), marginals.scale.detach()

@@ -35,6 +35,7 @@ from benchmarks.cost.train_step import TARGETS, LastToken, llama
 from benchmarks.quality._openbookqa import Bench
 from scalabl_pyro import SubspaceAdapter
 from scalabl_pyro.data import Batch, Split
+from scalabl_pyro.files import whole_file
 from scalabl_pyro.guides import AutoSubspace
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.infer.svi import FitConfig
@@ -108,10 +109,8 @@ class Seed:
         if not path.exists():
             start = time.perf_counter()
             tensors = {n: t.detach().contiguous() for n, t in make().items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file(tensors, part)
-            part.replace(path)
+            with whole_file(path) as part:
+                save_file(tensors, part)
             took = time.perf_counter() - start
             print(f"seed {self.seed}: {name}, {took:.0f} s", flush=True)
         return load_file(path)
@@ -426,10 +425,8 @@ def plot(figures: dict, path: Path) -> None:
         axes[0, column].set_title({"test": "OpenBookQA", "ood": "college physics"}[split])
         axes[1, column].set_xlabel("cost, in deterministic passes")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=130)
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=130)
 
 
 def main() -> None:

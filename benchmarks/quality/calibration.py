@@ -26,6 +26,7 @@ import torch
 
 from benchmarks._report import RESULTS, report
 from benchmarks.quality._openbookqa import Bench
+from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.infer.svi import FitConfig
 from scalabl_pyro.lora.adapter import ProjectionMode
@@ -391,10 +392,8 @@ def plot_tables(figures: dict, path: Path) -> None:
     axes[0].axvline(math.log(4), color="gray", linestyle="--", linewidth=1, label="guessing")
     for axis in axes:
         axis.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=130)
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=130)
 
 
 def print_table(steps: int, figures: dict) -> None:

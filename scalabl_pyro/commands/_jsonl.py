@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..files import json_text, new_path, write_whole
+from ..files import json_text, new_path, put, write_whole
 
 __all__ = ["ResumableJsonl"]
 
@@ -137,6 +137,6 @@ class ResumableJsonl:
         if self._file is not None:
             self._file.close()
         if kind is None and self.done == len(self.ids):
-            self._part.replace(self.path)
+            put(self._part, self.path)
             self._settings_path.unlink()
         self._unlock()

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..files import whole_file
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 
@@ -78,9 +79,7 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Predictions]]], pat
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG to a temporary file beside ``path``, rename it, and close the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
+    """Write a PNG, whole or not at all, and close the figure."""
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=120)
     plt.close(figure)
-    part.replace(path)

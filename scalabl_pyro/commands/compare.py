@@ -11,18 +11,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..data import check_split, fingerprint
 from ..files import check_writable
 from ..infer.svi import FitConfig, NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
+from ..methods import METHODS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
-from ._configs import CONFIGS
 from ._errors import message
 from ._quiet import quiet_worker
 from ._report import format_table, write_report
@@ -105,18 +104,16 @@ class CompareConfig:
 
 
 def _check_fit(name: str, trial: dict[str, Any]) -> None:
-    """Refuse to train a method with the ``fit`` of another, where its own file has one."""
-    path = CONFIGS / "method" / f"{trial['method']['name']}.yaml"
-    if not path.is_file():
-        return
-    file = cast(DictConfig, OmegaConf.create(path.read_text(encoding="utf-8")))
-    own = file.get("fit", {})
-    missing = own.keys() - trial.get("fit", {}).keys()
+    """Refuse to train a method with the ``fit`` of another, where it has one of its own."""
+    method = METHODS[trial["method"]["name"]]
+    shared, own = asdict(FitConfig()), asdict(method.config)
+    changed = {key: value for key, value in own.items() if value != shared[key]}
+    missing = changed.keys() - trial.get("fit", {}).keys()
     if missing:
         raise ConfigError(
             f"methods.{name} has a trial without fit.{sorted(missing)[0]}, and the one that all"
-            f" rows share is not made for {trial['method']['name']}: give the trial its own; what"
-            f" scalabl train takes is {own}"
+            f" rows share is not made for {method.name}: give the trial its own; what scalabl train"
+            f" takes is {changed}"
         )
 
 

@@ -6,7 +6,6 @@ import copy
 import errno
 import json
 import logging
-import os
 import signal
 import threading
 import zlib
@@ -21,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files import whole_file
 
 __all__ = [
     "CheckpointConfig",
@@ -116,19 +117,14 @@ class Checkpoints:
 
         :raises OSError: if there is no space; the checkpoints before it are kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{state.step:08d}.safetensors"
-        part = path.with_suffix(".part")
         tensors = {k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}
         values = json.dumps(dict(state.values))
         header = {"step": str(state.step), "values": values, "crc32": _crc32(tensors, values)}
         try:
-            save_file(tensors, part, metadata=header)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
+            with whole_file(path) as part:
+                save_file(tensors, part, metadata=header)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
                 f"the checkpoint of step {state.step} could not be written: {error}; those before"

@@ -50,13 +50,13 @@ class KLSchedule:
 
     with u = min(1, (t + 1) / (fraction · T)).
 
-    :param weight: the final β > 0; 1 ends at the ELBO.
+    :param weight: the final β > 0; 1 ends at the ELBO, any other value at a tempered posterior.
     :param shape: how β rises.
     :param fraction: share of the steps during which it rises, in (0, 1].
     :raises ValueError: if a value is out of range.
     """
 
-    weight: float = 1.0
+    weight: float = 10.0
     shape: str = "linear"
     fraction: float = 0.2
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FitConfig:
-    """Settings of :func:`fit`.
+    """Settings of :func:`fit`, with the defaults of configs/base.yaml.
 
     :param steps: T, the optimizer's steps.
     :param batch_size: B of a minibatch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pyro
@@ -43,7 +43,8 @@ class Fitted:
 class Method(ABC):
     """A way to fine-tune, whose settings are its fields.
 
-    :param config: settings of the training loop.
+    :param config: settings of the training loop; a method that wants others than :class:`FitConfig`
+        has gives them as its own default, ``METHODS[name].config``.
     :param eval_batch_size: B in validation and prediction.
     :param progress: show a bar.
     """
@@ -52,7 +53,7 @@ class Method(ABC):
     #: whether the method works on the subspace form of the adapter
     svd: ClassVar[bool] = False
 
-    config: FitConfig = field(default_factory=FitConfig)
+    config: FitConfig = FitConfig()  # noqa: RUF009  (frozen)
     eval_batch_size: int = 64
     progress: bool = True
 

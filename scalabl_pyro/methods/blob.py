@@ -14,7 +14,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from ..data import Batch, Split
-from ..infer.svi import FitResult
+from ..infer.kl import KLSchedule
+from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.weight_draws import WeightAverage
@@ -94,6 +95,8 @@ class BLoB(DrawsWeights, Method):
 
     name: ClassVar[str] = "blob"
 
+    # Every entry of A has a KL of its own, thousands of times as many as s.
+    config: FitConfig = FitConfig(kl=KLSchedule(0.01))  # noqa: RUF009  (frozen)
     prior_scale: float = 0.2
     init_scale: float = 0.05
     draws: int = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..infer.svi import FitConfig
 from .base import PointMethod
 
 __all__ = ["MAP"]
@@ -19,6 +20,8 @@ class MAP(PointMethod):
     """
 
     name: ClassVar[str] = "map"
+
+    config: FitConfig = FitConfig(weight_decay=0.1)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         if not self.config.weight_decay:

@@ -117,6 +117,9 @@ class Reference(Method):
     name: ClassVar[str] = "reference"
     svd: ClassVar[bool] = True
 
+    config: FitConfig = FitConfig(  # noqa: RUF009  (frozen)
+        steps=5000, batch_size=4, lr=1e-4, lr_guide=1e-4, clip_norm=math.inf
+    )
     init_scale: float = 0.05
     prior_scale: float = 1.0
     lr_kl: float = 0.2

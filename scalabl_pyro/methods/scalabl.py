@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..data import Split
 from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
 from ..infer.elbos import make_elbo
-from ..infer.svi import FitResult
+from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..models.model import ScalaBLModel
 from ..models.priors import make_prior
@@ -39,6 +39,7 @@ class ScalaBL(Method):
     name: ClassVar[str] = "scalabl"
     svd: ClassVar[bool] = True
 
+    config: FitConfig = FitConfig(lr=5e-3)  # noqa: RUF009  (frozen)
     projections: ProjectionMode = "frozen_v"
     guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal", "init_scale": 0.05})
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})

@@ -85,6 +85,7 @@ class RunConfig:
     :param method: ``name``, a key of ``METHODS``, and that method's own fields; fields left out are
         filled in with their defaults, which another version may change.
     :param run_dir: the folder to write, which must not exist.
+    :param fit: the method's own, ``METHODS[name].config``, if left out.
     :param checkpoint: how often an unfinished run is saved.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
         finished one as it is.
@@ -97,7 +98,7 @@ class RunConfig:
     data: DataConfig
     run_dir: str
     method: dict[str, Any] = field(default_factory=lambda: {"name": "scalabl"})
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: FitConfig = None  # type: ignore[assignment]  # the method's, once that is known
     trials: tuple[dict[str, Any], ...] = ()
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: bool = False
@@ -116,6 +117,7 @@ class RunConfig:
                 "method.projections is 'fixed', which trains s alone, and B starts at 0, where"
                 " nothing depends on s: give lora.start, a trained adapter"
             )
+        object.__setattr__(self, "fit", method.config)
         own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]
         settings = {"name": method.name} | {name: getattr(method, name) for name in own}
         object.__setattr__(self, "method", settings)
@@ -143,6 +145,8 @@ class RunConfig:
                 " method=NAME, which brings that method's settings"
             )
         shared = {field: getattr(self, key) for field, key in SHARED.items()}
+        if self.fit is None:
+            del shared["config"]
         return build(METHODS[name], settings | shared, "method.")
 
     def attempts(self) -> list[RunConfig]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
 
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
 import scalabl_pyro.commands.predict as predict_command
-from scalabl_pyro import Record, load_run, predict
+from scalabl_pyro import FitConfig, KLSchedule, Record, load_run, predict
+from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands._report import load_predictions
 from scalabl_pyro.commands.cli import COMMANDS
 from scalabl_pyro.data import read_folder
@@ -366,19 +368,31 @@ def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
     assert (tmp_path / "o.jsonl").read_text() == "mine"
 
 
-def test_default_settings_are_those_of_the_classes(capsys):
+@pytest.mark.parametrize("name", METHODS)
+def test_default_settings_are_those_of_the_classes(capsys, name):
     """The files in configs/ say what the classes say, but for what a run must choose itself."""
-    assert scalabl("train", "--cfg", "job", "model.name=x", "data.task=embedded", "run_dir=y") == 0
+    words = ["model.name=x", "data.task=embedded", "run_dir=y", f"method={name}"]
+    assert scalabl("train", "--cfg", "job", *words) == 0
     values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
-    # The recipe; the class ends at the ELBO, and serves every method.
-    assert values["fit"].pop("lr") == 5e-3
-    assert values["fit"]["kl"].pop("weight") == 10.0
-    method = values.pop("method")
-    config = build(RunConfig, values)
-    assert config == RunConfig(
-        ModelConfig("x"), AdapterConfig(), DataConfig(task="embedded"), run_dir="y"
+    method = dict(values["method"])
+    assert METHODS[method.pop("name")](**method) == METHODS[name]()
+    expected = RunConfig(
+        ModelConfig("x"),
+        AdapterConfig(),
+        DataConfig(task="embedded"),
+        run_dir="y",
+        method={"name": name},
     )
-    assert METHODS[method.pop("name")](**method) == ScalaBL()
+    assert build(RunConfig, values) == expected
+    assert expected.fit == METHODS[name].config
+
+
+def test_the_shared_training_settings_are_those_of_the_class():
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "base.yaml"))
+    assert build(FitConfig, values["fit"]) == FitConfig()
+    assert build(KLSchedule, values["fit"]["kl"]) == KLSchedule()
+    assert values["fit"].keys() == asdict(FitConfig()).keys()
+    assert {path.stem for path in (CONFIGS / "method").glob("*.yaml")} == set(METHODS)
 
 
 def test_a_run_keeps_settings_that_were_left_out():

@@ -133,7 +133,14 @@ def test_the_posterior_is_as_wide_as_the_exact_one(make_causal, count, coin_flip
     # The mean starts where it is to stay: towards a mean of 7 the slope is too flat to go quickly.
     start = torch.full(adapter.shape, mean)
     guide = AutoSubspaceNormal(model, init_loc=start, init_scale=0.3)
-    config = FitConfig(steps=200, batch_size=count, lr=0.0, lr_guide=0.05, clip_norm=math.inf)
+    config = FitConfig(
+        steps=200,
+        batch_size=count,
+        lr=0.0,
+        lr_guide=0.05,
+        clip_norm=math.inf,
+        kl=KLSchedule(1.0),
+    )
     elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     fit(model, guide, split, config, elbo=elbo, progress=False)
     q = guide.marginals()
