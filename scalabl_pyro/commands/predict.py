@@ -49,14 +49,21 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
-    settings = {"run": config.run, "prediction": asdict(config.prediction), "batch": config.batch_size}
+    settings = {
+        "run": config.run,
+        "prediction": asdict(config.prediction),
+        "batch": config.batch_size,
+    }
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
     ):
         for chunk in split.batches(config.batch_size, start=file.done):
             found = predict(
-                predictor, chunk, batch_size=config.batch_size, tolerance=config.prediction.tolerance
+                predictor,
+                chunk,
+                batch_size=config.batch_size,
+                tolerance=config.prediction.tolerance,
             )
             file.write(_answers(chunk.records, found.logits, found.used))
             bar.update(len(chunk))

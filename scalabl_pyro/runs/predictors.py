@@ -47,15 +47,17 @@ class PredictionConfig:
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
-            raise ValueError(f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them")
+            raise ValueError(
+                f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them"
+            )
         if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
             raise ValueError("prediction.name is 'mean', which takes no draws, trunk or tolerance")
         if not 0 <= self.trunk <= 1:
             raise ValueError(f"prediction.trunk is {self.trunk}: expected a share, 0 to 1")
         if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
             raise ValueError(
-                f"prediction.tolerance is {self.tolerance} with prediction.name {self.name!r}: expected a"
-                " number above 0, with average"
+                f"prediction.tolerance is {self.tolerance} with prediction.name"
+                f" {self.name!r}: expected a number above 0, with average"
             )
 
 
