@@ -157,11 +157,19 @@ class Readout(ABC):
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records.
 
-        :raises DataError: if a record has more than C choices, or rows exceed ``max_length`` and
+        :raises DataError: if a record has more than C choices, or others than
+            :attr:`class_names` or those in another order, or rows exceed ``max_length`` and
             ``truncate`` is off (the message says how many and how long).
         """
         examples, too_long, longest = [], 0, 0
         for record in records:
+            # In another order, labels would silently mean other classes.
+            if self.class_names and record.choices != self.class_names:
+                raise DataError(
+                    f"record {record.id!r} has the choices {list(record.choices)}, but the classes"
+                    f" are {list(self.class_names)}, in this order: give it these choices, and the"
+                    " label that goes with them"
+                )
             if len(record.choices) > self.num_classes:
                 raise DataError(
                     f"record {record.id!r} has {len(record.choices)} choices, but the readout has"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data import DataError, Record, Split
+from ..data import Record, Split
 from ..files import whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
@@ -92,15 +92,8 @@ class Run:
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records for the run's model.
 
-        :raises DataError: if all records of the run share their choices, and one has others or the
-            same in another order, or a record does not fit the readout.
+        :raises DataError: if a record does not fit the readout.
         """
-        for record in records:
-            if self.class_names and record.choices != self.class_names:
-                raise DataError(
-                    f"record {record.id!r} has the choices {list(record.choices)}, but the run"
-                    f" knows {list(self.class_names)}, in this order"
-                )
         return self.readout.encode(records)
 
     def predict_proba(self, inputs: Sequence[Record | str], *, batch_size: int = 64) -> Tensor:
