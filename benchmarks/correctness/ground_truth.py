@@ -53,7 +53,7 @@ from scalabl_pyro.guides import AutoSubspaceDelta
 from scalabl_pyro.infer.chains import Chains, mcmc
 from scalabl_pyro.infer.laplace_approximation import laplace
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
+from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.prediction import average
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -120,9 +120,8 @@ class Bench:
     def __init__(self, case: Case, work: Path, *, quick: bool) -> None:
         self.work, self.quick = work, quick
         records = {name: case.read()[name] for name in ("train", "test")}
-        readout = load_readout(
-            case.model, Classes.of(case.model, [*records["train"], *records["test"]])
-        )
+        classes = case.model.classes([*records["train"], *records["test"]])
+        readout = load_readout(case.model, classes)
         pyro.set_rng_seed(0)
         self.adapter = make_adapter(case.model, case.lora, readout, svd=True)
         count = 12 if quick else case.count

@@ -22,7 +22,7 @@ from ..distributed import is_main, start
 from ..files import write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.svi import NonFiniteLossError
-from ..lora.loading import Classes, load_readout, make_adapter
+from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
 from ..prediction.metrics import evaluate
 from ..prediction.predictor import predict
@@ -87,7 +87,7 @@ def _settings(folder: Path) -> RunConfig:
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     splits = config.data.splits(seed=config.seed)
     _check_data(splits, checkpoints)
-    classes = Classes.of(config.model, [r for records in splits.values() for r in records])
+    classes = config.model.classes([r for records in splits.values() for r in records])
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     train = encoded.pop("train")

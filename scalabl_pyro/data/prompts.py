@@ -17,10 +17,12 @@ class Prompt:
 
     :param render: record → text; the label word follows it.
     :param label_words: the records of all splits → the C label words, in the order of ``choices``.
+    :param shares_choices: the label words are the choices, which all records share.
     """
 
     render: Callable[[Record], str]
     label_words: Callable[[Sequence[Record]], tuple[str, ...]]
+    shares_choices: bool = False
 
 
 def _render_letters(record: Record) -> str:
@@ -53,5 +55,5 @@ def _class_names(records: Sequence[Record]) -> tuple[str, ...]:
 
 PROMPTS: dict[str, Prompt] = {
     "letters": Prompt(_render_letters, _letters),
-    "classes": Prompt(_render_classes, _class_names),
+    "classes": Prompt(_render_classes, _class_names, shares_choices=True),
 }

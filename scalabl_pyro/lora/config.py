@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
 
-from ..data import PROMPTS
-from ..readouts import READOUTS
+from ..data import PROMPTS, Record
+from ..readouts import READOUTS, Classes
 
 __all__ = ["AdapterConfig", "ModelConfig"]
 
@@ -19,7 +20,8 @@ class ModelConfig:
     """Which language model, and how its answer is read.
 
     :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
-    :param readout: ``label_tokens``, ``sequence_classification`` or ``multiple_choice``.
+    :param readout: a name in ``READOUTS``: ``label_tokens``, ``sequence_classification`` or
+        ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
     :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
         quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,
@@ -63,6 +65,13 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
+
+    def classes(self, records: Sequence[Record]) -> Classes:
+        """The classes that these records need: those of all splits that will be read.
+
+        :raises DataError: if there are no records, or the prompt cannot put them.
+        """
+        return READOUTS[self.readout].classes(records, prompt=self.prompt)
 
 
 @dataclass(frozen=True, slots=True)

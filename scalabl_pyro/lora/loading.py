@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,13 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
-from ..data import PROMPTS, Record
 from ..distributed import world_size
 from ..embedded import model_path
-from ..readouts import READOUTS, Readout
-from ..readouts.label_tokens import LabelTokens
+from ..readouts import READOUTS, Classes, Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 
 __all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"]
-
-
-@dataclass(frozen=True, slots=True)
-class Classes:
-    """The C classes of a run: what its data fixes about the readout.
-
-    :param count: C.
-    :param words: the word of each class for label tokens, its name for sequence classification.
-    :param form: for label tokens, whether a space leads the words; found when the readout is built.
-    """
-
-    count: int
-    words: tuple[str, ...] = ()
-    form: str | None = None
-
-    @classmethod
-    def of(cls, config: ModelConfig, records: Sequence[Record]) -> Classes:
-        """The classes that these records need: those of all splits that will be read."""
-        words: tuple[str, ...] = ()
-        if config.readout == "label_tokens":
-            words = PROMPTS[config.prompt].label_words(records)
-        elif config.readout == "sequence_classification":
-            words = PROMPTS["classes"].label_words(records)
-        return cls(max(len(record.choices) for record in records), words)
 
 
 def load_readout(config: ModelConfig, classes: Classes) -> Readout:
@@ -67,19 +40,13 @@ def make_readout(
     config: ModelConfig, classes: Classes, tokenizer: PreTrainedTokenizerBase, llm_config: Any
 ) -> Readout:
     """The readout with the tokenizer of a model whose config.json is known."""
-    max_length = _context(tokenizer, llm_config)
-    if config.readout == "label_tokens":
-        return LabelTokens(
-            tokenizer,
-            PROMPTS[config.prompt],
-            classes.words,
-            chat=config.chat,
-            form=classes.form,
-            max_length=max_length,
-            truncate=config.truncate,
-        )
-    return READOUTS[config.readout](
-        tokenizer, num_classes=classes.count, max_length=max_length, truncate=config.truncate
+    return READOUTS[config.readout].build(
+        tokenizer,
+        classes,
+        prompt=config.prompt,
+        chat=config.chat,
+        max_length=_context(tokenizer, llm_config),
+        truncate=config.truncate,
     )
 
 
@@ -105,18 +72,11 @@ def load_llm(
         options["quantization_config"] = _quantization(config, unquantized(skeleton, heads))
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    if config.readout == "sequence_classification":
-        known = _load(config, AutoConfig)
-        trained = any(
-            readout.auto_class.removeprefix("AutoModel") in name
-            for name in known.architectures or ()
-        )
-        if trained and known.num_labels != readout.num_classes:
-            raise ValueError(
-                f"{config.name!r} has a head for {known.num_labels} classes, but the data has"
-                f" {readout.num_classes}: use its base model without a head"
-            )
-        options["num_labels"] = readout.num_classes
+    known = _load(config, AutoConfig)
+    head = readout.auto_class.removeprefix("AutoModel")
+    if any(head in name for name in known.architectures or ()):
+        readout.check_head(config.name, known)
+    options |= readout.llm_options()
     llm, found = _load(config, auto_class, output_loading_info=True, **options)
     untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
     if untrained:

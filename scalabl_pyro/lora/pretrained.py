@@ -10,11 +10,11 @@ import transformers
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DataError, Record
+from ..data import Record
 from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
-from .loading import Classes, load_llm, load_readout, make_readout, prepare
+from .loading import load_llm, load_readout, make_readout, prepare
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -84,8 +84,6 @@ def from_pretrained(
         raise TypeError(
             f"there is no option {unknown}: expected {sorted(LoadOptions.__annotations__)}"
         )
-    if not records:
-        raise DataError("records is empty: expected one or more, which fix the classes")
     loaded = isinstance(model, PreTrainedModel)
     config = ModelConfig(
         type(model).__name__ if loaded else str(model),
@@ -95,7 +93,7 @@ def from_pretrained(
         truncate=truncate,
         **loading,
     )
-    classes = Classes.of(config, records)
+    classes = config.classes(records)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(f"model is a {config.name}: give its tokenizer too, as tokenizer=…")
@@ -141,6 +139,7 @@ def _check_fits(llm: PreTrainedModel, readout: Readout) -> None:
             f"model is a {type(llm).__name__}, but {type(readout).__name__} reads what"
             f" {readout.auto_class} loads: load the model by that class, or choose another readout"
         )
+    readout.check_head(type(llm).__name__, llm.config)
     embeddings: Any = llm.get_input_embeddings()
     rows, tokens = embeddings.weight.shape[0], len(readout.tokenizer)
     if tokens > rows:

@@ -1,12 +1,13 @@
 """Readouts: how a record becomes rows of tokens, and a model's output becomes C logits."""
 
-from .base import Readout
+from .base import Classes, Readout
 from .completion_tokens import CompletionTokens
 from .heads import MultipleChoice, SequenceClassification
 from .label_tokens import LabelTokens
 
 __all__ = [
     "READOUTS",
+    "Classes",
     "CompletionTokens",
     "LabelTokens",
     "MultipleChoice",

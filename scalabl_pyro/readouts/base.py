@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,13 +20,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, DataError, Example, Record, Split
 
-__all__ = ["Readout"]
+__all__ = ["Classes", "Readout"]
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The C classes of a run: what its data fixes about the readout.
+
+    :param count: C.
+    :param words: the word of each class for label tokens, its name for sequence classification.
+    :param form: for label tokens, whether a space leads the words; found when the readout is built.
+    """
+
+    count: int
+    words: tuple[str, ...] = ()
+    form: str | None = None
+
+
 class Readout(ABC):
     """Shared part: length check, padding and stacking.
+
+    A subclass and its entry in ``READOUTS`` are a new readout. It has a padding side and a class of
+    models, tokenises records and reads logits. The other methods it may leave as they are here.
 
     :param tokenizer: the model's tokenizer; one without a padding token pads with its end token.
     :param num_classes: C.
@@ -36,6 +54,12 @@ class Readout(ABC):
     padding_side: ClassVar[str]
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
+    #: whether an example is a row of tokens for each of its choices, instead of one row
+    row_per_choice: ClassVar[bool] = False
+    #: what was found when the readout was built, and a saved run gives back by ``Classes.form``
+    form: str | None = None
+    #: the choices that all records share, where the readout knows them
+    class_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -54,6 +78,74 @@ class Readout(ABC):
         self.max_length = max_length
         self.truncate = truncate
 
+    @classmethod
+    def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
+        """A word for each class, where the readout needs some.
+
+        :param records: those of all splits that will be read.
+        :param prompt: a name in ``PROMPTS``.
+        :raises DataError: if the records do not fix them.
+        """
+        return ()
+
+    @classmethod
+    def classes(cls, records: Sequence[Record], *, prompt: str) -> Classes:
+        """The classes that these records need: those of all splits that will be read.
+
+        :raises DataError: if there are no records, or see :meth:`words`.
+        """
+        if not records:
+            raise DataError("records is empty: expected one or more, which fix the classes")
+        count = max(len(record.choices) for record in records)
+        return Classes(count, cls.words(records, prompt=prompt))
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        *,
+        prompt: str,
+        chat: bool,
+        max_length: int,
+        truncate: bool,
+    ) -> Self:
+        """The readout for these classes.
+
+        :param prompt: a name in ``PROMPTS``, and ``chat``, for readouts with a prompt.
+        """
+        return cls(tokenizer, num_classes=classes.count, max_length=max_length, truncate=truncate)
+
+    @classmethod
+    def untokenized(cls, num_classes: int) -> Self:
+        """The readout without its tokenizer, which a forward pass does not need."""
+        readout = cls.__new__(cls)
+        readout.num_classes = num_classes
+        return readout
+
+    def llm_options(self) -> dict[str, Any]:
+        """Entries of config.json that the model is loaded with."""
+        return {}
+
+    def check_head(self, name: str, llm_config: Any) -> None:
+        """Check a model whose head is trained.
+
+        :param name: of the model, for the message.
+        :param llm_config: what its config.json holds.
+        :raises ValueError: if it differs from :meth:`llm_options`.
+        """
+        for key, value in self.llm_options().items():
+            found = getattr(llm_config, key, None)
+            if found != value:
+                raise ValueError(
+                    f"{name!r} has a head with {key} {found}, but the data needs {value}: use its"
+                    " base model without a head"
+                )
+
+    def manifest(self) -> dict[str, Any]:
+        """What other programs need to read the classes from the model's output."""
+        return {}
+
     @abstractmethod
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         """The rows of one record, by input name."""
@@ -65,11 +157,19 @@ class Readout(ABC):
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records.
 
-        :raises DataError: if a record has more than C choices, or rows exceed ``max_length`` and
+        :raises DataError: if a record has more than C choices, or others than
+            :attr:`class_names` or those in another order, or rows exceed ``max_length`` and
             ``truncate`` is off (the message says how many and how long).
         """
         examples, too_long, longest = [], 0, 0
         for record in records:
+            # In another order, labels would silently mean other classes.
+            if self.class_names and record.choices != self.class_names:
+                raise DataError(
+                    f"record {record.id!r} has the choices {list(record.choices)}, but the classes"
+                    f" are {list(self.class_names)}, in this order: give it these choices, and the"
+                    " label that goes with them"
+                )
             if len(record.choices) > self.num_classes:
                 raise DataError(
                     f"record {record.id!r} has {len(record.choices)} choices, but the readout has"

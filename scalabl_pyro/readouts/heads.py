@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from collections.abc import Sequence
+from typing import Any, Self
 
-from ..data import Record
-from .base import Readout
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import PROMPTS, Record
+from .base import Classes, Readout
 
 __all__ = ["MultipleChoice", "SequenceClassification"]
 
@@ -16,6 +19,20 @@ class SequenceClassification(Readout):
 
     padding_side = "right"
     auto_class = "AutoModelForSequenceClassification"
+
+    @classmethod
+    def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
+        """The class names."""
+        return PROMPTS["classes"].label_words(records)
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, classes: Classes, **settings: Any) -> Self:
+        readout = super().build(tokenizer, classes, **settings)
+        readout.class_names = classes.words
+        return readout
+
+    def llm_options(self) -> dict[str, Any]:
+        return {"num_labels": self.num_classes}
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
@@ -33,6 +50,7 @@ class MultipleChoice(Readout):
 
     padding_side = "right"
     auto_class = "AutoModelForMultipleChoice"
+    row_per_choice = True
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         questions = [record.question] * len(record.choices)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Prompt, Record
-from .base import Readout
+from ..data import PROMPTS, Prompt, Record
+from .base import Classes, Readout
 from .causal import last_logits, left_padded
 
 __all__ = ["LabelTokens"]
@@ -57,6 +58,41 @@ class LabelTokens(Readout):
         self.chat = chat
         self.form, ids = self._label_ids(anchor, form)
         self.label_ids = torch.tensor(ids)
+        self.class_names = self.label_words if prompt.shares_choices else ()
+
+    @classmethod
+    def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
+        return PROMPTS[prompt].label_words(records)
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        *,
+        prompt: str,
+        chat: bool,
+        max_length: int,
+        truncate: bool,
+    ) -> Self:
+        return cls(
+            tokenizer,
+            PROMPTS[prompt],
+            classes.words,
+            max_length=max_length,
+            truncate=truncate,
+            chat=chat,
+            form=classes.form,
+        )
+
+    @classmethod
+    def untokenized(cls, num_classes: int) -> Self:
+        readout = super().untokenized(num_classes)
+        readout.label_ids = torch.arange(num_classes)
+        return readout
+
+    def manifest(self) -> dict[str, Any]:
+        return {"label_words": list(self.label_words), "label_ids": self.label_ids.tolist()}
 
     def _label_ids(self, anchor: str, form: str | None) -> tuple[str, list[int]]:
         forms = {"space": " ", "plain": ""}

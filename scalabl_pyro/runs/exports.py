@@ -28,7 +28,6 @@ from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
-from ..readouts.label_tokens import LabelTokens
 from .folder import Run, posterior_mean
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
@@ -209,9 +208,7 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         "temperature": run.subspace_predictor().temperature,
         "auto_class": readout.auto_class,
     }
-    if isinstance(readout, LabelTokens):
-        manifest["label_words"] = list(readout.label_words)
-        manifest["label_ids"] = readout.label_ids.tolist()
+    manifest |= readout.manifest()
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest
 

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data import DataError, Record, Split
+from ..data import Record, Split
 from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
-from ..lora.loading import Classes, load_readout, make_adapter
+from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
 from ..prediction.predictor import (
@@ -40,8 +40,7 @@ from ..prediction.predictor import (
     RunPredictor,
     predict_proba,
 )
-from ..readouts.base import Readout
-from ..readouts.label_tokens import LabelTokens
+from ..readouts import Classes, Readout
 from .config import RunConfig, build
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
@@ -76,9 +75,7 @@ class Run:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The choices that all records of the run share, where it knows them."""
-        model = self.config.model
-        letters = model.readout == "label_tokens" and model.prompt == "letters"
-        return self.config.data.classes or (() if letters else self.classes.words)
+        return self.config.data.classes or self.readout.class_names
 
     def subspace_predictor(self) -> Predictor:
         """The predictor, as one at draws of s or at a point.
@@ -95,15 +92,8 @@ class Run:
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records for the run's model.
 
-        :raises DataError: if all records of the run share their choices, and one has others or the
-            same in another order, or a record does not fit the readout.
+        :raises DataError: if a record does not fit the readout.
         """
-        for record in records:
-            if self.class_names and record.choices != self.class_names:
-                raise DataError(
-                    f"record {record.id!r} has the choices {list(record.choices)}, but the run"
-                    f" knows {list(self.class_names)}, in this order"
-                )
         return self.readout.encode(records)
 
     def predict_proba(self, inputs: Sequence[Record | str], *, batch_size: int = 64) -> Tensor:
@@ -165,8 +155,6 @@ def _write_run(
     posterior |= predictor.state()
     if posterior:
         save_file(_tensors(posterior), part / "posterior.safetensors")
-    readout = adapter.readout
-    form = readout.form if isinstance(readout, LabelTokens) else None
     _write_json(
         part / "posterior.json",
         {
@@ -179,7 +167,7 @@ def _write_run(
             "num_data": fitted.model.num_data,
             "seed": config.seed,
             "temperature": predictor.temperature if isinstance(predictor, Predictor) else 1.0,
-            "classes": asdict(classes) | {"form": form},
+            "classes": asdict(classes) | {"form": adapter.readout.form},
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },
     )

@@ -27,7 +27,7 @@ from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import load_skeleton, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
-from ..readouts import READOUTS, Readout
+from ..readouts import READOUTS
 
 __all__ = ["Memory", "MemoryConfig", "estimate", "explain_out_of_memory"]
 
@@ -108,9 +108,9 @@ def estimate(config: MemoryConfig) -> Memory:
     :raises FileNotFoundError: if there is no such model.
     """
     model, lora = config.model, config.lora
-    auto_class = getattr(transformers, READOUTS[model.readout].auto_class)
-    labels = {"num_labels": config.classes} if model.readout == "sequence_classification" else {}
-    llm = load_skeleton(model, auto_class, **labels)
+    readout = READOUTS[model.readout].untokenized(config.classes)
+    auto_class = getattr(transformers, readout.auto_class)
+    llm = load_skeleton(model, auto_class, **readout.llm_options())
     weights = sum(t.nbytes for t in (*llm.parameters(), *llm.buffers()))
     largest = 0
     if model.quantization is not None:
@@ -125,7 +125,7 @@ def estimate(config: MemoryConfig) -> Memory:
         adapter = SubspaceAdapter(
             llm,
             lora.lora(),
-            _readout(config),
+            readout,
             svd=False,
             projections=config.projections,
             base_dropout=lora.base_dropout,
@@ -169,15 +169,6 @@ def explain_out_of_memory(config: MemoryConfig) -> str:
     )
 
 
-def _readout(config: MemoryConfig) -> Readout:
-    """The readout without its tokenizer, which a forward pass does not need."""
-    kind = READOUTS[config.model.readout]
-    readout: Any = kind.__new__(kind)
-    readout.num_classes = config.classes
-    readout.label_ids = torch.arange(config.classes)
-    return readout
-
-
 def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
     """Most bytes alive at once, weights apart, in a training step and in prediction."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -204,7 +195,7 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
 
 
 def _batch(config: MemoryConfig, size: int) -> Batch:
-    choices = (config.classes,) if config.model.readout == "multiple_choice" else ()
+    choices = (config.classes,) if READOUTS[config.model.readout].row_per_choice else ()
     ids = torch.zeros(size, *choices, config.tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Batch(inputs, torch.ones(size, config.classes, dtype=torch.bool))

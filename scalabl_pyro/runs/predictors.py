@@ -56,8 +56,8 @@ class PredictionConfig:
             raise ValueError(f"prediction.trunk is {self.trunk}: expected a share, 0 to 1")
         if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
             raise ValueError(
-                f"prediction.tolerance is {self.tolerance} with prediction.name {self.name!r}: expected a"
-                " number above 0, with average"
+                f"prediction.tolerance is {self.tolerance} with prediction.name"
+                f" {self.name!r}: expected a number above 0, with average"
             )
 
 

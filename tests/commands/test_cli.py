@@ -424,7 +424,7 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
     error = capsys.readouterr().err
     assert "would stay random: train them whole, as by lora.heads=[classifier]" in error
     assert scalabl("train", *words, "model.name=headed") == 1
-    assert "has a head for 2 classes, but the data has 3" in capsys.readouterr().err
+    assert "has a head with num_labels 2, but the data needs 3" in capsys.readouterr().err
     assert scalabl("train", *words) == 0
     assert scalabl("predict", "run=out", "input=new.csv", "output=o.jsonl", "progress=false") == 0
     answers = [json.loads(line)["answer"] for line in Path("o.jsonl").read_text().splitlines()]

@@ -369,7 +369,7 @@ def test_records_with_other_choices_than_the_runs_are_refused(own, tmp_path, cap
     for choices in (("dog", "cat"), ("red", "blue")):
         write_jsonl(tmp_path / "in.jsonl", [Record("1", "the red dog runs", choices)])
         assert scalabl("predict", *quiet, "input=in.jsonl", "output=o.jsonl") == 1
-        assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err
+        assert "but the classes are ['cat', 'dog'], in this order" in capsys.readouterr().err
     write(tmp_path / "new.csv", TEXTS + "n,the red dog runs,dog\n")
     assert scalabl("evaluate", *quiet, "data.path=new.csv", "data.classes=[dog,cat]") == 1
-    assert "but the run knows ['cat', 'dog'], in this order" in capsys.readouterr().err
+    assert "but the classes are ['cat', 'dog'], in this order" in capsys.readouterr().err

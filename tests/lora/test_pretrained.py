@@ -83,6 +83,10 @@ def test_what_does_not_fit_together_is_refused(tokenizer, records):
         ValueError, match="is a BertModel, but LabelTokens reads what AutoModelForC"
     ):
         make(BertModel(tiny_bert_config()), tokenizer=tokenizer)
+    headed = BertForSequenceClassification(tiny_bert_config(num_labels=2))
+    same = [sp.Record("1", "the cat", ("a", "b", "c"))]
+    with pytest.raises(ValueError, match="a head with num_labels 2, but the data needs 3"):
+        make(headed, same, tokenizer=tokenizer, readout="sequence_classification")
     with pytest.raises(ValueError, match=r"\['dtype'\] say how a model is loaded, but LlamaForC"):
         make(tiny_llama(), tokenizer=tokenizer, dtype="float32")
     with pytest.raises(ValueError, match="tokens, but the model has embeddings for 8"):
