@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from .records import DataError, Record
+from .text import comparable
 
 __all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "without_overlap"]
 
@@ -71,12 +72,15 @@ def without_overlap(
 ) -> list[Record]:
     """The records whose question and set of choices do not occur in ``others``.
 
+    Texts are the same that differ in spelling alone: letter case, white space, invisible characters
+    and forms of one character (Unicode's NFKC).
+
     :param name: what ``others`` is called in the log, where the number left out is reported.
     :param split: what ``records`` is called there.
     """
 
     def key(record: Record) -> tuple[str, frozenset[str]]:
-        return record.question.casefold(), frozenset(choice.casefold() for choice in record.choices)
+        return comparable(record.question), frozenset(map(comparable, record.choices))
 
     taken = {key(record) for record in others}
     kept = [record for record in records if key(record) not in taken]
