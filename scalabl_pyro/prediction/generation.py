@@ -34,6 +34,7 @@ from transformers import (
 
 from ..data.completions import Completion
 from ..data.records import is_text
+from ..readouts.causal import prompt_ids
 from ..readouts.completion_tokens import CompletionTokens
 from .metrics import average, entropy, mutual_information
 from .predictor import Predictor
@@ -227,7 +228,7 @@ def _encode(predictor: Predictor, prompts: Sequence[str], decoding: Decoding) ->
                 f"prompt {number} is {prompt!r}: expected a text that is not empty, of whole"
                 " characters"
             )
-        ids = readout.tokenizer(prompt).input_ids
+        ids = prompt_ids(readout.tokenizer, prompt)
         if len(ids) > room:
             raise ValueError(
                 f"prompt {number}, {prompt[:40]!r}…, has {len(ids)} tokens, and with max_new_tokens"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, DataError, Example, Record, Split
 from ..data.completions import Completion
 from .base import Readout
-from .causal import last_logits
+from .causal import last_logits, prompt_ids
 
 __all__ = ["NO_TOKEN", "CompletionTokens"]
 
@@ -63,8 +63,8 @@ class CompletionTokens(Readout):
     def _tokenize(self, record: Completion) -> dict[str, list[list[int]]]:  # type: ignore[override]
         if record.completion is None:
             raise DataError(f"record {record.id!r} has no completion, and its tokens are needed")
-        prompt = self.tokenizer(record.prompt).input_ids
-        whole = self.tokenizer(record.prompt + record.completion).input_ids
+        prompt = prompt_ids(self.tokenizer, record.prompt)
+        whole = prompt_ids(self.tokenizer, record.prompt + record.completion)
         given = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         )

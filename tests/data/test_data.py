@@ -294,11 +294,11 @@ def test_after_a_line_break_words_are_read_without_a_space(tokenizer):
 def test_a_prompt_does_not_hold_the_date_of_today(tokenizer):
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
-        "{{ 'cat' if date_string == '26 Jul 2024' else 'dog' }} Answer :"
+        "{{ 'cat' if date_string == '26 Jul 2024' else 'dog' }} {{ messages[0]['content'] }}"
     )
     readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
     row = readout.encode([Record("1", "the bird", ("red", "blue"), 0)])[0].rows["input_ids"][0]
-    assert tokenizer.convert_ids_to_tokens(row) == ["cat", "Answer", ":"]
+    assert tokenizer.convert_ids_to_tokens(row) == ["cat", "the", "bird", "Answer", ":"]
 
 
 def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(tokenizer):
