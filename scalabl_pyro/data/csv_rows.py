@@ -14,6 +14,9 @@ from .text import canonical
 
 __all__ = ["class_names", "csv_rows"]
 
+#: characters, the most that csv takes on every platform
+_LONGEST_CELL = 2**31 - 1
+
 EXPECTED = (
     "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name);"
     " id may be left out, and label or class where it is not known; commas separate the columns"
@@ -119,7 +122,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(_lines(path), strict=True)
     width, line = 0, 1
     try:
-        for cells in reader:
+        while (cells := _next(reader)) is not None:
             width = width or len(cells)
             if cells and len(cells) != width:
                 raise DataError(
@@ -131,6 +134,15 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: not CSV ({error})") from error
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    # The limit of 131,072 characters a cell is one of the whole process, and so put back.
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -89,7 +89,8 @@ class Record:
             if not 0 <= self.label < len(self.choices):
                 raise DataError(
                     f"label is {self.label}, but the choices are numbered 0 to"
-                    f" {len(self.choices) - 1} (labels are 0-based)"
+                    f" {len(self.choices) - 1} (labels are 0-based); leave it out where it is not"
+                    " known, as in a hidden test set"
                 )
 
     @classmethod

@@ -229,6 +229,11 @@ def _encode(predictor: Predictor, prompts: Sequence[str], decoding: Decoding) ->
                 " characters"
             )
         ids = prompt_ids(readout.tokenizer, prompt)
+        if not prompt_ids(readout.tokenizer, prompt, add_special_tokens=False):
+            raise ValueError(
+                f"prompt {number}, {prompt[:40]!r}, becomes no token: expected a text that the"
+                " tokenizer knows"
+            )
         if len(ids) > room:
             raise ValueError(
                 f"prompt {number}, {prompt[:40]!r}…, has {len(ids)} tokens, and with max_new_tokens"

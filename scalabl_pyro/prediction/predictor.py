@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data import Batch, Record, Split
 from ..infer.svi import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
+from ..readouts.completion_tokens import CompletionTokens
 from .metrics import average, half_width
 
 __all__ = [
@@ -186,9 +187,15 @@ def predict(
     :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
         probability. It is looked at after each divisor of S that is 4 or more, so that an S with
         many of them, such as 12, 24 or 48, stops soonest.
-    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
+    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws; for
+        completions, which have no choices.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite where there is a choice.
     """
+    if isinstance(predictor.adapter.readout, CompletionTokens):
+        raise ValueError(
+            "predict gives logits of C choices, but the readout CompletionTokens reads texts: for"
+            " the probability of a completion take score, to continue a prompt generate"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
     if tolerance is not None and not (

@@ -65,10 +65,13 @@ class Readout(ABC):
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records.
 
-        :raises DataError: if a record has more than C choices, or rows exceed ``max_length`` and
-            ``truncate`` is off (the message says how many and how long).
+        :raises DataError: if a record has more than C choices or becomes no token, or rows exceed
+            ``max_length`` and ``truncate`` is off (the message says how many and how long).
         """
         examples, too_long, longest = [], 0, 0
+        tokenizer = self.tokenizer
+        # Unknown words are words.
+        nothing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         for record in records:
             if len(record.choices) > self.num_classes:
                 raise DataError(
@@ -76,6 +79,11 @@ class Readout(ABC):
                     f" {self.num_classes} classes"
                 )
             rows = self._tokenize(record)
+            if any(nothing.issuperset(row) for row in rows["input_ids"]):
+                raise DataError(
+                    f"record {record.id!r} becomes {rows['input_ids']}, no token but special ones:"
+                    " expected a text that the tokenizer knows; leave the record out"
+                )
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
                 too_long, longest = too_long + 1, max(longest, length)

@@ -68,6 +68,8 @@ class CompletionTokens(Readout):
         given = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         )
+        if not prompt_ids(self.tokenizer, record.prompt, add_special_tokens=False):
+            given = 0  # what remains are tokens that begin any text
         if not 0 < given < len(whole):
             raise DataError(
                 f"record {record.id!r}: prompt {record.prompt!r} and completion"

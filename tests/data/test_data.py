@@ -34,7 +34,8 @@ GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
     ("change", "message"),
     [
         ({"label": 2}, "label is 2, but the choices are numbered 0 to 1"),
-        ({"label": -1}, "label is -1"),
+        ({"label": -1}, "label is -1, .*; leave it out where it is not known"),
+        ({"label": -100}, "label is -100, .*; leave it out where it is not known"),
         ({"label": "b"}, "label is 'b'"),
         ({"label": True}, "label is True"),
         ({"choices": []}, r"choices is \[\]"),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import lora, tiny_llama, whole
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 
-from scalabl_pyro import Predictor, Record, SubspaceAdapter
+from scalabl_pyro import Predictor, Record, SubspaceAdapter, predict
 from scalabl_pyro.data import PROMPTS, Completion, DataError
 from scalabl_pyro.prediction.generation import Decoding, generate, score
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.causal import prompt_ids
 from scalabl_pyro.readouts.completion_tokens import CompletionTokens
+from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 QUESTION = Record("q", "the cat sings", ("red", "blue"), 1)
 #: what is put around a text, and what of it a prompt keeps
@@ -179,3 +180,63 @@ def test_a_template_that_leaves_no_room_is_refused(tokenizer):
     )
     with pytest.raises(DataError, match=r"record 'q': the chat template .* of 7 tokens"):
         readout.encode([QUESTION])
+
+
+def silent(tokenizer, *, begin=False):
+    """A tokenizer that drops what it does not know, as some drop control characters."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^a-zA-Z :.]"), "")
+    return around(tokenizer, "A $A") if begin else tokenizer
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("text", ["\x00\x01", "123", "日本語"])
+def test_a_text_that_becomes_no_token_is_refused(tokenizer, begin, text):
+    tokenizer = silent(tokenizer, begin=begin)
+    heads = SequenceClassification(tokenizer, num_classes=2, max_length=64)
+    with pytest.raises(DataError, match=r"record 'q' becomes .*, no token but special ones"):
+        heads.encode([Record("q", text, ("red", "blue"), 0)])
+    completions = CompletionTokens(tokenizer, num_classes=32, max_length=64, end_token=False)
+    for pair in ((text, text), (text, "the cat"), ("the cat", text)):
+        with pytest.raises(DataError, match="expected one or more of each"):
+            completions.encode([Completion("q", *pair)])
+    readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64)
+    predictor = Predictor(SubspaceAdapter(tiny_llama(), lora("q_proj"), readout))
+    with pytest.raises(ValueError, match=r"prompt 1, .*, becomes no token"):
+        generate(predictor, ["the cat", text], Decoding(4))
+
+
+def test_unknown_words_are_words(tokenizer):
+    heads = SequenceClassification(tokenizer, num_classes=2, max_length=64)
+    row = heads.encode([Record("q", "zebra giraffe", ("red", "blue"), 0)])[0].rows["input_ids"]
+    assert row == [[tokenizer.unk_token_id] * 2]
+
+
+@pytest.mark.parametrize(("words", "special"), [(16, 0), (40, 0), (13, 3), (15, 3)])
+def test_a_choice_longer_than_the_context_is_refused_in_words(tokenizer, words, special):
+    if special:
+        tokenizer = around(tokenizer, "A $A C")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="A $A C",
+            pair="A $A C $B C",
+            special_tokens=[(w, tokenizer.convert_tokens_to_ids(w)) for w in "AC"],
+        )
+    readout = MultipleChoice(tokenizer, num_classes=2, max_length=16, truncate=True)
+    bad = Record("q", "the cat", ("red", " ".join(["blue"] * words)), 0)
+    message = rf"record 'q': the choice 'blue blue .* has {words} tokens and leaves no room"
+    with pytest.raises(DataError, match=message):
+        readout.encode([bad])
+    fits = Record("q", "the cat runs " * 9, ("red", " ".join(["blue"] * (15 - special))), 0)
+    rows = readout.encode([fits])[0].rows["input_ids"]
+    assert [len(row) for row in rows] == [16, 16]
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_predict_of_completions_is_refused_in_words(tokenizer, end, count):
+    tokenizer = around(tokenizer, "A $A")
+    readout = CompletionTokens(tokenizer, num_classes=32, max_length=64, end_token=end)
+    adapter = SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
+    split = readout.encode([Completion(str(n), "the cat", " runs") for n in range(count)])
+    for predictor in (Predictor(adapter), Predictor(adapter, torch.ones(2, *adapter.shape))):
+        with pytest.raises(ValueError, match=r"CompletionTokens reads texts: .* take score"):
+            predict(predictor, split)
