@@ -42,9 +42,12 @@ def hold_out(
     :returns: the remaining records and those held out, each in the original order.
     :raises DataError: if nothing would remain on either side.
     """
-    count = max(1, round(fraction * len(records)))
-    if not 0 < fraction < 1 or count >= len(records):
-        raise DataError(f"cannot hold out {fraction} of {len(records)} records")
+    count = max(1, round(fraction * len(records))) if 0 < fraction < 1 else len(records)
+    if count >= len(records):
+        raise DataError(
+            f"cannot hold out {fraction} of {len(records)} records: expected a share between 0 and"
+            " 1 that leaves one or more"
+        )
     held = set(random.Random(seed).sample(range(len(records)), count))
     rest = [record for index, record in enumerate(records) if index not in held]
     return rest, [records[index] for index in sorted(held)]

@@ -74,9 +74,9 @@ class Decoding:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature}: expected a number above 0; do_sample=false"
+                f"temperature is {self.temperature}: expected a finite number above 0; do_sample=false"
                 " takes the most probable token"
             )
         if self.top_k < 0:
@@ -324,9 +324,17 @@ def score(
 
     A completion follows its prompt at once, any space between them included; no end token is added.
 
-    :raises ValueError: if the model is no causal language model.
+    :raises ValueError: if the model is no causal language model, or a text is given for a list or
+        lists of different lengths.
     :raises DataError: if a text is empty, or exceeds the context.
     """
+    for name, texts in (("prompts", prompts), ("completions", completions)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is the text {texts[:40]!r}: expected a list of texts")
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(completions)} completions: expected as many"
+        )
     llm = _language_model(predictor)
     adapter, tokenizer = predictor.adapter, predictor.adapter.readout.tokenizer
     readout = CompletionTokens(
