@@ -76,8 +76,8 @@ class Decoding:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature}: expected a finite number above 0; do_sample=false"
-                " takes the most probable token"
+                f"temperature is {self.temperature}: expected a finite number above 0;"
+                " do_sample=false takes the most probable token"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: expected 0 or more")
