@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from scalabl_pyro.files import json_text
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
@@ -30,14 +31,14 @@ def report(script: str, figures: dict[str, Any], *, save: bool) -> None:
     }
     if save:
         write_json(RESULTS / f"{name}.json", found)
-    print(json.dumps(found))
+    print(json_text(found))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(json_text(value, indent=1) + "\n")
     part.replace(path)
 
 
