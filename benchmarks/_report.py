@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scalabl_pyro.files import write_whole
+from scalabl_pyro.files import json_text, write_whole
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
@@ -32,12 +31,12 @@ def report(script: str, figures: dict[str, Any], *, save: bool) -> None:
     }
     if save:
         write_json(RESULTS / f"{name}.json", found)
-    print(json.dumps(found))
+    print(json_text(found))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json_text(value, indent=1) + "\n")
 
 
 def _hardware() -> dict[str, Any]:

@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import DataError
+from .records import DataError, class_set
+from .text import canonical
 
 __all__ = ["class_names", "csv_rows"]
+
+#: characters, the most that csv takes on every platform
+_LONGEST_CELL = 2**31 - 1
 
 EXPECTED = (
     "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name);"
@@ -25,6 +29,7 @@ def csv_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, dict[str
     :param classes: for texts, the names that ``class`` may hold; they become the choices.
     :raises DataError: if a column, a cell or the encoding is not as it should be.
     """
+    classes = class_set(classes)
     rows = _cells(path)
     columns = _columns(path, rows)
     if "text" in columns and not classes:
@@ -44,7 +49,7 @@ def csv_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, dict[str
 def class_names(path: Path) -> tuple[str, ...]:
     """The sorted names in the column ``class`` of a file of texts; of any other file, none.
 
-    :raises DataError: if there are fewer than two, or the file is bad.
+    :raises DataError: if there are fewer than two, two that look the same, or the file is bad.
     """
     if path.suffix != ".csv" or not path.is_file():
         return ()
@@ -52,13 +57,16 @@ def class_names(path: Path) -> tuple[str, ...]:
     columns = _columns(path, rows)
     if "class" not in columns:
         return ()
-    names = {cells[columns.index("class")].strip() for _, cells in rows} - {""}
+    names = {canonical(cells[columns.index("class")].strip()) for _, cells in rows} - {""}
     if len(names) < 2:
         raise DataError(
             f"{path}: the column class holds {sorted(names)}: expected two classes or more; correct"
             " the file, or give data.classes=[name,name,…]"
         )
-    return tuple(sorted(names))
+    try:
+        return class_set(sorted(names))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _question(row: dict[str, str]) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def _question(row: dict[str, str]) -> dict[str, Any]:
 
 def _text(row: dict[str, str], classes: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"question": row["text"], "choices": list(classes)}
-    name = row.get("class", "").strip()
+    name = canonical(row.get("class", "").strip())
     if name:
         if name not in classes:
             near = difflib.get_close_matches(name, classes, n=1)
@@ -114,7 +122,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(_lines(path), strict=True)
     width, line = 0, 1
     try:
-        for cells in reader:
+        while (cells := _next(reader)) is not None:
             width = width or len(cells)
             if cells and len(cells) != width:
                 raise DataError(
@@ -126,6 +134,15 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: not CSV ({error})") from error
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    # The limit of 131,072 characters a cell is one of the whole process, and so put back.
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _lines(path: Path) -> Iterator[str]:

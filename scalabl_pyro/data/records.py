@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DataError", "Record", "is_text"]
+from .text import canonical, visible
+
+__all__ = ["DataError", "Record", "class_set", "is_text"]
 
 _FIELDS = {"id", "question", "choices", "label"}
 
@@ -16,11 +18,28 @@ class DataError(ValueError):
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that is not blank, of whole characters: JSON may hold half of one,
-    such as ``"\\ud83d"``, which no tokenizer reads."""
-    if not isinstance(value, str) or not value.strip():
+    """Whether a value is a text in which something is seen, of whole characters: JSON may hold half
+    of one, such as ``"\\ud83d"``, which no tokenizer reads."""
+    if not isinstance(value, str) or not visible(value):
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def class_set(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in Unicode's normal form C, in their order.
+
+    :raises DataError: if two of them are the same or only look so.
+    """
+    found = tuple(canonical(name) for name in names)
+    seen: dict[str, str] = {}
+    for name in found:
+        other = seen.setdefault(visible(name), name)
+        if other is not name:
+            raise DataError(
+                f"the classes {other!a} and {name!a} look the same: expected two"
+                " different names; write one of them everywhere"
+            )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +48,8 @@ class Record:
 
     :param id: a name unique within its split.
     :param question: the text that is asked or classified.
-    :param choices: the C ≥ 2 answers, or the class names.
+    :param choices: the C ≥ 2 answers, or the class names; kept in Unicode's normal form C, so that
+        a name is one name however it was typed.
     :param label: 0-based index into ``choices``; ``None`` if unlabelled.
     :raises DataError: if a field is empty, of the wrong type or out of range.
     """
@@ -62,13 +82,15 @@ class Record:
                     f"choices holds {choice!r}: expected texts that are not empty, of whole"
                     " characters"
                 )
+        object.__setattr__(self, "choices", tuple(map(canonical, self.choices)))
         if self.label is not None:
             if isinstance(self.label, bool) or not isinstance(self.label, int):
                 raise DataError(f"label is {self.label!r}: expected a 0-based index into choices")
             if not 0 <= self.label < len(self.choices):
                 raise DataError(
                     f"label is {self.label}, but the choices are numbered 0 to"
-                    f" {len(self.choices) - 1} (labels are 0-based)"
+                    f" {len(self.choices) - 1} (labels are 0-based); leave it out where it is not"
+                    " known, as in a hidden test set"
                 )
 
     @classmethod

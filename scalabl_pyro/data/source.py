@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .csv_rows import class_names
 from .readers import read_folder, read_records
-from .records import DataError, Record
+from .records import DataError, Record, class_set
 from .splits import check_split
 from .tasks import find_task
 
@@ -34,7 +34,12 @@ class DataSource:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"data.classes is {list(self.classes)}: expected two different names")
+        try:
+            object.__setattr__(self, "classes", class_set(self.classes))
+        except DataError as error:
+            raise ValueError(f"data.classes: {error}") from error
         given = {name: getattr(self, name) for name in ("path", "root", "task")}
         if sum(value is not None for value in given.values()) != 1:
             shown = ", ".join(f"data.{name} is {value!r}" for name, value in given.items())
@@ -43,8 +48,6 @@ class DataSource:
             find_task(self.task)
         elif self.hub_path is not None:
             raise ValueError("data.hub_path is a copy of a data set of the Hub: give data.task too")
-        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"data.classes is {list(self.classes)}: expected two different names")
 
     def read(self) -> dict[str, list[Record]]:
         """All splits as they are stored; the records of ``path`` are all called ``train``.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from .records import DataError, Record
+from .text import comparable
 
 __all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "without_overlap"]
 
@@ -41,9 +42,12 @@ def hold_out(
     :returns: the remaining records and those held out, each in the original order.
     :raises DataError: if nothing would remain on either side.
     """
-    count = max(1, round(fraction * len(records)))
-    if not 0 < fraction < 1 or count >= len(records):
-        raise DataError(f"cannot hold out {fraction} of {len(records)} records")
+    count = max(1, round(fraction * len(records))) if 0 < fraction < 1 else len(records)
+    if count >= len(records):
+        raise DataError(
+            f"cannot hold out {fraction} of {len(records)} records: expected a share between 0 and"
+            " 1 that leaves one or more"
+        )
     held = set(random.Random(seed).sample(range(len(records)), count))
     rest = [record for index, record in enumerate(records) if index not in held]
     return rest, [records[index] for index in sorted(held)]
@@ -71,12 +75,15 @@ def without_overlap(
 ) -> list[Record]:
     """The records whose question and set of choices do not occur in ``others``.
 
+    Texts are the same that differ in spelling alone: letter case, white space, invisible characters
+    and forms of one character (Unicode's NFKC).
+
     :param name: what ``others`` is called in the log, where the number left out is reported.
     :param split: what ``records`` is called there.
     """
 
     def key(record: Record) -> tuple[str, frozenset[str]]:
-        return record.question.casefold(), frozenset(choice.casefold() for choice in record.choices)
+        return comparable(record.question), frozenset(map(comparable, record.choices))
 
     taken = {key(record) for record in others}
     kept = [record for record in records if key(record) not in taken]

@@ -34,6 +34,7 @@ from transformers import (
 
 from ..data.completions import Completion
 from ..data.records import is_text
+from ..readouts.causal import prompt_ids
 from ..readouts.completion_tokens import CompletionTokens
 from .metrics import average, summarise
 from .predictor import Predictor
@@ -73,10 +74,10 @@ class Decoding:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature}: expected a number above 0; do_sample=false"
-                " takes the most probable token"
+                f"temperature is {self.temperature}: expected a finite number above 0;"
+                " do_sample=false takes the most probable token"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: expected 0 or more")
@@ -232,7 +233,12 @@ def _encode(predictor: Predictor, prompts: Sequence[str], decoding: Decoding) ->
                 f"prompt {number} is {prompt!r}: expected a text that is not empty, of whole"
                 " characters"
             )
-        ids = readout.tokenizer(prompt).input_ids
+        ids = prompt_ids(readout.tokenizer, prompt)
+        if not prompt_ids(readout.tokenizer, prompt, add_special_tokens=False):
+            raise ValueError(
+                f"prompt {number}, {prompt[:40]!r}, becomes no token: expected a text that the"
+                " tokenizer knows"
+            )
         if len(ids) > room:
             raise ValueError(
                 f"prompt {number}, {prompt[:40]!r}…, has {len(ids)} tokens, and with max_new_tokens"
@@ -323,9 +329,17 @@ def score(
 
     A completion follows its prompt at once, any space between them included; no end token is added.
 
-    :raises ValueError: if the model is no causal language model.
+    :raises ValueError: if the model is no causal language model, or a text is given for a list or
+        lists of different lengths.
     :raises DataError: if a text is empty, or exceeds the context.
     """
+    for name, texts in (("prompts", prompts), ("completions", completions)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is the text {texts[:40]!r}: expected a list of texts")
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(completions)} completions: expected as many"
+        )
     llm = _language_model(predictor)
     adapter, tokenizer = predictor.adapter, predictor.adapter.readout.tokenizer
     readout = CompletionTokens(

@@ -209,10 +209,17 @@ def predict(
     :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
         probability. It is looked at after each divisor of S that is 4 or more, so that an S with
         many of them, such as 12, 24 or 48, stops soonest.
-    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws.
+    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws; for
+        completions, which have no choices.
     :raises DataError: if a record does not fit the readout.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite where there is a choice.
     """
+    if not predictor.adapter.readout.reads_choices:
+        raise ValueError(
+            "predict gives logits of C choices, but the readout"
+            f" {type(predictor.adapter.readout).__name__} reads texts: for the probability of a"
+            " completion take score, to continue a prompt generate"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
     if tolerance is not None and not (

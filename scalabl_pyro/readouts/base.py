@@ -52,6 +52,8 @@ class Readout(ABC):
     """
 
     padding_side: ClassVar[str]
+    #: whether it reads C choices; a readout of texts gives logits of tokens
+    reads_choices: ClassVar[bool] = True
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
     #: whether an example is a row of tokens for each of its choices, instead of one row
@@ -158,10 +160,13 @@ class Readout(ABC):
         """Tokenise records.
 
         :raises DataError: if a record has more than C choices, or others than
-            :attr:`class_names` or those in another order, or rows exceed ``max_length`` and
-            ``truncate`` is off (the message says how many and how long).
+            :attr:`class_names` or those in another order, or becomes no token, or rows exceed
+            ``max_length`` and ``truncate`` is off (the message says how many and how long).
         """
         examples, too_long, longest = [], 0, 0
+        tokenizer = self.tokenizer
+        # Unknown words are words.
+        nothing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         for record in records:
             # In another order, labels would silently mean other classes.
             if self.class_names and record.choices != self.class_names:
@@ -176,6 +181,11 @@ class Readout(ABC):
                     f" {self.num_classes} classes"
                 )
             rows = self._tokenize(record)
+            if any(nothing.issuperset(row) for row in rows["input_ids"]):
+                raise DataError(
+                    f"record {record.id!r} becomes {rows['input_ids']}, no token but special ones:"
+                    " expected a text that the tokenizer knows; leave the record out"
+                )
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
                 too_long, longest = too_long + 1, max(longest, length)

@@ -6,9 +6,34 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["last_logits", "left_padded"]
+__all__ = ["last_logits", "left_padded", "prompt_ids"]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """The tokens of a text that goes on: without the end token that some tokenizers append.
+
+    A model that reads ``</s>`` after the prompt is asked for another text's first token. An end
+    token that is written in the text itself stays.
+
+    :param add_special_tokens: as of the tokenizer; those that begin a text stay.
+    """
+    ids = list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    if not add_special_tokens or not ids or ids[-1] not in tokenizer.all_special_ids:
+        return ids
+    return ids[: len(ids) - _appended(tokenizer)]
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a tokenizer appends to a text, seen on one."""
+    probe = "a"
+    bare = list(tokenizer(probe, add_special_tokens=False).input_ids)
+    whole = list(tokenizer(probe).input_ids)
+    begin = next((i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare), len(whole))
+    return len(whole) - begin - len(bare) if begin < len(whole) else 0
 
 
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:

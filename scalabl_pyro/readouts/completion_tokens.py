@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, DataError, Example, Record, Split
 from ..data.completions import Completion
 from .base import Readout
-from .causal import last_logits
+from .causal import last_logits, prompt_ids
 
 __all__ = ["NO_TOKEN", "CompletionTokens"]
 
@@ -33,6 +33,7 @@ class CompletionTokens(Readout):
     """
 
     padding_side = "left"
+    reads_choices = False
     auto_class = "AutoModelForCausalLM"
 
     def __init__(
@@ -63,11 +64,13 @@ class CompletionTokens(Readout):
     def _tokenize(self, record: Completion) -> dict[str, list[list[int]]]:  # type: ignore[override]
         if record.completion is None:
             raise DataError(f"record {record.id!r} has no completion, and its tokens are needed")
-        prompt = self.tokenizer(record.prompt).input_ids
-        whole = self.tokenizer(record.prompt + record.completion).input_ids
+        prompt = prompt_ids(self.tokenizer, record.prompt)
+        whole = prompt_ids(self.tokenizer, record.prompt + record.completion)
         given = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         )
+        if not prompt_ids(self.tokenizer, record.prompt, add_special_tokens=False):
+            given = 0  # what remains are tokens that begin any text
         if not 0 < given < len(whole):
             raise DataError(
                 f"record {record.id!r}: prompt {record.prompt!r} and completion"

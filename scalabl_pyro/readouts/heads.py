@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import PROMPTS, Record
+from ..data import PROMPTS, DataError, Record
 from .base import Classes, Readout
 
 __all__ = ["MultipleChoice", "SequenceClassification"]
@@ -58,6 +58,15 @@ class MultipleChoice(Readout):
 
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
         # Of a pair, the question alone: a choice that is cut is no choice.
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        for choice in record.choices:
+            count = len(self.tokenizer(choice, add_special_tokens=False).input_ids)
+            if count >= room:
+                raise DataError(
+                    f"record {record.id!r}: the choice {choice[:40]!r}… has {count} tokens and"
+                    f" leaves no room for a question in the context of {self.max_length}; shorten"
+                    " it, or leave the record out"
+                )
         questions = [record.question] * len(record.choices)
         found = self.tokenizer(
             questions,

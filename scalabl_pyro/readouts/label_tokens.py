@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import PROMPTS, Prompt, Record
+from ..data import PROMPTS, DataError, Prompt, Record
+from ..data.records import is_text
 from .base import Classes, Readout
-from .causal import last_logits, left_padded
+from .causal import last_logits, left_padded, prompt_ids
 
 __all__ = ["LabelTokens"]
 
@@ -28,9 +32,11 @@ class LabelTokens(Readout):
     :param prompt: renders a record as text.
     :param label_words: the C words, for example ``("A", "B", "C", "D")``.
     :param anchor: the end of a prompt, after which the words must be single tokens.
-    :param chat: put each prompt through the tokenizer's chat template.
+    :param chat: put each prompt through the tokenizer's chat template, as a text, or as a list of
+        parts where it takes that. Of a prompt that is too long the question is then cut alone.
     :param form: ``"space"`` or ``"plain"`` fixes the form, as a saved run does.
-    :raises ValueError: if neither form gives single, distinct tokens; the message shows the pieces.
+    :raises ValueError: if neither form gives single, distinct tokens; the message shows the pieces;
+        if a chat template is missing, or leaves the prompt out.
     """
 
     padding_side = "left"
@@ -121,22 +127,68 @@ class LabelTokens(Readout):
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
 
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        if self.chat:
+            return self._tokenize(self._with_less_question(record))
         # The end stays: the answer follows it.
         return self._cut_left(self._tokenize(record))
+
+    def _with_less_question(self, record: Record) -> Record:
+        """The record with the longest end of its question that fits: a template stays whole.
+
+        :raises DataError: if not even its last character does.
+        """
+        question = record.question.rstrip()
+
+        def fits(length: int) -> bool:
+            return len(self._tokenize(shortened(length))["input_ids"][0]) <= self.max_length
+
+        def shortened(length: int) -> Record:
+            return replace(record, question=question[-length:])
+
+        lengths = [n for n in range(1, len(question) + 1) if is_text(question[-n:])]
+        # The more characters, the more tokens, but for a few at the cut.
+        most = bisect_left(lengths, True, key=lambda n: not fits(n))
+        while most and not fits(lengths[most - 1]):
+            most -= 1
+        if not most:
+            raise DataError(
+                f"record {record.id!r}: the chat template and what stands beside the question leave"
+                f" no room for it in the context of {self.max_length} tokens; shorten the choices,"
+                " or set chat=false"
+            )
+        return shortened(lengths[most - 1])
 
     def _templated(self, text: str) -> str:
         if not self.chat:
             return text
-        message = [{"role": "user", "content": text}]
-        return str(
-            self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False, date_string=_DATE
-            )
+        # Templates of models that also see pictures take a list of parts, and leave out a text.
+        contents: list[Any] = [text, [{"type": "text", "text": text}]]
+        reasons = []
+        for content in contents:
+            try:
+                found = str(
+                    self.tokenizer.apply_chat_template(
+                        [{"role": "user", "content": content}],
+                        add_generation_prompt=True,
+                        tokenize=False,
+                        date_string=_DATE,
+                    )
+                )
+            except (TemplateError, TypeError, AttributeError, LookupError) as error:
+                reasons.append(f"{type(error).__name__}: {error}")
+                continue
+            if text.strip() in found:
+                return found
+            reasons.append(f"gave {found[:80]!r}")
+        raise DataError(
+            f"the chat template leaves the prompt {text[:40]!r} out, as a text ({reasons[0]}) and"
+            f" as a list of parts ({reasons[1]}); set chat=false, or give the tokenizer a template"
+            " that writes the user's message as it is"
         )
 
     def _ids(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself.
-        return list(self.tokenizer(text, add_special_tokens=not self.chat).input_ids)
+        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         logits = last_logits(llm, left_padded(inputs), 1)[:, 0]

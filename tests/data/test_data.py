@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from scalabl_pyro import Record
 from scalabl_pyro.data import (
     PROMPTS,
     DataError,
+    DataSource,
     check_split,
     disjoint,
     hold_out,
@@ -32,7 +34,8 @@ GOOD = {"id": "1", "question": "why?", "choices": ["a", "b"], "label": 1}
     ("change", "message"),
     [
         ({"label": 2}, "label is 2, but the choices are numbered 0 to 1"),
-        ({"label": -1}, "label is -1"),
+        ({"label": -1}, "label is -1, .*; leave it out where it is not known"),
+        ({"label": -100}, "label is -100, .*; leave it out where it is not known"),
         ({"label": "b"}, "label is 'b'"),
         ({"label": True}, "label is True"),
         ({"choices": []}, r"choices is \[\]"),
@@ -142,6 +145,83 @@ def test_training_questions_that_are_tested_leave_training(shared, caplog):
     assert "left out 14 questions of train that are also in test" in caplog.text
 
 
+# Spellings of one question, and the letters are those of Unicode's own chart.
+ONE = "Où est le café № 1?"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "Ou\u0300 est le cafe\u0301 № 1?",  # NFD
+        "Où  est le café № 1?",
+        "Où\u00a0est le café\u202f№ 1?",  # no-break spaces
+        "Où est\r\nle café № 1?",
+        "Où est le ca\u200bfé № 1?",
+        "\ufeffOù est le café № 1?\u2060",
+        "Où est le ca\u00adfé No 1?",  # a soft hyphen, and № in two letters
+        "OÙ EST LE CAFÉ № 1?",
+        "Où\u2003est\tle\u3000café № \uff11\uff1f",  # wide spaces and full-width forms
+        "  Où est le café № 1?\n",
+    ],
+)
+@pytest.mark.parametrize("choices", [("Straße", "re\u0301sumé"), ("résumé\u200d", "STRASSE ")])
+def test_a_question_in_another_spelling_is_the_same(other, choices):
+    train = [Record("a", other, choices, 0), Record("b", "Où est le thé?", choices, 0)]
+    test = [Record("c", ONE, ("straße", "résumé"), 1)]
+    assert [r.id for r in without_overlap(train, test, name="test")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["Où est le cafe № 1?", "Où est le café № 2?", "Où est le café № 1", "Oùest le café № 1?"],
+)
+def test_a_question_with_other_letters_is_another(other):
+    train, test = [Record("a", other, ("x", "y"))], [Record("c", ONE, ("x", "y"))]
+    assert without_overlap(train, test, name="test") == train
+
+
+@pytest.mark.parametrize("name", ["Cafe\u0301", "A\u030angstro\u0308m", "\u1112\u1161\u11ab"])
+def test_a_class_is_one_however_its_accents_were_typed(tmp_path, name):
+    """The composed form is that of unicodedata alone."""
+    whole = unicodedata.normalize("NFC", name)
+    assert len(whole) < len(name)
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,class\none,{name}\ntwo,{whole}\nthree,tea\n")
+    records = DataSource(path=str(path)).read()["train"]
+    assert records[0].choices[records[0].label] == records[1].choices[records[1].label] == whole
+    assert len(records[0].choices) == 2
+    for classes in ((name, "tea"), (whole, "tea")):
+        assert [r.label for r in DataSource(path=str(path), classes=classes).read()["train"]] == [
+            0,
+            0,
+            1,
+        ]
+        assert [r.label for r in iter_records(path, classes)] == [0, 0, 1]
+    same = [Record("1", "x", (name, "tea")), Record("2", "y", (whole, "tea"))]
+    assert PROMPTS["classes"].label_words(same) == (whole, "tea")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("good", "go\u200bod"), ("so so", "so\u00a0so"), ("ok", "\ufeffok"), ("a b", "a  b")],
+)
+def test_classes_that_only_look_the_same_are_refused(tmp_path, first, second):
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,class\none,{first}\ntwo,{second}\nthree,tea\n")
+    with pytest.raises(DataError, match=r"train.csv: the classes .* look the same"):
+        DataSource(path=str(path)).read()
+    with pytest.raises(ValueError, match=r"data.classes: the classes .* look the same"):
+        DataSource(path=str(path), classes=(first, second))
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff \u00ad", "\u2060\n\u00a0", "\u3164"])
+def test_a_text_in_which_nothing_is_seen_is_empty(blank):
+    with pytest.raises(DataError, match="expected a text that is not empty"):
+        Record("1", blank, ("a", "b"))
+    with pytest.raises(DataError, match="expected texts that are not empty"):
+        Record("1", "q", ("a", blank))
+
+
 def test_what_is_tested_is_neither_trained_nor_validated_on():
     a, b, c, d, e = make_records(5)
     splits = {"train": [a, b, c, d], "validation": [b, c, e], "test": [c], "shifted": [d]}
@@ -231,11 +311,11 @@ def test_after_a_line_break_words_are_read_without_a_space(tokenizer):
 def test_a_prompt_does_not_hold_the_date_of_today(tokenizer):
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
-        "{{ 'cat' if date_string == '26 Jul 2024' else 'dog' }} Answer :"
+        "{{ 'cat' if date_string == '26 Jul 2024' else 'dog' }} {{ messages[0]['content'] }}"
     )
     readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64, chat=True)
     row = readout.encode([Record("1", "the bird", ("red", "blue"), 0)])[0].rows["input_ids"][0]
-    assert tokenizer.convert_ids_to_tokens(row) == ["cat", "Answer", ":"]
+    assert tokenizer.convert_ids_to_tokens(row) == ["cat", "the", "bird", "Answer", ":"]
 
 
 def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -63,6 +64,24 @@ def test_csv_of_texts_takes_its_classes_from_the_training_file(tmp_path):
     assert [record.label for record in source.read()["train"]] == [0, 2, 1]
     with pytest.raises(DataError, match=r"test.csv: the classes are not known; give data.classes"):
         DataSource(path=str(tmp_path / "test.csv")).read_split("test")
+
+
+@pytest.mark.parametrize("length", [131_072, 131_073, 1_000_000])
+def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
+    limit = csv.field_size_limit()
+    text = "a word " * (length // 7) + "x" * (length % 7)
+    assert len(text) == length
+    path = write(tmp_path / "q.csv", f'question,choice_1,choice_2,label\n"{text}",x,y,1\n')
+    rows = iter_records(path)
+    assert next(rows).question == text
+    assert csv.field_size_limit() == limit
+    assert list(rows) == []
+    path = write(tmp_path / "t.csv", f"text,class\n{text},good\n{text}b,bad\n")
+    assert [len(r.question) for r in DataSource(path=str(path)).read()["train"]] == [
+        length,
+        length + 1,
+    ]
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(
