@@ -7,15 +7,17 @@ The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its ou
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,12 +27,27 @@ from ..readouts.base import Readout
 from .flipout import Shift, flipped
 from .layers import ADAPTER, add_lora
 from .matrices import LoRAMatrices
-from .trunk import Leaving, Trunk
+from .trunk import Leaving, Trunk, TrunkError, map_tensors
 
 __all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
 
 ProjectionMode = Literal["free", "unit", "frozen_v", "fixed"]
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionMode)
+
+log = logging.getLogger(__name__)
+
+
+class _Bound(NamedTuple):
+    """What the hooks read in a forward pass, and in the backward pass that repeats it.
+
+    :param s: M of (S, r), or ``None`` for plain LoRA.
+    :param shift: what is added to each of the M matrices A.
+    :param tokens: the shape (S·R, T) of the model's input; ``None`` where it has not been seen.
+    """
+
+    s: tuple[Tensor, ...] | None = None
+    shift: tuple[Shift, ...] | None = None
+    tokens: tuple[int, int] | None = None
 
 
 class SubspaceAdapter:
@@ -60,7 +77,8 @@ class SubspaceAdapter:
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
     :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
     :param share_trunk: run the blocks below the first random vector once for all draws, which
-        computes the same (see :class:`~scalabl_pyro.lora.Trunk`).
+        computes the same (see :class:`~scalabl_pyro.lora.Trunk`). Where a forward pass shows that a
+        model does not allow it, all blocks run for all draws, with a line in the log.
     :raises ValueError: if a target matches no module, what PEFT builds would bypass the hook, or
         ``start`` does not fit the model.
 
@@ -96,14 +114,17 @@ class SubspaceAdapter:
         self._A = list(self.matrices.A.values())
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[ADAPTER]
-        self._s: tuple[Tensor, ...] | None = None
-        self._shift: tuple[Shift, ...] | None = None
+        self._bound = _Bound()
         self._fired: list[int] | None = [0] * len(self.layers)
         for index, A in enumerate(self._A):
-            A.register_forward_hook(self._scale_by(index))
+            # Of a method, not a closure: a copy of the adapter gets hooks that read its own s.
+            A.register_forward_hook(partial(self._scale, index))
         self._hold_float32_heads()
         self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
+        self._llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
         self.trunk = Trunk(self._llm, self.module_names)
+        self._unclear: set[int] = set()
+        self._rows_verified: set[int] = set()
         self._share_trunk = share_trunk
         self._fingerprint: str | None = None
         self._base_dropout = base_dropout
@@ -206,11 +227,11 @@ class SubspaceAdapter:
         kept = [A.weight.clone() for A in self._A]
         for A, scale in zip(self._A, self._effective(s), strict=True):
             A.weight.mul_(scale[:, None].to(A.weight))
-        bound, self._s = self._s, None
+        bound, self._bound = self._bound, _Bound()
         try:
             yield self.peft_model
         finally:
-            self._s = bound
+            self._bound = bound
             for A, weight in zip(self._A, kept, strict=True):
                 A.weight.copy_(weight)
 
@@ -292,8 +313,11 @@ class SubspaceAdapter:
         inputs, cached = self.trunk.take(batch.inputs)
         leaving = None
         if depth and not cached:
-            with self.bound(s[:1]) as llm:
-                leaving = self.trunk.leaving(lambda: self.readout(llm, inputs), depth)
+            try:
+                with self.bound(s[:1]) as llm:
+                    leaving = self.trunk.leaving(lambda: self.readout(llm, inputs), depth)
+            except TrunkError as error:
+                self._leave_unshared(error)
         return partial(self._run, batch, leaving=leaving)
 
     def _run(
@@ -305,6 +329,26 @@ class SubspaceAdapter:
         shift: Tensor | None = None,
         leaving: Leaving | None = None,
     ) -> Tensor:
+        try:
+            return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
+        except TrunkError as error:
+            self._leave_unshared(error)
+            return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
+
+    def _leave_unshared(self, error: TrunkError) -> None:
+        """Run every block for every draw from now on, which computes the same."""
+        self._share_trunk = False
+        log.warning("%s: every block runs for every draw, which takes longer", error)
+
+    def _pass(
+        self,
+        batch: Batch,
+        s: Tensor | None,
+        *,
+        per_example: bool,
+        shift: Tensor | None,
+        leaving: Leaving | None,
+    ) -> Tensor:
         draws = self._bind(s)
         if per_example:
             if tuple(draws) != (len(batch),):
@@ -314,11 +358,13 @@ class SubspaceAdapter:
         inputs, cached = self.trunk.take(batch.inputs)
         if shift is not None:
             rows_each = math.prod(inputs["input_ids"].shape[1:-1])
-            self._shift = tuple(
+            shifts = tuple(
                 flipped(delta, len(batch), rows_each)
                 for delta in self.matrices.named_A(shift).values()
             )
+            self._bound = self._bound._replace(shift=shifts)
         S = draws.numel()
+        one = inputs
         if S > 1:
             # (S·B, ...), draw-major
             inputs = {k: v.repeat(S, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
@@ -327,12 +373,14 @@ class SubspaceAdapter:
         if self._fired is not None:
             self._fired = [0] * len(self.layers)
         skipped = leaving or cached
-        with (
-            self.trunk.replaced(skipped, draws=S)
-            if skipped
-            else self._shared_trunk(s, S, math.prod(inputs["input_ids"].shape[:-1]))
-        ):
+        *shape, T = inputs["input_ids"].shape
+        rows = math.prod(shape)
+        self._bound = self._bound._replace(tokens=(rows, T))
+        self._unclear = set()
+        with self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows):
             logits = self.readout(self._llm, inputs)  # (S·B, C)
+        if self._unclear:
+            self._verify_rows(one, self._unclear)
         if self._fired is not None and s is not None and not leaving:
             self._check_fired()
         expected = (S * len(batch), self.readout.num_classes)
@@ -348,7 +396,7 @@ class SubspaceAdapter:
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.
         """
-        with self._rebound(self._s, self._shift):
+        with self._rebound(self._bound):
             self._bind(s)
             yield self._llm
 
@@ -389,16 +437,16 @@ class SubspaceAdapter:
         if not depth:
             return nullcontext()
         # In the trunk there are the rows of one draw only.
-        self._s = tuple(
+        parted = tuple(
             values[:1] if block < depth else values
-            for values, block in zip(self._s or (), self.trunk.block_of, strict=True)
+            for values, block in zip(self._bound.s or (), self.trunk.block_of, strict=True)
         )
+        self._bound = self._bound._replace(s=parted)
         return self.trunk.shared(depth, rows=rows, draws=draws)
 
     def _bind(self, s: Tensor | None) -> torch.Size:
-        self._shift = None
+        self._bound = _Bound()
         if s is None and not self.unit:
-            self._s = None
             return torch.Size()
         if s is None:
             s = torch.ones(self.shape, device=self.device)
@@ -407,7 +455,8 @@ class SubspaceAdapter:
                 f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
                 f" (*draws, {self.shape[0]}, {self.shape[1]})"
             )
-        self._s = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
+        each = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
+        self._bound = _Bound(each)
         return s.shape[:-2]
 
     def _effective(self, s: Tensor) -> Tensor:
@@ -417,21 +466,100 @@ class SubspaceAdapter:
         norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A]
         return s / torch.stack(norms)
 
-    def _scale_by(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._shift is not None:
-                output = output + self._shift[index](args[0]).to(output)
-            if self._s is None:
-                return output
-            if self._fired is not None:
-                self._fired[index] += 1
-            s = self._s[index].to(output)  # (S, r)
-            if s.shape[0] == 1:
-                return output * s[0]
-            rows = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
-            return (rows * s.view(s.shape[0], *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
+    def _scale(
+        self, index: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        """The forward hook of A_m: A·x becomes diag(s_m)·A·x, with the s of each row."""
+        each, shift, tokens = self._bound
+        if shift is not None:
+            output = output + shift[index](args[0]).to(output)
+        if each is None:
+            return output
+        if self._fired is not None:
+            self._fired[index] += 1
+        s = each[index].to(output)  # (S, r)
+        if s.shape[0] == 1:
+            return output * s[0]
+        if tokens is not None:
+            self._check_rows(index, args[0].shape, len(s), *tokens)
+        parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
+        return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)
 
-        return hook
+    # ------------------------------------------------------------------ rows of draws
+
+    def _see_tokens(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = None if ids is None else (math.prod(ids.shape[:-1]), ids.shape[-1])
+        self._bound = self._bound._replace(tokens=tokens)
+
+    def _check_rows(self, index: int, shape: torch.Size, S: int, rows: int, T: int) -> None:
+        """Refuse a layer whose input does not hold the rows of the draws one after another.
+
+        :param shape: of the input of A_m.
+        :raises ValueError: if the rows of a draw cannot be found in it. Shapes that leave a doubt
+            are noted for :meth:`_verify_rows`.
+        """
+        inside = 0 <= self.trunk.block_of[index] < self.trunk.num_blocks
+        if shape[0] == rows:
+            doubt = shape[1] == rows if len(shape) > 2 else inside
+        elif len(shape) == 2 and (shape[0] == rows * T if inside else shape[0] % S == 0):
+            doubt = True  # tokens of all rows, of which each expert may see others
+        else:
+            raise self._no_rows(
+                index, f"has the shape {tuple(shape)} for {rows} rows of {T} tokens"
+            )
+        if doubt and index not in self._rows_verified:
+            self._unclear.add(index)
+
+    @torch.no_grad()
+    def _verify_rows(self, inputs: dict[str, Tensor], layers: set[int]) -> None:
+        """Compare what layers see of two examples with what they see of each alone, once.
+
+        :param inputs: of one draw.
+        :raises ValueError: if a layer sees something else, or in another order.
+        """
+        first = {name: value[:1] for name, value in inputs.items()}
+        second = {name: value[1:2] for name, value in inputs.items()}
+        if not len(second["input_ids"]):
+            second = first | {"input_ids": first["input_ids"].roll(1, -1)}
+        both = {name: torch.cat([first[name], second[name]]) for name in inputs}
+        modes = [(module, module.training) for module in self.peft_model.modules()]
+        self.peft_model.eval()  # masks of dropout would differ
+        try:
+            with self._rebound(_Bound()):
+                together = self._seen(both, layers)
+                alone = [self._seen(some, layers) for some in (first, second)]
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        for index in layers:
+            found = together[index].float()
+            expected = torch.cat([seen[index] for seen in alone]).float()
+            if found.shape != expected.shape or (
+                (found - expected).norm() > 0.05 * expected.norm()
+            ):
+                raise self._no_rows(index, "does not hold row after row")
+        self._rows_verified |= layers
+
+    def _seen(self, inputs: dict[str, Tensor], layers: set[int]) -> dict[int, Tensor]:
+        """What reaches the matrices A of some layers in a forward pass."""
+        seen: dict[int, Tensor] = {}
+
+        def keep(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[index] = args[0]
+
+        with ExitStack() as hooks:
+            for index in layers:
+                hooks.enter_context(self._A[index].register_forward_pre_hook(partial(keep, index)))
+            self.readout(self._llm, inputs)
+        return seen
+
+    def _no_rows(self, index: int, what: str) -> ValueError:
+        return ValueError(
+            f"{type(self._llm).__name__} calls {self.module_names[index]} on an input that {what},"
+            " so several draws of s cannot run at once: leave it out of target_modules, or run one"
+            " draw at a time, as by Predictor(max_rows=1)"
+        )
 
     def _check_fired(self) -> None:
         wrong = {n: c for n, c in zip(self.layers, self._fired or (), strict=True) if c != 1}
@@ -445,12 +573,27 @@ class SubspaceAdapter:
     # ------------------------------------------------------------------ construction
 
     def _hold_float32_heads(self) -> None:
-        """Train heads in float32, as PEFT does with A and B, whatever the base model's type."""
-        for module in self.peft_model.modules():
-            heads = getattr(module, "modules_to_save", None)
-            if isinstance(heads, nn.ModuleDict):
-                head = heads[ADAPTER].float()
-                head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        """Train heads in float32, as PEFT does with A and B, whatever the base model's type.
+
+        What a head returns has the base model's type again where frozen weights follow.
+        """
+        wrappers = [m for m in self.peft_model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        inside = {id(m) for wrapper in wrappers for m in wrapper.modules()}
+        last = self.peft_model.get_base_model()
+        for module in self.peft_model.modules():  # in the order of their definition
+            if id(module) not in inside and [*module.parameters(recurse=False)]:
+                last = module
+        places = {id(module): place for place, module in enumerate(self.peft_model.modules())}
+        for wrapper in wrappers:
+            head = wrapper.modules_to_save[ADAPTER]
+            dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), None)
+            head.float().register_forward_pre_hook(_to_float32, with_kwargs=True)
+            if places[id(wrapper)] < places[id(last)] and dtype not in (None, torch.float32):
+                head.register_forward_hook(partial(_to_dtype, dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last pass left bound may be part of a graph, which has no copy.
+        return self.__dict__ | {"_bound": _Bound()}
 
     def move_start(self, loc: Tensor) -> None:
         """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
@@ -472,11 +615,9 @@ class SubspaceAdapter:
     # ------------------------------------------------------------------ gradient checkpointing
 
     def _enable_checkpointing(self) -> None:
-        # Recomputation must read what its own forward pass had, not what was bound last.
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._rebound(self._s, self._shift)
-
-        self._llm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        self._llm.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+        )
         if not self._base_dropout:
             # Blocks are in training mode while they are checkpointed, and some read it themselves.
             for block in self._blocks:
@@ -484,16 +625,19 @@ class SubspaceAdapter:
                     if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
                         setattr(block, name, 0.0)
 
+    def _checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # Recomputation must read what its own forward pass had, not what was bound last.
+        return nullcontext(), self._rebound(self._bound)
+
     @contextmanager
-    def _rebound(
-        self, s: tuple[Tensor, ...] | None, shift: tuple[Shift, ...] | None
-    ) -> Iterator[None]:
-        bound = self._s, self._shift
-        self._s, self._shift = s, shift
+    def _rebound(self, bound: _Bound) -> Iterator[None]:
+        kept, self._bound = self._bound, bound
         try:
             yield
         finally:
-            self._s, self._shift = bound
+            self._bound = kept
 
     def _check_checkpointing(self) -> None:
         if not self._checkpointed and any(block.gradient_checkpointing for block in self._blocks):
@@ -501,3 +645,18 @@ class SubspaceAdapter:
                 "gradient checkpointing was switched on from outside and would recompute with"
                 " another s, silently; pass gradient_checkpointing=True to SubspaceAdapter instead"
             )
+
+
+def _to_float32(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    return tuple(_floats(args, torch.float32)), _floats(kwargs, torch.float32)
+
+
+def _to_dtype(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return _floats(output, dtype)
+
+
+def _floats(value: Any, dtype: torch.dtype) -> Any:
+    """The same nested values, with numbers but no indices and masks in another type."""
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, value)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes
+from .layers import read_config
 
 __all__ = ["AdapterConfig", "ModelConfig"]
 
@@ -78,6 +79,8 @@ class ModelConfig:
 class AdapterConfig:
     """LoRA: rank r, scaling α, target modules, dropout, and heads that are trained whole.
 
+    :param targets: ends of the names of linear layers; or one string, ``all-linear`` or a regular
+        expression that whole names match.
     :param layers: indices of the blocks to adapt; all of them if empty.
     :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
         scaling, targets, dropout, layers and heads are then its own.
@@ -87,7 +90,7 @@ class AdapterConfig:
 
     r: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj", "lm_head")
     dropout: float = 0.0
     heads: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -96,7 +99,8 @@ class AdapterConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "heads", tuple(self.heads))
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.r < 1:
@@ -105,6 +109,11 @@ class AdapterConfig:
             raise ValueError(f"alpha is {self.alpha}: expected a number above 0")
         if not self.targets:
             raise ValueError("targets is empty: expected the name of a linear layer, or several")
+        if isinstance(self.targets, str) and self.layers:
+            raise ValueError(
+                f"layers is {list(self.layers)}, but targets is the string {self.targets!r}: name"
+                " the blocks in that expression, or give targets as a list"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
 
@@ -115,16 +124,13 @@ class AdapterConfig:
         """
         if self.start is not None:
             try:
-                return LoraConfig.from_pretrained(self.start)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"lora.start is {self.start!r}: expected a PEFT adapter, a folder with"
-                    f" adapter_config.json or a name on the Hub (PEFT says: {error})"
-                ) from error
+                return read_config(self.start)
+            except ValueError as error:
+                raise ValueError(f"lora.start is {self.start!r}: {error}") from error
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
-            target_modules=list(self.targets),
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             lora_dropout=self.dropout,
             layers_to_transform=list(self.layers) or None,
             modules_to_save=list(self.heads) or None,

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, _ConvNd
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ADAPTER", "add_lora"]
+__all__ = ["ADAPTER", "add_lora", "read_config"]
 
 #: PEFT's name of the one adapter
 ADAPTER = "default"
+
+# Task types for which PEFT adds names of heads to modules_to_save, of which a model has some.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
 
 
 def add_lora(
@@ -30,7 +42,8 @@ def add_lora(
     :raises ValueError: if a target matches no module, the layers would not be as said, or ``start``
         does not fit.
     """
-    _check_config(llm, lora)
+    _check_model(llm)
+    _check_config(llm, lora, trained=start is not None)
     model = get_peft_model(llm, lora) if start is None else _load_trained(llm, lora, start)
     layers = {
         name.removeprefix("base_model.model."): module
@@ -41,8 +54,63 @@ def add_lora(
     return cast(PeftModel, model), layers
 
 
+def read_config(start: str | Path) -> LoraConfig:
+    """The configuration of a trained PEFT adapter.
+
+    :param start: a folder or a name on the Hub.
+    :raises ValueError: if there is none, or it is no plain LoRA.
+    """
+    try:
+        found = PeftConfig.from_pretrained(str(start))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(start)!r} is no PEFT adapter: expected a folder with adapter_config.json or a"
+            f" name on the Hub (PEFT says: {error})"
+        ) from error
+    kind = getattr(found.peft_type, "value", found.peft_type)
+    if kind != PeftType.LORA.value:
+        raise ValueError(
+            f"the adapter {str(start)!r} is of PEFT's type {kind}: expected LORA, whose layers call"
+            " lora_B(lora_A(x)); train a LoRA adapter, or leave lora.start out"
+        )
+    return cast(LoraConfig, found)
+
+
+def _check_model(llm: PreTrainedModel) -> None:
+    """:raises ValueError: if the model, or a part of it, is wrapped or holds an adapter already."""
+    for name, module in llm.named_modules():
+        where = f"{name} of the model" if name else "the model"
+        if isinstance(module, (OptimizedModule, nn.DataParallel, DistributedDataParallel)):
+            inner = "_orig_mod" if isinstance(module, OptimizedModule) else "module"
+            raise ValueError(
+                f"{where} is wrapped in {type(module).__name__}, which renames its modules: pass"
+                f" what it wraps, its attribute {inner}"
+            )
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, PeftModel)):
+            raise ValueError(
+                f"the model already carries a PEFT adapter: {where} is a {type(module).__name__};"
+                " load the base model anew for each SubspaceAdapter"
+            )
+    if not isinstance(llm, PreTrainedModel):
+        raise ValueError(
+            f"llm is a {type(llm).__name__}: expected a model of transformers, a PreTrainedModel,"
+            " without anything around it"
+        )
+
+
 def _check_layers(layers: dict[str, LoraLayer]) -> None:
+    if not layers:
+        raise ValueError(
+            "no layer of the model is adapted: name linear layers outside modules_to_save in"
+            " target_modules"
+        )
     for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            raise ValueError(
+                f"{name}.{layer.parameter_name} is a weight without a layer of its own (experts in"
+                " one tensor, or a router), which PEFT adapts without calling lora_B(lora_A(x)):"
+                " name linear layers in target_modules, such as q_proj and v_proj"
+            )
         if isinstance(layer, (Embedding, MultiheadAttention, _ConvNd)):
             raise ValueError(
                 f"{name} is adapted by {type(layer).__name__}, which does not call"
@@ -61,6 +129,8 @@ def _check_layers(layers: dict[str, LoraLayer]) -> None:
 
 
 def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:
+    read_config(start)
+    _check_safe(start)
     lora.inference_mode = False
     model = cast(PeftModel, get_peft_model(llm, lora))
     try:
@@ -73,10 +143,29 @@ def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> 
             f"the adapter {start} does not fit {type(llm).__name__}: {error}; load the base model"
             " that it was trained on"
         ) from error
+    trained = (".lora_", ".modules_to_save.")
+    for name, value in model.state_dict().items():
+        if any(part in name for part in trained) and not value.isfinite().all():
+            raise ValueError(
+                f"the adapter {start} holds numbers that are not finite, in {name}: its training"
+                " failed; take an earlier checkpoint of it"
+            )
     return model
 
 
-def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
+def _check_safe(start: str | Path) -> None:
+    folder = Path(start)
+    if (folder / "adapter_model.bin").exists() and not (
+        folder / "adapter_model.safetensors"
+    ).exists():
+        raise ValueError(
+            f"the adapter {start} has its weights in adapter_model.bin, a pickle, which can run"
+            " code: expected adapter_model.safetensors; load it with PEFT where you trust it, and"
+            " save it again"
+        )
+
+
+def _check_config(llm: PreTrainedModel, lora: LoraConfig, *, trained: bool) -> None:
     if getattr(lora, "target_parameters", None):
         raise ValueError("target_parameters bypasses the lora_A module: use target_modules")
     ranks = set((lora.rank_pattern or {}).values()) | {lora.r}
@@ -86,10 +175,15 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
         )
     if lora.alpha_pattern:
         raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
-    if isinstance(llm, PeftModel) or any(isinstance(m, LoraLayer) for m in llm.modules()):
+    if lora.inference_mode and not trained:
+        raise ValueError("inference_mode is true, which trains nothing: set it to false")
+    if not (math.isfinite(lora.lora_alpha) and lora.lora_alpha != 0):
         raise ValueError(
-            "the model already carries a PEFT adapter: pass the base model, loaded anew"
+            f"lora_alpha is {lora.lora_alpha}, so that nothing depends on A, B and s: expected a"
+            " number above 0"
         )
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora.lora_dropout}: expected a probability below 1")
     layers = lora.layers_to_transform or []
     blocks = getattr(llm.config.get_text_config(), "num_hidden_layers", None)
     layers = [layers] if isinstance(layers, int) else layers
@@ -100,7 +194,12 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
             " counted from 0"
         )
     names = [name for name, _ in llm.named_modules()]
-    heads = [h for h in lora.modules_to_save or () if not any(_ends(name, h) for name in names)]
+    asked = set(lora.modules_to_save or ())
+    heads = {h for h in asked if not any(_ends(name, h) for name in names)}
+    # PEFT itself lists the names that a classifier's head may have, all of them.
+    by_task = _HEADS_OF_TASKS.get(str(getattr(lora.task_type, "value", lora.task_type)), set())
+    if by_task & asked - heads:
+        heads -= by_task
     if heads:
         raise ValueError(
             f"modules_to_save {sorted(heads)} match no module of {type(llm).__name__}; its"
@@ -109,10 +208,15 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
     targets = lora.target_modules
     if targets is None or targets == "all-linear":
         return
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [t for t in targets if not any(_ends(name, t) for name in names)]
+    matches = {
+        target: [
+            name
+            for name in names
+            if (re.fullmatch(target, name) if isinstance(targets, str) else _ends(name, target))
+        ]
+        for target in ([targets] if isinstance(targets, str) else targets)
+    }
+    missing = [target for target, found in matches.items() if not found]
     if missing:
         linear = {
             n.rpartition(".")[2]
@@ -123,6 +227,17 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig) -> None:
             f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
             f" layers are {sorted(linear)}"
         )
+    if trained:
+        return  # it was trained so, with the head alone
+    whole = {name for name in names if any(_ends(name, head) for head in asked)}
+    for target, found in matches.items():
+        within = [n for n in found if any(n == w or n.startswith(f"{w}.") for w in whole)]
+        if whole & set(found) or len(within) == len(found):
+            raise ValueError(
+                f"{sorted(whole & set(found) or within)} are both in target_modules, as"
+                f" {target!r}, and in modules_to_save: a layer is adapted or trained whole, so"
+                " leave it out of one of them"
+            )
 
 
 def _ends(name: str, part: str) -> bool:

@@ -60,7 +60,8 @@ def load_llm(
 
     :raises FileNotFoundError: if the model cannot be found.
     :raises ValueError: if it has a trained head for another number of classes, or lacks weights
-        that nothing would train; or if quantisation is asked for without bitsandbytes.
+        that nothing would train; if its weights are pickles, or it needs code of its own; or if
+        quantisation is asked for without bitsandbytes.
     """
     auto_class = getattr(transformers, readout.auto_class)
     options: dict[str, Any] = {
@@ -77,7 +78,9 @@ def load_llm(
     if any(head in name for name in known.architectures or ()):
         readout.check_head(config.name, known)
     options |= readout.llm_options()
-    llm, found = _load(config, auto_class, output_loading_info=True, **options)
+    llm, found = _load(
+        config, auto_class, output_loading_info=True, use_safetensors=True, **options
+    )
     untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
     if untrained:
         prefix = f"{llm.base_model_prefix}."
@@ -109,6 +112,7 @@ def load_skeleton(config: ModelConfig, auto_class: Any, **options: Any) -> PreTr
     with torch.device("meta"):
         return auto_class.from_config(
             _load(config, AutoConfig, **options),
+            trust_remote_code=False,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
         )
@@ -204,12 +208,29 @@ def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
 
 
 def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
-    """``auto_class.from_pretrained``; a name that is not found says where it was looked for."""
+    """``auto_class.from_pretrained``, which runs no code of the folder's; a name that is not found
+    says where it was looked for."""
     name = str(model_path()) if config.name == "embedded" else config.name
     try:
-        return auto_class.from_pretrained(name, revision=config.revision, **options)
-    except OSError as error:
+        return auto_class.from_pretrained(
+            name, revision=config.revision, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        told = str(error).strip()
+        if "trust_remote_code" in told:
+            raise ValueError(
+                f"model {config.name!r} brings code of its own, which is never run: use a model"
+                " whose architecture is part of transformers, or a newer version of transformers"
+            ) from error
         place = Path(config.name)
+        if options.get("use_safetensors") and "safetensors" in told:
+            raise ValueError(
+                f"model {config.name!r} has no weights in safetensors, and a pickle, such as"
+                " pytorch_model.bin, can run code: where you trust it, load it with transformers"
+                " and save it again by save_pretrained"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         looked = (
             f"the folder {place.resolve()} is no complete model"
             if place.exists()
@@ -219,5 +240,5 @@ def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
         raise FileNotFoundError(
             f"model {config.name!r} not found: {looked}. Name a folder that holds config.json and"
             f" the weights, or fetch it where there is a network: hf download {config.name}."
-            f" (transformers says: {str(error).strip().splitlines()[0]})"
+            f" (transformers says: {told.splitlines()[0]})"
         ) from error

@@ -18,14 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..data import Batch, Example, Split
 
-__all__ = ["Leaving", "Trunk"]
+__all__ = ["Leaving", "Trunk", "TrunkError", "map_tensors"]
 
 _KEY = "hidden_states_leaving_block_"
 # Arguments of blocks whose first dimension is no row: of DeBERTa; of Bloom and Falcon; of MPT.
 _ROWLESS = {"rel_embeddings", "alibi", "position_bias"}
+
+
+class TrunkError(ValueError):
+    """A model whose blocks cannot be run on the rows of one draw, found in a forward pass."""
 
 
 class Leaving(NamedTuple):
@@ -99,7 +104,7 @@ class Trunk:
         before and after the blocks, such as masks, positions and heads, has all rows.
 
         :param rows: S·R, of the model's input.
-        :raises ValueError: in the forward pass, if an argument of a block has neither a row for
+        :raises TrunkError: in the forward pass, if an argument of a block has neither a row for
             each input row nor one for all, or a random module runs before the trunk has ended.
         """
         one = rows // draws  # R
@@ -108,10 +113,9 @@ class Trunk:
             if value.dim() < 2 or value.shape[0] in (1, one):
                 return value
             if value.shape[0] != rows:
-                raise ValueError(
+                raise TrunkError(
                     f"a block of {type(self._llm).__name__} takes an argument of shape"
-                    f" {tuple(value.shape)} for {rows} rows, so that blocks cannot be run on the"
-                    " rows of one draw; pass share_trunk=False to SubspaceAdapter"
+                    f" {tuple(value.shape)} for {rows} rows"
                 )
             return value[:one]
 
@@ -121,10 +125,10 @@ class Trunk:
             return value.repeat(draws, *[1] * (value.dim() - 1))  # (S·R, ...)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return _map(first_draw, args), _map(first_draw, kwargs)
+            return map_tensors(first_draw, args), map_tensors(first_draw, kwargs)
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            return _map(all_draws, output)
+            return map_tensors(all_draws, output)
 
         with self._checked_order(depth), ExitStack() as hooks:
             for block in self._blocks[:depth]:
@@ -146,10 +150,8 @@ class Trunk:
 
         def random(module: nn.Module, args: Any) -> None:
             if not ended:
-                raise ValueError(
-                    f"{type(self._llm).__name__} runs an adapted module before the blocks below it,"
-                    " so they cannot be run once for all draws; pass share_trunk=False to"
-                    " SubspaceAdapter"
+                raise TrunkError(
+                    f"{type(self._llm).__name__} runs an adapted module before the blocks below it"
                 )
 
         with ExitStack() as hooks:
@@ -289,14 +291,16 @@ def _fields(example: Example) -> dict[str, Any]:
     return {field.name: getattr(example, field.name) for field in fields(Example)}
 
 
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same nested arguments, with the function applied to every tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(function, each) for each in value)
+        mapped = [map_tensors(function, each) for each in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
     if isinstance(value, dict):
-        return {name: _map(function, each) for name, each in value.items()}
+        named = {name: map_tensors(function, each) for name, each in value.items()}
+        return type(value)(**named) if isinstance(value, ModelOutput) else named
     return value
 
 

@@ -58,16 +58,7 @@ class ScalaBL(Method):
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
-        """The probabilistic model of these settings.
-
-        :raises ValueError: if nothing depends on s, nor will: B is 0, and stays.
-        """
-        weights = [B.weight for B in adapter.matrices.B.values()]
-        if not any(weight.requires_grad or weight.any() for weight in weights):
-            raise ValueError(
-                "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
-                " adapter (lora.start)"
-            )
+        """The probabilistic model of these settings."""
         options = dict(self.prior)
         if adapter.trained and options.get("name", "normal") == "normal":
             options.setdefault("loc", 1.0)

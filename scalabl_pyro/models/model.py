@@ -146,8 +146,9 @@ class ScalaBLModel(LoRAModel):
         same is computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
         density joins the objective, not weighted by the KL weight; none if left out.
-    :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0, or the
-        start has to move and the adapter has been trained since it was made.
+    :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0,
+        nothing depends on s nor will, or the start has to move and the adapter has been trained
+        since it was made.
 
     Usage::
 
@@ -180,6 +181,14 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
         if scale_B is not None and not scale_B > 0:
             raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
+        # Without anything to train there are matrices, of which B may still be as LoRA begins.
+        if not adapter.named_parameters() and not any(
+            B.weight.any() for B in adapter.matrices.B.values()
+        ):
+            raise ValueError(
+                "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
+                " adapter (lora.start)"
+            )
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
         if prior.support is not constraints.real:

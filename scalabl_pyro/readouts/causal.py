@@ -39,9 +39,16 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
     """(R, count, vocabulary), the logits at the last positions of R left-padded rows."""
     # GPT-2 and others number positions from the padding unless they are told.
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + _first_position(llm)
     extra = {"logits_to_keep": count} if _keeps_logits(type(llm)) else {}
     return llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -count:]
+
+
+def _first_position(llm: PreTrainedModel) -> int:
+    """The position of a row's first token; RoBERTa and its kin count on from the padding index."""
+    embeddings = getattr(llm.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def _keeps_logits(cls: type[PreTrainedModel]) -> bool:

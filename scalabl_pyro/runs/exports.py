@@ -208,6 +208,10 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         "temperature": run.subspace_predictor().temperature,
         "auto_class": readout.auto_class,
     }
+    if model.quantization is not None:
+        llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
+        kept = llm.config.quantization_config.llm_int8_skip_modules
+        manifest["base_model"]["unquantized"] = list(kept)
     manifest |= readout.manifest()
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest
@@ -219,7 +223,7 @@ def _sha256(folder: Path) -> str:
 
 
 def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float | None]]) -> str:
-    base, auto_class = manifest["base_model"]["name"], manifest["auto_class"]
+    base = manifest["base_model"]["name"]
     on_hub = manifest["output_layer"] != "merge" and not Path(base).exists()
     lines = ["---", *([f"base_model: {base}"] if on_hub else []), "library_name: peft"]
     lines += ["tags: [lora, bayesian]", "---", "", f"# Bayesian LoRA on {base}", ""]
@@ -229,10 +233,7 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float 
         f" {manifest['rank']}.",
         "",
         "```python",
-        "from peft import PeftModel",
-        f"from transformers import {auto_class}",
-        "",
-        f"llm = {auto_class}.from_pretrained({base!r})",
+        *_snippet(manifest),
         'model = PeftModel.from_pretrained(llm, "mean")  # or a name in "draws" of manifest.json',
         "```",
         "",
@@ -253,6 +254,40 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float 
 def _figure(value: float | None) -> str:
     """A metric that was not a number is null in ``metrics.json``."""
     return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _snippet(manifest: Mapping[str, Any]) -> list[str]:
+    """Lines that load the base model with the numbers that the run computed with."""
+    base, auto_class = manifest["base_model"], manifest["auto_class"]
+    merged, quantization = manifest["output_layer"] == "merge", base["quantization"]
+    options = [f"dtype=torch.{base['dtype']}"]
+    if "num_labels" in manifest:
+        options.append(f"num_labels={manifest['num_labels']}")
+    if base["revision"] != "main" and not merged:
+        options.append(f"revision={base['revision']!r}")
+    classes, setup = [auto_class], []
+    if quantization and not merged:
+        settings = {"load_in_8bit": "True"}
+        if quantization == "4bit":
+            settings = {
+                "load_in_4bit": "True",
+                "bnb_4bit_quant_type": "'nf4'",
+                "bnb_4bit_use_double_quant": "True",
+                "bnb_4bit_compute_dtype": f"torch.{base['dtype']}",
+            }
+        settings["llm_int8_skip_modules"] = repr(base["unquantized"])
+        given = [f"    {name}={value}," for name, value in settings.items()]
+        setup = ["quantization = BitsAndBytesConfig(", *given, ")"]
+        classes.append("BitsAndBytesConfig")
+        options.append("quantization_config=quantization")
+    return [
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(classes)}",
+        "",
+        *setup,
+        f"llm = {auto_class}.from_pretrained({base['name']!r}, {', '.join(options)})",
+    ]
 
 
 def check_output_layer(value: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,68 @@ def test_attention_and_device_map_do_not_change_the_logits(folder):
             config = adapter.peft_model.get_base_model().config
             assert config._attn_implementation == settings["attention"]
         torch.testing.assert_close(adapter(batch, plain.init_loc), plain(batch, plain.init_loc))
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({trace!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("own", ["config", "model", "tokenizer"])
+@pytest.mark.parametrize("step", ["readout", "llm", "skeleton"])
+def test_code_in_a_folder_is_never_run_nor_asked_about(folder, tmp_path, monkeypatch, own, step):
+    """Whatever stands on standard input."""
+    (folder / "own.py").write_text(CODE.format(trace=str(tmp_path / "ran")))
+    readout = load_readout(ModelConfig(str(folder)), LETTERS)
+    named = {
+        "config": {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}},
+        "model": {
+            "model_type": "own",
+            "auto_map": {
+                "AutoConfig": "own.OwnConfig",
+                "AutoModelForCausalLM": "own.OwnForCausalLM",
+            },
+        },
+        "tokenizer": {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
+        },
+    }[own]
+    file = folder / ("tokenizer_config.json" if own == "tokenizer" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    config = ModelConfig(str(folder), device="cpu")
+    if own == "tokenizer" and step != "readout":
+        pytest.skip("reads no tokenizer")
+    load = {
+        "readout": lambda: load_readout(config, LETTERS),
+        "llm": lambda: load_llm(config, readout),
+        "skeleton": lambda: loading.load_skeleton(config, transformers.AutoModelForCausalLM),
+    }[step]
+    with pytest.raises(ValueError, match="brings code of its own, which is never run"):
+        load()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_in_a_pickle_are_refused(folder, tmp_path, sharded):
+    readout = load_readout(ModelConfig(str(folder)), LETTERS)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = "pytorch_model-00001-of-00001.bin" if sharded else "pytorch_model.bin"
+    torch.save(weights, folder / name)
+    if sharded:
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no weights in safetensors, and a pickle"):
+        load_llm(ModelConfig(str(folder), device="cpu"), readout)
 
 
 def test_the_revision_is_asked_for_everywhere(folder, monkeypatch):

@@ -338,7 +338,9 @@ def test_blocks_that_take_positions_of_their_own_run_for_every_draw(tokenizer, r
     torch.testing.assert_close(adapter(batch, s), one_by_one, atol=1e-5, rtol=1e-5)
 
 
-def test_an_argument_that_cannot_be_cut_is_refused(tokenizer, records):
+def test_an_argument_that_cannot_be_cut_lets_every_block_run_for_every_draw(
+    tokenizer, records, caplog
+):
     adapter = make(tokenizer, "llama")
     layers = adapter.peft_model.get_base_model().model.layers
     bias = torch.zeros(2, 5, 5)
@@ -346,19 +348,44 @@ def test_an_argument_that_cannot_be_cut_is_refused(tokenizer, records):
         lambda _, args, kwargs: (args, kwargs | {"bias": bias}), with_kwargs=True
     )
     batch, s = whole(adapter.readout.encode(records)), torch.randn(3, *adapter.shape)
-    with pytest.raises(ValueError, match=r"shape \(2, 5, 5\) for 36 rows.*share_trunk=False"):
-        adapter(batch, s)
+    expected = full_path(adapter, batch, s)
+    seen = count_rows(adapter)
+    torch.testing.assert_close(adapter(batch, s), expected, atol=1e-6, rtol=1e-6)
+    assert seen[-BLOCKS:] == [3 * len(records)] * BLOCKS
+    assert "shape (2, 5, 5) for 36 rows: every block runs for every draw" in caplog.text
+    caplog.clear()
+    torch.testing.assert_close(adapter(batch, s), expected, atol=1e-6, rtol=1e-6)
+    assert not caplog.text  # said once
 
 
-def test_an_adapted_module_that_runs_too_early_is_refused(tokenizer, records):
-    adapter = make(tokenizer, "llama", first=BLOCKS)
-    llm = adapter.peft_model.get_base_model()
-    llm.model.layers[0].register_forward_pre_hook(lambda _, args: llm.lm_head(args[0]) and None)
-    batch, s = whole(adapter.readout.encode(records)), torch.randn(3, *adapter.shape)
+@pytest.mark.parametrize("chunks", [False, True])
+def test_an_adapted_module_that_runs_early_lets_every_block_run_for_every_draw(
+    tokenizer, records, caplog, chunks
+):
+    class Early(nn.Module):
+        """The embeddings, which a layer that stands in the last block changes at once."""
+
+        def __init__(self, embeddings: nn.Module, block: nn.Module) -> None:
+            super().__init__()
+            self.embeddings, self.block = embeddings, (block,)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.block[0].extra(self.embeddings(ids))
+
+    llm = tiny_llama(num_hidden_layers=BLOCKS)
+    llm.model.layers[-1].extra = nn.Linear(16, 16)
+    llm.model.embed_tokens = Early(llm.model.embed_tokens, llm.model.layers[-1])
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    adapter = SubspaceAdapter(llm, lora("extra"), readout)
+    fill_lora_B(adapter)
+    assert adapter.trunk.depth == BLOCKS - 1
+    batch, s = whole(readout.encode(records)), torch.randn(3, *adapter.shape)
+    expected = full_path(adapter, batch, s).detach()
+    found = Predictor(adapter, s, max_rows=1).logits(batch) if chunks else adapter(batch, s)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert "before the blocks below it: every block runs for every draw" in caplog.text
     with pytest.raises(ValueError, match="before the blocks below it"):
-        adapter(batch, s)
-    with pytest.raises(ValueError, match="before the blocks below it"):
-        adapter.above_trunk(batch, s)
+        adapter.cache_trunk(readout.encode(records))
 
 
 def test_a_real_llama_shares_and_caches_its_trunk(shared):

@@ -7,15 +7,16 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import lora, make_records, tiny_llama, whole, write_jsonl
+from conftest import lora, make_records, tiny_bert_config, tiny_llama, whole, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
 from scalabl_pyro import FitConfig, SubspaceAdapter, load_run, predict
 from scalabl_pyro.commands.export import ExportConfig, export_run
@@ -130,6 +131,76 @@ def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
     logits = predict(run.predictor, run.readout.encode(records)).logits
     torch.testing.assert_close(found, average(logits).exp(), rtol=0, atol=1e-5)
     assert (logits.softmax(-1).std(0) > 1e-3).any()  # the draws do differ
+
+
+@pytest.mark.parametrize(
+    ("stored", "settings", "output_layer", "tolerance"),
+    [
+        (torch.bfloat16, {}, "keep", 1e-5),
+        (torch.float32, {"dtype": "bfloat16"}, "keep", 0.02),
+        (torch.float16, {}, "drop", 1e-5),
+        (torch.bfloat16, {}, "merge", 1e-5),
+        (torch.float32, {"quantization": "4bit"}, "keep", 1e-4),
+        (torch.bfloat16, {"quantization": "8bit"}, "keep", 1e-4),
+        (torch.bfloat16, {"quantization": "4bit"}, "merge", 1e-4),
+    ],
+    ids=str,
+)
+def test_the_snippet_of_the_card_computes_what_the_run_does(
+    make_run, tmp_path, monkeypatch, stored, settings, output_layer, tolerance
+):
+    run = make_run(stored=stored, model=settings)
+    export(run, tmp_path / "out", output_layer=output_layer)
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    model = names["model"].eval()
+    for module in model.modules():  # bitsandbytes would round 4-bit weights anew on some CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    adapter, s = run.predictor.adapter, run.guide.median()["s"].clone()
+    if output_layer == "drop":
+        s[adapter.module_names.index("lm_head")] = 0
+    expected = adapter(batch_of(run), s).detach()
+    found = label_logits(model, run)
+    if output_layer == "merge" and "quantization" in settings:
+        # What is merged is no longer quantised while it runs, but holds the same values.
+        tolerance = 1e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, monkeypatch):
+    torch.manual_seed(1)
+    BertModel(tiny_bert_config()).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for split in ("train", "validation", "test"):
+        rows = [
+            replace(record, choices=("w", "x", "y", "z"))
+            for record in make_records(10 + len(split))
+        ]
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    config = RunConfig(
+        model=ModelConfig(str(tmp_path / "model"), readout="sequence_classification", device="cpu"),
+        lora=AdapterConfig(r=2, targets=("query",), heads=("classifier", "pooler")),
+        data=DataConfig(root=str(tmp_path / "data")),
+        run_dir=str(tmp_path / "run"),
+        fit=FitConfig(steps=3, batch_size=4, lr=0.05),
+        progress=False,
+    )
+    train(config)
+    run = load_run(tmp_path / "run")
+    export(run, tmp_path / "out")
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    batch = whole(run.readout.encode(rows))
+    expected = run.predictor.adapter(batch, run.guide.median()["s"]).detach()
+    with torch.no_grad():
+        found = names["model"].eval()(**batch.inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
