@@ -24,6 +24,7 @@ from ..data import PROMPTS, Record
 from ..distributed import world_size
 from ..embedded import model_path
 from ..readouts import READOUTS, Readout
+from ..readouts.choice_likelihood import ChoiceLikelihood
 from ..readouts.label_tokens import LabelTokens
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
@@ -36,7 +37,8 @@ class Classes:
     """The C classes of a run: what its data fixes about the readout.
 
     :param count: C.
-    :param words: the word of each class for label tokens, its name for sequence classification.
+    :param words: the word of each class for label tokens, its name for sequence classification;
+        for choice likelihood the choices, if all records share them.
     :param form: for label tokens, whether a space leads the words; found when the readout is built.
     """
 
@@ -52,6 +54,8 @@ class Classes:
             words = PROMPTS[config.prompt].label_words(records)
         elif config.readout == "sequence_classification":
             words = PROMPTS["classes"].label_words(records)
+        elif len(shared := {record.choices for record in records}) == 1:
+            words = shared.pop() if config.readout == "choice_likelihood" else ()
         return cls(max(len(record.choices) for record in records), words)
 
 
@@ -69,6 +73,17 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
             classes.words,
             chat=config.chat,
             form=classes.form,
+            max_length=max_length,
+            truncate=config.truncate,
+        )
+    if config.readout == "choice_likelihood":
+        return ChoiceLikelihood(
+            tokenizer,
+            PROMPTS[config.prompt],
+            num_classes=classes.count,
+            chat=config.chat,
+            normalise=config.normalise,
+            temperature=config.temperature,
             max_length=max_length,
             truncate=config.truncate,
         )

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, DataError, Example, Record, Split
@@ -57,6 +57,24 @@ class Readout(ABC):
     @abstractmethod
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         """The rows of one record, by input name."""
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Prepare a model for this readout, once for each adapter, after its LoRA layers are there.
+
+        :returns: what the readout itself trains, by name, at its start. It belongs to this model:
+            a readout may serve several adapters.
+        """
+        return {}
+
+    def start(
+        self, llm: PreTrainedModel, logits: Callable[[Batch], Tensor], train: Split
+    ) -> dict[str, float]:
+        """Where what :meth:`attach` gave this model starts in training on ``train``, by name; as it
+        is if left out.
+
+        :param logits: of a batch, (B, C), by the untrained adapter.
+        """
+        return {}
 
     @abstractmethod
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -6,20 +6,34 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["last_logits", "left_padded"]
+__all__ = ["keeps_logits", "last_logits", "left_padded", "templated"]
+
+# Some chat templates write today's date, and the same record would be another prompt tomorrow.
+_DATE = "26 Jul 2024"
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as the user's message in the tokenizer's chat template, to be answered."""
+    message = [{"role": "user", "content": text}]
+    return str(
+        tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=False, date_string=_DATE
+        )
+    )
 
 
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
     """(R, count, vocabulary), the logits at the last positions of R left-padded rows."""
     # GPT-2 and others number positions from the padding unless they are told.
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    extra = {"logits_to_keep": count} if _keeps_logits(type(llm)) else {}
+    extra = {"logits_to_keep": count} if keeps_logits(type(llm)) else {}
     return llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -count:]
 
 
-def _keeps_logits(cls: type[PreTrainedModel]) -> bool:
+def keeps_logits(cls: type[PreTrainedModel]) -> bool:
+    """Whether the model can run its output layer on some positions only."""
     return "logits_to_keep" in inspect.signature(cls.forward).parameters
 
 

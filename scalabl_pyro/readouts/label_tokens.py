@@ -10,12 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Prompt, Record
 from .base import Readout
-from .causal import last_logits, left_padded
+from .causal import last_logits, left_padded, templated
 
 __all__ = ["LabelTokens"]
-
-# Some chat templates write today's date, and the same record would be another prompt tomorrow.
-_DATE = "26 Jul 2024"
 
 
 class LabelTokens(Readout):
@@ -89,14 +86,7 @@ class LabelTokens(Readout):
         return self._cut_left(self._tokenize(record))
 
     def _templated(self, text: str) -> str:
-        if not self.chat:
-            return text
-        message = [{"role": "user", "content": text}]
-        return str(
-            self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False, date_string=_DATE
-            )
-        )
+        return templated(self.tokenizer, text) if self.chat else text
 
     def _ids(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself.

@@ -27,6 +27,7 @@ from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
+from ..readouts.choice_likelihood import ChoiceLikelihood
 from ..readouts.label_tokens import LabelTokens
 from .folder import Run, posterior_mean
 
@@ -211,6 +212,14 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
     if isinstance(readout, LabelTokens):
         manifest["label_words"] = list(readout.label_words)
         manifest["label_ids"] = readout.label_ids.tolist()
+    if isinstance(readout, ChoiceLikelihood):
+        llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
+        manifest["choice_likelihood"] = {
+            "kappa": float(readout.kappa(llm).detach()),
+            "normalise": readout.normalise,
+            "prompt": model.prompt,
+            "chat": readout.chat,
+        }
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest
 
@@ -241,6 +250,7 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]
         "The prediction is the mean over the draws of softmax(logits / temperature), with"
         f" temperature {manifest['temperature']:g}"
         + (", of the logits of `label_ids`." if "label_ids" in manifest else "."),
+        *_how_choices_are_scored(manifest),
     ]
     if metrics:
         names = list(next(iter(metrics.values())))
@@ -250,6 +260,21 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]
             for split, values in metrics.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _how_choices_are_scored(manifest: Mapping[str, Any]) -> list[str]:
+    found = manifest.get("choice_likelihood")
+    if found is None:
+        return []
+    per = (
+        ""
+        if found["normalise"] == "none"
+        else f", divided by the number of its {found['normalise']}"
+    )
+    return [
+        f"The logit of a choice is {found['kappa']:.6g} · log p(choice | prompt), summed over its"
+        f" tokens{per}."
+    ]
 
 
 def check_output_layer(value: str) -> None:

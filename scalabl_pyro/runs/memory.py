@@ -175,6 +175,7 @@ def _readout(config: MemoryConfig) -> Readout:
     readout: Any = kind.__new__(kind)
     readout.num_classes = config.classes
     readout.label_ids = torch.arange(config.classes)
+    readout.packed, readout.temperature = True, config.model.temperature
     return readout
 
 
@@ -207,6 +208,15 @@ def _batch(config: MemoryConfig, size: int) -> Batch:
     choices = (config.classes,) if config.model.readout == "multiple_choice" else ()
     ids = torch.zeros(size, *choices, config.tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.model.readout == "choice_likelihood":
+        # Choices behind the prompt: half of a packed row, where nobody knows better.
+        behind = ids[:, config.tokens // 2 :]
+        inputs |= {
+            "position_ids": ids,
+            "segment": behind,
+            "scored": torch.ones_like(behind, dtype=torch.bool),
+            "sizes": torch.ones(size, config.classes),
+        }
     return Batch(inputs, torch.ones(size, config.classes, dtype=torch.bool))
 
 
