@@ -6,10 +6,11 @@ import gc
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data import Split, iter_records
 from ..files import new_path, whole_folder
@@ -18,6 +19,7 @@ from ..lora.loading import make_adapter
 from ..prediction.distillation import distill
 from ..prediction.metrics import average
 from ..prediction.predictor import Predictor, predict
+from ..readouts.choice_likelihood import ChoiceLikelihood
 from ..runs.exports import save_adapter
 from ..runs.folder import load_run
 
@@ -59,14 +61,20 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     mean = str(Path(config.run) / "adapter")
     lora = replace(run.config.lora, start=mean)
     settings, readout = run.config.model, run.readout
+    own = run.predictor.adapter.readout_parameters  # of which no PEFT adapter knows
     del run  # one language model at a time
     gc.collect()
     student = make_adapter(settings, lora, readout, svd=False)
+    for name, parameter in student.readout_parameters.items():
+        parameter.data.copy_(own[name])
     predictor = Predictor(student)
     before = _divergence(predictor, split, log_probs, config)
     distill(student, split, log_probs, config.fit, seed=config.seed, progress=config.progress)
     after = _divergence(predictor, split, log_probs, config)
-    found = {"output": str(output), "kl_before": before, "kl_after": after}
+    found: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
+    if isinstance(readout, ChoiceLikelihood):
+        llm = cast(PreTrainedModel, student.peft_model.get_base_model())
+        found["kappa"] = float(readout.kappa(llm).detach())
     with whole_folder(output) as part:
         save_adapter(student, torch.ones(student.shape, device=student.device), part)
         about = {"run": config.run, "input": config.input, "records": len(split)} | found

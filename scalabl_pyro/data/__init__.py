@@ -3,7 +3,7 @@
 from .batches import Batch, Example, Split
 from .completions import Completion, read_completions
 from .hub import Task
-from .prompts import PROMPTS, Prompt
+from .prompts import GAP, PROMPTS, Prompt
 from .readers import iter_records, read_folder, read_records
 from .records import DataError, Record
 from .source import DataSource
@@ -11,6 +11,7 @@ from .splits import check_split, disjoint, fingerprint, hold_out, without_overla
 from .tasks import TASKS
 
 __all__ = [
+    "GAP",
     "PROMPTS",
     "TASKS",
     "Batch",

@@ -8,7 +8,10 @@ from string import ascii_uppercase
 
 from .records import DataError, Record
 
-__all__ = ["PROMPTS", "Prompt"]
+__all__ = ["GAP", "PROMPTS", "Prompt"]
+
+#: where a choice goes in a text with a gap, as in WinoGrande
+GAP = "_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +21,13 @@ class Prompt:
     :param render: record → text; the label word follows it.
     :param label_words: the records of all splits → the C label words, in the order of ``choices``.
     :param shares_choices: the label words are the choices, which all records share.
+    :param gap: the text has a gap ``GAP`` that each choice fills, and goes on behind it.
     """
 
     render: Callable[[Record], str]
     label_words: Callable[[Sequence[Record]], tuple[str, ...]]
     shares_choices: bool = False
+    gap: bool = False
 
 
 def _render_letters(record: Record) -> str:
@@ -53,7 +58,22 @@ def _class_names(records: Sequence[Record]) -> tuple[str, ...]:
     return names.pop()
 
 
+def _render_question(record: Record) -> str:
+    return f"Question: {record.question}\nAnswer:"
+
+
+def _render_gap(record: Record) -> str:
+    if record.question.count(GAP) != 1 or not record.question.partition(GAP)[2].strip():
+        raise DataError(
+            f"the question of record {record.id!r} is {record.question!r}: expected one {GAP!r} and"
+            " text behind it; use prompt=question"
+        )
+    return record.question
+
+
 PROMPTS: dict[str, Prompt] = {
     "letters": Prompt(_render_letters, _letters),
     "classes": Prompt(_render_classes, _class_names, shares_choices=True),
+    "question": Prompt(_render_question, _class_names),
+    "gap": Prompt(_render_gap, _class_names, gap=True),
 }

@@ -60,10 +60,10 @@ class SubspaceAdapter:
 
     What is trained beside s is the choice of ``projections``:
 
-    * ``free``: V, B and heads;
+    * ``free``: V, B, heads, and what the readout trains of its own;
     * ``unit``: the same, but V acts with rows of unit norm, which takes the scale of s out of V (B
       keeps it, unless the model has a prior on B);
-    * ``frozen_v``: B and heads, while V stays where it starts;
+    * ``frozen_v``: the same without V, which stays where it starts;
     * ``fixed``: nothing, for inference on s alone.
 
     :param llm: any Hugging Face model; it is changed in place, as ``peft.get_peft_model`` does.
@@ -122,6 +122,8 @@ class SubspaceAdapter:
         self._hold_float32_heads()
         self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
         self._llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+        #: what the readout trains of its own, by name; part of :meth:`state`
+        self.readout_parameters = readout.attach(self._llm)
         self.trunk = Trunk(self._llm, self.module_names)
         self._unclear: set[int] = set()
         self._rows_verified: set[int] = set()
@@ -183,7 +185,8 @@ class SubspaceAdapter:
         return self._base_dropout or any(getattr(dropout, "p", 0.0) > 0 for dropout in dropouts)
 
     def state(self) -> dict[str, nn.Parameter]:
-        """The projections A (or V) and B, and any head, by name, trained or not."""
+        """The projections A (or V) and B, any head, and what the readout trains of its own, by
+        name, trained or not."""
         return {
             name.removeprefix("base_model.model."): parameter
             for name, parameter in self._stored.items()
@@ -194,7 +197,7 @@ class SubspaceAdapter:
         return {name: p for name, p in self.state().items() if p.requires_grad}
 
     def num_parameters(self) -> dict[str, int]:
-        """How many numbers are trained, in the LoRA projections and in heads apart."""
+        """How many numbers are trained, in the LoRA projections and in heads and readout apart."""
         counts = {"lora": 0, "heads": 0}
         for name, parameter in self.named_parameters().items():
             counts["lora" if ".lora_" in name else "heads"] += parameter.numel()
@@ -216,6 +219,16 @@ class SubspaceAdapter:
     def eval(self) -> None:
         """Switch training mode off."""
         self.train(False)
+
+    @torch.no_grad()
+    def start_readout(self, train: Split) -> None:
+        """Let the readout choose where its own parameters start, if it has some.
+
+        :param train: labelled examples.
+        """
+        starts = self.readout.start(self._llm, partial(self, s=self.init_loc), train)
+        for name, value in starts.items():
+            self.readout_parameters[name].fill_(value)
 
     @contextmanager
     @torch.no_grad()

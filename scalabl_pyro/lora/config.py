@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes
+from ..readouts.choice_likelihood import NORMALISE, TEMPERATURE
 from .layers import read_config
 
 __all__ = ["AdapterConfig", "ModelConfig"]
@@ -21,7 +22,8 @@ class ModelConfig:
     """Which language model, and how its answer is read.
 
     :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
-    :param readout: a name in ``READOUTS``: ``label_tokens``, ``sequence_classification`` or
+    :param readout: a name in ``READOUTS``: ``label_tokens``, ``choice_likelihood``,
+        ``sequence_classification`` or
         ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
     :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
@@ -33,8 +35,11 @@ class ModelConfig:
         ``balanced_low_0`` or ``sequential``.
     :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
     :param revision: branch, tag or commit on the Hub.
-    :param prompt: for label tokens, a name in ``PROMPTS``.
-    :param chat: for label tokens, put prompts through the chat template.
+    :param prompt: for label tokens and choice likelihood, a name in ``PROMPTS``; ``auto`` is
+        ``letters`` and ``question``.
+    :param chat: for these two, put prompts through the chat template.
+    :param normalise: and ``temperature``: for choice likelihood, as in
+        :class:`~scalabl_pyro.readouts.ChoiceLikelihood`.
     :param truncate: cut prompts that are longer than the context instead of refusing them.
     :param shard: where several processes train together, spread the frozen weights over them.
     :raises ValueError: if a value is not one of those listed.
@@ -48,22 +53,34 @@ class ModelConfig:
     device_map: str | None = None
     attention: str | None = None
     revision: str = "main"
-    prompt: str = "letters"
+    prompt: str = "auto"
     chat: bool = False
+    normalise: str = "characters"
+    temperature: str = "trained"
     truncate: bool = False
     shard: bool = False
 
     def __post_init__(self) -> None:
+        if self.prompt == "auto":
+            likelihood = self.readout == "choice_likelihood"
+            object.__setattr__(self, "prompt", "question" if likelihood else "letters")
         allowed: dict[str, list[Any]] = {
             "readout": sorted(READOUTS),
             "dtype": ["float32", "bfloat16", "float16"],
             "quantization": [None, "4bit", "8bit"],
             "device_map": [None, "auto", "balanced", "balanced_low_0", "sequential"],
             "prompt": sorted(PROMPTS),
+            "normalise": list(NORMALISE),
+            "temperature": list(TEMPERATURE),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
+        if self.prompt == "gap" and self.readout != "choice_likelihood":
+            raise ValueError(
+                f"prompt is 'gap' with readout {self.readout!r}: expected"
+                " readout=choice_likelihood, which puts each choice into the gap"
+            )
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
 

@@ -47,6 +47,8 @@ def make_readout(
         chat=config.chat,
         max_length=_context(tokenizer, llm_config),
         truncate=config.truncate,
+        normalise=config.normalise,
+        temperature=config.temperature,
     )
 
 

@@ -81,6 +81,7 @@ class Method(ABC):
         """
         pyro.set_rng_seed(seed)
         adapter = make_adapter(svd=self.svd, projections=self.projections)
+        adapter.start_readout(train)
         model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
         validate = None

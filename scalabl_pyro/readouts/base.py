@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, DataError, Example, Record, Split
@@ -111,10 +111,13 @@ class Readout(ABC):
         chat: bool,
         max_length: int,
         truncate: bool,
+        normalise: str,
+        temperature: str,
     ) -> Self:
-        """The readout for these classes.
+        """The readout for these classes, which takes what it needs of the settings.
 
-        :param prompt: a name in ``PROMPTS``, and ``chat``, for readouts with a prompt.
+        :param prompt: a name in ``PROMPTS``; the others too are those of
+            :class:`~scalabl_pyro.lora.ModelConfig`.
         """
         return cls(tokenizer, num_classes=classes.count, max_length=max_length, truncate=truncate)
 
@@ -144,13 +147,44 @@ class Readout(ABC):
                     " base model without a head"
                 )
 
-    def manifest(self) -> dict[str, Any]:
-        """What other programs need to read the classes from the model's output."""
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        """What other programs need to read the classes from the model's output.
+
+        :param llm: the trained model.
+        """
         return {}
+
+    @classmethod
+    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+        """Inputs of B examples without content, of which the shapes are right.
+
+        :param tokens: T, of a row.
+        """
+        choices = (num_classes,) if cls.row_per_choice else ()
+        ids = torch.zeros(size, *choices, tokens, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @abstractmethod
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         """The rows of one record, by input name."""
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Prepare a model for this readout, once for each adapter, after its LoRA layers are there.
+
+        :returns: what the readout itself trains, by name, at its start. It belongs to this model:
+            a readout may serve several adapters.
+        """
+        return {}
+
+    def start(
+        self, llm: PreTrainedModel, logits: Callable[[Batch], Tensor], train: Split
+    ) -> dict[str, float]:
+        """Where what :meth:`attach` gave this model starts in training on ``train``, by name; as it
+        is if left out.
+
+        :param logits: of a batch, (B, C), by the untrained adapter.
+        """
+        return {}
 
     @abstractmethod
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

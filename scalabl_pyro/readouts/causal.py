@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["last_logits", "left_padded", "prompt_ids"]
+from ..data import DataError
+
+__all__ = ["keeps_logits", "last_logits", "left_padded", "prompt_ids", "templated"]
 
 
 def prompt_ids(
@@ -36,11 +40,46 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(whole) - begin - len(bare) if begin < len(whole) else 0
 
 
+# Some chat templates write today's date, and the same record would be another prompt tomorrow.
+_DATE = "26 Jul 2024"
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as the user's message in the tokenizer's chat template, to be answered.
+
+    :raises DataError: if the template leaves the text out.
+    """
+    # Templates of models that also see pictures take a list of parts, and leave out a text.
+    contents: list[Any] = [text, [{"type": "text", "text": text}]]
+    reasons = []
+    for content in contents:
+        try:
+            found = str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    date_string=_DATE,
+                )
+            )
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        if text.strip() in found:
+            return found
+        reasons.append(f"gave {found[:80]!r}")
+    raise DataError(
+        f"the chat template leaves the prompt {text[:40]!r} out, as a text ({reasons[0]}) and"
+        f" as a list of parts ({reasons[1]}); set chat=false, or give the tokenizer a template"
+        " that writes the user's message as it is"
+    )
+
+
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
     """(R, count, vocabulary), the logits at the last positions of R left-padded rows."""
     # GPT-2 and others number positions from the padding unless they are told.
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + _first_position(llm)
-    extra = {"logits_to_keep": count} if _keeps_logits(type(llm)) else {}
+    extra = {"logits_to_keep": count} if keeps_logits(type(llm)) else {}
     return llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -count:]
 
 
@@ -51,7 +90,8 @@ def _first_position(llm: PreTrainedModel) -> int:
     return 0 if padding is None else padding + 1
 
 
-def _keeps_logits(cls: type[PreTrainedModel]) -> bool:
+def keeps_logits(cls: type[PreTrainedModel]) -> bool:
+    """Whether the model can run its output layer on some positions only."""
     return "logits_to_keep" in inspect.signature(cls.forward).parameters
 
 

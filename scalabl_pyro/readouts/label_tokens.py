@@ -8,19 +8,15 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import PROMPTS, DataError, Prompt, Record
 from ..data.records import is_text
 from .base import Classes, Readout
-from .causal import last_logits, left_padded, prompt_ids
+from .causal import last_logits, left_padded, prompt_ids, templated
 
 __all__ = ["LabelTokens"]
-
-# Some chat templates write today's date, and the same record would be another prompt tomorrow.
-_DATE = "26 Jul 2024"
 
 
 class LabelTokens(Readout):
@@ -80,6 +76,8 @@ class LabelTokens(Readout):
         chat: bool,
         max_length: int,
         truncate: bool,
+        normalise: str,
+        temperature: str,
     ) -> Self:
         return cls(
             tokenizer,
@@ -97,7 +95,7 @@ class LabelTokens(Readout):
         readout.label_ids = torch.arange(num_classes)
         return readout
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
         return {"label_words": list(self.label_words), "label_ids": self.label_ids.tolist()}
 
     def _label_ids(self, anchor: str, form: str | None) -> tuple[str, list[int]]:
@@ -159,32 +157,7 @@ class LabelTokens(Readout):
         return shortened(lengths[most - 1])
 
     def _templated(self, text: str) -> str:
-        if not self.chat:
-            return text
-        # Templates of models that also see pictures take a list of parts, and leave out a text.
-        contents: list[Any] = [text, [{"type": "text", "text": text}]]
-        reasons = []
-        for content in contents:
-            try:
-                found = str(
-                    self.tokenizer.apply_chat_template(
-                        [{"role": "user", "content": content}],
-                        add_generation_prompt=True,
-                        tokenize=False,
-                        date_string=_DATE,
-                    )
-                )
-            except (TemplateError, TypeError, AttributeError, LookupError) as error:
-                reasons.append(f"{type(error).__name__}: {error}")
-                continue
-            if text.strip() in found:
-                return found
-            reasons.append(f"gave {found[:80]!r}")
-        raise DataError(
-            f"the chat template leaves the prompt {text[:40]!r} out, as a text ({reasons[0]}) and"
-            f" as a list of parts ({reasons[1]}); set chat=false, or give the tokenizer a template"
-            " that writes the user's message as it is"
-        )
+        return templated(self.tokenizer, text) if self.chat else text
 
     def _ids(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself.

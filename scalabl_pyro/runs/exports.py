@@ -208,11 +208,11 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         "temperature": run.subspace_predictor().temperature,
         "auto_class": readout.auto_class,
     }
+    llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
     if model.quantization is not None:
-        llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
         kept = llm.config.quantization_config.llm_int8_skip_modules
         manifest["base_model"]["unquantized"] = list(kept)
-    manifest |= readout.manifest()
+    manifest |= readout.manifest(llm)
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest
 
@@ -240,6 +240,7 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float 
         "The prediction is the mean over the draws of softmax(logits / temperature), with"
         f" temperature {manifest['temperature']:g}"
         + (", of the logits of `label_ids`." if "label_ids" in manifest else "."),
+        *_how_choices_are_scored(manifest),
     ]
     if metrics:
         names = list(next(iter(metrics.values())))
@@ -287,6 +288,21 @@ def _snippet(manifest: Mapping[str, Any]) -> list[str]:
         "",
         *setup,
         f"llm = {auto_class}.from_pretrained({base['name']!r}, {', '.join(options)})",
+    ]
+
+
+def _how_choices_are_scored(manifest: Mapping[str, Any]) -> list[str]:
+    found = manifest.get("choice_likelihood")
+    if found is None:
+        return []
+    per = (
+        ""
+        if found["normalise"] == "none"
+        else f", divided by the number of its {found['normalise']}"
+    )
+    return [
+        f"The logit of a choice is {found['kappa']:.6g} · log p(choice | prompt), summed over its"
+        f" tokens{per}."
     ]
 
 

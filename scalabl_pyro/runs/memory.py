@@ -195,9 +195,8 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
 
 
 def _batch(config: MemoryConfig, size: int) -> Batch:
-    choices = (config.classes,) if READOUTS[config.model.readout].row_per_choice else ()
-    ids = torch.zeros(size, *choices, config.tokens, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kind = READOUTS[config.model.readout]
+    inputs = kind.blank_inputs(size, config.classes, config.tokens)
     return Batch(inputs, torch.ones(size, config.classes, dtype=torch.bool))
 
 

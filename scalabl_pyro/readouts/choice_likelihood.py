@@ -1,0 +1,493 @@
+"""The likelihood of each choice's text after a prompt."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import GAP, PROMPTS, Batch, DataError, Example, Prompt, Record, Split
+from .base import Classes, Readout
+from .causal import keeps_logits, prompt_ids, templated
+
+__all__ = ["NORMALISE", "TEMPERATURE", "ChoiceLikelihood", "fit_kappa"]
+
+log = logging.getLogger(__name__)
+
+#: what log p is divided by
+NORMALISE = ("characters", "tokens", "none")
+#: whether κ is trained, or 1
+TEMPERATURE = ("trained", "none")
+
+#: questions that choose the start of κ
+_QUESTIONS = 200
+#: numbers in float32 at once, where all logits of a batch would need several times their memory
+_CHUNK = 2**22
+#: what rounding may be of the difference that one choice in sight makes to another: in bfloat16 it
+#: is 0.07 (SmolLM2-135M), in float32 1e-5, and 1 in a model that ignores the mask
+_ROUNDING = 0.25
+
+
+class ChoiceLikelihood(Readout):
+    r"""The likelihood of each choice's text after the prompt (causal language models).
+
+    .. math:: f_c = κ \, \frac{1}{n_c} \sum_{t} \log p(\mathrm{token}_{ct} \mid \mathrm{prompt},
+              \mathrm{token}_{c1}, …, \mathrm{token}_{c,t-1})
+
+    Choices may be any in number and length. In a prompt with a gap each choice goes into the gap,
+    and the text behind it is what is scored (partial evaluation; Trinh & Le 2018, arXiv
+    1806.02847). A token that holds the end of the prompt and the start of a choice belongs to the
+    choice.
+
+    An example is one packed row: the prompt, then every choice, of which each sees the prompt and
+    itself, at the positions that it would have behind the prompt. A model that takes no such mask
+    gets a row for each choice, which computes the same. The output layer runs on the choices only.
+
+    :param prompt: renders a record as text.
+    :param num_classes: C, the most choices of a record.
+    :param chat: put each prompt through the tokenizer's chat template.
+    :param normalise: what n_c counts: the ``characters`` of the text that is scored, its
+        ``tokens``, or nothing (``none``: n_c = 1).
+    :param temperature: ``trained`` makes κ > 0 a parameter, trained as log κ, which starts at the
+        value with the lowest NLL (:func:`fit_kappa`); ``none`` leaves it at 1.
+    :raises ValueError: if a value is not one of those listed, or there is no chat template, or it
+        would be put around a gap.
+    """
+
+    padding_side = "right"
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        *,
+        num_classes: int,
+        max_length: int,
+        truncate: bool = False,
+        chat: bool = False,
+        normalise: str = "characters",
+        temperature: str = "trained",
+    ) -> None:
+        super().__init__(
+            tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
+        )
+        if normalise not in NORMALISE:
+            raise ValueError(f"normalise is {normalise!r}: expected one of {NORMALISE}")
+        if temperature not in TEMPERATURE:
+            raise ValueError(f"temperature is {temperature!r}: expected one of {TEMPERATURE}")
+        if chat and tokenizer.chat_template is None:
+            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
+        if chat and prompt.gap:
+            raise ValueError("chat=true, but a text with a gap is no message; set chat=false")
+        self.prompt = prompt
+        self.chat = chat
+        self.normalise = normalise
+        self.temperature = temperature
+        #: whether examples are packed rows, so long as no model that was attached forbids it
+        self.packed = True
+
+    @classmethod
+    def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
+        """The choices, if all records share them."""
+        shared = {record.choices for record in records}
+        return shared.pop() if len(shared) == 1 else ()
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        *,
+        prompt: str,
+        chat: bool,
+        max_length: int,
+        truncate: bool,
+        normalise: str,
+        temperature: str,
+    ) -> Self:
+        readout = cls(
+            tokenizer,
+            PROMPTS[prompt],
+            num_classes=classes.count,
+            max_length=max_length,
+            truncate=truncate,
+            chat=chat,
+            normalise=normalise,
+            temperature=temperature,
+        )
+        readout.class_names = classes.words
+        return readout
+
+    @classmethod
+    def untokenized(cls, num_classes: int) -> Self:
+        readout = super().untokenized(num_classes)
+        readout.packed, readout.temperature = True, "trained"
+        return readout
+
+    @classmethod
+    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+        """Packed rows, of which half are choices, where nobody knows better."""
+        inputs = super().blank_inputs(size, num_classes, tokens)
+        behind = inputs["input_ids"][:, tokens // 2 :]
+        return inputs | {
+            "position_ids": inputs["input_ids"],
+            "segment": behind,
+            "scored": torch.ones_like(behind, dtype=torch.bool),
+            "sizes": torch.ones(size, num_classes),
+        }
+
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        prompts = {id(prompt): name for name, prompt in PROMPTS.items()}
+        return {
+            "choice_likelihood": {
+                "kappa": float(self.kappa(llm).detach()),
+                "normalise": self.normalise,
+                "prompt": prompts.get(id(self.prompt)),
+                "chat": self.chat,
+            }
+        }
+
+    # ------------------------------------------------------------------ records to rows
+
+    def _texts(self, record: Record) -> list[tuple[str, str]]:
+        """For each choice the text that is given, and the one that is scored behind it."""
+        text = self.prompt.render(record)
+        if self.prompt.gap:
+            before, _, after = text.partition(GAP)
+            return [(before + choice, after) for choice in record.choices]
+        if self.chat:
+            text = templated(self.tokenizer, text)
+        # After a chat template that ends in a line break, an answer begins without a space.
+        space = "" if text[-1:].isspace() else " "
+        return [(text, space + choice) for choice in record.choices]
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        rows: list[list[int]] = []
+        starts: list[int] = []
+        sizes: list[int] = []
+        for given, scored in self._texts(record):
+            row = self._ids(given + scored)
+            start = _common(self._ids(given), row)
+            if not 0 < start < len(row):
+                raise DataError(
+                    f"record {record.id!r}: the prompt {given!r} and {scored!r} behind it are"
+                    f" {start} and {len(row) - start} tokens: expected one or more of each"
+                )
+            rows.append(row)
+            starts.append(start)
+            counts = {"characters": len(scored.strip()), "tokens": len(row) - start, "none": 1}
+            sizes.append(counts[self.normalise])
+        shared = min(*starts, *(_common(rows[0], row) for row in rows))
+        return {
+            "input_ids": rows,
+            "scored": [[0] * s + [1] * (len(row) - s) for s, row in zip(starts, rows, strict=True)],
+            "size": [[size] for size in sizes],
+            "shared": [[shared]],
+        }
+
+    def _ids(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        # Of the prompt, the same tokens for every choice: a choice that is cut is no choice.
+        found = self._tokenize(record)
+        begin = self._leading(found["input_ids"][0])
+        shared = found["shared"][0][0]
+        cut = max(map(len, found["input_ids"])) - self.max_length
+        if cut >= shared - begin:
+            raise DataError(
+                f"record {record.id!r}: the longest choice leaves no room for a prompt in the"
+                f" context of {self.max_length} tokens; shorten it"
+            )
+        for name in ("input_ids", "scored"):
+            found[name] = [[*row[:begin], *row[begin + cut :]] for row in found[name]]
+        return found | {"shared": [[shared - cut]]}
+
+    # ------------------------------------------------------------------ rows to batches
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Stack B examples: (B, T) if they are packed, else (B, C, T)."""
+        missing = [self.num_classes - example.num_choices for example in examples]
+        sizes = [
+            [n for (n,) in e.rows["size"]] + [1] * m for e, m in zip(examples, missing, strict=True)
+        ]
+        inputs = _packed(examples) if self.packed else _separate(examples, self.num_classes)
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(
+            inputs["attention_mask"] == 0, cast(int, self.tokenizer.pad_token_id)
+        )
+        labels = [example.label for example in examples]
+        counts = torch.tensor([example.num_choices for example in examples])
+        return Batch(
+            inputs | {"sizes": torch.tensor(sizes)},  # (B, C)
+            choices=torch.arange(self.num_classes) < counts[:, None],  # (B, C)
+            labels=None if None in labels else torch.tensor(labels),
+        )
+
+    # ------------------------------------------------------------------ the model
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """As :meth:`Readout.attach`; looks whether the model takes packed rows."""
+        if self.packed and llm.device.type != "meta":
+            why_not = self._why_not_packed(llm)
+            if why_not is not None:
+                self.packed = False
+                log.info("%s reads a row for each choice: %s", type(llm).__name__, why_not)
+        if self.temperature == "none":
+            return {}
+        # A module of its own, behind all others: a model takes its type from its first parameter.
+        scale = nn.ParameterDict({"log_kappa": nn.Parameter(torch.zeros((), device=llm.device))})
+        llm.add_module("readout", scale)
+        return dict(scale.items())
+
+    def start(
+        self, llm: PreTrainedModel, logits: Callable[[Batch], Tensor], train: Split
+    ) -> dict[str, float]:
+        """κ with the lowest NLL on up to 200 of the examples, evenly spread."""
+        if self.temperature == "none" or train.labels is None:
+            return {}
+        apart = -(-len(train) // _QUESTIONS)
+        chosen = train.examples[::apart]
+        found = [
+            logits(train.collate(chosen[begin : begin + 16])) for begin in range(0, len(chosen), 16)
+        ]
+        scores = torch.cat(found) / self.kappa(llm)
+        kappa = fit_kappa(scores, train.labels[::apart].to(scores.device))
+        log.info("κ starts at %g", kappa)
+        return {"log_kappa": math.log(kappa)}
+
+    def kappa(self, llm: PreTrainedModel) -> Tensor:
+        """κ of a model that was attached."""
+        if self.temperature == "none":
+            return torch.ones((), device=llm.device)
+        return _log_kappa(llm).exp()
+
+    def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """:raises ValueError: if the batch is packed and the model takes no such rows."""
+        if "segment" in inputs:
+            if not self.packed:
+                raise ValueError(
+                    f"the batch was packed before {type(llm).__name__} was attached, which needs a"
+                    " row for each choice: collate it again"
+                )
+            scores = self._score_packed(llm, inputs)
+        else:
+            scores = self._score_separate(llm, inputs)
+        return self.kappa(llm).to(scores.device) * scores / inputs["sizes"]
+
+    def _score_packed(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """log p of the choices, (R, C)."""
+        segment = inputs["segment"]  # (R, K), the choice that a column behind the prompts is of
+        mask = _choices_apart(inputs["attention_mask"], segment)
+        each = self._log_probs_of_packed(llm, inputs, _as_attention_takes_it(mask, llm))
+        classes = torch.arange(self.num_classes, device=segment.device)
+        return (each[:, :, None] * (segment[:, :, None] == classes)).sum(1)
+
+    def _score_separate(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """The same, of rows (R, C, T)."""
+        rows = {name: v.flatten(0, 1) for name, v in inputs.items() if name != "sizes"}
+        return self._log_probs_of_rows(llm, rows).sum(-1).unflatten(0, (-1, self.num_classes))
+
+    def _log_probs_of_packed(
+        self, llm: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor
+    ) -> Tensor:
+        """(R, K), log p of the tokens behind the prompts."""
+        segment = inputs["segment"]
+        # Each token is read one column before its own, and the first of a choice where the prompt
+        # ends.
+        columns = torch.arange(segment.shape[1], device=segment.device)
+        begins = segment.diff(dim=1, prepend=segment.new_full((len(segment), 1), -1)) != 0
+        source = columns.where(~begins, 0)
+        positions = inputs["position_ids"]
+        return self._log_probs(llm, inputs, source, attention_mask=mask, position_ids=positions)
+
+    def _log_probs_of_rows(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """(R, K), log p of the last tokens of rows (R, T)."""
+        scored = inputs["scored"]
+        columns = torch.arange(scored.shape[1], device=scored.device).expand_as(scored)
+        return self._log_probs(llm, inputs, columns, attention_mask=inputs["attention_mask"])
+
+    def _log_probs(
+        self, llm: PreTrainedModel, inputs: dict[str, Tensor], source: Tensor, **options: Any
+    ) -> Tensor:
+        """(R, K), log p of the tokens in the last K columns, 0 where they are not scored.
+
+        :param source: (R, K), where to read them, 0 for one column before the K.
+        """
+        ids, scored = inputs["input_ids"], inputs["scored"]
+        first = ids.shape[1] - scored.shape[1]
+        if keeps_logits(type(llm)):
+            # By positions: a slice is no whole block of memory, on which bfloat16 is slow on CPUs.
+            kept = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
+            logits = llm(ids, use_cache=False, logits_to_keep=kept, **options).logits
+        else:
+            logits = llm(ids, use_cache=False, **options).logits[:, first - 1 : -1]
+        parts = max(1, _CHUNK // logits[0].numel())
+        each = [
+            _log_prob(*part)
+            for part in zip(
+                logits.split(parts), source.split(parts), ids[:, first:].split(parts), strict=True
+            )
+        ]
+        return torch.cat(each).masked_fill(~scored, 0.0)
+
+    @torch.no_grad()
+    def _why_not_packed(self, llm: PreTrainedModel) -> str | None:
+        """What of a model keeps examples from being packed, if anything does."""
+        if "position_ids" not in inspect.signature(type(llm).forward).parameters:
+            return "it takes no position_ids"
+        config = llm.config.get_text_config()
+        for name in ("sliding_window", "attention_chunk_size"):
+            reach = getattr(config, name, None)
+            if isinstance(reach, int) and reach < self.max_length:
+                return f"its attention reaches {reach} tokens back, {name} of its config"
+        kinds = set(getattr(config, "layer_types", None) or ())
+        others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+        if others:
+            return f"it has layers of {others}"
+        # By what it does, for what a model makes of a mask stands in no config.
+        vocabulary = cast(nn.Embedding, llm.get_input_embeddings()).num_embeddings
+        prompt, length = 4, 12
+        ids = [(37 * i + 11) % vocabulary for i in range(prompt + 2 * length)]
+        rows = [ids[: prompt + length], ids[:prompt] + ids[prompt + length :]]
+        scored = [[0] * prompt + [1] * length] * 2
+        probe = Example({"input_ids": rows, "scored": scored, "shared": [[prompt]]}, 2, None)
+        packed = {name: v.to(llm.device) for name, v in _packed([probe]).items()}
+        separate = {name: v[0].to(llm.device) for name, v in _separate([probe], 2).items()}
+        right = self._log_probs_of_rows(llm, separate).flatten()
+        apart = _as_attention_takes_it(
+            _choices_apart(packed["attention_mask"], packed["segment"]), llm
+        )
+        try:
+            found = self._log_probs_of_packed(llm, packed, apart)[0]
+            in_sight = self._log_probs_of_packed(llm, packed, packed["attention_mask"])[0]
+        except Exception as error:  # models refuse such a mask in ways of their own
+            return f"it takes no mask of four dimensions ({error})"
+        if not (found - right).norm() <= _ROUNDING * (in_sight - right).norm():
+            return "with a mask of four dimensions it computes something else"
+        return None
+
+
+def fit_kappa(scores: Tensor, labels: Tensor) -> float:
+    r"""The factor with the lowest NLL.
+
+    .. math:: \arg\min_κ -\frac{1}{N} \sum_n \log \mathrm{softmax}(κ \, f_n)_{y_n}
+
+    This is convex in κ. The answer is kept between 0.1 and 100 over the scores' mean standard
+    deviation within a question: with less, nothing would reach what is trained.
+
+    :param scores: (N, C), −inf where a choice does not exist.
+    :param labels: (N,).
+    """
+    missing = scores.isinf()
+    f = scores.double().masked_fill(missing, 0.0)
+    count = (~missing).sum(-1, keepdim=True)
+    centred = (f - f.sum(-1, keepdim=True) / count).masked_fill(missing, 0.0)
+    spread = float((centred.square().sum(-1) / count[:, 0]).sqrt().mean())
+    if not spread:
+        return 1.0
+    low, high = 0.1 / spread, 100 / spread
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        p = (middle * centred).masked_fill(missing, float("-inf")).softmax(-1)
+        slope = (p * centred).sum(-1) - centred.gather(-1, labels[:, None])[:, 0]
+        low, high = (low, middle) if slope.mean() > 0 else (middle, high)
+    return (low * high) ** 0.5
+
+
+def _log_kappa(llm: PreTrainedModel) -> nn.Parameter:
+    return cast(nn.ParameterDict, llm.get_submodule("readout"))["log_kappa"]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Rows (B, T), in which all prompts end at the same column: the K behind it are the choices'.
+
+    ``segment`` and ``scored`` are (B, K): the choice that a token is of, −1 if none, and whether it
+    is scored.
+    """
+    prompts = [example.rows["shared"][0][0] for example in examples]
+    width = max(1, *prompts)
+    found: dict[str, list[Tensor]] = {}
+    for example, shared in zip(examples, prompts, strict=True):
+        left, rows = [0] * (width - shared), example.rows["input_ids"]
+        tails = [row[shared:] for row in rows]
+        values = {
+            "input_ids": [*left, *rows[0][:shared], *(i for tail in tails for i in tail)],
+            "attention_mask": [*left, *[1] * (shared + sum(map(len, tails)))],
+            "position_ids": [
+                *[*left, *range(shared)],
+                *(shared + i for tail in tails for i in range(len(tail))),
+            ],
+            "segment": [c for c, tail in enumerate(tails) for _ in tail],
+            "scored": [bool(x) for row in example.rows["scored"] for x in row[shared:]],
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(torch.tensor(value))
+    return {
+        name: pad_sequence(value, batch_first=True, padding_value=-1 if name == "segment" else 0)
+        for name, value in found.items()
+    }
+
+
+def _separate(examples: Sequence[Example], num_classes: int) -> dict[str, Tensor]:
+    """Rows (B, C, T), padded on the right; ``scored`` is (B, C, K) of the last K columns, from the
+    first that is scored in any row on."""
+    found: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "scored": []}
+    for example in examples:
+        # A missing choice is scored as a copy of the first one and masked afterwards.
+        places = [*range(example.num_choices), *[0] * (num_classes - example.num_choices)]
+        for c in places:
+            row = torch.tensor(example.rows["input_ids"][c])
+            found["input_ids"].append(row)
+            found["attention_mask"].append(torch.ones_like(row))
+            found["scored"].append(torch.tensor(example.rows["scored"][c], dtype=torch.bool))
+    padded = {name: pad_sequence(value, batch_first=True) for name, value in found.items()}
+    first = int(padded["scored"].any(0).int().argmax())
+    padded["scored"] = padded["scored"][:, first:]
+    return {name: value.unflatten(0, (-1, num_classes)) for name, value in padded.items()}
+
+
+def _choices_apart(attended: Tensor, segment: Tensor) -> Tensor:
+    """(R, 1, T, T), true where a token sees another: of the prompt, or before it in its choice.
+
+    :param attended: (R, T).
+    :param segment: (R, K), of the last K columns.
+    """
+    R, T = attended.shape
+    order = torch.arange(T, device=attended.device)
+    of = torch.cat([segment.new_full((R, T - segment.shape[1]), -2), segment], dim=1)
+    seen = (of[:, None] == -2) | (of[:, None] == of[:, :, None])  # (R, T, T)
+    seen = seen & (order <= order[:, None]) & attended[:, None].bool()
+    # A row of nothing but padding would have no softmax.
+    return (seen | (order == order[:, None]))[:, None]
+
+
+def _as_attention_takes_it(mask: Tensor, llm: PreTrainedModel) -> Tensor:
+    """A mask that is true where a token sees another, as numbers to add except for sdpa."""
+    if llm.config.get_text_config()._attn_implementation == "sdpa":
+        return mask
+    dtype = cast(Tensor, llm.get_input_embeddings().weight).dtype
+    numbers = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return numbers.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _log_prob(logits: Tensor, source: Tensor, tokens: Tensor) -> Tensor:
+    """(R, K), log p of tokens (R, K), each read at its place ``source`` among K logits."""
+    logits = logits.float()
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    return logits[rows, source, tokens] - logits.logsumexp(-1).gather(1, source)
