@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import make_records, scalabl, write_jsonl
+from conftest import keeps_the_contract, make_records, scalabl, write_jsonl
 from nbclient import NotebookClient
 from pyro.nn import PyroParam
 
@@ -30,7 +30,7 @@ from scalabl_pyro import (
     priors,
     to_inference_data,
 )
-from scalabl_pyro.methods import MLE, temperature
+from scalabl_pyro.methods import MLE, ScalaBL, temperature
 from scalabl_pyro.methods.base import PointMethod
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +211,28 @@ def test_the_guide_of_contributing_keeps_the_contract(make_causal, records, monk
     assert guide.kl(model.prior()) == pytest.approx(exact.item(), rel=1e-4)
     assert draw(guide, 8, seed=0, kind="sobol").shape == (8, *adapter.shape)
     fit(model, guide, split, FitConfig(steps=2), progress=False)
+
+
+def test_the_guide_of_contributing_that_is_not_normal_keeps_it_too(
+    make_causal, records, monkeypatch
+):
+    names = dict(vars(guides.base), PyroParam=PyroParam)
+    run_snippet("class AutoSubspaceStudentT", names)
+    monkeypatch.setitem(guides.GUIDES, "student_t", names["AutoSubspaceStudentT"])
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = guides.make_guide(model, "student_t", init_scale=0.25, df=5.0)
+    keeps_the_contract(guide, model, init_scale=0.25)
+    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
+    assert np.isfinite(history[-1]["kl"])
+    assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+    method = ScalaBL(FitConfig(steps=2), progress=False, guide={"name": "student_t"}, draws=3)
+    fitted = method.fit(make_causal, split, None, seed=0)
+    assert predict(fitted.predictor, split).logits.shape == (3, len(split), 4)
+    with pytest.raises(ValueError, match="no map from normal noise"):
+        draw(guide, 8, seed=0, kind="sobol")
 
 
 def test_the_priors_of_contributing_run(make_causal, records, monkeypatch):
