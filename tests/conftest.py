@@ -27,6 +27,7 @@ from transformers import (
 from scalabl_pyro import Record, ScalaBLModel, Split, SubspaceAdapter
 from scalabl_pyro.commands.cli import main
 from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.guides import AutoSubspace
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
@@ -188,6 +189,25 @@ def model(adapter: SubspaceAdapter, split: Split) -> ScalaBLModel:
 def whole(split: Split):
     """All examples of a split as one batch."""
     return split.collate(list(split))
+
+
+def keeps_the_contract(guide: AutoSubspace, model: ScalaBLModel, *, init_scale: float) -> None:
+    """What every guide over s gives: a density, draws, a median and quantiles that agree."""
+    M, r = model.adapter.shape
+    posterior = guide.get_posterior()
+    assert posterior.event_shape == (M, r)
+    torch.testing.assert_close(guide.median()["s"], model.init_loc)
+    draws = guide.sample(4000)
+    assert draws.shape == (4000, M, r)
+    assert torch.isfinite(posterior.log_prob(draws)).all()
+    torch.testing.assert_close(draws.mean(0), model.init_loc, atol=0.04, rtol=0)
+    spread = (draws - draws.mean(0)).std()
+    torch.testing.assert_close(spread, torch.tensor(init_scale), atol=0, rtol=0.1)
+    low, median, high = guide.quantiles([0.1, 0.5, 0.9])["s"]
+    assert (low < median).all()
+    assert (median < high).all()
+    for level, quantile in ((0.1, low), (0.5, median), (0.9, high)):
+        assert float((draws < quantile).float().mean()) == pytest.approx(level, abs=0.02)
 
 
 def write_jsonl(path: Path, records: list[Record]) -> Path:

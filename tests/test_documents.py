@@ -17,7 +17,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import make_records, scalabl, tiny_llama, write_jsonl
+from conftest import keeps_the_contract, make_records, scalabl, tiny_llama, write_jsonl
 from nbclient import NotebookClient
 from peft import LoraConfig
 from pyro.nn import PyroParam
@@ -36,7 +36,7 @@ from scalabl_pyro import (
     priors,
     to_inference_data,
 )
-from scalabl_pyro.methods import MLE, temperature
+from scalabl_pyro.methods import MLE, ScalaBL, temperature
 from scalabl_pyro.methods.base import PointMethod
 from scalabl_pyro.readouts import LabelTokens
 
@@ -390,6 +390,28 @@ def test_the_guide_of_contributing_keeps_the_contract(make_causal, records, monk
     fit(model, guide, split, FitConfig(steps=2), progress=False)
 
 
+def test_the_guide_of_contributing_that_is_not_normal_keeps_it_too(
+    make_causal, records, monkeypatch
+):
+    names = dict(vars(guides.base), PyroParam=PyroParam)
+    run_snippet("class AutoSubspaceStudentT", names)
+    monkeypatch.setitem(guides.GUIDES, "student_t", names["AutoSubspaceStudentT"])
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = guides.make_guide(model, "student_t", init_scale=0.25, df=5.0)
+    keeps_the_contract(guide, model, init_scale=0.25)
+    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
+    assert np.isfinite(history[-1]["kl"])
+    assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+    method = ScalaBL(FitConfig(steps=2), progress=False, guide={"name": "student_t"}, draws=3)
+    fitted = method.fit(make_causal, split, None, seed=0)
+    assert predict(fitted.predictor, split).logits.shape == (3, len(split), 4)
+    with pytest.raises(ValueError, match="no map from normal noise"):
+        draw(guide, 8, seed=0, kind="sobol")
+
+
 def test_the_priors_of_contributing_run(make_causal, records, monkeypatch):
     monkeypatch.setattr(priors, "PRIORS", dict(priors.PRIORS))
     run_snippet("PRIORS[", vars(priors))
@@ -441,10 +463,10 @@ def test_no_folder_imports_one_to_its_right():
     chain = re.search(r"\n    (data → .*? commands)\n", text, re.DOTALL).group(1)
     groups = [g.replace(",", " ").split() for g in chain.split("→")]
     place = {name: i for i, group in enumerate(groups) for name in group}
-    place |= {"embedded": -1, "distributed": -1, "files": -1}
+    place |= {"embedded": -1, "distributed": -1, "files": -1, "registry": -1}
     package = ROOT / "scalabl_pyro"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert place.keys() == folders | {"distributed", "files"}
+    assert place.keys() == folders | {"distributed", "files", "registry"}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package).parts
         module = parts[0].removesuffix(".py")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ..models.model import ScalaBLModel
+from ..registry import check_named, check_types, named
 from .base import AutoSubspace
 from .delta import AutoSubspaceDelta
 from .low_rank_multivariate_normal import AutoSubspaceLowRankMultivariateNormal
@@ -33,15 +33,12 @@ GUIDES: dict[str, type[AutoSubspace]] = {
 
 
 def check_guide(name: str = "normal", **options: Any) -> None:
-    """:raises ValueError: if there is no such guide, or it has no such option."""
-    if name not in GUIDES:
-        raise ValueError(f"guide.name is {name!r}: expected one of {sorted(GUIDES)}")
-    known = [
-        p for p in inspect.signature(GUIDES[name]).parameters if p not in ("model", "init_loc")
-    ]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise ValueError(f"the guide {name} has no option {unknown}: expected some of {known}")
+    """Before there is a model to make it for.
+
+    :raises ValueError: if there is no such guide or option, or a value is of another type.
+    """
+    check_named(GUIDES, "guide", name, None, **options)
+    check_types(GUIDES[name], "guide", options)
 
 
 def make_guide(model: ScalaBLModel, name: str = "normal", **options: Any) -> AutoSubspace:
@@ -49,5 +46,4 @@ def make_guide(model: ScalaBLModel, name: str = "normal", **options: Any) -> Aut
 
     :raises ValueError: if there is no such guide or option, or a value is out of range.
     """
-    check_guide(name, **options)
-    return GUIDES[name](model, **options)
+    return named(GUIDES, "guide", name, model, **options)

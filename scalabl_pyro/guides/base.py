@@ -109,10 +109,21 @@ class AutoSubspace(PyroModule):
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
-        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}."""
+        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}.
+
+        :raises NotImplementedError: if the marginals have no ``icdf``.
+        """
         marginals = self.marginals()
-        levels = torch.as_tensor(quantiles, dtype=marginals.loc.dtype, device=marginals.loc.device)
-        return {"s": self._constrained(marginals.icdf(levels[:, None, None]))}
+        levels = torch.as_tensor(quantiles).to(self._init_loc)
+        try:
+            z = marginals.icdf(levels[:, None, None])
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{type(self).__name__}: a {type(marginals).__name__} has no icdf, which quantiles"
+                " and the median come from: override quantiles(), for instance by the empirical"
+                " ones of many draws"
+            ) from error
+        return {"s": self._constrained(z)}
 
     def entropy(self) -> Tensor:
         """H(q) of z in nats."""

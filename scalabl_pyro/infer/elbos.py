@@ -6,6 +6,8 @@ from typing import Any
 
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
+from ..registry import named
+
 __all__ = ["ELBOS", "make_elbo"]
 
 ELBOS: dict[str, type] = {
@@ -23,20 +25,14 @@ def make_elbo(name: str = "trace", *, num_particles: int = 1, **options: Any) ->
     :param options: such as ``alpha`` of ``renyi``.
     :raises ValueError: if there is no such ELBO or option, or P < 1, or 2 for ``renyi``.
     """
-    if name not in ELBOS:
-        raise ValueError(f"elbo.name is {name!r}: expected one of {sorted(ELBOS)}")
     fewest = 2 if name == "renyi" else 1  # with one particle Rényi's bound is the ELBO
     if not (isinstance(num_particles, int) and num_particles >= fewest):
         raise ValueError(
             f"elbo.num_particles is {num_particles!r}: expected a whole number of {fewest} or more"
             f" for {name}"
         )
-    try:
-        return ELBOS[name](
-            num_particles=num_particles,
-            vectorize_particles=num_particles > 1,
-            max_plate_nesting=1,
-            **options,
-        )
-    except TypeError as error:
-        raise ValueError(f"the ELBO {name} does not take {options}: {error}") from error
+    fixed = {"vectorize_particles": num_particles > 1, "max_plate_nesting": 1}
+    taken = sorted(options.keys() & fixed.keys())
+    if taken:
+        raise ValueError(f"elbo.{taken[0]} is no option: the model's one plate sets it")
+    return named(ELBOS, "elbo", name, num_particles=num_particles, **fixed, **options)

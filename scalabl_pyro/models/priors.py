@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+
+from ..registry import named
 
 # Before any PyroModule is built: parameters belong to their modules, not to a global store.
 pyro.settings.set(module_local_params=True)
@@ -167,17 +170,20 @@ def make_prior(shape: tuple[int, int], name: str = "normal", **options: Any) -> 
     :param options: of its entry in ``PRIORS``.
     :raises ValueError: if there is no such prior or option, or a value is out of range.
     """
-    if name not in PRIORS:
-        raise ValueError(f"prior.name is {name!r}: expected one of {sorted(PRIORS)}")
-    try:
-        return PRIORS[name](shape, **options)
-    except TypeError as error:
-        raise ValueError(f"the prior {name} does not take {options}: {error}") from error
+    return named(PRIORS, "prior", name, shape, **options)
 
 
 def _fixed(make: Callable[..., TorchDistribution]) -> Callable[..., Prior]:
     """A prior from a function of options that gives the distribution of one coordinate."""
-    return lambda shape, **options: FixedPrior(shape, make(**options))
+
+    def prior(shape: tuple[int, int], **options: Any) -> Prior:
+        return FixedPrior(shape, make(**options))
+
+    # Its options are those of ``make``, for whoever asks what they are.
+    first = next(iter(inspect.signature(prior).parameters.values()))
+    own = inspect.signature(make).parameters.values()
+    prior.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+    return prior
 
 
 #: priors by the name that configurations use, as functions of (M, r) and options

@@ -17,8 +17,6 @@ from ..guides import AutoSubspace
 
 __all__ = ["KINDS", "draw", "hold", "signal_to_noise"]
 
-KINDS = ("independent", "antithetic", "sobol")
-
 
 def draw(
     guide: Callable[..., Any],
@@ -49,33 +47,59 @@ def draw(
     if num_draws < 1:
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
     if kind not in KINDS:
-        raise ValueError(f"the kind of draws is {kind!r}: expected one of {KINDS}")
+        raise ValueError(f"the kind of draws is {kind!r}: expected one of {sorted(KINDS)}")
     # Seeding touches every device, wherever the guide lives.
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
-        if kind == "independent" and isinstance(guide, AutoSubspace):
-            return guide.sample(num_draws)
-        unbuilt = isinstance(guide, AutoGuide) and guide.prototype_trace is None
-        if kind == "independent" and unbuilt and batch is None:
-            raise ValueError(
-                f"{type(guide).__name__} is made at its first call, with what the model is called"
-                " with: give batch=, a batch of the training split"
-            )
-        if kind == "independent":
-            return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
-        if not isinstance(guide, AutoSubspace):
-            raise ValueError(
-                f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
-                f" {type(guide).__name__}; use kind='independent'"
-            )
-        q = guide.get_posterior()
-        loc = guide.median()["s"]
-        if kind == "sobol":
-            noise = _sobol(num_draws, loc.numel(), seed)
-        else:
-            half = torch.randn(-(-num_draws // 2), loc.numel(), dtype=torch.float64)
-            noise = torch.stack([half, -half], 1).flatten(0, 1)[:num_draws]
-        return _transform(q, noise.to(loc))
+        return KINDS[kind](guide, num_draws, seed, batch)
+
+
+def _independent(
+    guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
+) -> Tensor:
+    if isinstance(guide, AutoSubspace):
+        return guide.sample(num_draws)
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None and batch is None:
+        raise ValueError(
+            f"{type(guide).__name__} is made at its first call, with what the model is called"
+            " with: give batch=, a batch of the training split"
+        )
+    return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
+
+
+def _antithetic(
+    guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
+) -> Tensor:
+    q, loc = _known(guide, "antithetic")
+    half = torch.randn(-(-num_draws // 2), loc.numel(), dtype=torch.float64)
+    noise = torch.stack([half, -half], 1).flatten(0, 1)[:num_draws]
+    return _transform(q, noise.to(loc))
+
+
+def _quasi_random(
+    guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
+) -> Tensor:
+    q, loc = _known(guide, "sobol")
+    return _transform(q, _sobol(num_draws, loc.numel(), seed).to(loc))
+
+
+def _known(guide: Callable[..., Any], kind: str) -> tuple[TorchDistribution, Tensor]:
+    """q(s), and a tensor of its shape."""
+    if not isinstance(guide, AutoSubspace):
+        raise ValueError(
+            f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
+            f" {type(guide).__name__}; use kind='independent'"
+        )
+    return guide.get_posterior(), guide.median()["s"]
+
+
+#: kinds of draws by name: functions of the guide, S, a seed and a batch, which draw from torch's
+#: random state, seeded already, and return (S, M, r)
+KINDS: dict[str, Callable[[Callable[..., Any], int, int, Batch | None], Tensor]] = {
+    "antithetic": _antithetic,
+    "independent": _independent,
+    "sobol": _quasi_random,
+}
 
 
 def signal_to_noise(draws: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ..prediction.draws import KINDS, draw, hold
 from ..prediction.linearised import Linearised
-from ..prediction.predictor import Predicts
+from ..prediction.predictor import Predictor, Predicts
 from .folder import Run
 
-__all__ = ["PredictionConfig", "make_predictor"]
-
-NAMES = ("average", "mean", "linearised")
+__all__ = ["WAYS", "PredictionConfig", "make_predictor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class PredictionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ValueError(f"prediction.name is {self.name!r}: expected one of {NAMES}")
+        if self.name not in WAYS:
+            raise ValueError(f"prediction.name is {self.name!r}: expected one of {sorted(WAYS)}")
         if self.kind not in KINDS:
-            raise ValueError(f"prediction.kind is {self.kind!r}: expected one of {KINDS}")
+            raise ValueError(f"prediction.kind is {self.kind!r}: expected one of {sorted(KINDS)}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
@@ -72,8 +73,6 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         raise ValueError("the run has no posterior over s: leave prediction as it is")
     predictor, median = run.subspace_predictor(), run.guide.median()["s"]
     adapter, draws = predictor.adapter, predictor.draws
-    if config.name == "mean":
-        return replace(predictor, draws=median[None])
     if config.draws is not None:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
@@ -82,6 +81,25 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     depth = round(config.trunk * adapter.trunk.num_blocks)
     if depth:
         draws = hold(draws, median, adapter.trunk.above(depth))
-    if config.name == "linearised":
-        return Linearised(adapter, median, draws)
+    return WAYS[config.name](predictor, median, draws)
+
+
+def _average(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
     return replace(predictor, draws=draws)
+
+
+def _linearised(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
+    return Linearised(predictor.adapter, median, draws)
+
+
+def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
+    return replace(predictor, draws=median[None])
+
+
+#: ways to predict by name: functions of the run's predictor, the posterior's median (M, r) and the
+#: draws (S, M, r) that the other settings ask for
+WAYS: dict[str, Callable[[Predictor, Tensor, Tensor], Predicts]] = {
+    "average": _average,
+    "linearised": _linearised,
+    "mean": _mean,
+}
