@@ -106,6 +106,9 @@ def main() -> None:
 
         with _raised_by_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+    except KeyboardInterrupt:
+        print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         _fail(error, command)
 
@@ -158,9 +161,6 @@ def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
         if not is_main():
             return
         print(found if isinstance(found, str) else json_text(found, indent=2))
-    except KeyboardInterrupt:
-        print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         if sweep and not isinstance(error, Interrupted):

@@ -741,6 +741,16 @@ def test_each_of_two_checkouts_on_one_path_reads_its_own_configs(tmp_path):
         assert done.stdout.split() == [str(seed)], done.stderr
 
 
+@pytest.mark.parametrize("where", ["predict.load_run", "_quiet.quiet_libraries"])
+def test_an_interruption_is_one_line(run, capsys, monkeypatch, where):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"scalabl_pyro.commands.{where}", interrupted)
+    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 130
+    assert only_line(capsys).startswith("error: interrupted; ")
+
+
 def test_a_sweep_ends_in_one_line_for_a_run_that_failed(local_model, data, capsys, monkeypatch):
     monkeypatch.setattr(
         "scalabl_pyro.commands.train.make_adapter", lambda *args, **options: {}["gone"]
