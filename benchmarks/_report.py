@@ -17,12 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
 
-def report(script: str, figures: dict[str, Any], *, save: bool) -> None:
+def report(script: str, figures: dict[str, Any], *, save: bool, name: str | None = None) -> None:
     """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked.
 
     :param script: as ``python -m`` takes it, after ``benchmarks.``.
+    :param name: of the file, where it is not the script's.
     """
-    name = script.rpartition(".")[2]
+    name = name or script.rpartition(".")[2]
     found = {
         "figures": figures,
         "command": shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
