@@ -124,7 +124,7 @@ class Bench:
             case.model, Classes.of(case.model, [*records["train"], *records["test"]])
         )
         pyro.set_rng_seed(0)
-        self.adapter = make_adapter(case.model, case.lora, readout, svd=True)
+        self.adapter = make_adapter(case.model, case.lora, readout, svd=True, projections="free")
         count = 12 if quick else case.count
         self.train, self.test = (
             self.adapter.cache_trunk(shortest(readout.encode(rows), count))
