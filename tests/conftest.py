@@ -129,6 +129,7 @@ def make_causal(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAda
     """Adapters on a tiny Llama read by label tokens, with a B that is not zero."""
 
     def make(*, filled: bool = True, targets=("q_proj", "v_proj", "lm_head"), **options):
+        options = {"projections": "free"} | options
         readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
         adapter = SubspaceAdapter(tiny_llama(), lora(*targets), readout, **options)
         if filled:
@@ -143,6 +144,7 @@ def make_choice(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAda
     """Adapters on a tiny BERT for multiple choice, with a trained head."""
 
     def make(**options):
+        options = {"projections": "free"} | options
         torch.manual_seed(1)
         llm = BertForMultipleChoice(tiny_bert_config()).eval()
         readout = MultipleChoice(tokenizer, num_classes=4, max_length=64)
@@ -159,6 +161,7 @@ def make_classifier(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Subspac
     """Adapters on a tiny BERT with a sequence classification head."""
 
     def make(**options):
+        options = {"projections": "free"} | options
         torch.manual_seed(1)
         llm = BertForSequenceClassification(tiny_bert_config(num_labels=4)).eval()
         readout = SequenceClassification(tokenizer, num_classes=4, max_length=64)

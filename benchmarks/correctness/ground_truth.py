@@ -123,7 +123,7 @@ class Bench:
         classes = case.model.classes([*records["train"], *records["test"]])
         readout = load_readout(case.model, classes)
         pyro.set_rng_seed(0)
-        self.adapter = make_adapter(case.model, case.lora, readout, svd=True)
+        self.adapter = make_adapter(case.model, case.lora, readout, svd=True, projections="free")
         count = 12 if quick else case.count
         self.train, self.test = (
             self.adapter.cache_trunk(shortest(readout.encode(rows), count))

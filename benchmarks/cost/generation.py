@@ -72,7 +72,7 @@ class Bench:
             self.tokenizer, num_classes=len(self.tokenizer), max_length=self.context
         )
         lora = AdapterConfig(targets=("q_proj", "v_proj"))
-        adapter = make_adapter(self.config, lora, readout, svd=True)
+        adapter = make_adapter(self.config, lora, readout, svd=True, projections="free")
         train = readout.encode(self.texts["train"])
         model = CompletionModel(adapter, num_data=len(train))
         guide = AutoSubspaceNormal(model)

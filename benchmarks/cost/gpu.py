@@ -206,7 +206,7 @@ def measure(config: Qwen2Config, args: argparse.Namespace, *, quantised: bool) -
     start = time.perf_counter()
     llm = build(config, quantised=quantised)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-    adapter = SubspaceAdapter(llm, lora, LastToken(CLASSES))
+    adapter = SubspaceAdapter(llm, lora, LastToken(CLASSES), projections="free")
     found: dict[str, Any] = {
         "weights": "4bit" if quantised else "bfloat16",
         "modules": len(adapter.layers),

@@ -26,7 +26,7 @@ def measure(steps: int, repeats: int, batch_size: int, seed: int) -> dict[str, f
     train = readout.encode(world().splits["train"])
     torch.manual_seed(seed)
     lora = AdapterConfig(targets=("q_proj", "v_proj"))
-    adapter = make_adapter(config, lora, readout, svd=True)
+    adapter = make_adapter(config, lora, readout, svd=True, projections="free")
     model = sp.ScalaBLModel(adapter, num_data=len(train))
     guide = sp.AutoSubspaceNormal(model)
     settings = sp.FitConfig(steps=steps, batch_size=batch_size, kl=sp.KLSchedule(3.0))

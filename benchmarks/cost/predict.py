@@ -117,7 +117,9 @@ class Seed:
 
     def fresh(self, *, svd: bool, layers: tuple[int, ...] = ()) -> SubspaceAdapter:
         settings = replace(self.bench.adapter, layers=layers)
-        return make_adapter(self.bench.config, settings, self.bench.readout, svd=svd)
+        return make_adapter(
+            self.bench.config, settings, self.bench.readout, svd=svd, projections="free"
+        )
 
     def trained(self, layers: tuple[int, ...] = ()) -> tuple[SubspaceAdapter, AutoSubspace]:
         """With all blocks adapted, or some."""
@@ -340,7 +342,8 @@ def llama_costs(size: Size) -> dict[str, dict[str, float]]:
     """Random weights: what is answered does not matter, only for how long."""
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     adapter, plain = (
-        SubspaceAdapter(llama(*size.llama), lora, LastToken(), svd=svd) for svd in (True, False)
+        SubspaceAdapter(llama(*size.llama), lora, LastToken(), svd=svd, projections="free")
+        for svd in (True, False)
     )
     ids = torch.randint(0, 2048, (4, 64))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -59,7 +59,7 @@ def measure_step(pairs: int, hidden: int, blocks: int, batch_size: int, tokens: 
     def other() -> float:
         return seconds(lambda: plain_step(readout, base, batch, parameters, optimizer))
 
-    adapter = SubspaceAdapter(llama(hidden, blocks), lora, readout)
+    adapter = SubspaceAdapter(llama(hidden, blocks), lora, readout, projections="free")
     model = ScalaBLModel(adapter, num_data=1000)
     warmup = 5
     clock = Clock(other)

@@ -244,7 +244,7 @@ class Work:
     def splits(self) -> dict[str, Split]:
         records = disjoint(read_folder(self.folder))
         readout = self.readout
-        adapter = make_adapter(self.model, self.lora, readout, svd=True)
+        adapter = make_adapter(self.model, self.lora, readout, svd=True, projections="free")
         limits = {"train": self.questions, "validation": None, "test": TEST_QUESTIONS}
         return {
             name: adapter.cache_trunk(readout.encode(records[name][:limit]), batch_size=16)

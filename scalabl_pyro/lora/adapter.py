@@ -73,7 +73,8 @@ class SubspaceAdapter:
         subspace form its update B·A = U·diag(σ)·V becomes B = U·diag(σ), V and s = 1, which
         computes the same.
     :param svd: whether to bring the layers to the subspace form.
-    :param projections: what is trained, as above.
+    :param projections: what is trained, as above; if left out, ``frozen_v``, as method ScalaBL has
+        it, and ``free`` for a plain LoRA adapter (``svd=False``), as MLE has it.
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
     :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
     :param share_trunk: run the blocks below the first random vector once for all draws, which
@@ -100,11 +101,13 @@ class SubspaceAdapter:
         *,
         start: str | Path | None = None,
         svd: bool = True,
-        projections: ProjectionMode = "free",
+        projections: ProjectionMode | None = None,
         base_dropout: bool = False,
         gradient_checkpointing: bool = False,
         share_trunk: bool = True,
     ) -> None:
+        if projections is None:
+            projections = "frozen_v" if svd else "free"
         if projections not in PROJECTIONS:
             raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
         self.readout = readout

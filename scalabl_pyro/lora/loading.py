@@ -131,7 +131,7 @@ def make_adapter(
     readout: Readout,
     *,
     svd: bool,
-    projections: ProjectionMode = "free",
+    projections: ProjectionMode | None = None,
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 

@@ -190,7 +190,9 @@ def test_parameter_counts_of_qwen_on_the_meta_device(
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
         readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
-        adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head", r=8), readout)
+        adapter = SubspaceAdapter(
+            llm, lora("q_proj", "v_proj", "lm_head", r=8), readout, projections="free"
+        )
     modules, parameters = expected
     assert adapter.shape == (modules, 8)
     assert adapter.num_parameters() == {"lora": parameters, "heads": 0}
@@ -269,6 +271,12 @@ def test_every_example_may_have_its_own_s(adapter, split):
     torch.testing.assert_close(own, each, atol=2e-6, rtol=1e-5)
     with pytest.raises(ValueError, match=r"2\,\) draws of s for 3 examples"):
         adapter(batch, s[:2], per_example=True)
+
+
+def test_v_is_frozen_by_default_and_a_plain_adapter_is_free(make_causal):
+    for svd, kinds in ((True, {"lora_B"}), (False, {"lora_A", "lora_B"})):
+        trained = make_causal(svd=svd, projections=None).named_parameters()
+        assert {name.split(".")[-3] for name in trained} == kinds
 
 
 @pytest.mark.parametrize("projections", ["free", "unit", "frozen_v", "fixed"])

@@ -34,7 +34,8 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 def load(folder: Path, *, svd: bool = True, **settings: object):
     config = ModelConfig(str(folder), device="cpu", **settings)
     torch.manual_seed(0)
-    adapter = make_adapter(config, AdapterConfig(r=4), load_readout(config, LETTERS), svd=svd)
+    readout = load_readout(config, LETTERS)
+    adapter = make_adapter(config, AdapterConfig(r=4), readout, svd=svd, projections="free")
     fill_lora_B(adapter)
     return adapter
 
@@ -93,8 +94,8 @@ def test_a_4_bit_gradient_is_that_of_the_weights_it_stands_for(folder):
         llm, AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head")).lora(), plain.readout
     )
     with torch.no_grad():
-        for name, parameter in copy.named_parameters().items():
-            parameter.copy_(quantised.named_parameters()[name])
+        for name, parameter in copy.state().items():
+            parameter.copy_(quantised.state()[name])
     batch = whole(quantised.readout.encode(make_records(6)))
     found = []
     for adapter in (quantised, copy):
@@ -121,7 +122,8 @@ def test_trained_heads_are_not_quantised(tmp_path, tokenizer, quantization):
         str(tmp_path / "bert"), readout="multiple_choice", device="cpu", quantization=quantization
     )
     lora = AdapterConfig(r=4, targets=("query", "value"), heads=("classifier", "pooler.dense"))
-    adapter = make_adapter(config, lora, load_readout(config, Classes(4)), svd=True)
+    readout = load_readout(config, Classes(4))
+    adapter = make_adapter(config, lora, readout, svd=True, projections="free")
     fill_lora_B(adapter)
     batch = whole(adapter.readout.encode(make_records(4)))
     adapter(batch, adapter.init_loc).log_softmax(-1)[:, 0].sum().backward()

@@ -37,7 +37,7 @@ def adapter(request, tokenizer):
         llm, targets = tiny_llama(), ("q_proj", "v_proj", "lm_head")
     else:
         llm, targets = tiny_gpt2(), ("lm_head",)
-    adapter = SubspaceAdapter(llm, lora(*targets), readout)
+    adapter = SubspaceAdapter(llm, lora(*targets), readout, projections="free")
     fill_lora_B(adapter)
     return adapter
 
