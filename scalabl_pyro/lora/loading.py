@@ -54,8 +54,9 @@ class Classes:
             words = PROMPTS[config.prompt].label_words(records)
         elif config.readout == "sequence_classification":
             words = PROMPTS["classes"].label_words(records)
-        elif len(shared := {record.choices for record in records}) == 1:
-            words = shared.pop() if config.readout == "choice_likelihood" else ()
+        elif config.readout == "choice_likelihood":
+            shared = {record.choices for record in records}
+            words = shared.pop() if len(shared) == 1 else ()
         return cls(max(len(record.choices) for record in records), words)
 
 
