@@ -282,15 +282,15 @@ class ChoiceLikelihood(Readout):
             scores = self._score_packed(llm, inputs)
         else:
             scores = self._score_separate(llm, inputs)
-        return self.kappa(llm).to(scores.device) * scores / inputs["sizes"]
+        return self.kappa(llm).to(scores.device) * scores / inputs["sizes"].to(scores.device)
 
     def _score_packed(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         """log p of the choices, (R, C)."""
         segment = inputs["segment"]  # (R, K), the choice that a column behind the prompts is of
         mask = _choices_apart(inputs["attention_mask"], segment)
         each = self._log_probs_of_packed(llm, inputs, _as_attention_takes_it(mask, llm))
-        classes = torch.arange(self.num_classes, device=segment.device)
-        return (each[:, :, None] * (segment[:, :, None] == classes)).sum(1)
+        own = segment[:, :, None] == torch.arange(self.num_classes, device=segment.device)
+        return (each[:, :, None] * own.to(each.device)).sum(1)
 
     def _score_separate(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         """The same, of rows (R, C, T)."""
@@ -326,16 +326,20 @@ class ChoiceLikelihood(Readout):
         ids, scored = inputs["input_ids"], inputs["scored"]
         first = ids.shape[1] - scored.shape[1]
         if keeps_logits(type(llm)):
-            # By positions: a slice is no whole block of memory, on which bfloat16 is slow on CPUs.
-            kept = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
+            # A slice is no whole block of memory, on which bfloat16 is slow on CPUs. On others by
+            # number: positions would have to be where the output layer is.
+            on_cpu = ids.device.type == "cpu"
+            kept = torch.arange(first - 1, ids.shape[1] - 1) if on_cpu else scored.shape[1] + 1
             logits = llm(ids, use_cache=False, logits_to_keep=kept, **options).logits
+            logits = logits[:, : scored.shape[1]]
         else:
             logits = llm(ids, use_cache=False, **options).logits[:, first - 1 : -1]
+        source, tokens, scored = (x.to(logits.device) for x in (source, ids[:, first:], scored))
         parts = max(1, _CHUNK // logits[0].numel())
         each = [
             _log_prob(*part)
             for part in zip(
-                logits.split(parts), source.split(parts), ids[:, first:].split(parts), strict=True
+                logits.split(parts), source.split(parts), tokens.split(parts), strict=True
             )
         ]
         return torch.cat(each).masked_fill(~scored, 0.0)

@@ -117,7 +117,8 @@ class LabelTokens(Readout):
             pieces[name] = [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
         raise ValueError(
             f"the label words {list(self.label_words)} are not single, distinct tokens after"
-            f" {anchor!r}: {pieces}; choose words of one token each, as prompt=letters does"
+            f" {anchor!r}: {pieces}; choose words of one token each, as prompt=letters does, or"
+            " readout=choice_likelihood, which takes words of any length"
         )
 
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
