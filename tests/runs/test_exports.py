@@ -134,7 +134,9 @@ def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
 
 def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
     run = make_run()
-    manifest = export(run, tmp_path / "out", draws=2, metrics={"test": {"accuracy": 0.5}})
+    manifest = export(
+        run, tmp_path / "out", draws=2, metrics={"test": {"accuracy": 0.5, "auroc": None}}
+    )
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     assert manifest["draws"] == ["draw_00", "draw_01"]
     assert manifest["label_words"] == ["A", "B", "C", "D"]
@@ -144,7 +146,7 @@ def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
         assert hashlib.sha256(content).hexdigest() == digest
         assert LoraConfig.from_pretrained(str(tmp_path / "out" / name)).r == run.config.lora.r
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| test | 0.5 |" in card
+    assert "| test | 0.5 | – |" in card
     assert "base_model:" not in card  # a folder is no name on the Hub
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mean", "draw_00", "draw_01", "manifest.json", "README.md"}
