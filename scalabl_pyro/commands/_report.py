@@ -111,29 +111,29 @@ def write_report(
 
 HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
-ECE: beside it in brackets that of calibrated models with the same probabilities; what differs by
-less than that is noise. AUROC: entropy of this split against test, ± over seeds alone
+ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
+AUROC: entropy of this split against test, ± over seeds alone
 """
 
 
 def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
-    head = f"{'':28s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}{'AUROC':>16s}"
+    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}{'AUROC':>16s}"
     lines = [*HEADER.splitlines(), head]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             auroc = table["auroc_of_entropy"][name].get(split)
             last = _cell(auroc, 1, 3) if auroc else ""
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
-            lines.append(f"{split:12s}{name:16s}{_cells(row[split], floor)}{last:>16s}")
+            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
     differences = table.get(f"minus_{REFERENCE}", {})
     if differences:
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
     for name, row in differences.items():
         for split, cells in row.items():
-            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:16s}{_cells(cells)}")
-            p = {m: f"p = {cells[m]['p']:.3f}" for m in METRICS}
-            lines.append(f"{'':28s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
+            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)}")
+            p = {m: _p(cells[m]["p"]) for m in METRICS}
+            lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -147,6 +147,12 @@ def _cell(value: Mapping[str, float], unit: float, digits: int) -> str:
     half = (value["high"] - value["low"]) / 2
     known = "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
     return f"{unit * value['mean']:.{digits}f}{known}"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _csv(table: Mapping[str, Any]) -> str:

@@ -205,7 +205,9 @@ def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, m
 
 def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
     run = make_run()
-    manifest = export(run, tmp_path / "out", draws=2, metrics={"test": {"accuracy": 0.5}})
+    manifest = export(
+        run, tmp_path / "out", draws=2, metrics={"test": {"accuracy": 0.5, "auroc": None}}
+    )
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     assert manifest["draws"] == ["draw_00", "draw_01"]
     assert manifest["label_words"] == ["A", "B", "C", "D"]
@@ -215,7 +217,7 @@ def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
         assert hashlib.sha256(content).hexdigest() == digest
         assert LoraConfig.from_pretrained(str(tmp_path / "out" / name)).r == run.config.lora.r
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| test | 0.5 |" in card
+    assert "| test | 0.5 | – |" in card
     assert "base_model:" not in card  # a folder is no name on the Hub
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mean", "draw_00", "draw_01", "manifest.json", "README.md"}
