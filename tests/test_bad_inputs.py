@@ -306,7 +306,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "no end token": (lambda tools: tools.completions(end_token=True), "no end token"),
         "choices": (
             lambda tools: tools.labels().encode([Record("q", "x", ("a", "b", "c"))]),
-            "record 'q' has 3 choices",
+            "record 'q' has the choices ['a', 'b', 'c']",
         ),
         "long": (
             lambda tools: tools.labels().encode([Record("q", "cat " * 99, ("red", "blue"))]),

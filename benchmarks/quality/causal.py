@@ -39,7 +39,7 @@ from scalabl_pyro.data import Record, Split, disjoint, read_folder
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.infer.svi import FitConfig
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
+from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.methods import MLE, Fitted, Method, ScalaBL
 from scalabl_pyro.prediction.metrics import auroc, entropy, evaluate, mutual_information
 from scalabl_pyro.prediction.predictor import Predictor, predict
@@ -86,7 +86,7 @@ def zero_shot(model: str, records: dict[str, list[Record]]) -> dict[str, Any]:
         temperature="none",
     )
     train, test = spread(records["train"], KAPPA), records["test"]
-    readout = load_readout(config, Classes.of(config, [*train, *test]))
+    readout = load_readout(config, config.classes([*train, *test]))
     settings = AdapterConfig(targets=("q_proj",), layers=(0,))  # untrained: the model as it is
     predictor = Predictor(make_adapter(config, settings, readout, svd=False))
     splits = {"train": readout.encode(train), "test": readout.encode(test)}
@@ -140,7 +140,7 @@ class Bench:
         )
         records = read_task(data, task)
         self.readout = load_readout(
-            self.config, Classes.of(self.config, [r for each in records.values() for r in each])
+            self.config, self.config.classes([r for each in records.values() for r in each])
         )
         self._records = {name: records[name][:count] for name, count in QUESTIONS.items()}
         self._splits: dict[str, Split] = {}

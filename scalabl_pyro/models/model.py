@@ -181,9 +181,11 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
         if scale_B is not None and not scale_B > 0:
             raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
-        # Without anything to train there are matrices, of which B may still be as LoRA begins.
-        if not adapter.named_parameters() and not any(
-            B.weight.any() for B in adapter.matrices.B.values()
+        # Any function of s may stand for the adapter; that of LoRA is constant while B is 0.
+        if (
+            isinstance(adapter, SubspaceAdapter)
+            and not adapter.named_parameters()
+            and not any(B.weight.any() for B in adapter.matrices.B.values())
         ):
             raise ValueError(
                 "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"

@@ -34,6 +34,9 @@ class SequenceClassification(Readout):
     def llm_options(self) -> dict[str, Any]:
         return {"num_labels": self.num_classes}
 
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        return self.llm_options()
+
     def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
         return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
 

@@ -189,7 +189,8 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
             draws = torch.ones(config.draws, *adapter.shape)
             # Where the model will run, and not on the CPU where the estimate is made.
             rows = None if config.model.device == "cpu" else MAX_ROWS
-            predictor = Predictor(adapter, draws, max_rows=rows)
+            predictor = Predictor(adapter, max_rows=rows)
+            predictor.draws = draws  # without values, which Predictor would look at
             predictor.logits(_batch(config, config.eval_batch_size))
     return {"activations": training.peak, "prediction": predicting.peak}
 

@@ -47,7 +47,9 @@ def test_every_row_runs_and_is_kept(ablation, monkeypatch, capsys, words, tmp_pa
     for group, expected in ablation.GROUPS.items():
         assert found[group].keys() == expected.rows.keys()
         for row in found[group].values():
-            assert all(math.isfinite(x) for pair in row.values() for x in pair)
+            # So few questions may all be answered wrongly, and then no score can tell them apart.
+            figures = [row[key] for key in row if "auroc" not in key]
+            assert all(math.isfinite(x) for pair in figures for x in pair)
     guides, D = found["guides"], 4 * 8
     assert guides["normal"]["numbers"][0] == 2 * D
     assert guides["delta"]["numbers"][0] == D

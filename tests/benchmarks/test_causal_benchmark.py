@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -73,4 +74,5 @@ def test_finished_runs_are_kept_and_the_best_trial_is_tested(
     assert len(runs.read_text().splitlines()) == 2 * (2 + 2)
     again = causal.Bench(str(local_model), str(tmp_path / "data"), "task", runs)
     monkeypatch.setattr(again, "fit", None)  # nothing is run
-    assert causal.table(again, list(short)) == figures
+    # As text, in which what is no number equals itself.
+    assert json.dumps(causal.table(again, list(short))) == json.dumps(figures)

@@ -192,7 +192,7 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
             ["lora.layers=[1,99]"],
             "layers_to_transform holds [99], but LlamaForCausalLM has 2 blocks",
         ),
-        (["lora.start=/nope"], "lora.start is '/nope': expected a PEFT adapter"),
+        (["lora.start=/nope"], "lora.start is '/nope': '/nope' is no PEFT adapter"),
         (["lora.targets=[query]"], r"target_modules ['query'] match no module"),
         (["data.root=nowhere"], "nowhere: expected a folder"),
         (["data.path=x.jsonl"], "give exactly one"),

@@ -69,7 +69,7 @@ def classes(tokenizer) -> SequenceClassification:
 
 
 def second_adapter(llm):
-    SubspaceAdapter(llm, lora("q_proj"), None)
+    SubspaceAdapter(llm, lora("q_proj"), LabelTokens.untokenized(4))
     return llm
 
 

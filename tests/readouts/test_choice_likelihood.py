@@ -52,7 +52,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.data import PROMPTS, DataError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
+from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.methods import MLE, LaplaceLoRA
 from scalabl_pyro.readouts import ChoiceLikelihood
 from scalabl_pyro.readouts.choice_likelihood import fit_kappa
@@ -586,7 +586,7 @@ def test_a_real_model_scores_as_a_loop_over_plain_transformers(shared):
     lines = (shared / "data" / "arc_easy" / "test.jsonl").read_text().splitlines()[:50]
     records = [Record.from_mapping(json.loads(line)) for line in lines]
     config = ModelConfig(str(SMOLLM2), readout="choice_likelihood", dtype="float32")
-    readout = load_readout(config, Classes.of(config, records))
+    readout = load_readout(config, config.classes(records))
     lora_config = AdapterConfig(targets=("q_proj", "v_proj"), layers=(28, 29))
     adapter = make_adapter(config, lora_config, readout, svd=True)
     assert readout.packed
