@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from ..readouts.base import Readout
 from .flipout import Shift, flipped
 from .layers import ADAPTER, add_lora
 from .matrices import LoRAMatrices
+from .output_layer import OutputRows, contiguous_input
 from .trunk import Leaving, Trunk, TrunkError, map_tensors
 
 __all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
@@ -148,6 +150,7 @@ class SubspaceAdapter:
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
+        self._output_rows = self._prepare_output_layer()
         self._init_loc = torch.ones(self.shape, device=self.device)
         if svd and start is None:
             self._init_loc = self.matrices.decompose_A()
@@ -271,6 +274,7 @@ class SubspaceAdapter:
     def shard(self) -> None:
         """Spread the base model over the processes that train together (see ``distributed``)."""
         self._fingerprint = self.base_fingerprint()  # while the weights are all here
+        self._output_rows = None
         shard(self._llm, self._stored.values())
 
     def base_fingerprint(self) -> str:
@@ -393,7 +397,10 @@ class SubspaceAdapter:
         rows = math.prod(shape)
         self._bound = self._bound._replace(tokens=(rows, T))
         self._unclear = set()
-        with self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows):
+        with (
+            self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows),
+            self._output_rows.in_place() if self._output_rows else nullcontext(),
+        ):
             logits = self.readout(self._llm, inputs)  # (S·B, C)
         if self._unclear:
             self._verify_rows(one, self._unclear)
@@ -606,6 +613,26 @@ class SubspaceAdapter:
             head.float().register_forward_pre_hook(_to_float32, with_kwargs=True)
             if places[id(wrapper)] < places[id(last)] and dtype not in (None, torch.float32):
                 head.register_forward_hook(partial(_to_dtype, dtype))
+
+    def _prepare_output_layer(self) -> OutputRows | None:
+        try:
+            head = self._llm.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            head = None
+        if not isinstance(head, (nn.Linear, LoraLayer)):
+            return None
+        cast(nn.Module, head).register_forward_pre_hook(contiguous_input)
+        ids: Tensor | None = getattr(self.readout, "label_ids", None)
+        if ids is None:
+            return None
+        row = ids[None].to(self.device)  # any tokens will do
+
+        def run() -> Tensor:
+            return self.readout(
+                self._llm, {"input_ids": row, "attention_mask": torch.ones_like(row)}
+            )
+
+        return OutputRows.of(self._llm, ids, run)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last pass left bound may be part of a graph, which has no copy.

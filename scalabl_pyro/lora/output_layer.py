@@ -1,0 +1,130 @@
+"""The label rows of the output layer, in float32 on a body of fewer digits.
+
+Logits near 18 have steps of 1/8 in bfloat16, which is more than draws of s differ by. Where a
+readout looks at C words of the vocabulary, C rows of the output layer are all that is needed: they
+cost nothing in float32, and the product with the other rows is saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .layers import ADAPTER
+
+__all__ = ["OutputRows", "contiguous_input"]
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 4096  # rows of the vocabulary that are held in float32 at once
+
+
+class OutputRows:
+    r"""An output layer that computes some rows only: :math:`z_v = W_v x + b_v + (ΔW(s) x)_v`.
+
+    Whatever a model does with each logit by itself, such as a softcap or a scale, follows as usual.
+
+    :param head: the output layer, adapted or not.
+    :param ids: (C,), the tokens v.
+    """
+
+    def __init__(self, head: nn.Module, ids: Tensor) -> None:
+        self._head = head
+        self._ids: Tensor | None = ids
+
+    @classmethod
+    def of(cls, llm: PreTrainedModel, ids: Tensor, run: Callable[[], Tensor]) -> OutputRows | None:
+        """Those of a model, or ``None`` where its output layer gives all there is already.
+
+        :param ids: (C,).
+        :param run: gives the model's logits of these tokens for a short text, with which it is
+            checked that they are the model's own.
+        """
+        head = llm.get_output_embeddings()
+        base = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        if type(base) is not nn.Linear:  # of quantised weights there are no rows
+            return None
+        if base.weight.dtype == torch.float32 or base.weight.is_meta:
+            return None
+        found = cls(cast(nn.Module, head), ids)
+        if found._agrees(run):
+            return found
+        log.warning(
+            "%s does more with its logits than its output layer: they stay in %s",
+            type(llm).__name__,
+            base.weight.dtype,
+        )
+        return None
+
+    @torch.no_grad()
+    def _agrees(self, run: Callable[[], Tensor]) -> bool:
+        """Whether these rows give what all rows in float32 do, and, but for rounding, the model."""
+        ids = self._ids
+        B = None
+        if isinstance(self._head, LoraLayer):
+            B = cast(nn.Linear, self._head.lora_B[ADAPTER]).weight
+        kept = None if B is None else B.clone()
+        try:
+            if B is not None:  # 0 at first; not random, for that would move the random state
+                B.copy_(torch.linspace(-0.1, 0.1, B.numel()).view_as(B))
+            own = run()
+            with self.in_place():
+                some = run()
+            self._ids = None
+            with self.in_place():
+                every = run()
+        finally:
+            self._ids = ids
+            if B is not None and kept is not None:
+                B.copy_(kept)
+        size = every.abs().max()
+        same = some.shape == every.shape == own.shape and some.isfinite().all()
+        return bool(
+            same
+            and (some - every).abs().max() <= 1e-4 * size
+            and (own - every).abs().max() <= 2**-5 * size
+        )
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with these rows alone, others being 0, until the context ends."""
+        kept = vars(self._head).get("forward")
+        self._head.forward = self._forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del self._head.forward
+            if kept is not None:
+                self._head.forward = kept  # type: ignore[method-assign, assignment]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """(..., vocabulary), in float32."""
+        head = self._head
+        base = cast(nn.Linear, head.get_base_layer() if isinstance(head, LoraLayer) else head)
+        x = x.to(base.weight.device)
+        ids = None if self._ids is None else self._ids.to(x.device)
+        parts = base.weight.split(_CHUNK) if ids is None else (base.weight[ids],)
+        wide = x.float()
+        found = torch.cat([nn.functional.linear(wide, part.float()) for part in parts], -1)
+        if base.bias is not None:
+            found = found + (base.bias if ids is None else base.bias[ids]).float()
+        if isinstance(head, LoraLayer) and not head.disable_adapters:
+            A = cast(nn.Linear, head.lora_A[ADAPTER])
+            B = cast(nn.Linear, head.lora_B[ADAPTER])
+            update = B(A(head.lora_dropout[ADAPTER](x.to(A.weight.dtype)))) * head.scaling[ADAPTER]
+            found = found + (update if ids is None else update[..., ids]).float()
+        if ids is None:
+            return found
+        return found.new_zeros(*x.shape[:-1], base.out_features).index_copy(-1, ids, found)
+
+
+def contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook: on CPUs, a product in bfloat16 with a slice of the positions is slow."""
+    return (args[0].contiguous(), *args[1:])
