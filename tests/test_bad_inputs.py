@@ -273,7 +273,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "weight": (settings(KLSchedule, weight=0.0), "weight is 0.0"),
         "weight nan": (settings(KLSchedule, weight=NAN), "weight is nan"),
         "shape": (settings(KLSchedule, shape="round"), "shape is 'round'"),
-        "budget": (settings(KLSchedule, budget=-3.0), "budget is -3.0"),
+        "budget": (settings(FitConfig, kl_budget=-3.0), "kl_budget is -3.0"),
         "readout": (settings(ModelConfig, name="x", readout="vision"), "readout is 'vision'"),
         "dtype": (settings(ModelConfig, name="x", dtype="fp8"), "dtype is 'fp8'"),
         "device": (settings(ModelConfig, name="x", device="gpu"), "device is 'gpu'"),

@@ -305,6 +305,10 @@ RUN_BY = {
         "CONTRIBUTING.md",
         "class AutoSubspaceTiedNormal",
     ): "test_the_guide_of_contributing_keeps_the_contract",
+    (
+        "CONTRIBUTING.md",
+        "class AutoSubspaceStudentT",
+    ): "test_the_guide_of_contributing_that_is_not_normal_keeps_it_too",
     ("CONTRIBUTING.md", "PRIORS["): "test_the_priors_of_contributing_run",
     ("CONTRIBUTING.md", "class SharedScaleNormal"): "test_the_priors_of_contributing_run",
     ("CONTRIBUTING.md", "class NoisyLabels"): "test_the_likelihood_of_contributing_trains",

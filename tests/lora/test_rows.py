@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from scalabl_pyro import Predictor, SubspaceAdapter
+from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
@@ -178,7 +179,7 @@ def test_generation_with_rows_of_draws_looks_at_them_too():
     llm.model.layers[0].self_attn.o_proj = Turned(
         llm.model.layers[0].self_attn.o_proj, "time first"
     )
-    adapter = SubspaceAdapter(llm, lora("inner"), None)
+    adapter = SubspaceAdapter(llm, lora("inner"), LabelTokens.untokenized(4))
     ids = torch.randint(3, 20, (4, 6))
     with (
         adapter.bound(torch.rand(2, *adapter.shape)) as bound,
