@@ -104,7 +104,5 @@ def test_what_does_not_fit_together_is_refused(tokenizer, records):
 def test_a_model_is_adapted_once(tokenizer, records):
     llm = tiny_llama()
     sp.from_pretrained(llm, lora("q_proj"), records, tokenizer=tokenizer)
-    with pytest.raises(
-        ValueError, match="already carries a PEFT adapter: .* load the base model anew"
-    ):
+    with pytest.raises(ValueError, match="already carries a PEFT adapter"):
         sp.from_pretrained(llm, lora("q_proj"), records, tokenizer=tokenizer)
