@@ -214,12 +214,6 @@ def predict(
     :raises DataError: if a record does not fit the readout.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite where there is a choice.
     """
-    if not predictor.adapter.readout.reads_choices:
-        raise ValueError(
-            "predict gives logits of C choices, but the readout"
-            f" {type(predictor.adapter.readout).__name__} reads texts: for the probability of a"
-            " completion take score, to continue a prompt generate"
-        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
     if tolerance is not None and not (
@@ -264,6 +258,12 @@ def _finite(logits: Tensor, batch: Batch, split: Split) -> Tensor:
     :param split: the B examples of the batch.
     :raises NonFinitePredictionsError: if one of an existing choice is NaN or infinite.
     """
+    if logits.dim() != 3:
+        raise ValueError(
+            f"predict gives logits (S, B, C) of C choices, but {tuple(logits.shape)} are those of a"
+            " readout that reads texts, such as CompletionTokens: for the probability of a"
+            " completion take score, to continue a prompt generate"
+        )
     bad = ~logits.isfinite() & batch.choices.cpu()
     if not bad.any():
         return logits

@@ -52,8 +52,6 @@ class Readout(ABC):
     """
 
     padding_side: ClassVar[str]
-    #: whether it reads C choices; a readout of texts gives logits of tokens
-    reads_choices: ClassVar[bool] = True
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
     #: whether an example is a row of tokens for each of its choices, instead of one row

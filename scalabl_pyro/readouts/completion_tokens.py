@@ -33,7 +33,6 @@ class CompletionTokens(Readout):
     """
 
     padding_side = "left"
-    reads_choices = False
     auto_class = "AutoModelForCausalLM"
 
     def __init__(

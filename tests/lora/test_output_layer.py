@@ -26,7 +26,7 @@ from transformers import (
 
 from scalabl_pyro import Record, SubspaceAdapter
 from scalabl_pyro.data import PROMPTS
-from scalabl_pyro.readouts import LabelTokens
+from scalabl_pyro.readouts import LabelTokens, SequenceClassification
 
 SMOLLM = Path(__file__).resolve().parents[3] / "models" / "smollm2"
 if not SMOLLM.is_dir():  # a worktree lies deeper
@@ -108,7 +108,7 @@ def test_label_logits_are_those_of_the_body_in_float32(readout, kind):
 @pytest.mark.parametrize("kind", ["llama", "tied", "bias", "softcap"])
 def test_an_adapted_output_layer_has_its_gradients_and_draws(readout, kind):
     """Against the full rows: the same adapter in float32, on the bfloat16 body's hidden states."""
-    adapter = make(readout, kind, "lm_head", "q_proj")
+    adapter = make(readout, kind, "lm_head", "q_proj", projections="free")
     batch = whole(readout.encode(make_records(6)))
     s = torch.rand(3, *adapter.shape).requires_grad_()
     head = adapter.peft_model.get_base_model().get_output_embeddings()
@@ -168,7 +168,9 @@ def test_the_check_leaves_weights_and_random_state(readout):
     first = make(readout, "llama", "lm_head", svd=False)
     torch.manual_seed(5)
     config = lora("lm_head")
-    SubspaceAdapter(tiny_llama().to(torch.bfloat16), config, None, svd=False)
+    SubspaceAdapter(
+        tiny_llama().to(torch.bfloat16), config, SequenceClassification.untokenized(4), svd=False
+    )
     without = torch.rand(3)
     torch.manual_seed(5)
     fresh = SubspaceAdapter(tiny_llama().to(torch.bfloat16), config, readout, svd=False)

@@ -238,5 +238,7 @@ def test_predict_of_completions_is_refused_in_words(tokenizer, end, count):
     adapter = SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
     split = readout.encode([Completion(str(n), "the cat", " runs") for n in range(count)])
     for predictor in (Predictor(adapter), Predictor(adapter, torch.ones(2, *adapter.shape))):
-        with pytest.raises(ValueError, match=r"CompletionTokens reads texts: .* take score"):
+        with pytest.raises(
+            ValueError, match=r"reads texts, such as CompletionTokens: .* take score"
+        ):
             predict(predictor, split)
