@@ -72,7 +72,7 @@ def read_task(data: str, task: str) -> dict[str, list[Record]]:
 # ---------------------------------------------------------------------- before training
 
 
-def zero_shot(model: str, records: dict[str, list[Record]]) -> dict[str, Any]:
+def zero_shot(model: str, data: str, task: str) -> dict[str, Any]:
     """Accuracy, NLL and ECE of the untrained model on test, for each way to count a choice's size.
 
     One pass over each question gives log p of its choices; κ is the best one on training questions.
@@ -85,6 +85,7 @@ def zero_shot(model: str, records: dict[str, list[Record]]) -> dict[str, Any]:
         normalise="none",
         temperature="none",
     )
+    records = read_task(data, task)
     train, test = spread(records["train"], KAPPA), records["test"]
     readout = load_readout(config, config.classes([*train, *test]))
     settings = AdapterConfig(targets=("q_proj",), layers=(0,))  # untrained: the model as it is
@@ -175,17 +176,21 @@ class Bench:
 
     def cached(self, name: str, run: Callable[[], dict]) -> dict:
         """The result of an earlier run, or run now."""
-        name = f"{self.task} {name}"
-        finished = {}
-        if self.runs.exists():
-            for line in self.runs.read_text().splitlines():
-                finished |= json.loads(line)
-        if name not in finished:
-            print(f"running {name}", flush=True)
-            finished[name] = run()
-            with self.runs.open("a") as file:  # one write, so that two processes may share it
-                file.write(json.dumps({name: finished[name]}) + "\n")
-        return finished[name]
+        return cached(self.runs, f"{self.task} {name}", run)
+
+
+def cached(runs: Path, name: str, run: Callable[[], dict]) -> dict:
+    """The result of a run that the file knows, or run now and kept there."""
+    finished = {}
+    if runs.exists():
+        for line in runs.read_text().splitlines():
+            finished |= json.loads(line)
+    if name not in finished:
+        print(f"running {name}", flush=True)
+        finished[name] = run()
+        with runs.open("a") as file:  # one write, so that two processes may share it
+            file.write(json.dumps({name: finished[name]}) + "\n")
+    return finished[name]
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,8 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for task in args.tasks:
         if args.zero_shot:
-            found = zero_shot(args.model, read_task(args.data, task))
+            run = partial(zero_shot, args.model, args.data, task)
+            found = cached(Path(args.runs), f"{task} zero-shot", run)
             figures[task] = found | {"published": PUBLISHED[task]}
         else:
             figures[task] = table(Bench(args.model, args.data, task, args.runs), args.rows)

@@ -19,9 +19,10 @@ def causal():
     return causal
 
 
-def test_zero_shot_figures_of_every_size(causal, local_model):
-    records = {"train": make_records(40), "test": make_records(30)}
-    figures = causal.zero_shot(str(local_model), records)
+def test_zero_shot_figures_of_every_size(causal, local_model, tmp_path):
+    for name, count in (("train", 40), ("test", 30)):
+        write_jsonl(tmp_path / "data" / "task" / f"{name}.jsonl", make_records(count))
+    figures = causal.zero_shot(str(local_model), str(tmp_path / "data"), "task")
     assert (figures["n"], figures["n_kappa"]) == (30, 40)
     for normalise in ("characters", "tokens", "none"):
         found = figures[normalise]
