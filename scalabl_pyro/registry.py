@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 __all__ = ["check_named", "check_types", "named"]
 
 T = TypeVar("T")
@@ -50,6 +48,9 @@ def check_types(entry: Callable[..., Any], kind: str, options: Mapping[str, Any]
 
     :raises ValueError: if a value is of another type.
     """
+    # Configurations need it; a model written by hand does without.
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
     try:
         hints = get_type_hints(entry.__init__ if inspect.isclass(entry) else entry)
     except NameError:
