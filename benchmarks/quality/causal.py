@@ -1,23 +1,26 @@
 """A real causal language model that scores the texts of choices: ScalaBL and its baselines.
 
     python -m benchmarks.quality.causal --model FOLDER --data FOLDER --zero-shot --save
-    python -m benchmarks.quality.causal --model FOLDER --data FOLDER --runs FILE --save
+    python -m benchmarks.quality.causal --model FOLDER --data FOLDER --runs FOLDER --save
 
 Made for SmolLM2-135M-Instruct (see ``--model``) on ARC-Easy and OpenBookQA. ``--zero-shot`` tells
-how good the likelihood of the choices is before any training. Else each row fine-tunes with LoRA
-r = 8 on q_proj and v_proj of the 8 upper of 30 blocks, above a trunk that is run once, on 1,000
-questions, 400 steps of 8. A row has at most three trials, chosen by validation NLL on a seed of
-their own; the chosen one runs on further seeds, which are tested. Finished runs are kept in
-``--runs`` and not run again, so that rows may be run apart (``--tasks``, ``--rows``).
+how good the likelihood of the choices is before any training, on the whole test splits. Else each
+row fine-tunes with LoRA r = 8 on q_proj and v_proj of the 8 upper of 30 blocks, above a trunk that
+is run once, on 1,000 questions, 400 steps of 8 (the fixed recipe: 1,000). A row has three trials,
+chosen by validation NLL on a seed of their own, and a fourth beyond the grid's edge where the best
+of three lies on it. Tempered and early-stopped rows choose for themselves among the same runs. The
+chosen ones run on five further seeds, which are tested. Finished runs are kept in ``--runs``, a
+folder, and not run again, so that rows may be run apart (``--tasks``, ``--rows``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,33 +29,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks._report import RESULTS, report
-from benchmarks.quality.calibration import (
-    known,
-    mean_and_error,
-    posterior_mean,
-    summary,
-    tempered,
-)
+from benchmarks.quality.calibration import posterior_mean, summary, tempered
 from scalabl_pyro.data import Record, Split, disjoint, read_folder
 from scalabl_pyro.infer.kl import KLSchedule
-from scalabl_pyro.infer.svi import FitConfig
+from scalabl_pyro.infer.svi import FitConfig, FitResult
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import load_readout, make_adapter
-from scalabl_pyro.methods import MLE, Fitted, Method, ScalaBL
-from scalabl_pyro.prediction.metrics import auroc, entropy, evaluate, mutual_information
+from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL
+from scalabl_pyro.methods.reference import Reference
+from scalabl_pyro.prediction.intervals import (
+    Interval,
+    crossed_interval,
+    paired_difference,
+    per_question,
+    stacked,
+)
+from scalabl_pyro.prediction.metrics import auroc, ece_floor, evaluate, summarise
 from scalabl_pyro.prediction.predictor import Predictor, predict
 from scalabl_pyro.readouts.choice_likelihood import NORMALISE, fit_kappa
 
 STEPS, BATCH, DRAWS = 400, 8, 10
 #: questions of each split at most: more would cost more than they tell
 QUESTIONS = {"train": 1000, "validation": 300, "test": 1000}
+#: training questions that nobody trains on, tested too where the test split is small
+HELD_OUT = {"openbookqa": 1000}
+#: questions of the other task, evenly spread
+OTHERS = 400
 #: training questions that choose κ without training
 KAPPA = 200
-TUNING_SEED, SEEDS = 100, range(3)
+TUNING_SEED, SEEDS = 100, range(5)
 UPPER = 8
 TASKS = ("arc_easy", "openbookqa")
+#: tokens by which two questions may differ in length where other data is told from the task's
+WITHIN = 2
 
 #: accuracies in % that are published, from model cards and lm-evaluation-harness
 PUBLISHED = {
@@ -67,6 +80,11 @@ PUBLISHED = {
 def read_task(data: str, task: str) -> dict[str, list[Record]]:
     """The splits of a task, of which no question stands in two."""
     return disjoint(read_folder(Path(data) / task))
+
+
+def spread(records: list[Record], count: int) -> list[Record]:
+    """At most so many records, evenly spread."""
+    return records[:: -(-len(records) // count)]
 
 
 # ---------------------------------------------------------------------- before training
@@ -109,17 +127,12 @@ def zero_shot(model: str, data: str, task: str) -> dict[str, Any]:
     return figures
 
 
-def sizes(split: Split) -> torch.Tensor:
+def sizes(split: Split) -> Tensor:
     """(N, C), what log p of each choice is divided by."""
     return split.collate(list(split)).inputs["sizes"]
 
 
-def spread(records: list[Record], count: int) -> list[Record]:
-    """At most so many records, evenly spread."""
-    return records[:: -(-len(records) // count)]
-
-
-# ---------------------------------------------------------------------- training
+# ---------------------------------------------------------------------- the model and its data
 
 
 class Bench:
@@ -127,7 +140,7 @@ class Bench:
 
     :param model: folder of the language model.
     :param data: folder with ``<task>/``, JSON Lines of records.
-    :param runs: JSON Lines of finished runs, which are not run again.
+    :param runs: folder of finished runs, which are not run again.
     """
 
     def __init__(self, model: str, data: str, task: str, runs: str | Path) -> None:
@@ -140,10 +153,13 @@ class Bench:
             targets=("q_proj", "v_proj"), layers=tuple(range(max(1, blocks - UPPER), blocks))
         )
         records = read_task(data, task)
-        self.readout = load_readout(
-            self.config, self.config.classes([r for each in records.values() for r in each])
-        )
         self._records = {name: records[name][:count] for name, count in QUESTIONS.items()}
+        self._records["test"] += records["train"][-HELD_OUT.get(task, 0) :][: HELD_OUT.get(task, 0)]
+        (other,) = (name for name in TASKS if name != task)
+        self._records["other"] = spread(read_task(data, other)["test"], OTHERS)
+        self.readout = load_readout(
+            self.config, self.config.classes([r for each in self._records.values() for r in each])
+        )
         self._splits: dict[str, Split] = {}
 
     @property
@@ -156,58 +172,113 @@ class Bench:
             }
         return self._splits
 
+    def make_adapter(self, **options: Any) -> Any:
+        return make_adapter(self.config, self.adapter, self.readout, **options)
+
     def fit(self, method: Method, seed: int) -> Fitted:
-        make = partial(make_adapter, self.config, self.adapter, self.readout)
-        return method.fit(make, self.splits["train"], self.splits["validation"], seed=seed)
+        return method.fit(
+            self.make_adapter, self.splits["train"], self.splits["validation"], seed=seed
+        )
 
-    def validate(self, predictor: Predictor) -> dict[str, float]:
-        found = predict(predictor, self.splits["validation"], batch_size=8)
-        return evaluate(found.logits, found.labels)
+    def validate(self, predictor: Predictor) -> float:
+        """NLL of the validation questions."""
+        found = predict(predictor, self.splits["validation"], batch_size=BATCH)
+        return evaluate(found.logits, found.labels)["nll"]
 
-    def test(self, predictor: Predictor) -> dict[str, float]:
-        """Metrics, and AUROCs of the two uncertainties for wrong answers."""
-        found = predict(predictor, self.splits["test"], batch_size=8)
-        metrics = evaluate(found.logits, found.labels)
-        wrong = found.logits.softmax(-1).mean(0).argmax(-1) != found.labels
-        for name, score in (("entropy", entropy), ("mi", mutual_information)):
-            metrics[f"{name}_auroc_wrong"] = auroc(score(found.logits), wrong)
-        llm = predictor.adapter.peft_model.get_base_model()
-        return metrics | {"kappa": float(self.readout.kappa(llm).detach())}
+    def test(self, predictor: Predictor) -> dict[str, Tensor]:
+        """What the table needs of each question of ``test`` and ``other``: averaged
+        log-probabilities (N, C), mutual information (N,), label and length."""
+        found = {}
+        for name in ("test", "other"):
+            split = self.splits[name]
+            logits = predict(predictor, split, batch_size=BATCH).logits
+            averaged = summarise(logits)
+            found |= {
+                f"{name}.log_probs": averaged.log_probabilities.half(),
+                f"{name}.mutual_information": averaged.mutual_information.half(),
+                f"{name}.noise_to_signal": noise_to_signal(logits).half(),
+                f"{name}.labels": split.labels,
+                f"{name}.lengths": torch.tensor(split.lengths),
+            }
+        return found
 
-    def cached(self, name: str, run: Callable[[], dict]) -> dict:
-        """The result of an earlier run, or run now."""
-        return cached(self.runs, f"{self.task} {name}", run)
+
+def noise_to_signal(logits: Tensor) -> Tensor:
+    """Σ_c Var_k(f_kc − f̄_k) / Σ_c (mean_k(f_kc − f̄_k))², (N,) from (S, N, C)."""
+    there = logits.isfinite()
+    f = logits.masked_fill(~there, 0.0)
+    centred = (f - f.sum(-1, keepdim=True) / there.sum(-1, keepdim=True)).masked_fill(~there, 0.0)
+    return centred.var(0, correction=0).sum(-1) / centred.mean(0).square().sum(-1)
 
 
-def cached(runs: Path, name: str, run: Callable[[], dict]) -> dict:
-    """The result of a run that the file knows, or run now and kept there."""
-    finished = {}
-    if runs.exists():
-        for line in runs.read_text().splitlines():
-            finished |= json.loads(line)
-    if name not in finished:
-        print(f"running {name}", flush=True)
-        finished[name] = run()
-        with runs.open("a") as file:  # one write, so that two processes may share it
-            file.write(json.dumps({name: finished[name]}) + "\n")
-    return finished[name]
+# ---------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class WatchedMLE(MLE):
+    """MLE that ends at its last step, and remembers the state of lowest validation NLL."""
+
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
+        validate = options.pop("validate")
+        self.best.clear()
+
+        def watched() -> float:
+            nll = validate()
+            if nll < self.best.get("nll", math.inf):
+                named = model.adapter.named_parameters()
+                state = {name: p.detach().clone() for name, p in named.items()}
+                self.best.update(nll=nll, state=state)
+            return nll
+
+        return super()._train(model, guide, train, validate=watched, **options)
+
+    def early_stopped(self, bench: Bench, fitted: Fitted) -> Predictor:
+        """At the state of lowest validation NLL."""
+        with torch.no_grad():
+            for name, parameter in fitted.model.adapter.named_parameters().items():
+                parameter.copy_(self.best["state"][name])
+        return Predictor(fitted.model.adapter)
+
+
+#: (bench, method, fitted) → the predictor of a further row
+Derive = Callable[[Bench, Any, Fitted], Predictor]
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table, and the further rows that its training runs give.
 
-    :param trials: methods by label.
-    :param derive: name of a row → (bench, fitted) → the predictor that it tests.
+    :param trials: methods by label, two of which are at an edge of the grid.
+    :param beyond: label of a trial at an edge → the label and method of one beyond it.
+    :param own: further rows that choose for themselves among the trials, in this order.
+    :param same: further rows of the row's own choice.
     """
 
     trials: dict[str, Method]
-    derive: dict[str, Callable[[Any, Fitted], Predictor]] = field(default_factory=dict)
+    beyond: dict[str, tuple[str, Method]] = field(default_factory=dict)
+    own: dict[str, Derive] = field(default_factory=dict)
+    same: dict[str, Derive] = field(default_factory=dict)
+
+    def method(self, label: str) -> Method:
+        return (self.trials | dict(self.beyond.values()))[label]
+
+    def predictors(self, name: str, bench: Bench, method: Method, fitted: Fitted) -> Any:
+        """Name of each row → its predictor, which holds until the next one is made."""
+        yield name, fitted.predictor
+        for other, derive in {**self.same, **self.own}.items():
+            yield other, derive(bench, method, fitted)
 
 
-def mle(lr: float, **settings: Any) -> Method:
-    config = FitConfig(steps=STEPS, batch_size=BATCH, lr=lr, **settings)
-    return MLE(config, eval_batch_size=BATCH, progress=False)
+def watched(lr: float, steps: int = STEPS) -> Method:
+    config = FitConfig(steps=steps, batch_size=BATCH, lr=lr, eval_every=50)
+    return WatchedMLE(config, eval_batch_size=BATCH, progress=False)
+
+
+def decayed(lr: float, decay: float) -> Method:
+    config = FitConfig(steps=STEPS, batch_size=BATCH, lr=lr, weight_decay=decay)
+    return MAP(config, eval_batch_size=BATCH, progress=False)
 
 
 def scalabl(lr: float, weight: float, **settings: Any) -> Method:
@@ -215,83 +286,273 @@ def scalabl(lr: float, weight: float, **settings: Any) -> Method:
     return ScalaBL(config, eval_batch_size=BATCH, draws=DRAWS, progress=False, **settings)
 
 
-def scalabl_row(name: str, *trials: tuple[float, float], **settings: Any) -> Row:
+def reference(lr: float) -> Method:
+    config = FitConfig(steps=STEPS, batch_size=BATCH, lr=lr, lr_guide=lr)
+    return Reference(config, eval_batch_size=BATCH, draws=DRAWS, progress=False)
+
+
+def at_its_temperature(bench: Bench, method: Method, fitted: Fitted) -> Predictor:
+    return tempered(bench, fitted)
+
+
+def stopped_early(bench: Bench, method: WatchedMLE, fitted: Fitted) -> Predictor:
+    return method.early_stopped(bench, fitted)
+
+
+def stopped_early_at_its_temperature(bench: Bench, method: WatchedMLE, fitted: Fitted) -> Predictor:
+    predictor = method.early_stopped(bench, fitted)
+    return tempered(bench, replace(fitted, predictor=predictor))
+
+
+def at_the_mean(bench: Bench, method: Method, fitted: Fitted) -> Predictor:
+    return posterior_mean(bench, fitted)
+
+
+def scalabl_row(
+    name: str,
+    trials: list[tuple[float, float]],
+    beyond: dict[tuple[float, float], tuple[float, float]],
+    **settings: Any,
+) -> Row:
+    def label(trial: tuple[float, float]) -> str:
+        return f"lr={trial[0]:g} kl_weight={trial[1]:g}"
+
     return Row(
-        {
-            f"lr={lr:g} kl_weight={weight:g}": scalabl(lr, weight, **settings)
-            for lr, weight in trials
-        },
-        derive={f"{name}, posterior mean": posterior_mean},
+        {label(t): scalabl(*t, **settings) for t in trials},
+        beyond={label(at): (label(t), scalabl(*t, **settings)) for at, t in beyond.items()},
+        same={f"{name}, posterior mean": at_the_mean},
     )
 
 
+FROZEN = [(5e-3, 10), (5e-3, 3), (2e-3, 3)]
+FROZEN_BEYOND = {(5e-3, 10): (5e-3, 30), (5e-3, 3): (5e-3, 1), (2e-3, 3): (2e-3, 1)}
+
 ROWS: dict[str, Row] = {
     "MLE": Row(
-        {f"lr={lr:g}": mle(lr) for lr in (3e-4, 1e-3, 3e-3)}, derive={"MLE, tempered": tempered}
+        {f"lr={lr:g}": watched(lr) for lr in (3e-4, 1e-3, 3e-3)},
+        beyond={"lr=0.0003": ("lr=0.0001", watched(1e-4)), "lr=0.003": ("lr=0.01", watched(1e-2))},
+        own={
+            "MLE, tempered": at_its_temperature,
+            "MLE, early-stopped": stopped_early,
+            "MLE, early-stopped, tempered": stopped_early_at_its_temperature,
+        },
     ),
-    "V frozen": scalabl_row("V frozen", (5e-3, 10), (5e-3, 3), (2e-3, 10)),
+    "V frozen": scalabl_row("V frozen", FROZEN, FROZEN_BEYOND),
     "MLE, fixed recipe": Row(
-        {"lr=0.0002": mle(2e-4)}, derive={"MLE, fixed recipe, tempered": tempered}
+        {"lr=0.001": watched(1e-3, 1000)},
+        own={"MLE, fixed recipe, tempered": at_its_temperature},
     ),
-    "MLE, early-stopped": Row(
-        {f"lr={lr:g}": mle(lr, eval_every=50, keep="best") for lr in (3e-4, 1e-3, 3e-3)},
-        derive={"MLE, early-stopped, tempered": tempered},
+    "V free": scalabl_row(
+        "V free",
+        [(1e-3, 10), (1e-3, 3), (2e-3, 10)],
+        {(1e-3, 3): (1e-3, 1), (2e-3, 10): (5e-3, 10), (1e-3, 10): (5e-4, 10)},
+        projections="free",
     ),
-    "V free": scalabl_row("V free", (1e-3, 10), (1e-3, 3), (2e-3, 10), projections="free"),
     "full rank": scalabl_row(
-        "full rank", (5e-3, 10), (5e-3, 3), (2e-3, 10), guide={"name": "multivariate_normal"}
+        "full rank", FROZEN, FROZEN_BEYOND, guide={"name": "multivariate_normal"}
     ),
     "low rank": scalabl_row(
-        "low rank",
-        *((5e-3, 10), (5e-3, 3), (2e-3, 10)),
-        guide={"name": "low_rank_multivariate_normal"},
+        "low rank", FROZEN, FROZEN_BEYOND, guide={"name": "low_rank_multivariate_normal"}
     ),
+    "MAP": Row(
+        {
+            f"lr={lr:g} weight_decay={decay:g}": decayed(lr, decay)
+            for lr, decay in ((3e-4, 0.1), (1e-3, 0.1), (1e-3, 1.0))
+        }
+    ),
+    "reference": Row({f"lr={lr:g}": reference(lr) for lr in (3e-4, 1e-3, 2e-3)}),
 }
 
+#: what is subtracted from every row of the table
+AGAINST = ("MLE, tempered", "MLE, early-stopped, tempered")
 
-def trial(bench: Bench, name: str, label: str) -> float:
-    """Validation NLL of one trial."""
+
+# ---------------------------------------------------------------------- runs
+
+
+def cached(file: Path, name: str, run: Callable[[], dict]) -> dict:
+    """The result of a run that a file of JSON Lines knows, or run now and kept there."""
+    finished = {}
+    if file.exists():
+        for line in file.read_text().splitlines():
+            finished |= json.loads(line)
+    if name not in finished:
+        print(f"running {name}", flush=True)
+        finished[name] = run()
+        with file.open("a") as lines:  # one write, so that two processes may share it
+            lines.write(json.dumps({name: finished[name]}) + "\n")
+    return finished[name]
+
+
+def trial(bench: Bench, name: str, label: str) -> dict[str, float]:
+    """Validation NLL of each row that a training run gives."""
 
     def run() -> dict:
-        fitted = bench.fit(ROWS[name].trials[label], TUNING_SEED)
-        return bench.validate(fitted.predictor) | summary(fitted)
-
-    return bench.cached(f"{name} {label} trial", run)["nll"]
-
-
-def tested(bench: Bench, name: str, label: str, seed: int) -> dict[str, dict]:
-    """The rows that come from one training run, on test."""
-
-    def run() -> dict:
-        fitted = bench.fit(ROWS[name].trials[label], seed)
-        found = {name: bench.test(fitted.predictor) | summary(fitted)}
-        for other, derive in ROWS[name].derive.items():
-            found[other] = bench.test(derive(bench, fitted))
+        row, method = ROWS[name], ROWS[name].method(label)
+        fitted = bench.fit(method, TUNING_SEED)
+        found = summary(fitted) | {"kappa": kappa(bench, fitted)}
+        for other, predictor in row.predictors(name, bench, method, fitted):
+            found[other] = bench.validate(predictor)
         return found
 
-    return bench.cached(f"{name} {label} seed {seed}", run)
+    return bench_cached(bench, f"{name} {label} trial", run)
+
+
+def tested(bench: Bench, name: str, label: str, seed: int) -> dict[str, dict[str, Tensor]]:
+    """What is known of each test question, by the rows that a training run gives."""
+    folder = bench.runs / bench.task
+    row = ROWS[name]
+    names = [name, *row.same, *row.own]
+    files = {other: folder / file_name(f"{other} {label} seed {seed}") for other in names}
+
+    def run() -> dict:
+        folder.mkdir(parents=True, exist_ok=True)
+        method = row.method(label)
+        fitted = bench.fit(method, seed)
+        found = summary(fitted) | {"kappa": kappa(bench, fitted)}
+        for other, predictor in row.predictors(name, bench, method, fitted):
+            save_file(bench.test(predictor), files[other])
+        return found
+
+    bench_cached(bench, f"{name} {label} seed {seed}", run)
+    return {other: load_file(file) for other, file in files.items()}
+
+
+def file_name(run: str) -> str:
+    return run.replace(",", "").replace(" ", "_") + ".safetensors"
+
+
+def untrained(bench: Bench) -> dict[str, Tensor]:
+    """The same before training, at the κ of lowest NLL on training questions."""
+    file = bench.runs / bench.task / file_name("zero-shot")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        adapter = bench.make_adapter(svd=False)
+        adapter.start_readout(bench.splits["train"])
+        save_file(bench.test(Predictor(adapter)), file)
+    return load_file(file)
+
+
+def bench_cached(bench: Bench, name: str, run: Callable[[], dict]) -> dict:
+    bench.runs.mkdir(parents=True, exist_ok=True)
+    return cached(bench.runs / "runs.jsonl", f"{bench.task} {name}", run)
+
+
+def kappa(bench: Bench, fitted: Fitted) -> float:
+    llm = fitted.model.adapter.peft_model.get_base_model()
+    return float(bench.readout.kappa(llm).detach())
+
+
+def choose(bench: Bench, name: str) -> dict[str, dict[str, float]]:
+    """Label of each trial → validation NLL of each row; one more beyond each edge that is best."""
+    row = ROWS[name]
+    if len(row.trials) == 1:
+        return {}
+    trials = {label: trial(bench, name, label) for label in row.trials}
+    for other in (name, *row.own):
+        best = min(trials, key=lambda label: trials[label][other])
+        if best in row.beyond:
+            label, _ = row.beyond[best]
+            trials[label] = trial(bench, name, label)
+    return trials
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Figures of a row, from one run a seed, with intervals over seeds and questions."""
+    each = [per_question(run["test.log_probs"][None].float(), run["test.labels"]) for run in runs]
+    figures: dict[str, Any] = {
+        name: interval(crossed_interval(values)) for name, values in stacked(each).items()
+    }
+    several: dict[str, list[float]] = {}
+    for run in runs:
+        for name, value in of_one_run(run).items():
+            several.setdefault(name, []).append(value)
+    for name, values in several.items():
+        x = torch.tensor(values, dtype=torch.float64)
+        error = float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.nan
+        figures[name] = {"mean": float(x.mean()), "standard_error_over_seeds": error}
+    return figures
+
+
+def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
+    """Figures that are no means over questions."""
+    probs = run["test.log_probs"].float().exp()
+    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
+    wrong = probs.argmax(-1) != run["test.labels"]
+    found = {
+        "ece_floor": ece_floor(probs).mean,
+        "confidence_minus_acc": float(probs.amax(-1).mean() - (~wrong).float().mean()),
+    }
+    other = run["other.log_probs"].float().exp()
+    scores = {
+        "entropy": (torch.special.entr(probs).sum(-1), torch.special.entr(other).sum(-1)),
+        "mutual_information": tuple(run[f"{n}.mutual_information"] for n in ("test", "other")),
+        "noise_to_signal": tuple(run[f"{n}.noise_to_signal"] for n in ("test", "other")),
+        "tokens": tuple(run[f"{n}.lengths"] for n in ("test", "other")),
+    }
+    lengths = torch.cat([run["test.lengths"], run["other.lengths"]])
+    is_other = torch.arange(len(lengths)) >= len(probs)
+    for name, (here, there) in scores.items():
+        if not here.float().any():
+            continue  # one draw
+        found[f"auroc_wrong_{name}"] = auroc(here.float(), wrong)
+        both = torch.cat([here, there]).float()
+        found[f"auroc_other_{name}"] = auroc_by_length(both, is_other, lengths)
+    return found
+
+
+def auroc_by_length(scores: Tensor, positive: Tensor, lengths: Tensor) -> float:
+    """AUROC over the pairs whose lengths differ by at most ``WITHIN`` tokens."""
+    a, b = scores[positive], scores[~positive]
+    near = (lengths[positive][:, None] - lengths[~positive]).abs() <= WITHIN
+    higher = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
+    return float(higher[near].mean())
+
+
+def interval(found: Interval) -> dict[str, float]:
+    return found._asdict()
 
 
 def table(bench: Bench, names: list[str]) -> dict[str, Any]:
     """All figures of one task."""
-    trials, chosen, rows = {}, {}, {}
+    trials: dict[str, Any] = {}
+    chosen: dict[str, str] = {}
+    runs = {"zero-shot": [untrained(bench)] * len(SEEDS)}
     for name in names:
-        labels = list(ROWS[name].trials)
-        trials[name] = (
-            {label: trial(bench, name, label) for label in labels} if len(labels) > 1 else {}
-        )
-        chosen[name] = min(labels, key=lambda label: trials[name].get(label, 0.0))
-        for seed in SEEDS:
-            for row, metrics in tested(bench, name, chosen[name], seed).items():
-                rows.setdefault(row, []).append(metrics)
-    return {
+        row = ROWS[name]
+        trials[name] = choose(bench, name)
+        for own in (name, *row.own):
+            found = {label: each[own] for label, each in trials[name].items()}
+            label = min(found, key=found.get) if found else next(iter(row.trials))
+            chosen[own] = label
+            each_seed = [tested(bench, name, label, seed) for seed in SEEDS]
+            for other in (own, *(row.same if own == name else ())):
+                runs[other] = [found[other] for found in each_seed]
+    figures = {
         "trials": trials,
         "chosen": chosen,
-        "test": {
-            row: {key: mean_and_error([run[key] for run in runs]) for key in known(runs)}
-            for row, runs in rows.items()
-        },
+        "test": {row: metrics(each) for row, each in runs.items()},
     }
+    by_question = {
+        row: stacked(
+            [per_question(r["test.log_probs"][None].float(), r["test.labels"]) for r in each]
+        )
+        for row, each in runs.items()
+    }
+    for other in AGAINST:
+        if other in runs:
+            figures[f"minus {other}"] = {
+                row: {
+                    key: interval(paired_difference(values[key], by_question[other][key]))
+                    for key in ("acc", "ece", "nll", "brier")
+                }
+                for row, values in by_question.items()
+                if row != other
+            }
+    return figures
 
 
 def main() -> None:
@@ -299,7 +560,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--data", required=True, help="folder with arc_easy/ and openbookqa/")
     parser.add_argument("--zero-shot", action="store_true", help="nothing is trained")
-    parser.add_argument("--runs", default=str(RESULTS / "causal_runs.jsonl"), help="finished runs")
+    parser.add_argument("--runs", default=str(RESULTS / "causal"), help="folder of finished runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--save", action="store_true", help="write results/causal*.json")
@@ -311,7 +572,7 @@ def main() -> None:
     for task in args.tasks:
         if args.zero_shot:
             run = partial(zero_shot, args.model, args.data, task)
-            found = cached(Path(args.runs), f"{task} zero-shot", run)
+            found = cached(Path(args.runs) / "runs.jsonl", f"{task} zero-shot", run)
             figures[task] = found | {"published": PUBLISHED[task]}
         else:
             figures[task] = table(Bench(args.model, args.data, task, args.runs), args.rows)

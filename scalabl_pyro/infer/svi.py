@@ -47,7 +47,7 @@ class FitConfig:
     :param steps: T, the optimizer's steps.
     :param batch_size: B of a minibatch.
     :param lr: learning rate of the projections and heads.
-    :param lr_guide: learning rate of the guide.
+    :param lr_guide: learning rate of the guide, and of what a readout trains of its own.
     :param weight_decay: AdamW's decoupled decay of the projections and heads. It is no Gaussian
         prior: the share it takes depends neither on N nor on the gradient's scaling.
     :param warmup: share of the steps over which learning rates rise linearly from 0.
@@ -259,9 +259,13 @@ class _Run:
         self._parameters = list(self._named.values())
         if not self._parameters:
             raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
+        own = {id(p) for p in model.adapter.readout_parameters.values()}
+        matrices = [p for p in trained.values() if id(p) not in own]
+        # A readout's few numbers, such as κ, have as far to go as the guide's, and no decay.
+        numbers = [*(p for p in trained.values() if id(p) in own), *inferred.values()]
         groups = [
-            {"params": [*trained.values()], "lr": config.lr, "weight_decay": config.weight_decay},
-            {"params": [*inferred.values()], "lr": config.lr_guide, "weight_decay": 0.0},
+            {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": numbers, "lr": config.lr_guide, "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(groups)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import make_records, write_jsonl
 
 from scalabl_pyro.infer.svi import FitConfig
@@ -33,47 +34,76 @@ def test_zero_shot_figures_of_every_size(causal, local_model, tmp_path):
     assert len(nll) == 3
 
 
-def test_every_row_has_one_to_three_trials_and_derives_a_row(causal):
+def test_every_row_has_one_to_three_trials_and_goes_beyond_those_at_an_edge(causal):
     for name, row in causal.ROWS.items():
         assert 1 <= len(row.trials) <= 3, name
-        assert all(method.config.steps == causal.STEPS for method in row.trials.values())
-        assert len(row.derive) == 1
-        assert all(other.startswith(name) for other in row.derive)
+        assert row.beyond.keys() <= row.trials.keys()
+        assert not row.trials.keys() & dict(row.beyond.values()).keys()
+        assert all(other.startswith(name) for other in (*row.own, *row.same))
 
 
-def test_finished_runs_are_kept_and_the_best_trial_is_tested(
-    causal, local_model, tmp_path, monkeypatch
-):
-    for name, count in (("train", 24), ("validation", 7), ("test", 9)):
-        write_jsonl(tmp_path / "data" / "task" / f"{name}.jsonl", make_records(count))
-    short = {}
-    for name in ("MLE", "V frozen"):
+@pytest.fixture
+def short(causal, monkeypatch, tmp_path):
+    """Rows of two steps: MLE at a rate of 0 and of 0.1, V frozen at 0.1; two seeds."""
+    for task, train, test in (("arc_easy", 24, 9), ("openbookqa", 30, 8)):
+        for name, count in (("train", train), ("validation", 7), ("test", test)):
+            write_jsonl(tmp_path / "data" / task / f"{name}.jsonl", make_records(count))
+    rows = {}
+    for name, rates in (("MLE", (0.0, 0.1)), ("V frozen", (0.1,))):
+        row = causal.ROWS[name]
+        every = 1 if name == "MLE" else 0
         trials = {
-            label: replace(method, config=FitConfig(steps=2, batch_size=4, lr=lr))
-            for (label, method), lr in zip(
-                causal.ROWS[name].trials.items(), (0.0, 0.1), strict=False
-            )
+            label: replace(method, config=FitConfig(2, batch_size=4, lr=lr, eval_every=every))
+            for (label, method), lr in zip(row.trials.items(), rates, strict=False)
         }
-        short[name] = replace(causal.ROWS[name], trials=trials)
-    monkeypatch.setattr(causal, "ROWS", short)
+        rows[name] = replace(row, trials=trials, beyond={})
+    monkeypatch.setattr(causal, "ROWS", rows)
     monkeypatch.setattr(causal, "SEEDS", range(2))
-    runs = tmp_path / "runs.jsonl"
-    bench = causal.Bench(str(local_model), str(tmp_path / "data"), "task", runs)
+    return rows
+
+
+def test_finished_runs_are_kept_and_each_row_is_tested_at_its_own_best_trial(
+    causal, short, local_model, tmp_path, monkeypatch
+):
+    runs = tmp_path / "runs"
+    bench = causal.Bench(str(local_model), str(tmp_path / "data"), "arc_easy", runs)
     figures = causal.table(bench, list(short))
     assert set(figures["test"]) == {
+        "zero-shot",
         "MLE",
         "MLE, tempered",
+        "MLE, early-stopped",
+        "MLE, early-stopped, tempered",
         "V frozen",
         "V frozen, posterior mean",
     }
-    for name in short:
-        assert figures["trials"][name][figures["chosen"][name]] == min(
-            figures["trials"][name].values()
-        )
-    assert figures["test"]["V frozen"]["mutual_information"][0] > 0
-    assert figures["test"]["V frozen, posterior mean"]["mutual_information"] == (0.0, 0.0)
-    assert len(runs.read_text().splitlines()) == 2 * (2 + 2)
-    again = causal.Bench(str(local_model), str(tmp_path / "data"), "task", runs)
+    for row in ("MLE", "MLE, tempered", "MLE, early-stopped"):
+        trials = {label: found[row] for label, found in figures["trials"]["MLE"].items()}
+        assert trials[figures["chosen"][row]] == min(trials.values())
+    trials = figures["trials"]["MLE"].values()
+    assert all(found["MLE, early-stopped"] <= found["MLE"] for found in trials)
+    assert all(found["MLE, tempered"] <= found["MLE"] + 1e-6 for found in trials)
+    mean, drawn = (figures["test"][f"V frozen{of}"] for of in (", posterior mean", ""))
+    assert "auroc_wrong_mutual_information" in drawn
+    assert "auroc_wrong_mutual_information" not in mean
+    assert figures["minus MLE, tempered"]["V frozen"]["nll"]["mean"] == pytest.approx(
+        drawn["nll"]["mean"] - figures["test"]["MLE, tempered"]["nll"]["mean"], abs=1e-9
+    )
+    again = causal.Bench(str(local_model), str(tmp_path / "data"), "arc_easy", runs)
     monkeypatch.setattr(again, "fit", None)  # nothing is run
     # As text, in which what is no number equals itself.
     assert json.dumps(causal.table(again, list(short))) == json.dumps(figures)
+
+
+def test_auroc_by_length_compares_pairs_of_like_length_alone(causal):
+    scores = torch.tensor([1.0, 5.0, 2.0, 3.0, 3.0])
+    other = torch.tensor([True, True, False, False, False])
+    lengths = torch.tensor([10, 30, 11, 12, 29])
+    # Pairs: 1 < 2, 1 < 3, 5 > 3.
+    assert causal.auroc_by_length(scores, other, lengths) == pytest.approx(1 / 3)
+
+
+def test_noise_to_signal_by_hand(causal):
+    logits = torch.tensor([[[3.0, 1.0, -math.inf]], [[1.0, -3.0, -math.inf]]])
+    # Centred: (1, −1) and (2, −2); variances 0.25 each, means 1.5 and −1.5.
+    assert float(causal.noise_to_signal(logits)) == pytest.approx(0.5 / 4.5)

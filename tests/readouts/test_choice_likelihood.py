@@ -398,6 +398,19 @@ def test_kappa_is_trained_with_the_projections_and_belongs_to_its_adapter(tokeni
     torch.testing.assert_close(second(whole(split)).detach(), logits * torch.tensor(1.0).exp())
 
 
+def test_kappa_moves_at_the_rate_of_the_guide_and_does_not_decay(tokenizer, records):
+    readout = ChoiceLikelihood(tokenizer, PROMPTS["question"], num_classes=4, max_length=64)
+    adapter = SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
+    split = readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    adapter.readout_parameters["log_kappa"].data.fill_(1.0)
+    config = FitConfig(steps=1, lr=0.0, lr_guide=0.03, weight_decay=0.5, warmup=0.0)
+    fit(model, AutoSubspaceNormal(model), split, config, progress=False)
+    # Adam's first step is its learning rate, whatever the gradient.
+    moved = float(adapter.readout_parameters["log_kappa"].detach()) - 1.0
+    assert abs(moved) == pytest.approx(0.03, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("projections", "trained"),
     [("free", True), ("frozen_v", True), ("unit", True), ("fixed", False)],
@@ -453,7 +466,7 @@ def test_training_starts_at_the_best_kappa_of_the_untrained_model(tokenizer, rec
         starts.append(adapter)
         return adapter
 
-    MLE(FitConfig(steps=1, lr=0.0), progress=False).fit(build, split, None, seed=0)
+    MLE(FitConfig(steps=1, lr=0.0, lr_guide=0.0), progress=False).fit(build, split, None, seed=0)
     scores = scores_by_hand(tiny_llama(), tokenizer, records)
     expected = fit_kappa(scores, split.labels)
     kappa = readout.kappa(starts[0].peft_model.get_base_model())
