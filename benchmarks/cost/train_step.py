@@ -106,6 +106,7 @@ class FreeAdapter:
         self.device = torch.device("cpu")
         sizes = [(8, 64), (64, 8)] * modules
         self.parameters = {f"m{i}": nn.Parameter(torch.zeros(s)) for i, s in enumerate(sizes)}
+        self.readout_parameters: dict[str, nn.Parameter] = {}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.parameters

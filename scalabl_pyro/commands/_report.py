@@ -53,9 +53,9 @@ def write_report(
     :param chosen: the settings of each row; ``trials`` those that were tried.
     :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
-        by seed and question; ``ece_floor``, the ECE of calibrated models with the same
-        probabilities; and the AUROC of entropy for telling the examples of a further split from
-        ``test``, with an interval over seeds alone.
+        by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
+        of calibrated models with the same probabilities; and the AUROC of entropy for telling the
+        examples of a further split from ``test``, with an interval over seeds alone.
     :raises ValueError: if runs answer other questions than the first.
     """
     predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
@@ -73,6 +73,10 @@ def write_report(
         "metrics": {
             name: {s: {m: _mean(row[s][m]) for m in METRICS} for s in splits}
             for name, row in values.items()
+        },
+        "confidence": {
+            name: {s: _mean(torch.stack([_confidence(run[s]) for run in row])) for s in splits}
+            for name, row in predictions.items()
         },
         "ece_floor": {
             name: {s: _floor([run[s] for run in row]) for s in splits}
@@ -172,6 +176,11 @@ def _mean(values: Tensor) -> dict[str, float]:
 def _entry(found: Interval, *, p: bool = False) -> dict[str, float]:
     names = ("mean", "standard_error", "low", "high", *(("p",) if p else ()))
     return {name: getattr(found, name) for name in names}
+
+
+def _confidence(run: Predictions) -> Tensor:
+    """(N,), the probability of the answer."""
+    return average(run.logits).exp().amax(-1)
 
 
 def _floor(runs: Sequence[Predictions]) -> dict[str, float]:

@@ -24,6 +24,7 @@ __all__ = ["main"]
 
 USAGE = """usage: scalabl COMMAND [key=value ...]
 
+  demo       over-confidence and its cure on real questions, in minutes
   train      fine-tune a model on labelled records and write a run folder
   evaluate   metrics of a run folder on a labelled split
   predict    answers, probabilities and uncertainty for records with or without labels
@@ -53,6 +54,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command("demo", "DemoConfig", "demonstrate"),
     "train": Command("train", "RunConfig", "train"),
     "evaluate": Command("evaluate", "EvaluateConfig", "evaluate_run"),
     "predict": Command("predict", "PredictConfig", "predict_file"),

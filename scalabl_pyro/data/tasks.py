@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ..embedded import openbookqa
 from .hub import Row, Task
 from .records import DataError, Record
 
 __all__ = ["TASKS", "EmbeddedTask", "find_task"]
 
 
+def _world() -> dict[str, list[Record]]:
+    # The world is made of records, whose package this is.
+    from .world import world
+
+    return world().splits
+
+
+def _questions() -> dict[str, list[Record]]:
+    splits: dict[str, list[Record]] = {}
+    for row in openbookqa():
+        record = Record(row["id"], row["question"], tuple(row["choices"]), row["label"])
+        splits.setdefault(row["split"], []).append(record)
+    return splits
+
+
+@dataclass(frozen=True)
 class EmbeddedTask:
-    """The invented world in this package."""
+    """A data set in this package: the invented world, or 500 questions of OpenBookQA.
+
+    :param splits: makes its splits.
+    """
+
+    splits: Callable[[], dict[str, list[Record]]]
 
     def read(self, hub_path: str | None = None) -> dict[str, list[Record]]:
         """Its splits.
 
         :raises DataError: if ``hub_path`` is given.
         """
-        # The world is made of records, whose package this is.
-        from .world import world
-
         if hub_path is not None:
-            raise DataError("data.hub_path: data.task=embedded is generated and has no copies")
-        return world().splits
+            raise DataError("data.hub_path: the data set is in this package and has no copies")
+        return self.splits()
 
 
 def find_task(name: str) -> Task | EmbeddedTask:
@@ -101,7 +121,8 @@ world_religions
 """
 
 TASKS: dict[str, Task | EmbeddedTask] = {
-    "embedded": EmbeddedTask(),
+    "embedded": EmbeddedTask(_world),
+    "openbookqa_500": EmbeddedTask(_questions),
     "openbookqa": Task("allenai/openbookqa", "main", _openbookqa, _ALL),
     "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", _arc, _ALL),
     "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", _arc, _ALL),

