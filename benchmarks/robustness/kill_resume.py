@@ -170,7 +170,7 @@ def main() -> None:
         )  # fmt: skip
         figures["distill"] = kill_and_compare(
             ["distill", f"run={run}", f"input={questions}", f"fit.steps={args.steps}",
-             "progress=false"],
+             "fit.lr=1e-5", "progress=false"],
             lambda path: [f"output={path}"],
             same_adapter,
             root / "distill",
