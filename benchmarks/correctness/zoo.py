@@ -3,32 +3,21 @@
     python -m benchmarks.correctness.zoo --save
 
 Each architecture of ``transformers`` is built with two or four small blocks and random weights, and
-adapted at linear layers whose names are found in it. What is checked:
+adapted at linear layers whose names are found in it. What is checked is what ``scalabl doctor``
+checks of one model: see ``scalabl_pyro/runs/checks.py``.
 
-* ``peft``: the logits of plain PEFT at the same weights;
-* ``alone``: rows padded in a batch have the logits they have alone;
-* ``draws``: S draws at once equal a loop over them;
-* ``trunk``: with the upper half adapted, the shared trunk equals the full path;
-* ``checkpointed``: gradients with checkpointing equal plain ones;
-* ``trains``: three steps of ``fit`` move s;
-* ``exported``: a draw, saved and loaded by plain PEFT, has its logits.
-
-``ok``, the reason of a refusal, or what went wrong, after ``WRONG`` or ``CRASH``.
+``ok``, the reason of a refusal or of an absence, or what went wrong, after ``WRONG`` or ``CRASH``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,19 +25,19 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks._report import report
-from benchmarks.cost._steps import OneBatch
-from scalabl_pyro import AutoSubspaceNormal, FitConfig, ScalaBLModel, SubspaceAdapter, fit
-from scalabl_pyro.data import Batch
+from scalabl_pyro import Record, Split, SubspaceAdapter
+from scalabl_pyro.data import Example
 from scalabl_pyro.readouts.base import Readout
 from scalabl_pyro.readouts.causal import last_logits, left_padded
-from scalabl_pyro.runs.exports import save_adapter
+from scalabl_pyro.runs import checks
+from scalabl_pyro.runs.checks import Candidate, Needless
 
 C, VOCABULARY, BLOCKS = 4, 64, 4
-TOLERANCE = 1e-4
 
 AUTO = {
     "causal": AutoModelForCausalLM,
@@ -155,14 +144,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-class Wrong(Exception):
-    """A check that ran, and whose numbers differ."""
-
-
-class OwnPadding(Exception):
-    """A model whose logits depend on padding, whoever runs it."""
-
-
 class Words(Readout):
     """Logits of C words after a prompt, or those of a head: readouts without a tokenizer."""
 
@@ -170,7 +151,9 @@ class Words(Readout):
     auto_class = ""
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.num_classes = kind, C
+        self.kind, self.num_classes, self.max_length = kind, C, 64
+        self.row_per_choice = kind == "choices"
+        self.tokenizer = words()
         if kind == "causal":
             self.label_ids = torch.arange(4, 4 + C)
 
@@ -217,134 +200,48 @@ def targets(llm: PreTrainedModel, first: int = 0) -> list[str]:
     return [name for found in blocks.values() for name in (found[0], found[-1])]
 
 
-def batch_of(kind: str) -> Batch:
-    """Five rows of different lengths, padded on the right."""
+def words() -> PreTrainedTokenizerFast:
+    """A token for each of the words w5, w6, …"""
+    names = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def split_of(readout: Words) -> Split:
+    """Five examples of different lengths, which end with </s>."""
     generator = torch.Generator().manual_seed(0)
-    shape = (5, C) if kind == "choices" else (5,)
-    lengths = torch.tensor([8, 6, 8, 3, 5]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
-    mask = (torch.arange(8) < lengths[..., None]).long()
-    ids = torch.randint(5, VOCABULARY, mask.shape, generator=generator)
-    ids = torch.where(torch.arange(8) == lengths[..., None] - 1, 2, ids) * mask  # ends with </s>
-    choices = torch.ones(5, C, dtype=torch.bool)
-    return Batch({"input_ids": ids, "attention_mask": mask}, choices, torch.arange(5) % C)
+    examples = []
+    for n, length in enumerate((8, 6, 8, 3, 5)):
+        ids = torch.randint(
+            5, VOCABULARY, (C if readout.row_per_choice else 1, length - 1), generator=generator
+        )
+        rows = [[*row, 2] for row in ids.tolist()]
+        mask = [[1] * length for _ in rows]
+        examples.append(Example({"input_ids": rows, "attention_mask": mask}, C, n % C))
+    records = [Record(str(n), "q", ("a", "b", "c", "d"), n % C) for n in range(5)]
+    return Split(records, examples, readout.collate)
 
 
-def make(kind: str, model_type: str, first: int = 0, **options: Any) -> SubspaceAdapter:
-    llm = build(kind, model_type)
-    names = targets(llm, first)
-    if not names:
-        raise ValueError(f"no trunk: no block counts {first} or more")
-    conv = isinstance(llm.get_submodule(names[0]), Conv1D)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=names, fan_in_fan_out=conv)
-    torch.manual_seed(2)
-    adapter = SubspaceAdapter(llm, config, Words(kind), **options)
-    fill(adapter.matrices.B.values())
-    return adapter
+def candidate(kind: str, model_type: str) -> Candidate:
+    readout = Words(kind)
+
+    def adapt(llm: PreTrainedModel, *, upper: bool = False, **options: Any) -> SubspaceAdapter:
+        names = targets(llm, BLOCKS // 2 if upper else 0)
+        if not names:
+            raise Needless("no block counts as the upper half")
+        conv = isinstance(llm.get_submodule(names[0]), Conv1D)
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=names, fan_in_fan_out=conv)
+        torch.manual_seed(2)
+        return SubspaceAdapter(llm, config, readout, **options)
+
+    prompts = ("w7 w9 w11", "w20") if kind == "causal" else ()
+    return Candidate(lambda: build(kind, model_type), adapt, split_of(readout), prompts)
 
 
-@torch.no_grad()
-def fill(layers: Any) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for layer in layers:
-        layer.weight.copy_(0.3 * torch.randn(layer.weight.shape, generator=generator))
-
-
-def checks(kind: str, model_type: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    batch = batch_of(kind)
-
-    def draws(adapter: SubspaceAdapter) -> Tensor:
-        return torch.rand(3, *adapter.shape, generator=torch.Generator().manual_seed(4)) + 0.5
-
-    def close(found: Tensor, expected: Tensor) -> None:
-        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
-        if not error < TOLERANCE:
-            raise Wrong(f"off by {error:.1e}")
-
-    @torch.no_grad()
-    def peft() -> None:
-        adapter = make(kind, model_type, svd=False)
-        llm = build(kind, model_type)
-        model = get_peft_model(llm, copy.deepcopy(adapter.peft_model.peft_config["default"]))
-        plain = dict(model.eval().named_parameters())
-        for name, value in adapter.state().items():
-            plain[f"base_model.model.{name}"].copy_(value)
-        close(adapter(batch), adapter.readout(llm, batch.inputs))
-
-    @torch.no_grad()
-    def alone() -> None:
-        adapter = make(kind, model_type)
-        rows = []
-        for n in range(5):
-            size = int(batch.inputs["attention_mask"][n].sum(-1).max())
-            inputs = {name: value[n : n + 1, ..., :size] for name, value in batch.inputs.items()}
-            rows.append(Batch(inputs, batch.choices[n : n + 1]))
-        each = torch.cat([adapter(row, adapter.init_loc) for row in rows])
-        try:
-            close(adapter(batch, adapter.init_loc), each)
-        except Wrong as error:
-            llm = build(kind, model_type)
-            plain = torch.cat([adapter.readout(llm, row.inputs) for row in rows])
-            try:
-                close(adapter.readout(llm, batch.inputs), plain)
-            except Wrong:
-                raise OwnPadding(f"padding changes its logits, {error}") from error
-            raise
-
-    @torch.no_grad()
-    def at_once() -> None:
-        adapter = make(kind, model_type)
-        s = draws(adapter)
-        loop = torch.stack([adapter(batch, each) for each in s])
-        close(adapter(batch, s), loop)
-
-    @torch.no_grad()
-    def trunk() -> None:
-        adapter = make(kind, model_type, first=BLOCKS // 2)
-        s = draws(adapter)
-        loop = torch.stack([adapter(batch, each) for each in s])
-        if not adapter.trunk.depth:
-            raise ValueError(f"no trunk: {adapter.trunk.why_not}")
-        close(adapter(batch, s), loop)
-        if not adapter._share_trunk:
-            raise ValueError("no trunk: found in a forward pass")
-
-    def checkpointed() -> None:
-        gradients = []
-        for checkpointing in (False, True):
-            adapter = make(kind, model_type, gradient_checkpointing=checkpointing)
-            adapter.train()
-            s = adapter.init_loc.requires_grad_()
-            adapter(batch, s).log_softmax(-1)[..., 0].sum().backward()
-            gradients.append(s.grad)
-        close(gradients[1], gradients[0])
-
-    def trains() -> None:
-        adapter = make(kind, model_type)
-        model = ScalaBLModel(adapter, num_data=5)
-        guide = AutoSubspaceNormal(model)
-        config = FitConfig(steps=3, batch_size=5, lr_guide=0.01)
-        fit(model, guide, OneBatch(batch), config, progress=False)
-        if not (guide.median()["s"] - adapter.init_loc).abs().max() > 1e-4:
-            raise Wrong("s did not move")
-
-    @torch.no_grad()
-    def exported() -> None:
-        adapter = make(kind, model_type)
-        s = draws(adapter)[0]
-        with tempfile.TemporaryDirectory() as folder:
-            save_adapter(adapter, s, Path(folder) / "draw")
-            model = PeftModel.from_pretrained(build(kind, model_type), f"{folder}/draw").eval()
-        close(adapter.readout(model.get_base_model(), batch.inputs), adapter(batch, s))
-
-    yield from {
-        "peft": peft,
-        "alone": alone,
-        "draws": at_once,
-        "trunk": trunk,
-        "checkpointed": checkpointed,
-        "trains": trains,
-        "exported": exported,
-    }.items()
+WORDS = {"refused": "refused", "absent": "the model's own", "wrong": "WRONG", "broken": "CRASH"}
 
 
 def examine(kind: str, model_type: str) -> dict[str, str]:
@@ -357,23 +254,10 @@ def examine(kind: str, model_type: str) -> dict[str, str]:
         return {"build": f"not built here: {type(error).__name__}: {str(error)[:120]}"}
     if not names:
         return {"build": "no linear layer in a block"}
-    found = {"build": "ok"}
-    for name, check in checks(kind, model_type):
-        pyro.set_rng_seed(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                check()
-            found[name] = "ok"
-        except ValueError as error:
-            found[name] = f"refused: {str(error).splitlines()[0][:400]}"
-        except OwnPadding as error:
-            found[name] = f"the model's own: {error}"
-        except Wrong as error:
-            found[name] = f"WRONG: {str(error)[:300]}"
-        except Exception as error:
-            found[name] = f"CRASH: {type(error).__name__}: {str(error)[:300]}"
-    return found
+    return {
+        name: "ok" if state == "ok" else f"{WORDS[state]}: {text[:400]}"
+        for name, (state, text) in checks.examine(candidate(kind, model_type))
+    }
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
 Runs ``scalabl train`` on the embedded model once without interruption, then again and again with
 ``resume=true``, killed at random moments, until there were so many kills; whenever a run gets to
 its end, its tensors and metrics are compared with those of the first, and a new one begins. The
-same for ``compare`` and for ``predict`` with a fifth of the kills each.
+same for ``compare``, ``predict``, ``generate`` and ``distill`` with a fifth of the kills each; of
+these, ``distill`` begins anew.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ def same_run(a: Path, b: Path) -> bool:
     return (a / "history.csv").read_bytes() == (b / "history.csv").read_bytes()
 
 
+def same_adapter(a: Path, b: Path) -> bool:
+    """Whether two distilled adapters are the same, to the bit."""
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
+    about = [json.loads((folder / "distilled.json").read_text()) for folder in (a, b)]
+    return (
+        left.keys() == right.keys()
+        and all(torch.equal(left[k], right[k]) for k in left)
+        and about[0] | {"output": None} == about[1] | {"output": None}
+    )
+
+
+def same_text(a: Path, b: Path) -> bool:
+    return a.read_text() == b.read_text()
+
+
 def kill_and_compare(
     command: list[str],
     target: Callable[[Path], list[str]],
@@ -87,7 +103,8 @@ def kill_and_compare(
         path = folder / "killed"
         if not scalabl(*command, *target(path), seconds=limit):
             found["kills"] += 1
-            if not path.is_file():  # a file is the whole output, and is not written again
+            # What predict, generate and distill write is whole, and is not written again.
+            if command[0] in ("train", "compare") or not path.exists():
                 continue
         found["finished_runs"] += 1
         found["equal_runs"] += same(folder / "whole", path)
@@ -107,7 +124,7 @@ def main() -> None:
     chance = random.Random(0)
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
-        for name in ("train", "compare", "predict"):
+        for name in ("train", "compare", "predict", "generate", "distill"):
             (root / name).mkdir()
         figures = {
             "train": kill_and_compare(
@@ -135,13 +152,34 @@ def main() -> None:
         figures["predict"] = kill_and_compare(
             ["predict", f"run={run}", f"input={questions}", "batch_size=4", "progress=false"],
             lambda path: [f"output={path}"],
-            lambda a, b: a.read_text() == b.read_text(),
+            same_text,
             root / "predict",
             args.kills // 5,
             chance,
         )
+        prompts = root / "prompts.jsonl"
+        write_prompts(questions, prompts)
+        figures["generate"] = kill_and_compare(
+            ["generate", f"run={run}", f"input={prompts}", "decoding.do_sample=true",
+             "decoding.max_new_tokens=8", "progress=false"],
+            lambda path: [f"output={path}"],
+            same_text,
+            root / "generate",
+            args.kills // 5,
+            chance,
+        )  # fmt: skip
+        figures["distill"] = kill_and_compare(
+            ["distill", f"run={run}", f"input={questions}", f"fit.steps={args.steps}",
+             "fit.lr=1e-5", "progress=false"],
+            lambda path: [f"output={path}"],
+            same_adapter,
+            root / "distill",
+            args.kills // 5,
+            chance,
+        )  # fmt: skip
+    bit_equal = all(part["bit_equal"] for part in figures.values())
     figures = {"kills": sum(part["kills"] for part in figures.values())} | figures
-    figures["bit_equal"] = all(figures[n]["bit_equal"] for n in ("train", "compare", "predict"))
+    figures["bit_equal"] = bit_equal
     report("robustness.kill_resume", figures, save=args.save)
 
 
@@ -151,6 +189,13 @@ def write_questions(path: Path) -> None:
     records = DataSource(task="embedded").read()["test"]
     rows = [{"id": r.id, "question": r.question, "choices": list(r.choices)} for r in records]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_prompts(questions: Path, path: Path) -> None:
+    """The first 40 questions as texts to be continued."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()[:40]]
+    prompts = [{"id": row["id"], "prompt": row["question"]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
 
 
 if __name__ == "__main__":

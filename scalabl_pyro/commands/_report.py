@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import json_text, write_whole
@@ -25,6 +23,7 @@ from ..prediction.intervals import (
 )
 from ..prediction.metrics import auroc, average, entropy
 from ..prediction.predictor import Predictions
+from ..runs.reading import RunFolderError, read_json, read_tensors
 from ._plots import plot_comparison
 
 __all__ = ["format_table", "load_predictions", "write_report"]
@@ -34,10 +33,22 @@ REFERENCE = "mle"
 
 
 def load_predictions(folder: Path) -> dict[str, Predictions]:
-    """The predictions of a run folder, by split."""
-    tensors = load_file(folder / "predictions.safetensors")
-    names = sorted({name.rpartition(".")[0] for name in tensors})
-    return {n: Predictions(tensors[f"{n}.logits"], tensors.get(f"{n}.labels")) for n in names}
+    """The predictions of a run folder, by split.
+
+    :raises RunFolderError: if they are missing or damaged.
+    """
+    path = folder / "predictions.safetensors"
+    tensors = read_tensors(path)
+    found = {}
+    for name in sorted({name.rpartition(".")[0] for name in tensors}):
+        logits, labels = (tensors.get(f"{name}.{part}") for part in ("logits", "labels"))
+        if logits is None or labels is None or labels.shape != logits.shape[1:2]:
+            shapes = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(f"{name}.")}
+            raise RunFolderError.damaged(
+                path, f"{name} has {shapes}: expected logits (S, N, C) and labels (N,)"
+            )
+        found[name] = Predictions(logits, labels)
+    return found
 
 
 def write_report(
@@ -60,7 +71,7 @@ def write_report(
     """
     predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
     first = next(iter(folders.values()))[0]
-    names = json.loads((first / "metrics.json").read_text())
+    names = read_json(first / "metrics.json")
     splits = [s for s in names if s != "validation"]
     for name, row in predictions.items():
         for folder, run in zip(folders[name], row, strict=True):

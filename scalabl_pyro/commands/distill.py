@@ -50,6 +50,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
 
     :returns: the mean KL(average ‖ student) in nats on these records, before and after.
     :raises ValueError: if a record is bad, or the run is a point estimate.
+    :raises RuntimeError: if the student is no nearer to the average than the posterior mean.
     :raises FileExistsError: if the output exists.
     """
     output = new_path(Path(config.output))
@@ -71,6 +72,13 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     before = _divergence(predictor, split, log_probs, config)
     distill(student, split, log_probs, config.fit, seed=config.seed, progress=config.progress)
     after = _divergence(predictor, split, log_probs, config)
+    if not after < before:
+        raise RuntimeError(
+            f"after {config.fit.steps} steps the student is further from the average than the"
+            f" posterior mean, where it began: KL {after:.3g} against {before:.3g} nats on"
+            f" {config.input}; nothing is written. Lower fit.lr, which is {config.fit.lr:g}, or"
+            f" give it more fit.steps. The posterior mean itself is the adapter in {mean}"
+        )
     found: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
     if isinstance(readout, ChoiceLikelihood):
         llm = cast(PreTrainedModel, student.peft_model.get_base_model())

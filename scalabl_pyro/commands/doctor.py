@@ -1,23 +1,29 @@
-"""``scalabl doctor``: what works on this machine, and how to mend what does not."""
+"""``scalabl doctor``: what works here and with a model, and how to mend what does not."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..data import Record
 from ..embedded import MODEL_HASH, model_hash, model_path
 from ..files import check_writable
+from ..lora.adapter import SubspaceAdapter
+from ..lora.config import AdapterConfig, ModelConfig
+from ..lora.loading import load_llm, load_readout
+from ..runs import checks
+from ..runs.checks import Candidate, Finding
 
 __all__ = ["DoctorConfig", "examine"]
 
@@ -26,31 +32,98 @@ LIBRARIES = ("torch", "pyro-ppl", "transformers", "peft", "datasets", "accelerat
 
 @dataclass(frozen=True, slots=True)
 class DoctorConfig:
-    """``scalabl doctor`` has no settings."""
+    """Settings of ``scalabl doctor``, described in configs/doctor.yaml.
 
-
-class Finding(NamedTuple):
-    """One line of the table.
-
-    :param state: ``ok``; ``absent`` for what not every machine has or needs; or ``broken``.
+    :param model: with an empty name, this machine alone is looked at.
+    :param classes: of the questions that the model is tried on.
     """
 
-    state: str
-    text: str
+    model: ModelConfig
+    lora: AdapterConfig
+    classes: int = 4
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.classes <= len(COLOURS):
+            raise ValueError(f"classes is {self.classes}: expected 2 to {len(COLOURS)}")
 
 
 def examine(config: DoctorConfig) -> str:
     """A table of what was looked at.
 
-    :raises RuntimeError: if what every command needs is broken, once the table is printed.
+    :raises RuntimeError: if what every command needs is broken, or a check of the model is wrong or
+        broken, once the table is printed.
     """
     found = {name: _look(check, FIXES.get(name)) for name, check in CHECKS.items()}
-    table = "\n".join(f"{state:8s}{name:16s}{text}" for name, (state, text) in found.items())
+    table = _table(found)
     broken = [name for name in BASICS if found[name].state == "broken"]
     if broken:
         print(table)
         raise RuntimeError(f"{', '.join(broken)}: broken, see the table; no command will work")
-    return table
+    if not config.model.name:
+        return table
+    print(f"{table}\n\n{config.model.name}, {config.model.readout}, {config.model.dtype}")
+    model = {}
+    for name, finding in _examine_model(config):
+        model[name] = finding
+        print(_table({name: finding}), flush=True)
+    bad = [name for name, finding in model.items() if finding.state in ("wrong", "broken")]
+    if bad:
+        raise RuntimeError(
+            f"{', '.join(bad)}: not as it must be with {config.model.name}, see the table; choose"
+            " other lora.targets, or leave alone what fails"
+        )
+    refused = [name for name, finding in model.items() if finding.state == "refused"]
+    if refused:
+        return f"\nrefused, for the reasons in the table: {', '.join(refused)}; the rest works"
+    return "\nall of it works"
+
+
+def _table(found: dict[str, Finding]) -> str:
+    return "\n".join(f"{state:8s}{name:16s}{text}" for name, (state, text) in found.items())
+
+
+#: made up, of different lengths; nobody asks for the answers
+QUESTIONS = (
+    "Which one is the colour of grass?",
+    "Grass?",
+    "It fell all night, and in the morning the roofs were covered. Which colour had they?",
+    "Which colour has the sky on a clear day in summer?",
+    "And the sun?",
+)
+COLOURS = ("red", "blue", "green", "white", "black", "brown", "yellow", "orange")
+
+
+def _examine_model(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
+    choices = COLOURS[: config.classes]
+    records = [
+        Record(str(n), question, choices, n % len(choices)) for n, question in enumerate(QUESTIONS)
+    ]
+    try:
+        lora = config.lora.lora()
+        readout = load_readout(config.model, config.model.classes(records))
+        split = readout.encode(records)
+    except (ValueError, OSError) as error:
+        yield "build", Finding("refused", " ".join(str(error).split()))
+        return
+
+    def load() -> PreTrainedModel:
+        torch.manual_seed(0)  # of a head that the checkpoint lacks
+        return load_llm(config.model, readout, heads=lora.modules_to_save or ())
+
+    def adapt(llm: PreTrainedModel, *, upper: bool = False, **options: Any) -> SubspaceAdapter:
+        settings = config.lora
+        blocks = getattr(llm.config.get_text_config(), "num_hidden_layers", 0)
+        if (
+            upper
+            and isinstance(settings.targets, tuple)
+            and not (settings.layers or settings.start)
+        ):
+            upper_half = tuple(range(blocks // 2, blocks))
+            settings = replace(settings, layers=upper_half)
+        torch.manual_seed(0)
+        return SubspaceAdapter(llm, settings.lora(), readout, start=settings.start, **options)
+
+    yield from checks.examine(Candidate(load, adapt, split, QUESTIONS[:2]))
 
 
 def _look(check: Callable[[], Finding], fix: str | None) -> Finding:

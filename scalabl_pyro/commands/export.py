@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..files import new_path
 from ..runs.exports import check_output_layer, export, merge, push_to_hub
 from ..runs.folder import load_run
+from ..runs.reading import read_json
 
 __all__ = ["ExportConfig", "export_run"]
 
@@ -37,7 +37,7 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     """Export a run folder; what is uploaded has been written first."""
     output = new_path(Path(config.output))
     run = load_run(config.run)
-    metrics = json.loads((Path(config.run) / "metrics.json").read_text())
+    metrics = read_json(Path(config.run) / "metrics.json")
     settings, readout = run.config, run.readout
     export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
     found: dict[str, Any] = {"output": str(output)}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ..data import DataSource
 from ..files import check_writable
-from ..runs.config import ConfigError, RunConfig, build
+from ..runs.config import ConfigError, RunConfig
+from ..runs.reading import read_json, read_settings
 from ._report import format_table, write_report
 
 __all__ = ["TableConfig", "table_of_runs", "tabulate"]
@@ -54,14 +52,14 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     rows: dict[str, dict[int, Path]] = defaultdict(dict)
     runs: dict[Path, RunConfig] = {}
     for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
-        run = build(RunConfig, OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        run = read_settings(path)
         runs[path] = run
         row = rows[path.name.removesuffix(f"-seed{run.seed}")]
         if run.seed in row:
             raise ConfigError(
                 f"{path} and {row[run.seed]} would be the same row and seed: rename one of them"
             )
-        if "test" not in json.loads((path / "metrics.json").read_text()):
+        if "test" not in read_json(path / "metrics.json"):
             raise ConfigError(f"{path} has no test split, which the table is about")
         row[run.seed] = path
     if not rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
 from ..prediction.metrics import evaluate
 from ..prediction.predictor import predict
-from ..runs.config import ConfigError, RunConfig, build
+from ..runs.config import ConfigError, RunConfig
 from ..runs.folder import save_run
 from ..runs.memory import MemoryConfig, explain_out_of_memory
+from ..runs.reading import read_json, read_settings
 
 __all__ = ["RunConfig", "run", "train", "unfinished_folder"]
 
@@ -68,20 +68,16 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
-    before = _settings(folder)
+    before = read_settings(folder)
     differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
     if differences:
         raise ConfigError(
             f"the finished run in {folder} has other settings ({'; '.join(differences)}): choose"
             " another run_dir, or remove it"
         )
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_json(folder / "metrics.json")
     trials = folder / "trials.json"
-    return {**metrics, "trials": json.loads(trials.read_text())} if trials.exists() else metrics
-
-
-def _settings(folder: Path) -> RunConfig:
-    return build(RunConfig, OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    return {**metrics, "trials": read_json(trials, list)} if trials.exists() else metrics
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -166,7 +162,7 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
         )
     settings = folder / "config.yaml"
     if checkpoints.exist and settings.exists():
-        differences = config.differences(_settings(folder))
+        differences = config.differences(read_settings(folder))
         if differences:
             raise ConfigError(
                 f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -64,8 +65,8 @@ def read_config(start: str | Path) -> LoraConfig:
         found = PeftConfig.from_pretrained(str(start))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(start)!r} is no PEFT adapter: expected a folder with adapter_config.json or a"
-            f" name on the Hub (PEFT says: {error})"
+            f"{str(start)!r} is no PEFT adapter: expected a folder with adapter_config.json, whole,"
+            f" or a name on the Hub; copy it again from where it was made (PEFT says: {error})"
         ) from error
     kind = getattr(found.peft_type, "value", found.peft_type)
     if kind != PeftType.LORA.value:
@@ -138,10 +139,16 @@ def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> 
         wrong = [*found.missing_keys, *found.unexpected_keys]
         if wrong:
             raise RuntimeError(f"only one of them has {wrong}")
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter_model.safetensors of the adapter {start} is damaged ({error}): copy it again"
+            " from where it was made"
+        ) from error
     except RuntimeError as error:
         raise ValueError(
-            f"the adapter {start} does not fit {type(llm).__name__}: {error}; load the base model"
-            " that it was trained on"
+            f"adapter_model.safetensors of the adapter {start} does not fit {type(llm).__name__}:"
+            f" {' '.join(str(error).split())}; load the base model that it was trained on, or copy"
+            " it again from where it was made"
         ) from error
     trained = (".lora_", ".modules_to_save.")
     for name, value in model.state_dict().items():

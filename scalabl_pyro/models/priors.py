@@ -64,11 +64,12 @@ class FixedPrior(Prior):
 
     :param coordinate: with a batch shape that expands to (M, r), on an interval of the real line.
     :raises ValueError: if it is a distribution of more than one number, of another shape, or
-        discrete.
+        discrete, or a parameter of it is no finite number.
     """
 
     def __init__(self, shape: tuple[int, int], coordinate: TorchDistribution) -> None:
         super().__init__(shape)
+        _check_finite(coordinate)
         self.support = cast(constraints.Constraint, coordinate.support)
         reals = torch.tensor([-1e6, 0.0, 1e6], device=_device(coordinate))
         if not coordinate.event_shape and self.support.check(reals).all():
@@ -207,6 +208,15 @@ def _positive(name: str, value: float, *, below: float = math.inf) -> float:
     if not (isinstance(value, (int, float)) and 0 < value < below):
         raise ValueError(f"{name} is {value!r}: expected a number above 0 and below {below:g}")
     return float(value)
+
+
+def _check_finite(distribution: TorchDistribution) -> None:
+    # torch's own check of parameters is off under Pyro.
+    for name in distribution.arg_constraints:
+        value = getattr(distribution, name, None)
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            bad = float(value[~value.isfinite()].flatten()[0])
+            raise ValueError(f"the prior's {name} is {bad}: expected finite numbers")
 
 
 def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:

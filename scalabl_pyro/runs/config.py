@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
-from ..files import check_writable
+from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
 from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
@@ -25,6 +26,14 @@ T = TypeVar("T")
 
 #: settings that may change between an interruption and its resumption
 NO_MATTER = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
+
+#: settings of a finished run that leave the function as it is that was trained: where its model is
+#: and where it runs, what only training heeds, and how many draws are made of a posterior
+LEAVE_FUNCTION = (
+    *(f"model.{name}" for name in ("name", "revision", "device", "device_map", "attention")),
+    *("model.shard", "model.truncate", "method.draws"),
+    *(f"lora.{name}" for name in ("dropout", "base_dropout", "gradient_checkpointing")),
+)
 
 #: fields of every method → the setting of a run that fills them
 SHARED = {"config": "fit", "eval_batch_size": "eval_batch_size", "progress": "progress"}
@@ -175,6 +184,15 @@ class RunConfig:
         fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})), "fit.")
         return replace(self, method=method, fit=fit, trials=())
 
+    def function_settings(self) -> dict[str, Any]:
+        """The settings on which the trained function depends, by their full names, as JSON has
+        them."""
+        values = asdict(self)
+        parts = {name: values[name] for name in ("model", "lora", "method")}
+        flat = _flat(parts | {"data": {"classes": self.data.classes}})
+        kept = {key: value for key, value in flat.items() if key not in LEAVE_FUNCTION}
+        return dict(json.loads(json_text(kept)))
+
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""
         mine, others = (_flat(asdict(config)) for config in (self, other))
@@ -233,6 +251,8 @@ def build(cls: type[T], values: Any, place: str = "") -> T:
 def _message(error: Any, place: str) -> str:
     """What is wrong, led by the setting's full name."""
     loc = [str(part) for part in error["loc"]]
+    if error["type"] == "missing":
+        return f"the setting {place}{'.'.join(loc)} is missing"
     if error["type"] != "value_error":
         return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
     message = str(error["msg"]).removeprefix("Value error, ")

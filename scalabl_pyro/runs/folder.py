@@ -4,7 +4,8 @@
   member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
   guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
-* ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
+* ``posterior.json`` what these tensors mean, and the settings that they were trained with;
+  ``config.yaml`` all settings of the run, of which those must not be changed any more
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
 * ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
 """
@@ -12,7 +13,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import Record, Split
@@ -41,16 +40,43 @@ from ..prediction.predictor import (
     predict_proba,
 )
 from ..readouts import Classes, Readout
-from .config import RunConfig, build
+from .config import ConfigError, RunConfig, build
+from .reading import RunFolderError, read_json, read_settings, read_tensors
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
 
-FORMAT = 3
+FORMAT = 4
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
 
 
-class RunFolderError(ValueError):
-    """A run folder that is incomplete, of another format, or made on another model."""
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The frozen model that a run was trained on; see ``SubspaceAdapter.base_fingerprint``."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What ``posterior.json`` holds.
+
+    :param settings: on which the trained function depends, see ``RunConfig.function_settings``.
+    :param modules: M names.
+    :param temperature: that divides the logits.
+    """
+
+    format: int
+    settings: dict[str, Any]
+    modules: tuple[str, ...]
+    rank: int
+    scaling: float
+    kl_weight: float | None
+    num_data: int
+    seed: int
+    temperature: float
+    classes: Classes
+    base_model: BaseModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,22 +181,20 @@ def _write_run(
     posterior |= predictor.state()
     if posterior:
         save_file(_tensors(posterior), part / "posterior.safetensors")
-    _write_json(
-        part / "posterior.json",
-        {
-            "format": FORMAT,
-            "method": config.method,
-            "modules": adapter.module_names,
-            "rank": adapter.rank,
-            "scaling": adapter.scaling,
-            "kl_weight": fitted.result.history[-1]["kl_weight"],
-            "num_data": fitted.model.num_data,
-            "seed": config.seed,
-            "temperature": predictor.temperature if isinstance(predictor, Predictor) else 1.0,
-            "classes": asdict(classes) | {"form": adapter.readout.form},
-            "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
-        },
+    meaning = Meaning(
+        format=FORMAT,
+        settings=config.function_settings(),
+        modules=adapter.module_names,
+        rank=adapter.rank,
+        scaling=adapter.scaling,
+        kl_weight=fitted.result.history[-1]["kl_weight"],
+        num_data=fitted.model.num_data,
+        seed=config.seed,
+        temperature=predictor.temperature if isinstance(predictor, Predictor) else 1.0,
+        classes=replace(classes, form=adapter.readout.form),
+        base_model=BaseModel(config.model.name, adapter.base_fingerprint()),
     )
+    _write_json(part / "posterior.json", asdict(meaning))
     logits = {f"{split}.logits": found.logits for split, found in predictions.items()}
     labels = {f"{split}.labels": found.labels for split, found in predictions.items()}
     known = {name: value for name, value in labels.items() if value is not None}
@@ -186,25 +210,15 @@ def _write_run(
 def load_run(folder: str | Path) -> Run:
     """Read a run folder and the base model it names.
 
-    :raises RunFolderError: if it is incomplete, of another format version, or was made on other
-        base weights.
+    :raises RunFolderError: if it is incomplete, damaged, or of another format version, was made on
+        other base weights, or its ``config.yaml`` has been changed since.
     """
     folder = Path(folder)
-    try:
-        info = json.loads(_existing(folder / "posterior.json").read_text())
-    except json.JSONDecodeError as error:
-        raise RunFolderError(f"{folder / 'posterior.json'} is torn: {error}") from error
-    if info.get("format") != FORMAT:
-        raise RunFolderError(
-            f"{folder} has format {info.get('format')}, but this version reads format {FORMAT};"
-            " use the version of scalabl_pyro named in its environment.json"
-        )
-    config = build(
-        RunConfig, OmegaConf.to_container(OmegaConf.load(_existing(folder / "config.yaml")))
-    )
+    meaning = _meaning(folder / "posterior.json")
+    config = read_settings(folder)
+    _check_settings(config, meaning, folder)
     config = replace(config, model=replace(config.model, shard=False))  # one process reads it
-    info["classes"]["words"] = tuple(info["classes"]["words"])
-    classes = Classes(**info["classes"])
+    classes = meaning.classes
     method = config.make_method()
     # What was decomposed before saving comes with the projections; the adapter that training
     # started from may be gone, and what was saved has the same layers.
@@ -216,36 +230,37 @@ def load_run(folder: str | Path) -> Run:
         svd=False,
         projections=method.projections,
     )
-    if list(adapter.module_names) != info["modules"]:
+    if adapter.module_names != meaning.modules:
         raise RunFolderError(
-            f"{folder} adapts {info['modules']}, but on this model the same settings adapt"
+            f"{folder} adapts {list(meaning.modules)}, but on this model the same settings adapt"
             f" {list(adapter.module_names)}"
         )
-    if adapter.base_fingerprint() != info["base_model"]["fingerprint"]:
+    if adapter.base_fingerprint() != meaning.base_model.fingerprint:
         raise RunFolderError(
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
             " model.name in its config.yaml to the model it was trained on"
         )
-    model = method.make_model(adapter, num_data=info["num_data"])
+    model = method.make_model(adapter, num_data=meaning.num_data)
     # After the model, which may move the start of an adapter.
-    _load_into(adapter.state(), _load_tensors(folder / "projections.safetensors"))
+    projections = folder / "projections.safetensors"
+    _load_into(adapter.state(), _finite_tensors(projections), projections)
     guide, posterior = None, folder / "posterior.safetensors"
-    saved = _load_tensors(posterior) if posterior.exists() or method.svd else {}
+    saved = _finite_tensors(posterior) if posterior.exists() or method.svd else {}
     if isinstance(model, ScalaBLModel):
         guide = method.make_guide(model)
         targets = {f"guide.{name}": value for name, value in guide.state_dict().items()}
         targets |= {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
-        _load_into(targets, {name: value for name, value in saved.items() if name != "s"})
+        _load_into(targets, {n: v for n, v in saved.items() if n != "s"}, posterior)
         saved = {name: value for name, value in saved.items() if name == "s"}
     try:
         predictor = method.restore(
             adapter,
             {name: value.to(adapter.device) for name, value in saved.items()},
-            temperature=info["temperature"],
-            seed=info["seed"],
+            temperature=meaning.temperature,
+            seed=meaning.seed,
         )
     except ValueError as error:
-        raise RunFolderError(f"{posterior}: {error}") from error
+        raise RunFolderError.damaged(posterior, error) from error
     return Run(config, classes, predictor, model, guide)
 
 
@@ -258,22 +273,49 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 
 
+def _meaning(path: Path) -> Meaning:
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{path} has format {values.get('format')}, but this version reads format {FORMAT}; use"
+            " the version of scalabl_pyro named in its environment.json"
+        )
+    try:
+        return build(Meaning, values)
+    except ConfigError as error:
+        raise RunFolderError.damaged(path, error) from error
+
+
+def _check_settings(config: RunConfig, meaning: Meaning, folder: Path) -> None:
+    """Refuse settings under which the trained numbers would be another function."""
+    mine, trained = config.function_settings(), meaning.settings
+    changed = [
+        f"{key} is {mine.get(key)!r}, but was {trained.get(key)!r} in training"
+        for key in sorted(mine.keys() | trained.keys())
+        if mine.get(key) != trained.get(key)
+    ]
+    if changed:
+        raise RunFolderError(
+            f"{folder / 'config.yaml'} contradicts posterior.json: {'; '.join(changed)}; set it"
+            " back, or train another run with it"
+        )
+
+
 @torch.no_grad()
-def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
     shapes = {name: tuple(value.shape) for name, value in targets.items()}
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
         wrong = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
-        raise RunFolderError(f"these tensors are missing, unknown or of another shape: {wrong}")
+        raise RunFolderError.damaged(
+            path, f"these tensors are missing, unknown or of another shape: {wrong}"
+        )
     for name, target in targets.items():
         target.copy_(saved[name])
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        found = load_file(_existing(path))
-    except SafetensorError as error:
-        raise RunFolderError(f"{path} is torn or no safetensors file: {error}") from error
+def _finite_tensors(path: Path) -> dict[str, Tensor]:
+    found = read_tensors(path)
     bad = sorted(name for name, value in found.items() if not value.isfinite().all())
     if bad:
         raise RunFolderError(
@@ -281,12 +323,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
             " lower lr"
         )
     return found
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise RunFolderError(f"{path} does not exist: {path.parent} is no complete run folder")
-    return path
 
 
 def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from conftest import scalabl
 
 from scalabl_pyro.commands import doctor
+from scalabl_pyro.runs import checks
 
 
 def rows(text: str) -> dict[str, tuple[str, str]]:
@@ -60,6 +61,63 @@ def test_doctor_names_the_fix(name, target, value, state, fix, capsys, monkeypat
     found = rows(capsys.readouterr().out)[name]
     assert found[0] == state
     assert fix in found[1]
+
+
+def model_rows(text: str) -> dict[str, tuple[str, str]]:
+    """Those of the model's own table."""
+    return {
+        line[8:24].strip(): (line[:8].strip(), line[24:])
+        for line in text.partition("\n\n")[2].splitlines()[1:]
+        if line[:8].strip() in ("ok", "absent", "broken", "refused", "wrong")
+    }
+
+
+def test_doctor_tries_a_model(local_model, capsys):
+    words = [f"model.name={local_model}", "lora.r=4", "model.dtype=bfloat16"]
+    assert scalabl("doctor", *words) == 0
+    shown = capsys.readouterr().out
+    assert f"{local_model}, label_tokens, bfloat16" in shown
+    found = model_rows(shown)
+    assert list(found) == ["build", *checks.CHECKS]
+    # lm_head is adapted in every half.
+    assert {name: f for name, f in found.items() if f[0] != "ok"} == {}
+    assert shown.endswith("all of it works\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["model.name=/nope"], "there is no folder /nope"),
+        (["lora.targets=[q_prj]"], "target_modules ['q_prj'] match no module"),
+        (["lora.start=/nope"], "is no PEFT adapter"),
+        (["model.chat=true"], "no chat template"),
+        (["model.readout=multiple_choice"], "AutoModelForMultipleChoice"),
+    ],
+)
+def test_doctor_says_why_a_model_is_refused(local_model, capsys, words, reason):
+    assert scalabl("doctor", f"model.name={local_model}", *words) == 0
+    shown = capsys.readouterr().out
+    state, text = model_rows(shown)["build"]
+    assert state == "refused"
+    assert reason in text
+    assert "refused, for the reasons in the table: build" in shown
+
+
+def test_doctor_fails_if_a_model_computes_something_else(local_model, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "fit", lambda *args, **options: None)
+    assert scalabl("doctor", f"model.name={local_model}", "lora.r=4") == 1
+    shown = capsys.readouterr()
+    assert model_rows(shown.out)["training"] == (
+        "wrong",
+        "s moved by 0e+00: no gradient reaches it",
+    )
+    assert shown.err.startswith("error: training: not as it must be with")
+
+
+@pytest.mark.parametrize("classes", [1, 9])
+def test_doctor_has_questions_of_some_choices_alone(capsys, classes):
+    assert scalabl("doctor", "model.name=embedded", f"classes={classes}") == 1
+    assert f"classes is {classes}: expected 2 to 8" in capsys.readouterr().err
 
 
 def test_doctor_tries_whether_the_cache_can_be_written(monkeypatch):

@@ -66,6 +66,12 @@ def test_priors_on_an_interval_are_taken_whatever_their_class(make_causal):
         (dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), "one continuous number"),
         (dist.Poisson(1.0), "one continuous number"),
         (FixedPrior((1, 2), dist.Normal(0.0, 1.0)), r"the prior has shape \(1, 2\)"),
+        (dist.Normal(float("nan"), 1.0), "the prior's loc is nan: expected finite"),
+        (
+            dist.StudentT(3.0, torch.tensor([0.0, float("-inf"), 0.0, 0.0])),
+            "the prior's loc is -inf",
+        ),
+        (dist.Uniform(0.0, float("inf")), "the prior's high is inf"),
     ],
 )
 def test_other_priors_are_refused(make_causal, prior, message):

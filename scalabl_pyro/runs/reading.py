@@ -1,0 +1,70 @@
+"""Files of a run folder, read so that a damaged one is named, with what to do about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from yaml import YAMLError
+
+from .config import ConfigError, RunConfig, build
+
+__all__ = ["RunFolderError", "read_json", "read_settings", "read_tensors"]
+
+_ADVICE = "copy the run folder again from where it was made, or train the run again"
+
+
+class RunFolderError(ValueError):
+    """A run folder that is incomplete, damaged, of another format, or made on another model."""
+
+    @classmethod
+    def damaged(cls, path: Path, why: object) -> RunFolderError:
+        """:param why: what is wrong with the file."""
+        return cls(f"{path} is damaged: {' '.join(str(why).split())}; {_ADVICE}")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """:raises RunFolderError: if there is no such file, or it holds something else than one of
+    this kind."""
+    try:
+        found = json.loads(_existing(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError.damaged(path, f"it is no JSON ({error})") from error
+    if not isinstance(found, kind):
+        raise RunFolderError.damaged(path, f"it holds a {type(found).__name__}, no {kind.__name__}")
+    return found
+
+
+def read_settings(folder: Path) -> RunConfig:
+    """The settings in a folder's ``config.yaml``.
+
+    :raises RunFolderError: if it is missing or damaged.
+    """
+    path = _existing(folder / "config.yaml")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        if not isinstance(values, dict):
+            raise ConfigError(f"it holds a {type(values).__name__}, no mapping")
+        return build(RunConfig, values)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ConfigError) as error:
+        raise RunFolderError.damaged(path, error) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """:raises RunFolderError: if there is no such file, or it is damaged."""
+    try:
+        return load_file(_existing(path))
+    except SafetensorError as error:
+        raise RunFolderError.damaged(path, f"it is no safetensors file ({error})") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise RunFolderError(f"{path} does not exist: {path.parent} is no complete run folder")
+    return path

@@ -1,0 +1,172 @@
+"""The checks of a model find the faults that they are for, and no others, in every dtype."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import lora, make_records, tiny_bert_config, tiny_llama
+from transformers import BertForMultipleChoice
+
+from scalabl_pyro import SubspaceAdapter
+from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.readouts import LabelTokens, MultipleChoice
+from scalabl_pyro.runs import checks
+from scalabl_pyro.runs.checks import Candidate, examine
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def make_candidate(tokenizer):
+    def make(dtype=torch.float32, targets=("q_proj", "v_proj", "lm_head"), *, upper=True):
+        readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+
+        def adapt(llm, *, upper=False, **options):
+            layers = {"layers_to_transform": [1]} if upper else {}
+            names = [name for name in targets if not (upper and name == "lm_head")]
+            torch.manual_seed(0)
+            return SubspaceAdapter(llm, lora(*names, **layers), readout, **options)
+
+        split = readout.encode(make_records(5))
+        prompts = ("the cat runs", "a dog")
+        return Candidate(lambda: tiny_llama().to(dtype), adapt, split, prompts)
+
+    return make
+
+
+def states(candidate):
+    return {name: finding.state for name, finding in examine(candidate)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_llama_passes_all(make_candidate, dtype):
+    found = dict(examine(make_candidate(dtype)))
+    assert list(found) == ["build", *checks.CHECKS]
+    assert {name: f for name, f in found.items() if f.state != "ok"} == {}
+    assert "1 of 2 blocks run once" in found["shared trunk"].text
+
+
+def test_what_a_model_lacks_is_absent_not_wrong(tokenizer):
+    readout = MultipleChoice(tokenizer, num_classes=4, max_length=64)
+
+    def load():
+        torch.manual_seed(1)
+        return BertForMultipleChoice(tiny_bert_config()).eval()
+
+    def adapt(llm, *, upper=False, **options):
+        torch.manual_seed(0)
+        return SubspaceAdapter(
+            llm, lora("query", "value", modules_to_save=["classifier"]), readout, **options
+        )
+
+    found = states(Candidate(load, adapt, readout.encode(make_records(5))))
+    assert found.pop("generation") == found.pop("shared trunk") == "absent"
+    assert set(found.values()) == {"ok"}
+
+
+def test_a_refusal_is_told_with_its_reason(make_candidate):
+    found = dict(examine(make_candidate(targets=("q_proj", "nowhere"))))
+    assert list(found) == ["build"]
+    assert found["build"].state == "refused"
+    assert "['nowhere'] match no module of LlamaForCausalLM" in found["build"].text
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def draws_swapped(patch):
+    """With several draws, each has the s of the one before."""
+    bind = SubspaceAdapter._bind
+    patch.setattr(
+        SubspaceAdapter,
+        "_bind",
+        lambda self, s: bind(self, s.roll(1, 0) if s is not None and s.dim() == 3 else s),
+    )
+
+
+def s_left_out_of_exports(patch):
+    save = checks.save_adapter
+    patch.setattr(
+        checks, "save_adapter", lambda adapter, s, folder: save(adapter, torch.ones_like(s), folder)
+    )
+
+
+def not_saved(patch):
+    load = checks.load_file
+    patch.setattr(checks, "load_file", lambda path: {n: 0 * v for n, v in load(path).items()})
+
+
+def another_scale(patch):
+    """ΔW twice as large as PEFT's."""
+    scale = SubspaceAdapter._scale
+
+    def twice(self, index, module, args, output):
+        return 2 * scale(self, index, module, args, output)
+
+    patch.setattr(SubspaceAdapter, "_scale", twice)
+
+
+def nothing_trained(patch):
+    patch.setattr(checks, "fit", lambda *args, **options: None)
+
+
+def recomputed_with_another_s(patch):
+    @contextmanager
+    def without(self):
+        with self._rebound(self._bound._replace(s=tuple(2 * s for s in self._bound.s))):
+            yield
+
+    patch.setattr(
+        SubspaceAdapter, "_checkpoint_contexts", lambda self: (without(self), without(self))
+    )
+
+
+def another_prompt(patch):
+    ids = checks.prompt_ids
+    patch.setattr(checks, "prompt_ids", lambda tokenizer, prompt: ids(tokenizer, "red " + prompt))
+
+
+FAULTS = {
+    "plain PEFT": another_scale,
+    "draws at once": draws_swapped,
+    "exported draw": s_left_out_of_exports,
+    "run folder": not_saved,
+    "training": nothing_trained,
+    "checkpointing": recomputed_with_another_s,
+    "generation": another_prompt,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(make_candidate, monkeypatch, name, dtype):
+    candidate = make_candidate(dtype)
+    candidate.settle()
+    FAULTS[name](monkeypatch)
+    found = checks._tried(checks.CHECKS[name], candidate)
+    assert found.state == "wrong", found.text
+
+
+def test_padding_that_a_model_itself_reads_is_told_apart(make_candidate, monkeypatch):
+    """A model whose logits depend on padding, with LoRA or without."""
+    candidate = make_candidate()
+    candidate.settle()
+
+    def reads_padding(llm):
+        forward = llm.forward
+
+        def wrapped(input_ids, attention_mask=None, **options):
+            out = forward(input_ids, attention_mask=attention_mask, **options)
+            out.logits = out.logits + input_ids.shape[1] * torch.arange(out.logits.shape[-1])
+            return out
+
+        llm.forward = wrapped
+        return llm
+
+    load = candidate.load
+    candidate.load = lambda: reads_padding(load())
+    found = checks._tried(checks.CHECKS["padded rows"], candidate)
+    assert found.state == "absent"
+    assert "the model's own logits" in found.text
