@@ -14,6 +14,7 @@ from .calibration import check_labels, ece, ece_floor
 __all__ = [
     "Averaged",
     "auroc",
+    "auroc_at_equal_length",
     "average",
     "ece",
     "ece_floor",
@@ -85,10 +86,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
             f"scores has shape {tuple(scores.shape)} and positive {tuple(positive.shape)}: expected"
             " (N,) for both"
         )
-    if scores.isnan().any():
-        raise ValueError(
-            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
-        )
+    _check_scores(scores)
     held = positive.cpu().numpy().astype(bool)
     count = int(held.sum())
     pairs = count * (len(held) - count)
@@ -96,6 +94,45 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
         return math.nan
     ranks = stats.rankdata(scores.detach().cpu().double().numpy())
     return float((ranks[held].sum() - count * (count + 1) / 2) / pairs)
+
+
+def auroc_at_equal_length(
+    scores: Tensor, positive: Tensor, lengths: Tensor, *, apart: int = 2
+) -> float:
+    r"""The :func:`auroc` over the pairs whose lengths are about equal, which length cannot explain.
+
+    .. math:: \frac{\sum_{i, j} w_{ij} \big([u_i > u_j] + \tfrac{1}{2} [u_i = u_j]\big)}
+              {\sum_{i, j} w_{ij}}, \qquad w_{ij} = [\, |l_i - l_j| ≤ \mathrm{apart} \,]
+
+    over positive i and negative j. Every example takes part that has a partner.
+
+    :param scores: u, (N,).
+    :param positive: (N,).
+    :param lengths: l, (N,), such as ``split.lengths``, in tokens.
+    :param apart: the largest difference between two lengths.
+    :returns: in [0, 1], and nan where there is no such pair.
+    :raises ValueError: if the shapes differ, or a score is no number.
+    """
+    if not (scores.dim() == 1 and scores.shape == positive.shape == lengths.shape):
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}, positive {tuple(positive.shape)} and lengths"
+            f" {tuple(lengths.shape)}: expected (N,) for all three"
+        )
+    _check_scores(scores)
+    above, pairs = 0.0, 0
+    others, their_lengths = scores[~positive.bool()], lengths[~positive.bool()]
+    for score, length in zip(scores[positive.bool()], lengths[positive.bool()], strict=True):
+        near = others[(their_lengths - length).abs() <= apart]
+        above += float((score > near).sum()) + 0.5 * float((score == near).sum())
+        pairs += len(near)
+    return above / pairs if pairs else math.nan
+
+
+def _check_scores(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError(
+            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
+        )
 
 
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
