@@ -37,11 +37,14 @@ class Batch:
     :param inputs: the model's inputs by name, each (B, T), or (B, C, T) with a row per choice.
     :param choices: (B, C), true where the choice exists.
     :param labels: (B,), or ``None`` if not known.
+    :param row_per_choice: whether each choice is a row of its own, on which alone its logit
+        depends.
     """
 
     inputs: dict[str, Tensor]
     choices: Tensor
     labels: Tensor | None = None
+    row_per_choice: bool = False
 
     def __len__(self) -> int:
         return self.choices.shape[0]

@@ -63,7 +63,8 @@ def kfac(
               g_{ntc} = ∂ \big(\sqrt{p_{nc}} (e_c - p_n)^⊤ f(x_n)\big) / ∂ (W x_{nt})
 
     over R tokens that are no padding (Martens & Grosse 2015, arXiv 1503.05671; weights shared by
-    tokens: "expand" of Eschenhagen et al. 2023, arXiv 2311.00636). C backward passes.
+    tokens: "expand" of Eschenhagen et al. 2023, arXiv 2311.00636). C backward passes; one where
+    each choice is a row of its own.
 
     :param rank: most eigenvectors kept of X and of G, by incremental singular value decompositions;
         randomised ones (Halko et al. 2011, arXiv 0909.4061) where that is less than all.
@@ -94,7 +95,8 @@ def logit_moments(
     adapter: SubspaceAdapter, batch: Batch, factors: Mapping[str, Kronecker], precision: float
 ) -> tuple[Tensor, Tensor]:
     """Mean (B, C) and covariance (B, C, C) of logits that are linear in the matrices A and B, of
-    which each is normal with covariance (H + λI)⁻¹; the latter in float64. C backward passes.
+    which each is normal with covariance (H + λI)⁻¹; the latter in float64. The passes of
+    :func:`kfac`.
 
     :param precision: λ.
     """
@@ -149,6 +151,12 @@ def _slopes(
     """For each direction (B, C), the derivatives of f's component along it for every output."""
     f = f.masked_fill(~batch.choices, 0.0)  # −inf has no slope
     outputs = [output for _, output in seen.values()]
+    if batch.row_per_choice:  # f_c depends on row c alone
+        each = grad(f.sum(), outputs)
+        for direction in directions:
+            weights = direction.reshape(-1, 1)  # (B·C, 1)
+            yield tuple((weights * g.reshape(len(weights), -1)).view_as(g) for g in each)
+        return
     for direction in directions:  # one at a time: each holds as much as a forward pass
         yield grad((direction * f).sum(), outputs, retain_graph=True)
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data import Batch, Split
 from ..guides import AutoSubspaceMultivariateNormal
+from ..lora.jacobian import derivatives, jacobian
 from ..models.model import ScalaBLModel
 from .chains import whole_split
 
@@ -113,14 +114,13 @@ def ggn(model: ScalaBLModel, batch: Batch, loc: Tensor) -> Tensor:
               Λ_n = -∇^2_f \log p(y_n \mid f)
 
     where Λ_n = diag(p_n) − p_n p_nᵀ for classes. Never negative; the Hessian without the curvature
-    of f (Schraudolph 2002). C backward passes.
+    of f (Schraudolph 2002). The passes of :func:`~scalabl_pyro.lora.jacobian`.
     """
-    s = loc.detach().expand(len(batch), *loc.shape).clone().requires_grad_()  # (B, M, r)
-    logits = model.adapter(batch, s, per_example=True)
-    J = _jacobian(logits.flatten(1), s).flatten(2).double()  # (B, C, D)
-    f = logits.detach().requires_grad_()
+    f, J = jacobian(model.adapter, batch, loc)
+    f.requires_grad_()
     (slope,) = grad(-_log_likelihood(model, batch, f), f, create_graph=True)
-    curvature = _jacobian(slope.flatten(1), f).flatten(2).double()  # (B, C, C)
+    curvature = derivatives(slope, f).double()  # (B, C, C)
+    J = J.flatten(2).double()  # (B, C, D)
     return torch.einsum("bcd,bce,bef->df", J, curvature, J)
 
 
@@ -131,16 +131,10 @@ def hessian(model: ScalaBLModel, batch: Batch, loc: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
         nll = -_log_likelihood(model, batch, model.adapter(batch, s[0]))
         (slope,) = grad(nll, s, create_graph=True)
-        return _jacobian(slope.flatten(1), s)[0].flatten(1).double()
+        return derivatives(slope.flatten(1), s)[0].flatten(1).double()
 
 
 CURVATURES = {"ggn": ggn, "hessian": hessian}
-
-
-def _jacobian(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """∂ outputs[b, i] / ∂ inputs[b] as (B, I, *inputs.shape[1:]), a backward pass for each i."""
-    columns = outputs.unbind(1)
-    return torch.stack([grad(c.sum(), inputs, retain_graph=True)[0] for c in columns], dim=1)
 
 
 def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor:

@@ -311,7 +311,8 @@ class SubspaceAdapter:
 
         :param batch: B examples, moved to the adapter's device if need be.
         :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
-        :param per_example: s is (B, M, r), one for each example, and the logits are (B, C).
+        :param per_example: s is (B, M, r), one for each example, or (B, C, M, r), one for each
+            choice of a batch in which choices are rows of their own; the logits are (B, C).
         :param shift: numbers as in ``matrices.flat_A()``, added to the matrices A at signs that are
             drawn anew for each example (see :func:`~scalabl_pyro.lora.flipout.flipped`).
         :returns: (\\*draws, B, C) in float32; −inf where a choice does not exist. A readout may put
@@ -372,7 +373,8 @@ class SubspaceAdapter:
     ) -> Tensor:
         draws = self._bind(s)
         if per_example:
-            if tuple(draws) != (len(batch),):
+            whole = batch.choices.shape if batch.row_per_choice else ()
+            if draws not in (batch.choices.shape[:1], whole):
                 raise ValueError(f"there are {tuple(draws)} draws of s for {len(batch)} examples")
             draws = torch.Size()  # the batch's own rows, which are not repeated
         batch = batch.to(self.device)

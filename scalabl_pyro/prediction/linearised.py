@@ -1,4 +1,4 @@
-"""The linearised predictive: any number of draws for one forward pass and C backward ones."""
+"""The linearised predictive: any number of draws for one forward pass and some backward ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..lora.adapter import SubspaceAdapter
+from ..lora.jacobian import jacobian
 
 __all__ = ["Linearised"]
 
@@ -20,8 +21,9 @@ class Linearised:
     .. math:: f(x; s) ≈ f(x; μ) + J(x) \, (s - μ), \qquad J(x) = ∂f(x; s) / ∂s \text{ at } s = μ
 
     (Immer et al. 2021, arXiv 2008.08400). With s ~ Normal(μ, Σ) the logits are
-    Normal(f(x; μ), J Σ Jᵀ), and these are S draws from it. A forward pass and C backward passes, of
-    the blocks from the first adapted one on, are paid once; a draw more costs C·M·r products.
+    Normal(f(x; μ), J Σ Jᵀ), and these are S draws from it. A forward pass and C backward passes
+    (one where each choice is a row of its own), of the blocks from the first adapted one on, are
+    paid once; a draw more costs C·M·r products.
 
     :param loc: μ (M, r), the posterior's mean.
     :param draws: (S, M, r), of any posterior.
@@ -38,10 +40,6 @@ class Linearised:
 
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
-        s = self.loc.repeat(len(batch), 1, 1).requires_grad_()  # (B, M, r)
-        with torch.enable_grad():
-            f = self.adapter(batch, s, per_example=True)  # (B, C)
-            # An example's logits depend on its own s alone, so a sum keeps the examples apart.
-            rows = [torch.autograd.grad(f_c.sum(), s, retain_graph=True)[0] for f_c in f.unbind(-1)]
-        J = torch.stack(rows, 1).flatten(2)  # (B, C, M·r)
-        return f.detach() + torch.einsum("bcd,sd->sbc", J, (self.draws - self.loc).flatten(1))
+        f, J = jacobian(self.adapter, batch, self.loc)
+        steps = (self.draws - self.loc).flatten(1)  # (S, M·r)
+        return f + torch.einsum("bcd,sd->sbc", J.flatten(2), steps)

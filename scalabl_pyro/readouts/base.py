@@ -54,7 +54,8 @@ class Readout(ABC):
     padding_side: ClassVar[str]
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
-    #: whether an example is a row of tokens for each of its choices, instead of one row
+    #: whether an example is a row of tokens for each of its choices, of which each gives one logit,
+    #: instead of one row
     row_per_choice: ClassVar[bool] = False
     #: what was found when the readout was built, and a saved run gives back by ``Classes.form``
     form: str | None = None
@@ -270,6 +271,7 @@ class Readout(ABC):
             inputs,
             choices=torch.arange(self.num_classes) < counts[:, None],  # (B, C)
             labels=None if None in labels else torch.tensor(labels),
+            row_per_choice=self.row_per_choice,
         )
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:

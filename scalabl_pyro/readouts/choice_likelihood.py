@@ -231,6 +231,7 @@ class ChoiceLikelihood(Readout):
             inputs | {"sizes": torch.tensor(sizes)},  # (B, C)
             choices=torch.arange(self.num_classes) < counts[:, None],  # (B, C)
             labels=None if None in labels else torch.tensor(labels),
+            row_per_choice=not self.packed,
         )
 
     # ------------------------------------------------------------------ the model
