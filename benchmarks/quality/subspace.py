@@ -33,10 +33,11 @@ from scalabl_pyro.prediction.metrics import (
     auroc_at_equal_length,
     average,
     entropy,
+    max_probability,
     mutual_information,
+    noise_to_signal,
 )
 from scalabl_pyro.prediction.predictor import predict
-from scalabl_pyro.prediction.uncertainty import max_probability, noise_to_signal
 
 ROWS = ("random", "activations", "weights")
 TRIALS = {

@@ -21,7 +21,9 @@ __all__ = [
     "entropy",
     "evaluate",
     "half_width",
+    "max_probability",
     "mutual_information",
+    "noise_to_signal",
     "summarise",
 ]
 
@@ -66,6 +68,33 @@ def mutual_information(logits: Tensor) -> Tensor:
     are alike, familiar or not.
     """
     return summarise(logits).mutual_information
+
+
+def max_probability(logits: Tensor) -> Tensor:
+    """max_c p̄_c of the model average, in [1/C, 1], (N,) from (S, N, C): low is uncertain."""
+    return average(logits).exp().amax(-1)
+
+
+def noise_to_signal(logits: Tensor) -> Tensor:
+    r"""How far the draws disagree about the contrasts between choices, over the contrasts
+    themselves, ≥ 0, (N,) from (S, N, C): high is uncertain.
+
+    .. math:: \frac{\mathrm{tr}(P Σ_f P)}{\| P \bar f \|^2}, \qquad P = I - \tfrac{1}{C} 1 1^⊤
+
+    with the mean f̄ and the covariance Σ_f of the S logits; P takes the mean over the choices that
+    exist away, on which no probability depends. Unlike mutual information it does not grow with
+    the contrasts: multiplying all logits by a number leaves it as it is.
+
+    :returns: 0 for one draw; inf where f̄ has no contrasts, but its draws have.
+    :raises ValueError: as :func:`average`.
+    """
+    average(logits)
+    missing = logits.isinf()
+    f = logits.double().masked_fill(missing, 0.0)
+    f = (f - f.sum(-1, keepdim=True) / (~missing).sum(-1, keepdim=True)).masked_fill(missing, 0.0)
+    noise = f.var(0, correction=0).sum(-1)
+    signal = f.mean(0).square().sum(-1)
+    return torch.where(noise == 0, 0.0, noise / signal).to(logits)
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
@@ -145,9 +174,10 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     * ``ece_debiased``: ece − ece_floor, in [−1, 1]; 0 on average for a calibrated model, and up to
       ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
       et al. 2022 on that bias)
-    * ``auroc_entropy`` and ``auroc_mutual_information``: how well they tell wrong answers from
-      right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
-      mutual information of one draw
+    * ``noise_to_signal``: the median of :func:`noise_to_signal`, a ratio whose mean few decide
+    * ``auroc_entropy``, ``auroc_mutual_information`` and ``auroc_noise_to_signal``: how well they
+      tell wrong answers from right ones, see :func:`auroc`; nan where all answers are right or all
+      are wrong, and for the last two of one draw
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -159,6 +189,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     wrong = probs.argmax(-1) != labels
+    ratio = noise_to_signal(logits)
     error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
     values: dict[str, Tensor | float] = {
         "acc": (~wrong).float().mean(),
@@ -167,10 +198,12 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": total.mean(),
         "mutual_information": mutual.mean(),
+        "noise_to_signal": ratio.median(),
         "ece_floor": floor,
         "ece_debiased": error - floor,
         "auroc_entropy": auroc(total, wrong),
         "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
+        "auroc_noise_to_signal": auroc(ratio, wrong) if len(logits) > 1 else math.nan,
     }
     return {name: float(value) for name, value in values.items()}
 
