@@ -71,6 +71,7 @@ def second_moments(adapter: SubspaceAdapter, prompts: Split) -> dict[str, Tensor
     One forward pass for each prompt. Padding and missing choices have no part in it.
 
     :returns: by the names of modules.
+    :raises ValueError: if no token reaches a module, such as an expert.
     """
     adapter.eval()
     sums: dict[str, Tensor] = {}
@@ -94,7 +95,13 @@ def second_moments(adapter: SubspaceAdapter, prompts: Split) -> dict[str, Tensor
                 hook = partial(add, name, mask.flatten(0, -2))
                 hooks.enter_context(A.register_forward_pre_hook(hook))
             adapter(batch)
-    return {name: sums[name] / counts[name] for name in adapter.module_names}
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise ValueError(
+            f"no token of {len(prompts)} prompts reaches {missed}: give more, or leave it out"
+            " of target_modules"
+        )
+    return {name: sums[name] / count for name, count in counts.items()}
 
 
 def _tokens(x: Tensor, mask: Tensor) -> Tensor:

@@ -359,6 +359,15 @@ def test_from_pretrained(tokenizer, records, name):
         torch.testing.assert_close(V(found)[key], value)
 
 
+def test_a_module_that_no_token_reaches_is_named(tokenizer, records):
+    llm = tiny_llama()
+    llm.add_module("expert", torch.nn.Linear(16, 16))
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    adapter = SubspaceAdapter(llm, lora("q_proj", "expert"), readout)
+    with pytest.raises(ValueError, match=r"no token of 12 prompts reaches \['expert'\]"):
+        set_subspace(adapter, "activations", adapter.encode(records))
+
+
 def test_what_is_refused(make_causal, records):
     adapter = make_causal(filled=False)
     split = adapter.encode(records)
