@@ -88,10 +88,11 @@ def noise_to_signal(logits: Tensor) -> Tensor:
     :returns: 0 for one draw; inf where f̄ has no contrasts, but its draws have.
     :raises ValueError: as :func:`average`.
     """
-    average(logits)
-    missing = logits.isinf()
+    _check_draws(logits)
+    missing = logits == float("-inf")
     f = logits.double().masked_fill(missing, 0.0)
-    f = (f - f.sum(-1, keepdim=True) / (~missing).sum(-1, keepdim=True)).masked_fill(missing, 0.0)
+    f = _numbers(f - f.sum(-1, keepdim=True) / (~missing).sum(-1, keepdim=True))
+    f = f.masked_fill(missing, 0.0)
     noise = f.var(0, correction=0).sum(-1)
     signal = f.mean(0).square().sum(-1)
     return torch.where(noise == 0, 0.0, noise / signal).to(logits)
@@ -216,6 +217,14 @@ def average(logits: Tensor) -> Tensor:
     :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
         or +∞, or nothing else than −∞.
     """
+    _check_draws(logits)
+    # Rounding may leave a sure answer just above probability 1.
+    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    return _numbers(found)
+
+
+def _check_draws(logits: Tensor) -> None:
+    """:raises ValueError: if there is no dimension of draws, or no draw, example or class."""
     if logits.dim() < 3:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C); of one draw, logits[None]"
@@ -224,9 +233,6 @@ def average(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C), each 1 or more"
         )
-    # Rounding may leave a sure answer just above probability 1.
-    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
-    return _numbers(found)
 
 
 def _numbers(values: Tensor) -> Tensor:
