@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 __all__ = [
     "average_over_ranks",
     "check_same",
+    "copy_from_main",
     "is_main",
     "rank",
     "shard",
@@ -62,6 +63,12 @@ def check_same(number: int, message: str) -> None:
         dist.all_gather_object(found, number)
     if len(set(found)) > 1:
         raise RuntimeError(f"{message}: {found}")
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the first process's, in place."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, src=0)
 
 
 def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:

@@ -27,6 +27,7 @@ from scalabl_pyro import (
     evaluate,
     generate,
     mutual_information,
+    noise_to_signal,
     predict,
 )
 from scalabl_pyro.commands.evaluate import EvaluateConfig
@@ -281,6 +282,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "alpha": (settings(AdapterConfig, alpha=NAN), "alpha is nan"),
         "dropout": (settings(AdapterConfig, dropout=1.0), "dropout is 1.0"),
         "targets": (settings(AdapterConfig, targets=()), "targets is empty"),
+        "subspace": (settings(AdapterConfig, subspace="pca"), "subspace is 'pca'"),
         "tokens": (settings(Decoding, max_new_tokens=0), "max_new_tokens is 0"),
         "temperature": (settings(Decoding, temperature=0.0), "temperature is 0.0"),
         "temperature inf": (settings(Decoding, temperature=INF), "temperature is inf"),
@@ -346,6 +348,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
                 "average": average,
                 "entropy": entropy,
                 "mutual information": mutual_information,
+                "noise to signal": noise_to_signal,
                 "half width": half_width,
                 "evaluate": lambda logits: evaluate(logits, torch.zeros(4, dtype=torch.long)),
                 "per question": lambda x: per_question(x, torch.zeros(4, dtype=torch.long)),

@@ -44,6 +44,7 @@ def test_two_processes_train_as_one(local_model, tmp_path, monkeypatch, shard):
     monkeypatch.chdir(tmp_path)
     words = ["train", f"model.name={local_model}", "data.root=data", "progress=false"]
     words += ["fit.steps=20", "fit.batch_size=8", "fit.lr=0.01", "lora.targets=[q_proj,v_proj]"]
+    words += ["lora.subspace=activations"]
     assert scalabl(*words, "run_dir=one") == 0
     done = launch(*words, "run_dir=two", f"model.shard={str(shard).lower()}")
     assert done.returncode == 0, done.stderr

@@ -57,9 +57,8 @@ class Bench:
         :param adapter: settings of the adapter that differ.
         """
         settings = replace(self.adapter, **adapter)
-
         train = self.readout.encode(self.splits["train"].records[questions])
-        make = partial(make_adapter, self.config, settings, self.readout)
+        make = partial(make_adapter, self.config, settings, self.readout, prompts=train)
         return method.fit(make, train, self.splits["validation"], seed=seed)
 
     def validate(self, predictor: Predictor) -> dict[str, float]:

@@ -60,7 +60,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     split = run.encode(list(iter_records(config.input, run.class_names)))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(Path(config.run) / "adapter")
-    lora = replace(run.config.lora, start=mean)
+    lora = replace(run.config.lora, start=mean, subspace="random")
     settings, readout = run.config.model, run.readout
     own = run.predictor.adapter.readout_parameters  # of which no PEFT adapter knows
     del run  # one language model at a time

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data import Record, iter_records
 from ..files import new_path
-from ..prediction.metrics import summarise
+from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import predict
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
@@ -80,8 +80,10 @@ def _answers(
     records: Sequence[Record], logits: Tensor, used: Tensor | None
 ) -> Iterator[dict[str, Any]]:
     found = summarise(logits)
-    rows = zip(records, found.probabilities, found.entropy, found.mutual_information, strict=True)
-    for index, (record, p, h, i) in enumerate(rows):
+    ratios = noise_to_signal(logits)
+    scores = zip(found.entropy, found.mutual_information, ratios, strict=True)
+    rows = zip(records, found.probabilities, scores, strict=True)
+    for index, (record, p, (h, i, ratio)) in enumerate(rows):
         answer: dict[str, Any] = {
             "id": record.id,
             "answer": record.choices[int(p.argmax())],
@@ -89,6 +91,7 @@ def _answers(
             "probabilities": [round(float(x), 6) for x in p[: len(record.choices)]],
             "entropy": round(float(h), 6),
             "mutual_information": round(float(i), 6),
+            "noise_to_signal": round(float(ratio), 6),
         }
         if used is not None:
             answer["draws"] = int(used[index])

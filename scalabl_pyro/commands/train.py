@@ -92,7 +92,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
         method = attempt.make_method()
         try:
             return method.fit(
-                partial(make_adapter, config.model, config.lora, readout),
+                partial(make_adapter, config.model, config.lora, readout, prompts=train),
                 train,
                 encoded["validation"],
                 seed=config.seed,

@@ -14,7 +14,7 @@ from torch.autograd import grad
 from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
 
-__all__ = ["Kronecker", "kfac", "logit_moments"]
+__all__ = ["Kronecker", "kfac", "logit_moments", "weight_jacobian"]
 
 
 class Kronecker(NamedTuple):
@@ -100,6 +100,19 @@ def logit_moments(
 
     :param precision: λ.
     """
+    f, rows = weight_jacobian(adapter, batch)
+    covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
+    for name, J in rows.items():
+        covariance += factors[name].covariance(J, precision)
+    return f, covariance
+
+
+def weight_jacobian(adapter: SubspaceAdapter, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (B, C), and their derivatives with respect to every matrix A and B, whether it is
+    trained or not, (B, C, d_out, d_in) by the names of ``adapter.state()``.
+
+    A missing choice has derivatives of 0. The passes of :func:`kfac`.
+    """
     batch = batch.to(adapter.device)
     f, seen = _run(adapter, batch)
     units = torch.eye(f.shape[1], device=f.device).expand(len(batch), -1, -1)
@@ -109,10 +122,7 @@ def logit_moments(
             # All tokens of all rows of an example.
             by_example = (value.reshape(len(batch), -1, value.shape[-1]) for value in (slope, x))
             rows[name].append(torch.einsum("bto,btd->bod", *by_example))
-    covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
-    for name, each in rows.items():
-        covariance += factors[name].covariance(torch.stack(each, dim=1), precision)
-    return f.detach(), covariance
+    return f.detach(), {name: torch.stack(each, dim=1) for name, each in rows.items()}
 
 
 Seen = dict[str, tuple[Tensor, Tensor]]

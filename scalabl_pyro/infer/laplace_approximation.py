@@ -18,7 +18,7 @@ from ..lora.jacobian import derivatives, jacobian
 from ..models.model import ScalaBLModel
 from .chains import whole_split
 
-__all__ = ["CURVATURES", "Laplace", "ggn", "hessian", "laplace"]
+__all__ = ["CURVATURES", "Laplace", "ggn", "hessian", "laplace", "normal_prior"]
 
 
 class Laplace(NamedTuple):
@@ -70,9 +70,7 @@ def laplace(
         raise ValueError(
             f"loc has shape {tuple(loc.shape)}: expected (M, r) {tuple(model.init_loc.shape)}"
         )
-    prior = getattr(model.prior(), "base_dist", None)
-    if model.prior.latents or not isinstance(prior, dist.Normal):
-        raise ValueError(f"the prior is {model.prior}: a Laplace approximation needs a normal one")
+    prior = normal_prior(model)
     batches = whole_split(model, split, batch_size)
     model.adapter.eval()
     H = torch.zeros(loc.numel(), loc.numel(), dtype=torch.float64, device=loc.device)
@@ -105,6 +103,17 @@ def laplace(
         log_likelihood + log_prior + 0.5 * loc.numel() * math.log(2 * math.pi) - half_log_det,
         precision,
     )
+
+
+def normal_prior(model: ScalaBLModel) -> dist.Normal:
+    """The prior on s, of a batch (M, r).
+
+    :raises ValueError: if it is not normal, or depends on other sites.
+    """
+    prior = getattr(model.prior(), "base_dist", None)
+    if model.prior.latents or not isinstance(prior, dist.Normal):
+        raise ValueError(f"the prior is {model.prior}: a Laplace approximation needs a normal one")
+    return prior
 
 
 def ggn(model: ScalaBLModel, batch: Batch, loc: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes
 from ..readouts.choice_likelihood import NORMALISE, TEMPERATURE
 from .layers import read_config
+from .subspace import SUBSPACES
 
 __all__ = ["AdapterConfig", "ModelConfig"]
 
@@ -103,6 +104,8 @@ class AdapterConfig:
     :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
         scaling, targets, dropout, layers and heads are then its own.
     :param base_dropout: also train with the base model's own dropout.
+    :param subspace: where V comes from, a name in ``SUBSPACES`` (see
+        :func:`~scalabl_pyro.lora.set_subspace`): ``random``, ``activations`` or ``weights``.
     :raises ValueError: if a value is out of range.
     """
 
@@ -115,6 +118,7 @@ class AdapterConfig:
     start: str | None = None
     base_dropout: bool = False
     gradient_checkpointing: bool = False
+    subspace: str = "random"
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):
@@ -134,6 +138,13 @@ class AdapterConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
+        if self.subspace not in SUBSPACES:
+            raise ValueError(f"subspace is {self.subspace!r}: expected one of {sorted(SUBSPACES)}")
+        if self.subspace != "random" and self.start is not None:
+            raise ValueError(
+                f"subspace is {self.subspace!r}, but the adapter {self.start!r} to start from has a"
+                " V of its own: expected 'random', which leaves it as it is"
+            )
 
     def lora(self) -> LoraConfig:
         """The same as PEFT's configuration, or that of the adapter to start from.

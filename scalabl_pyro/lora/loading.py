@@ -19,11 +19,13 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
+from ..data import Split
 from ..distributed import world_size
 from ..embedded import model_folder
 from ..readouts import READOUTS, Classes, Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
+from .subspace import set_subspace
 
 __all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"]
 
@@ -132,11 +134,14 @@ def make_adapter(
     *,
     svd: bool,
     projections: ProjectionMode | None = None,
+    prompts: Split | None = None,
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 
     :param svd: and ``projections``: those of :class:`SubspaceAdapter`.
-    :raises ValueError: if the model is to be sharded and this is the only process.
+    :param prompts: of :func:`set_subspace`: training examples, which ``adapter.subspace`` may need.
+    :raises ValueError: if the model is to be sharded and this is the only process; or see
+        :func:`set_subspace`.
     """
     if config.shard and world_size() == 1:
         raise ValueError("model.shard is on, but one process runs: start it by accelerate launch")
@@ -151,6 +156,7 @@ def make_adapter(
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,
     )
+    set_subspace(made, adapter.subspace, prompts)
     if config.shard:
         made.shard()
     return made

@@ -15,6 +15,7 @@ from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
 from .loading import load_llm, load_readout, make_readout, prepare
+from .subspace import set_subspace
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -42,6 +43,7 @@ def from_pretrained(
     truncate: bool = False,
     projections: ProjectionMode = "free",
     start: str | Path | None = None,
+    subspace: str = "random",
     gradient_checkpointing: bool = False,
     **loading: Unpack[LoadOptions],
 ) -> SubspaceAdapter:
@@ -56,6 +58,8 @@ def from_pretrained(
         ``multiple_choice``.
     :param prompt: and ``chat``, ``truncate``: as in :class:`ModelConfig`.
     :param projections: and ``start``, ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
+    :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
+        ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
     :param loading: ``dtype``, ``quantization``, ``device``, ``device_map``, ``attention`` and
         ``revision``, as in :class:`ModelConfig`, of a model given by its name.
     :raises FileNotFoundError: if the model cannot be found.
@@ -118,7 +122,7 @@ def from_pretrained(
             )
         read = load_readout(config, classes)
         llm = load_llm(config, read, heads=lora.modules_to_save or ())
-    return SubspaceAdapter(
+    adapter = SubspaceAdapter(
         llm,
         lora,
         read,
@@ -126,6 +130,8 @@ def from_pretrained(
         projections=projections,
         gradient_checkpointing=gradient_checkpointing,
     )
+    set_subspace(adapter, subspace, adapter.encode(records) if subspace == "activations" else None)
+    return adapter
 
 
 def _check_fits(llm: PreTrainedModel, readout: Readout) -> None:

@@ -14,13 +14,16 @@ from .calibration import check_labels, ece, ece_floor
 __all__ = [
     "Averaged",
     "auroc",
+    "auroc_at_equal_length",
     "average",
     "ece",
     "ece_floor",
     "entropy",
     "evaluate",
     "half_width",
+    "max_probability",
     "mutual_information",
+    "noise_to_signal",
     "summarise",
 ]
 
@@ -67,6 +70,34 @@ def mutual_information(logits: Tensor) -> Tensor:
     return summarise(logits).mutual_information
 
 
+def max_probability(logits: Tensor) -> Tensor:
+    """max_c p̄_c of the model average, in [1/C, 1], (N,) from (S, N, C): low is uncertain."""
+    return average(logits).exp().amax(-1)
+
+
+def noise_to_signal(logits: Tensor) -> Tensor:
+    r"""How far the draws disagree about the contrasts between choices, over the contrasts
+    themselves, ≥ 0, (N,) from (S, N, C): high is uncertain.
+
+    .. math:: \frac{\mathrm{tr}(P Σ_f P)}{\| P \bar f \|^2}, \qquad P = I - \tfrac{1}{C} 1 1^⊤
+
+    with the mean f̄ and the covariance Σ_f of the S logits; P takes the mean over the choices that
+    exist away, on which no probability depends. Unlike mutual information it does not grow with
+    the contrasts: multiplying all logits by a number leaves it as it is.
+
+    :returns: 0 for one draw; inf where f̄ has no contrasts, but its draws have.
+    :raises ValueError: as :func:`average`.
+    """
+    _check_draws(logits)
+    missing = logits == float("-inf")
+    f = logits.double().masked_fill(missing, 0.0)
+    f = _numbers(f - f.sum(-1, keepdim=True) / (~missing).sum(-1, keepdim=True))
+    f = f.masked_fill(missing, 0.0)
+    noise = f.var(0, correction=0).sum(-1)
+    signal = f.mean(0).square().sum(-1)
+    return torch.where(noise == 0, 0.0, noise / signal).to(logits)
+
+
 def auroc(scores: Tensor, positive: Tensor) -> float:
     r"""Area under the ROC curve of a score for telling the positive examples, ties at one half.
 
@@ -85,10 +116,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
             f"scores has shape {tuple(scores.shape)} and positive {tuple(positive.shape)}: expected"
             " (N,) for both"
         )
-    if scores.isnan().any():
-        raise ValueError(
-            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
-        )
+    _check_scores(scores)
     held = positive.cpu().numpy().astype(bool)
     count = int(held.sum())
     pairs = count * (len(held) - count)
@@ -96,6 +124,45 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
         return math.nan
     ranks = stats.rankdata(scores.detach().cpu().double().numpy())
     return float((ranks[held].sum() - count * (count + 1) / 2) / pairs)
+
+
+def auroc_at_equal_length(
+    scores: Tensor, positive: Tensor, lengths: Tensor, *, apart: int = 2
+) -> float:
+    r"""The :func:`auroc` over the pairs whose lengths are about equal, which length cannot explain.
+
+    .. math:: \frac{\sum_{i, j} w_{ij} \big([u_i > u_j] + \tfrac{1}{2} [u_i = u_j]\big)}
+              {\sum_{i, j} w_{ij}}, \qquad w_{ij} = [\, |l_i - l_j| ≤ \mathrm{apart} \,]
+
+    over positive i and negative j. Every example takes part that has a partner.
+
+    :param scores: u, (N,).
+    :param positive: (N,).
+    :param lengths: l, (N,), such as ``split.lengths``, in tokens.
+    :param apart: the largest difference between two lengths.
+    :returns: in [0, 1], and nan where there is no such pair.
+    :raises ValueError: if the shapes differ, or a score is no number.
+    """
+    if not (scores.dim() == 1 and scores.shape == positive.shape == lengths.shape):
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}, positive {tuple(positive.shape)} and lengths"
+            f" {tuple(lengths.shape)}: expected (N,) for all three"
+        )
+    _check_scores(scores)
+    above, pairs = 0.0, 0
+    others, their_lengths = scores[~positive.bool()], lengths[~positive.bool()]
+    for score, length in zip(scores[positive.bool()], lengths[positive.bool()], strict=True):
+        near = others[(their_lengths - length).abs() <= apart]
+        above += float((score > near).sum()) + 0.5 * float((score == near).sum())
+        pairs += len(near)
+    return above / pairs if pairs else math.nan
+
+
+def _check_scores(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError(
+            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
+        )
 
 
 def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
@@ -108,9 +175,10 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     * ``ece_debiased``: ece − ece_floor, in [−1, 1]; 0 on average for a calibrated model, and up to
       ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
       et al. 2022 on that bias)
-    * ``auroc_entropy`` and ``auroc_mutual_information``: how well they tell wrong answers from
-      right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
-      mutual information of one draw
+    * ``noise_to_signal``: the median of :func:`noise_to_signal`, a ratio whose mean few decide
+    * ``auroc_entropy``, ``auroc_mutual_information`` and ``auroc_noise_to_signal``: how well they
+      tell wrong answers from right ones, see :func:`auroc`; nan where all answers are right or all
+      are wrong, and for the last two of one draw
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -122,6 +190,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     wrong = probs.argmax(-1) != labels
+    ratio = noise_to_signal(logits)
     error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
     values: dict[str, Tensor | float] = {
         "acc": (~wrong).float().mean(),
@@ -130,10 +199,12 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": total.mean(),
         "mutual_information": mutual.mean(),
+        "noise_to_signal": ratio.median(),
         "ece_floor": floor,
         "ece_debiased": error - floor,
         "auroc_entropy": auroc(total, wrong),
         "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
+        "auroc_noise_to_signal": auroc(ratio, wrong) if len(logits) > 1 else math.nan,
     }
     return {name: float(value) for name, value in values.items()}
 
@@ -146,6 +217,14 @@ def average(logits: Tensor) -> Tensor:
     :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
         or +∞, or nothing else than −∞.
     """
+    _check_draws(logits)
+    # Rounding may leave a sure answer just above probability 1.
+    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
+    return _numbers(found)
+
+
+def _check_draws(logits: Tensor) -> None:
+    """:raises ValueError: if there is no dimension of draws, or no draw, example or class."""
     if logits.dim() < 3:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C); of one draw, logits[None]"
@@ -154,9 +233,6 @@ def average(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C), each 1 or more"
         )
-    # Rounding may leave a sure answer just above probability 1.
-    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
-    return _numbers(found)
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data import Batch, Record, Split
 from ..infer.svi import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
-from .metrics import average, entropy, half_width, mutual_information
+from .metrics import average, entropy, half_width, mutual_information, noise_to_signal
 
 __all__ = [
     "MAX_ROWS",
@@ -190,6 +190,11 @@ class Predictions(NamedTuple):
     def mutual_information(self) -> Tensor:
         """(N,) in nats, see :func:`~scalabl_pyro.prediction.mutual_information`."""
         return mutual_information(self.logits)
+
+    @property
+    def noise_to_signal(self) -> Tensor:
+        """(N,), see :func:`~scalabl_pyro.prediction.noise_to_signal`."""
+        return noise_to_signal(self.logits)
 
 
 def predict(

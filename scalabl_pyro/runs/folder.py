@@ -220,12 +220,12 @@ def load_run(folder: str | Path) -> Run:
     config = replace(config, model=replace(config.model, shard=False))  # one process reads it
     classes = meaning.classes
     method = config.make_method()
-    # What was decomposed before saving comes with the projections; the adapter that training
+    # V comes with the projections, whatever it was before training; the adapter that training
     # started from may be gone, and what was saved has the same layers.
     start = str(folder / "adapter") if config.lora.start is not None else None
     adapter = make_adapter(
         config.model,
-        replace(config.lora, start=start),
+        replace(config.lora, start=start, subspace="random"),
         load_readout(config.model, classes),
         svd=False,
         projections=method.projections,

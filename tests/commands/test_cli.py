@@ -98,6 +98,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
         assert row["answer"] == record.choices[row["label"]]
         assert row["entropy"] > 0
         assert row["mutual_information"] >= 0
+        assert row["noise_to_signal"] >= 0
 
 
 def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, data, capsys):

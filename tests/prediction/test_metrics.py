@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from scalabl_pyro import evaluate
-from scalabl_pyro.prediction import auroc, ece, ece_floor
+from scalabl_pyro.prediction import (
+    auroc,
+    auroc_at_equal_length,
+    ece,
+    ece_floor,
+    max_probability,
+    noise_to_signal,
+)
 
 
 def ece_by_hand(rows, labels, bins):
@@ -100,8 +107,13 @@ def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     scores = (-(probabilities * probabilities.log()).sum(-1)).tolist()
     assert found["auroc_entropy"] == pytest.approx(pairs_won(scores, wrong), abs=1e-6)
     assert 0 <= found["auroc_mutual_information"] <= 1
+    ratios = ratios_in_loops(logits)
+    assert found["noise_to_signal"] == pytest.approx(sorted(ratios)[29], rel=1e-5)
+    assert found["auroc_noise_to_signal"] == pytest.approx(pairs_won(ratios, wrong), abs=1e-6)
     one = evaluate(logits[:1], labels)
     assert math.isnan(one["auroc_mutual_information"])
+    assert math.isnan(one["auroc_noise_to_signal"])
+    assert one["noise_to_signal"] == 0
     right = evaluate(logits, probabilities.argmax(-1))
     assert math.isnan(right["auroc_entropy"])
 
@@ -132,3 +144,81 @@ def test_auroc_is_the_share_of_pairs_in_order(scores, positive):
 @pytest.mark.parametrize("positive", [[0, 0, 0], [1, 1, 1]])
 def test_auroc_of_one_class_is_no_number(positive):
     assert math.isnan(auroc(torch.tensor([0.1, 0.5, 0.3]), torch.tensor(positive).bool()))
+
+
+def ratios_in_loops(logits):
+    """Noise to signal with P, f̄ and Σ_f written out, of the choices that exist."""
+    found = []
+    for n in range(logits.shape[1]):
+        f = logits[:, n][:, logits[0, n].isfinite()].double()
+        C = f.shape[1]
+        P = torch.eye(C).double() - torch.ones(C, C).double() / C
+        mean = f.mean(0)
+        covariance = sum(torch.outer(x - mean, x - mean) for x in f) / len(f)
+        found.append(float(torch.trace(P @ covariance @ P) / (P @ mean).square().sum()))
+    return found
+
+
+def test_noise_to_signal_is_that_of_its_formula():
+    logits = (torch.randn(7, 20, 4) + 2 * torch.randn(20, 4)).double()
+    logits[:, ::3, 3] = float("-inf")
+    logits[:, ::6, 2] = float("-inf")
+    found = noise_to_signal(logits)
+    torch.testing.assert_close(found, torch.tensor(ratios_in_loops(logits)).double())
+    # A number that all choices share, and the size of all logits, do not matter.
+    torch.testing.assert_close(noise_to_signal(3 * logits + torch.randn(7, 20, 1)), found)
+    # Draws that are repeated leave it as it is.
+    torch.testing.assert_close(noise_to_signal(logits.repeat(2, 1, 1)), found)
+
+
+def test_noise_to_signal_of_one_draw_and_of_no_contrast():
+    assert noise_to_signal(torch.randn(1, 3, 4)).tolist() == [0, 0, 0]
+    assert noise_to_signal(torch.zeros(2, 3, 4)).tolist() == [0, 0, 0]
+    opposite = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    assert noise_to_signal(opposite).tolist() == [math.inf]
+
+
+def test_max_probability_is_that_of_the_average():
+    logits = torch.tensor([[[0.0, 0.0]], [[math.log(3), 0.0]]])
+    assert float(max_probability(logits)) == pytest.approx((0.5 + 0.75) / 2)
+
+
+def matched_in_loops(scores, positive, lengths, apart):
+    won, pairs = 0.0, 0
+    for s, p, length in zip(scores, positive, lengths, strict=True):
+        for other, q, their_length in zip(scores, positive, lengths, strict=True):
+            if p and not q and abs(length - their_length) <= apart:
+                won += (s > other) + (s == other) / 2
+                pairs += 1
+    return won / pairs if pairs else math.nan
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, 50])
+def test_auroc_at_equal_length_is_the_share_of_pairs_that_are_alike(apart):
+    generator = torch.Generator().manual_seed(apart)
+    lengths = torch.randint(5, 20, (80,), generator=generator)
+    positive = torch.rand(80, generator=generator) < lengths / 25
+    scores = (lengths + 4 * torch.randn(80, generator=generator)).round()  # with ties
+    found = auroc_at_equal_length(scores, positive, lengths, apart=apart)
+    expected = matched_in_loops(scores.tolist(), positive.tolist(), lengths.tolist(), apart)
+    assert found == pytest.approx(expected, abs=1e-12)
+    if apart == 50:
+        assert found == pytest.approx(auroc(scores, positive), abs=1e-12)
+
+
+def test_what_length_alone_explains_is_gone_at_equal_length():
+    lengths = torch.arange(4000) % 60
+    positive = torch.rand(4000) < lengths / 60
+    score = lengths + torch.rand(4000)
+    assert auroc(score, positive) > 0.75
+    assert auroc_at_equal_length(score, positive, lengths, apart=0) == pytest.approx(0.5, abs=0.03)
+
+
+def test_auroc_at_equal_length_without_pairs_and_with_bad_input():
+    numbers = torch.tensor([1.0, 2.0])
+    assert math.isnan(auroc_at_equal_length(numbers, torch.tensor([True, False]), 10 * numbers))
+    assert math.isnan(auroc_at_equal_length(numbers, torch.tensor([True, True]), numbers))
+    with pytest.raises(ValueError, match=r"lengths \(3,\): expected \(N,\) for all three"):
+        auroc_at_equal_length(numbers, torch.tensor([True, False]), torch.zeros(3))
+    with pytest.raises(ValueError, match="scores holds nan at 0"):
+        auroc_at_equal_length(numbers * math.nan, torch.tensor([True, False]), numbers)

@@ -1,0 +1,166 @@
+r"""Subspaces from data: which V a fresh adapter has.
+
+The rows of V are the r directions of a module's input that its update ΔW(s) = (α/r)·B·diag(s)·V
+looks at. They are leading eigenvectors v_j of a matrix C (d_in, d_in), with eigenvalues λ_j:
+
+* ``activations``: of the second moment C = 1/R Σ_t x_t x_tᵀ of the module's inputs x at the R
+  tokens of training prompts, with V_j = v_j · √(tr C / (d_in · λ_j)). Then (V_j·x)² is tr C / d_in
+  in the mean, the same for each j ("whitened"), and the same as that of an orthonormal V whose
+  directions are random. So s and B keep their scale, and s its start and its prior.
+* ``weights``: of C = WᵀW for the frozen weight W, the right singular vectors of W, with V_j = v_j.
+
+The moment is not centred: ΔW(s) acts on x, not on x − mean, so a mean is a direction like others,
+and these v_1 … v_r are the ones that keep most of Σ_t ‖x_t‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..data import Split
+from ..distributed import copy_from_main
+from .adapter import SubspaceAdapter
+
+__all__ = ["SUBSPACES", "second_moments", "set_subspace"]
+
+#: most prompts whose activations are looked at
+_PROMPTS = 256
+
+
+@torch.no_grad()
+def set_subspace(adapter: SubspaceAdapter, name: str, prompts: Split | None = None) -> None:
+    """Give a fresh adapter another V, before a model or a guide is made of it.
+
+    B is 0, so that the logits stay those of the base model. ``init_loc`` stays as it is. In plain
+    LoRA (``svd=False``), A becomes diag(σ)·V with the singular values σ that it had.
+
+    :param name: one of :data:`SUBSPACES`; ``random`` leaves V as it is.
+    :param prompts: for ``activations``, training examples, of which up to 256, evenly spread, run
+        through the base model once. Labels are not looked at.
+    :raises ValueError: if there is no such subspace; B is not 0; V would lose its scale
+        (``projections="unit"``); or prompts are missing, or have fewer than r directions.
+    """
+    if name not in SUBSPACES:
+        raise ValueError(f"subspace is {name!r}: expected one of {sorted(SUBSPACES)}")
+    if name == "random":
+        return
+    if adapter.matrices.norms_of_B().any():
+        raise ValueError(
+            f"subspace is {name!r}, but B is not 0: what was trained has a V of its own; take"
+            " 'random', which leaves it as it is, or a fresh adapter"
+        )
+    found = SUBSPACES[name](adapter, prompts)
+    copy_from_main(found)  # rounding on another device may turn a direction round
+    for A, V in zip(adapter.matrices.A.values(), found, strict=True):
+        sigma = torch.linalg.svdvals(A.weight.float())  # 1 in the subspace form
+        A.weight.copy_(sigma[:, None] * V)
+
+
+@torch.no_grad()
+def second_moments(adapter: SubspaceAdapter, prompts: Split) -> dict[str, Tensor]:
+    """C_m = 1/R Σ_t x_t x_tᵀ over the R tokens that reach adapted module m, (d_m, d_m) in float64.
+
+    One forward pass for each prompt. Padding and missing choices have no part in it.
+
+    :returns: by the names of modules.
+    :raises ValueError: if no token reaches a module, such as an expert.
+    """
+    adapter.eval()
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(adapter.module_names, 0)
+
+    def add(name: str, mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = _tokens(args[0], mask.to(args[0].device)).double()
+        sums[name] = sums.get(name, 0) + x.mT @ x
+        counts[name] += len(x)
+
+    inputs = dict(zip(adapter.module_names, adapter.matrices.A.values(), strict=True))
+    for example in prompts.examples:
+        # One at a time: rows differ in length between the choices of one example alone, and what
+        # an output layer sees of them, without their padding, would not be known in a batch.
+        batch = prompts.collate([example])
+        mask = batch.inputs["attention_mask"].bool()  # (1, [C,] T)
+        if mask.dim() == 3:
+            mask = mask & batch.choices[..., None]
+        with ExitStack() as hooks:
+            for name, A in inputs.items():
+                hook = partial(add, name, mask.flatten(0, -2))
+                hooks.enter_context(A.register_forward_pre_hook(hook))
+            adapter(batch)
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise ValueError(
+            f"no token of {len(prompts)} prompts reaches {missed}: give more, or leave it out"
+            " of target_modules"
+        )
+    return {name: sums[name] / count for name, count in counts.items()}
+
+
+def _tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """(n, d) of what is no padding.
+
+    :param x: (R, T, d), or (R·T, d) of an expert, or (R, K, d) of an output layer.
+    :param mask: (R, T).
+    """
+    x = x.flatten(0, -2)
+    return x[mask.flatten()] if len(x) == mask.numel() else x
+
+
+def _leading(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The r largest eigenvalues (r,) and their eigenvectors as rows (r, d)."""
+    values, vectors = torch.linalg.eigh(C)
+    return values[-r:].flip(0), vectors[:, -r:].flip(1).mT
+
+
+def _of_activations(adapter: SubspaceAdapter, prompts: Split | None) -> list[Tensor]:
+    if adapter.unit:
+        raise ValueError(
+            "subspace is 'activations', which gives the rows of V the scale of their inputs, and"
+            " projections 'unit' takes it away: expected frozen_v, free or fixed"
+        )
+    if prompts is None:
+        raise ValueError("subspace is 'activations': give prompts, a split of training examples")
+    some = prompts.select(range(0, len(prompts), -(-len(prompts) // _PROMPTS)))
+    found = []
+    for name, C in second_moments(adapter, some).items():
+        values, V = _leading(C, adapter.rank)
+        least = len(C) * torch.finfo(torch.float32).eps * values[0]  # of inputs that are rounded
+        if not values[-1] > least:
+            raise ValueError(
+                f"the inputs of {name} at {len(some)} prompts have {int((values > least).sum())}"
+                f" directions, fewer than the rank {adapter.rank}: give more prompts, or a smaller"
+                " r"
+            )
+        found.append(V * (C.trace() / len(C) / values).sqrt()[:, None])
+    return found
+
+
+def _of_weights(adapter: SubspaceAdapter, prompts: Split | None) -> list[Tensor]:
+    found = []
+    for layer in adapter.layers.values():
+        base = layer.get_base_layer()
+        W = dequantize_module_weight(base).double()  # (d_out, d_in)
+        if isinstance(base, Conv1D):
+            W = W.mT
+        found.append(_leading(W.mT @ W, adapter.rank)[1])
+    return found
+
+
+def _as_it_is(adapter: SubspaceAdapter, prompts: Split | None) -> list[Tensor]:
+    return [A.weight for A in adapter.matrices.A.values()]
+
+
+#: functions of an adapter and of prompts, which return M matrices V (r, d_m), by name
+SUBSPACES: dict[str, Callable[[SubspaceAdapter, Split | None], list[Tensor]]] = {
+    "activations": _of_activations,
+    "random": _as_it_is,
+    "weights": _of_weights,
+}
