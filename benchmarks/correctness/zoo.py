@@ -305,7 +305,7 @@ def checks(kind: str, model_type: str) -> Iterator[tuple[str, Callable[[], None]
         if not adapter.trunk.depth:
             raise ValueError(f"no trunk: {adapter.trunk.why_not}")
         close(adapter(batch, s), loop)
-        if not adapter._share_trunk:
+        if not adapter.trunk.sharing:
             raise ValueError("no trunk: found in a forward pass")
 
     def checkpointed() -> None:
