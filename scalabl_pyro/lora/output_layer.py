@@ -17,9 +17,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..readouts.base import Readout
 from .layers import ADAPTER
 
-__all__ = ["OutputRows", "contiguous_input"]
+__all__ = ["OutputRows", "prepare_output_layer"]
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,33 @@ class OutputRows:
         return found.new_zeros(*x.shape[:-1], base.out_features).index_copy(-1, ids, found)
 
 
-def contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def prepare_output_layer(
+    llm: PreTrainedModel, readout: Readout, device: torch.device
+) -> OutputRows | None:
+    """The rows of the output layer that a readout looks at, or ``None`` where all stay.
+
+    The layer itself gets inputs without gaps.
+
+    :param device: where the model takes its inputs.
+    """
+    try:
+        head = llm.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if not isinstance(head, (nn.Linear, LoraLayer)):
+        return None
+    cast(nn.Module, head).register_forward_pre_hook(_contiguous_input)
+    ids: Tensor | None = getattr(readout, "label_ids", None)
+    if ids is None:
+        return None
+    row = ids[None].to(device)  # any tokens will do
+
+    def run() -> Tensor:
+        return readout(llm, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+
+    return OutputRows.of(llm, ids, run)
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A forward pre-hook: on CPUs, a product in bfloat16 with a slice of the positions is slow."""
     return (args[0].contiguous(), *args[1:])

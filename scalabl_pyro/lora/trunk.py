@@ -9,6 +9,7 @@ many draws run in, or a whole training run (:meth:`Trunk.cache`).
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,8 @@ from transformers.utils import ModelOutput
 from ..data import Batch, Example, Split
 
 __all__ = ["Leaving", "Trunk", "TrunkError", "map_tensors"]
+
+log = logging.getLogger(__name__)
 
 _KEY = "hidden_states_leaving_block_"
 # Arguments of blocks whose first dimension is no row: of DeBERTa; of Bloom and Falcon; of MPT.
@@ -58,6 +61,8 @@ class Trunk:
         self._llm = llm
         self._names = tuple(module_names)
         self._order_checked = False
+        #: whether one pass runs the trunk once for all its draws
+        self.sharing = True
         prefix, self._blocks, self.why_not = _find_blocks(llm, module_names)
         order = {name: place for place, (name, _) in enumerate(llm.named_modules())}
         #: (M,) the block that holds each module; −1 and the number of blocks are before and after
@@ -89,6 +94,11 @@ class Trunk:
         random = (s != s[:1]).any(-1).any(0).tolist()  # (M,)
         blocks = [block for block, differs in zip(self.block_of, random, strict=True) if differs]
         return max(0, min(blocks, default=self.num_blocks))
+
+    def stop_sharing(self, error: TrunkError) -> None:
+        """Run every block for every draw from now on, which computes the same."""
+        self.sharing = False
+        log.warning("%s: every block runs for every draw, which takes longer", error)
 
     def above(self, depth: int) -> Tensor:
         """(M,), true for the modules outside the first ``depth`` blocks."""

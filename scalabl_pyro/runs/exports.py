@@ -26,6 +26,7 @@ from ..embedded import model_folder
 from ..files import whole_folder
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
+from ..lora.layers import quiet_peft
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
 from .folder import Run, posterior_mean
@@ -114,7 +115,8 @@ def merge(
         llm = load_llm(config, readout, heads=heads)
         if hasattr(llm, "hf_quantizer"):
             llm = llm.dequantize()
-        peft_model = PeftModel.from_pretrained(llm, str(adapter))
+        with quiet_peft():
+            peft_model = PeftModel.from_pretrained(llm, str(adapter))
         _untie(llm)
         merged = peft_model.merge_and_unload(safe_merge=True)
         merged.save_pretrained(part)

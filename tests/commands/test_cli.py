@@ -15,7 +15,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from conftest import make_records, scalabl, tiny_bert_config, tiny_llama, write_jsonl
+from conftest import FAST, make_records, scalabl, tiny_bert_config, tiny_llama, write_jsonl
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -36,13 +36,6 @@ from scalabl_pyro.runs.config import DataConfig, RunConfig, build
 from scalabl_pyro.runs.folder import RunFolderError
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = [
-    "fit.steps=4",
-    "fit.batch_size=4",
-    "fit.lr_guide=0.3",
-    "progress=false",
-    "model.dtype=float32",
-]
 
 
 @pytest.fixture(autouse=True)

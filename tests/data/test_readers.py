@@ -8,11 +8,18 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_records, write_jsonl
-from test_cli import FAST, scalabl
+from conftest import FAST, make_records, run_snippet, scalabl, write_jsonl
 
 from scalabl_pyro import Record
-from scalabl_pyro.data import TASKS, DataError, DataSource, iter_records, read_folder, read_records
+from scalabl_pyro.data import (
+    TASKS,
+    DataError,
+    DataSource,
+    iter_records,
+    read_folder,
+    read_records,
+    tasks,
+)
 from scalabl_pyro.runs.config import ConfigError, DataConfig, build
 
 LETTERS = ["A", "B", "C", "D"]
@@ -202,6 +209,19 @@ def test_data_sets_of_the_hub(tmp_path, task):
         if task.startswith(("winogrande", "boolq"))
         else {"train", "validation", "test"}
     )
+
+
+def test_the_data_set_of_contributing_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
+    run_snippet("def _hellaswag", dict(vars(tasks)))
+    row = {"ctx": "A man sits", "endings": CHOICES["text"], "label": "2"}
+    copy = hub_copy(tmp_path / "copy", "default", {"train": [row], "validation": [row]})
+    splits = DataSource(task="hellaswag", hub_path=str(copy)).read()
+    choices = ("w", "x", "y", "z")
+    assert splits == {
+        "train": [Record("train-0", "A man sits", choices, 2)],
+        "test": [Record("validation-0", "A man sits", choices, 2)],
+    }
 
 
 def test_official_validation_of_winogrande_is_the_test_split(tmp_path):

@@ -152,6 +152,16 @@ def test_a_copy_computes_with_its_own_s(make_causal, records, options):
     assert all(p.grad is None for p in original.state().values())
 
 
+def test_no_library_warns_of_another_when_layers_are_added(letters, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = SubspaceAdapter(tiny_llama(), lora("q_proj"), letters)
+        first.peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+        SubspaceAdapter(tiny_llama(), lora("q_proj"), letters, start=tmp_path)
+        with pytest.warns(FutureWarning, match="^`is_gradient_checkpointing`"):
+            tiny_llama().is_gradient_checkpointing  # noqa: B018  in sight again
+
+
 # ---------------------------------------------------------------------- configurations
 
 

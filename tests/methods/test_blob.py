@@ -25,7 +25,7 @@ def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
     shift = torch.randn_like(plain.matrices.flat_A())
     with torch.no_grad():
         logits = plain(batch, shift=shift)
-        signs = plain._bound.shift
+        signs = plain._hooks.bound.shift
         rows_each = len(signs[0].u) // len(batch)
         for b in range(len(batch)):
             weights = {

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import whole
+from conftest import run_snippet, whole
 from pyro.infer.autoguide import AutoNormal
+from scipy import stats
 
 from scalabl_pyro import ScalaBLModel, draw
 from scalabl_pyro.guides import (
@@ -16,6 +18,7 @@ from scalabl_pyro.guides import (
     AutoSubspaceMultivariateNormal,
     AutoSubspaceNormal,
 )
+from scalabl_pyro.prediction import draws
 from scalabl_pyro.prediction.draws import hold, signal_to_noise
 
 GUIDES = {
@@ -97,6 +100,19 @@ def test_draws_stay_in_the_support_of_the_prior(make_causal):
     torch.testing.assert_close(bank.median(0).values, guide.median()["s"], rtol=0.6, atol=0)
 
 
+def test_the_draws_of_contributing_are_stratified(model, monkeypatch):
+    """One draw in each of S intervals that are equally likely, for every number of s."""
+    monkeypatch.setattr(draws, "KINDS", dict(draws.KINDS))
+    run_snippet("def _latin_hypercube", dict(vars(draws)))
+    guide = make_guide("normal", model)
+    bank = draw(guide, 50, seed=0, kind="latin_hypercube")
+    q = guide.marginals()
+    u = stats.norm.cdf(((bank - q.loc) / q.scale).flatten(1).double().detach())  # (S, M·r)
+    strata = np.sort(np.floor(50 * u), 0)
+    np.testing.assert_array_equal(strata, np.arange(50)[:, None].repeat(u.shape[1], 1))
+    assert not torch.equal(bank[:, 0].argsort(0), bank[:, 1].argsort(0))
+
+
 def test_what_has_no_normal_map_is_refused(model, records):
     with pytest.raises(ValueError, match="'halton': expected one of"):
         draw(AutoSubspaceNormal(model), 2, seed=0, kind="halton")
@@ -113,14 +129,14 @@ def test_signal_to_noise_and_holding_modules(model):
     M, r = model.adapter.shape
     loc = torch.full((M, r), 3.0)
     scale = torch.linspace(0.5, 3.0, M)[:, None]
-    draws = loc + scale * torch.randn(20_000, M, r)
-    found = signal_to_noise(draws)
+    bank = loc + scale * torch.randn(20_000, M, r)
+    found = signal_to_noise(bank)
     torch.testing.assert_close(found, 3.0 / scale[:, 0], rtol=0.03, atol=0)
     random = found < 2
     assert random.any()
     assert not random.all()
-    held = hold(draws, loc, random)
-    assert torch.equal(held[:, random], draws[:, random])
+    held = hold(bank, loc, random)
+    assert torch.equal(held[:, random], bank[:, random])
     assert torch.equal(held[:, ~random], loc[~random].expand(20_000, -1, -1))
     assert math.isclose(float(held[:, ~random].std(0).sum()), 0.0)
     assert model.adapter.trunk.depth_for(held) >= int((~random).nonzero()[0])

@@ -1,4 +1,4 @@
-"""A readout of one's own is a class and an entry in READOUTS."""
+"""The readout of CONTRIBUTING: a class and an entry in READOUTS."""
 
 from __future__ import annotations
 
@@ -6,38 +6,25 @@ import json
 
 import pytest
 import torch
-from conftest import make_records, scalabl, tiny_llama, write_jsonl
+from conftest import make_records, run_snippet, scalabl, tiny_llama, write_jsonl
 from safetensors.torch import load_file
 
-from scalabl_pyro import from_pretrained, load_run, predict
+from scalabl_pyro import from_pretrained, load_run, predict, readouts
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.readouts import READOUTS, Readout
 from scalabl_pyro.runs.memory import MemoryConfig, estimate
 
 
-class FirstTokens(Readout):
-    """The logits of the first C tokens of the vocabulary after the question."""
-
-    padding_side = "left"
-    auto_class = "AutoModelForCausalLM"
-
-    def _tokenize(self, record):
-        return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
-
-    def _truncate(self, record):
-        return self._cut_left(self._tokenize(record))
-
-    def __call__(self, llm, inputs):
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return llm(**inputs).logits[:, -1, : self.num_classes].float()
+@pytest.fixture
+def first_tokens(monkeypatch):
+    names = dict(vars(readouts.base))
+    run_snippet("class FirstTokens", names)
+    monkeypatch.setitem(readouts.READOUTS, "first_tokens", names["FirstTokens"])
+    return names["FirstTokens"]
 
 
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    monkeypatch.setitem(READOUTS, "first_tokens", FirstTokens)
-
-
-def test_it_trains_reloads_evaluates_and_predicts(local_model, tmp_path, monkeypatch, capsys):
+def test_it_trains_reloads_evaluates_and_predicts(
+    first_tokens, local_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     for name, count in (("train", 16), ("validation", 8), ("test", 9)):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
@@ -46,7 +33,7 @@ def test_it_trains_reloads_evaluates_and_predicts(local_model, tmp_path, monkeyp
     assert scalabl("train", *words) == 0
     trained = json.loads(capsys.readouterr().out)
     run = load_run("out")
-    assert isinstance(run.readout, FirstTokens)
+    assert isinstance(run.readout, first_tokens)
     saved = load_file("out/predictions.safetensors")["test.logits"]
     assert torch.equal(predict(run.predictor, make_records(9)).logits, saved)
     assert scalabl("evaluate", "run=out", "data.root=data", "progress=false") == 0
@@ -57,9 +44,11 @@ def test_it_trains_reloads_evaluates_and_predicts(local_model, tmp_path, monkeyp
     assert "label_ids" not in json.loads((tmp_path / "exported/manifest.json").read_text())
 
 
-def test_it_serves_a_model_at_hand_and_the_estimate_of_memory(local_model, tokenizer, records):
+def test_it_serves_a_model_at_hand_and_the_estimate_of_memory(
+    first_tokens, local_model, tokenizer, records
+):
     config = AdapterConfig(r=4, targets=("q_proj",))
     options = {"readout": "first_tokens"}
     adapter = from_pretrained(tiny_llama(), config.lora(), records, tokenizer=tokenizer, **options)
-    assert isinstance(adapter.readout, FirstTokens)
+    assert isinstance(adapter.readout, first_tokens)
     assert estimate(MemoryConfig(ModelConfig(str(local_model), **options), config)).training > 0

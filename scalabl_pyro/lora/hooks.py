@@ -1,0 +1,149 @@
+"""The hooks by which A_m·x becomes diag(s_m)·A_m·x, with the s of each row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .flipout import Shift
+from .rows import RowCheck
+
+__all__ = ["Bound", "Hooks"]
+
+
+class Bound(NamedTuple):
+    """What the hooks read in a forward pass, and in the backward pass that repeats it.
+
+    :param s: M of (S, r), or ``None`` for plain LoRA.
+    :param shift: what is added to each of the M matrices A.
+    :param tokens: the shape (S·R, T) of the model's input; ``None`` where it has not been seen.
+    """
+
+    s: tuple[Tensor, ...] | None = None
+    shift: tuple[Shift, ...] | None = None
+    tokens: tuple[int, int] | None = None
+
+
+class Hooks:
+    """One forward hook on each of M matrices A, which scales what A returns by :attr:`bound`.
+
+    :param llm: the model that holds them, whose input tells the number of rows.
+    :param A: the M matrices A by the names of their modules.
+    :param rows: refuses inputs in which the rows of a draw cannot be found.
+    :param unit: let A act with rows of unit norm.
+    """
+
+    def __init__(
+        self, llm: nn.Module, A: Mapping[str, nn.Linear], rows: RowCheck, *, unit: bool
+    ) -> None:
+        self.bound = Bound()
+        self._A = dict(A)
+        self._rows = rows
+        self._unit = unit
+        #: calls of each A in this forward pass; ``None`` once they were found to be one each
+        self._calls: list[int] | None = [0] * len(A)
+        for index, matrix in enumerate(A.values()):
+            # Of a method, not a closure: a copy of the adapter gets hooks that read its own s.
+            matrix.register_forward_hook(partial(self._scale, index))
+        llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last pass left bound may be part of a graph, which has no copy.
+        return self.__dict__ | {"bound": Bound()}
+
+    def bind(self, s: Tensor | None) -> torch.Size:
+        """Let the hooks read s from now on, and nothing else; returns the shape of the draws.
+
+        :param s: (\\*draws, M, r). ``None`` is s = 1, plain LoRA.
+        :raises ValueError: if s has another shape.
+        """
+        self.bound = Bound()
+        first = next(iter(self._A.values())).weight
+        shape = (len(self._A), first.shape[0])
+        if s is None and not self._unit:
+            return torch.Size()
+        if s is None:
+            s = torch.ones(shape, device=first.device)
+        if s.shape[-2:] != shape:
+            raise ValueError(
+                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
+                f" (*draws, {shape[0]}, {shape[1]})"
+            )
+        each = self.effective(s).reshape(-1, *shape).unbind(1)  # M of (S, r)
+        self.bound = Bound(each)
+        return s.shape[:-2]
+
+    def effective(self, s: Tensor) -> Tensor:
+        """The s that multiplies the rows of A as they are stored."""
+        if not self._unit:
+            return s
+        norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A.values()]
+        return s / torch.stack(norms)
+
+    def add(self, **fields: Any) -> None:
+        """Change some fields of what is bound."""
+        self.bound = self.bound._replace(**fields)
+
+    @contextmanager
+    def rebound(self, bound: Bound) -> Iterator[None]:
+        """Let the hooks read something else, until the context ends."""
+        kept, self.bound = self.bound, bound
+        try:
+            yield
+        finally:
+            self.bound = kept
+
+    def start_pass(self, rows: int, T: int) -> None:
+        """Count the calls of each A from here on, unless :meth:`check_calls` has passed.
+
+        :param rows: S·R of the model's input.
+        :param T: its tokens in a row.
+        """
+        self.add(tokens=(rows, T))
+        self._rows.unclear = set()
+        if self._calls is not None:
+            self._calls = [0] * len(self._A)
+
+    def check_calls(self) -> None:
+        """Refuse a model that does not call each adapted module once in a forward pass.
+
+        :raises ValueError: if it does not, for s would then not act as ΔW(s) says.
+        """
+        if self._calls is None:
+            return
+        wrong = {n: c for n, c in zip(self._A, self._calls, strict=True) if c != 1}
+        if wrong:
+            raise ValueError(
+                "these adapted modules were not called once in a forward pass, but so often, and s"
+                f" would not act as ΔW(s) says: {wrong}; leave them out of target_modules"
+            )
+        self._calls = None  # checked once: the hooks need not count any more
+
+    def _scale(
+        self, index: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        each, shift, tokens = self.bound
+        if shift is not None:
+            output = output + shift[index](args[0]).to(output)
+        if each is None:
+            return output
+        if self._calls is not None:
+            self._calls[index] += 1
+        s = each[index].to(output)  # (S, r)
+        if s.shape[0] == 1:
+            return output * s[0]
+        if tokens is not None:
+            self._rows.look(index, args[0].shape, len(s), *tokens)
+        parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
+        return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)
+
+    def _see_tokens(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = None if ids is None else (math.prod(ids.shape[:-1]), ids.shape[-1])
+        self.add(tokens=tokens)
