@@ -91,12 +91,16 @@ def kfac(
 
 
 def logit_moments(
-    adapter: SubspaceAdapter, batch: Batch, factors: Mapping[str, Kronecker], precision: float
+    adapter: SubspaceAdapter,
+    batch: Batch,
+    factors: Mapping[str, Kronecker],
+    precision: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Mean (B, C) and covariance (B, C, C) of logits that are linear in the matrices A and B, of
     which each is normal with covariance (H + λI)⁻¹; the latter in float64. C backward passes.
 
-    :param precision: λ.
+    :param factors: H of a matrix by its name; matrices that are left out are points.
+    :param precision: λ by the same names.
     """
     batch = batch.to(adapter.device)
     f, seen = _run(adapter, batch)
@@ -108,8 +112,8 @@ def logit_moments(
             by_example = (value.reshape(len(batch), -1, value.shape[-1]) for value in (slope, x))
             rows[name].append(torch.einsum("bto,btd->bod", *by_example))
     covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
-    for name, each in rows.items():
-        covariance += factors[name].covariance(torch.stack(each, dim=1), precision)
+    for name, factor in factors.items():
+        covariance += factor.covariance(torch.stack(rows[name], dim=1), precision[name])
     return f.detach(), covariance
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scalabl_pyro.data import Batch
-from scalabl_pyro.methods.reference import burst_steps
+from scalabl_pyro.methods.bursts import burst_steps
 
 
 @pytest.fixture
