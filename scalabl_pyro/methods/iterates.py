@@ -55,7 +55,7 @@ class Iterates(torch.optim.AdamW):
     def iterates(self) -> dict[str, Tensor]:
         """(≤ K, *shape) by the names of ``adapter.state()``, the oldest first; nothing before the
         first is due."""
-        found = {name: self.state[parameter] for name, parameter in self._named.items()}
+        found = {name: self.state.get(p, {}) for name, p in self._named.items()}
         return {name: state["iterates"] for name, state in found.items() if "iterates" in state}
 
 

@@ -64,6 +64,9 @@ def test_draws_agree_below_and_run_those_blocks_once(make_causal, blocks):
     assert differs.tolist() == [False] * (4 - 2 * blocks) + [True] * (2 * blocks + 1)
     assert adapter.trunk.depth_for(draws) == 2 - blocks
     assert guide.sample(2).shape == (2, *adapter.shape)
+    pair = draw(guide, 2, seed=0, kind="antithetic")
+    torch.testing.assert_close(pair.mean(0), guide.median()["s"])
+    assert draw(guide, 4, seed=0, kind="sobol").shape == (4, *adapter.shape)
     M, r = adapter.shape
     assert sum(p.numel() for p in guide.parameters()) == M * r + (2 * blocks + 1) * r
 
