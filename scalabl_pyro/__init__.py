@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         AutoSubspaceLowRankMultivariateNormal,
         AutoSubspaceMultivariateNormal,
         AutoSubspaceNormal,
+        AutoSubspaceRelaxedBernoulli,
+        AutoSubspaceTopNormal,
         make_guide,
     )
     from .infer import FitConfig, KLSchedule, fit, kl_weight, laplace, mcmc
@@ -52,6 +54,8 @@ __all__ = [
     "AutoSubspaceLowRankMultivariateNormal",
     "AutoSubspaceMultivariateNormal",
     "AutoSubspaceNormal",
+    "AutoSubspaceRelaxedBernoulli",
+    "AutoSubspaceTopNormal",
     "CompletionModel",
     "FitConfig",
     "KLSchedule",
@@ -104,6 +108,8 @@ _HOMES = {
         "AutoSubspaceLowRankMultivariateNormal",
         "AutoSubspaceMultivariateNormal",
         "AutoSubspaceNormal",
+        "AutoSubspaceRelaxedBernoulli",
+        "AutoSubspaceTopNormal",
         "make_guide",
     ],
     "infer": ["FitConfig", "KLSchedule", "fit", "kl_weight", "laplace", "mcmc"],

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks._report import report
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.data import Batch, Example, Record, Split
-from scalabl_pyro.methods.reference import LogMeanNormal, fit_reference
+from scalabl_pyro.methods import Reference
 
 SIZES = (160, 640, 4957)
 LABELS = ("separable", "coin flips")
@@ -106,8 +106,9 @@ def posterior(method: str, count: int, labels: str, seeds: int, steps: int) -> d
         fit(model, guide, train, config, progress=False)
     else:
         config = FitConfig(steps=steps, batch_size=4, lr_guide=1e-4, clip_norm=float("inf"))
-        guide = LogMeanNormal(model)
-        fit_reference(model, guide, train, config, progress=False)
+        reference = Reference(config, progress=False)
+        guide = reference.make_guide(model)
+        reference._train(model, guide, train, seed=0)
     with torch.no_grad():
         q = guide.marginals()
         figures = {

@@ -11,6 +11,8 @@ from .delta import AutoSubspaceDelta
 from .low_rank_multivariate_normal import AutoSubspaceLowRankMultivariateNormal
 from .multivariate_normal import AutoSubspaceMultivariateNormal
 from .normal import AutoSubspaceNormal
+from .relaxed_bernoulli import AutoSubspaceRelaxedBernoulli
+from .top_normal import AutoSubspaceTopNormal
 
 __all__ = [
     "GUIDES",
@@ -19,6 +21,8 @@ __all__ = [
     "AutoSubspaceLowRankMultivariateNormal",
     "AutoSubspaceMultivariateNormal",
     "AutoSubspaceNormal",
+    "AutoSubspaceRelaxedBernoulli",
+    "AutoSubspaceTopNormal",
     "check_guide",
     "make_guide",
 ]
@@ -29,6 +33,8 @@ GUIDES: dict[str, type[AutoSubspace]] = {
     "low_rank_multivariate_normal": AutoSubspaceLowRankMultivariateNormal,
     "multivariate_normal": AutoSubspaceMultivariateNormal,
     "normal": AutoSubspaceNormal,
+    "relaxed_bernoulli": AutoSubspaceRelaxedBernoulli,
+    "top_normal": AutoSubspaceTopNormal,
 }
 
 

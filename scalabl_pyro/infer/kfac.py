@@ -92,18 +92,22 @@ def kfac(
 
 
 def logit_moments(
-    adapter: SubspaceAdapter, batch: Batch, factors: Mapping[str, Kronecker], precision: float
+    adapter: SubspaceAdapter,
+    batch: Batch,
+    factors: Mapping[str, Kronecker],
+    precision: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Mean (B, C) and covariance (B, C, C) of logits that are linear in the matrices A and B, of
     which each is normal with covariance (H + λI)⁻¹; the latter in float64. The passes of
     :func:`kfac`.
 
-    :param precision: λ.
+    :param factors: H of a matrix by its name; matrices that are left out are points.
+    :param precision: λ by the same names.
     """
     f, rows = weight_jacobian(adapter, batch)
     covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
-    for name, J in rows.items():
-        covariance += factors[name].covariance(J, precision)
+    for name, factor in factors.items():
+        covariance += factor.covariance(rows[name], precision[name])
     return f, covariance
 
 

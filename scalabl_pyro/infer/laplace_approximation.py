@@ -18,7 +18,15 @@ from ..lora.jacobian import derivatives, jacobian
 from ..models.model import ScalaBLModel
 from .chains import whole_split
 
-__all__ = ["CURVATURES", "Laplace", "ggn", "hessian", "laplace", "normal_prior"]
+__all__ = [
+    "CURVATURES",
+    "Laplace",
+    "best_precision",
+    "ggn",
+    "hessian",
+    "laplace",
+    "normal_prior",
+]
 
 
 class Laplace(NamedTuple):
@@ -84,7 +92,7 @@ def laplace(
     precision = None
     if by_evidence:
         distance = float((loc - prior_loc).square().sum())
-        precision = _best_precision(torch.linalg.eigvalsh(H), distance)
+        precision = best_precision(torch.linalg.eigvalsh(H), distance)
         scale = torch.full_like(scale, precision**-0.5)
     tril, info = torch.linalg.cholesky_ex(H + scale.flatten().pow(-2).diag())
     if info:
@@ -154,7 +162,7 @@ def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor
     return log_likelihood * len(batch) / model.num_data
 
 
-def _best_precision(eigenvalues: Tensor, distance: float) -> float:
+def best_precision(eigenvalues: Tensor, distance: float) -> float:
     """The λ from 1e-6 to 1e6 that maximises the evidence at a fixed mode, to 0.3 %.
 
     :param eigenvalues: (D,) of H.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..data import Batch, Split
 from ..distributed import average_over_ranks, check_same, is_main, rank, wait, world_size
-from ..guides import AutoSubspace, AutoSubspaceDelta
+from ..guides import AutoSubspaceDelta
 from ..models.model import LoRAModel, ScalaBLModel
 from .checkpoints import (
     Checkpoints,
@@ -140,6 +140,7 @@ def fit(
     *,
     seed: int = 0,
     elbo: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
     validate: Callable[[], float] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
@@ -157,13 +158,17 @@ def fit(
     :param train: the N labelled examples.
     :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
     :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
+    :param optimizer: another one of torch over the same parameters, whose learning rates follow
+        ``config.warmup`` and ``config.decay``; ``config.lr``, ``lr_guide`` and ``weight_decay`` are
+        AdamW's alone.
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
     :param checkpoints: written on the way; where there is one already, training goes on from it,
         and ends as it would have ended without the interruption, to the bit.
     :raises NonFiniteLossError: if the loss or the gradient is not finite.
     :raises Interrupted: if a signal asked to stop, after a checkpoint.
     :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
-        the guide leaves a latent site uncovered or holds a parameter that no optimizer would move.
+        the guide leaves a latent site uncovered or holds a parameter that no optimizer would move,
+        or ``optimizer`` is over other parameters.
 
     Usage::
 
@@ -178,7 +183,7 @@ def fit(
         with torch.no_grad(), pyro.poutine.block():
             # Pyro's automatic guides make their parameters at the first call.
             guide(next(train.minibatches(config.batch_size, seed=seed)))
-    run = _Run(model, guide, config)
+    run = _Run(model, guide, config, optimizer)
     if checkpoints is not None:
         run.resume(checkpoints)
         check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")
@@ -241,10 +246,16 @@ def _check(
 class _Run:
     """What training carries from step to step, and a checkpoint holds; and the parts of a step.
 
-    :raises ValueError: if nothing is trained.
+    :raises ValueError: if nothing is trained, or the optimizer is over something else.
     """
 
-    def __init__(self, model: LoRAModel, guide: Callable[..., Any], config: FitConfig) -> None:
+    def __init__(
+        self,
+        model: LoRAModel,
+        guide: Callable[..., Any],
+        config: FitConfig,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         self._model, self._guide, self._config = model, guide, config
         self._device = model.adapter.device
         trained = model.adapter.named_parameters()
@@ -267,7 +278,13 @@ class _Run:
             {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
             {"params": numbers, "lr": config.lr_guide, "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups)
+        self._optimizer = torch.optim.AdamW(groups) if optimizer is None else optimizer
+        moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        if moved != {id(parameter) for parameter in self._parameters}:
+            raise ValueError(
+                f"the {type(self._optimizer).__name__} given is over {len(moved)} parameters:"
+                f" expected the {len(self._parameters)} that are trained, {list(self._named)}"
+            )
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
         self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
         self._per_example = 1 / (model.num_data * config.accumulation)
@@ -478,9 +495,10 @@ def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -
     """
     if guide is no_guide:
         return 0.0
-    if not isinstance(model, ScalaBLModel):
-        return rest / beta
-    exact = None
-    if isinstance(guide, AutoSubspace) and not model.prior.latents:
-        exact = guide.kl(model.prior())
-    return (rest + float(model.log_prior_B())) / beta if exact is None else exact
+    prior = getattr(model, "prior", None)
+    if hasattr(guide, "kl") and prior is not None and not getattr(prior, "latents", None):
+        exact = guide.kl(prior())
+        if exact is not None:
+            return float(exact)
+    log_prior_B = float(model.log_prior_B()) if isinstance(model, ScalaBLModel) else 0.0
+    return (rest + log_prior_B) / beta

@@ -2,25 +2,37 @@
 
 from .base import Fitted, Method, PointMethod
 from .blob import BLoB
+from .blob_tfb import BLoBTFB
+from .checkpoint_ensemble import CheckpointEnsemble
+from .dalorra import DALorRA
 from .ensemble import Ensemble
+from .ivon import IVON
 from .laplace_lora import LaplaceLoRA
+from .last_layer_laplace import LastLayerLaplace
 from .map import MAP
 from .mc_dropout import MCDropout
 from .mle import MLE
 from .reference import Reference
 from .scalabl import ScalaBL
+from .swag import SWAG
 from .temperature import TemperatureScaling
 from .tfb import TFB
 
 __all__ = [
+    "IVON",
     "MAP",
     "METHODS",
     "MLE",
+    "SWAG",
     "TFB",
     "BLoB",
+    "BLoBTFB",
+    "CheckpointEnsemble",
+    "DALorRA",
     "Ensemble",
     "Fitted",
     "LaplaceLoRA",
+    "LastLayerLaplace",
     "MCDropout",
     "Method",
     "PointMethod",
@@ -37,10 +49,16 @@ METHODS: dict[str, type[Method]] = {
         TemperatureScaling,
         MCDropout,
         Ensemble,
+        CheckpointEnsemble,
+        SWAG,
+        IVON,
         LaplaceLoRA,
+        LastLayerLaplace,
         TFB,
         BLoB,
+        BLoBTFB,
         ScalaBL,
+        DALorRA,
         Reference,
     )
 }

@@ -188,5 +188,5 @@ class PointMethod(Method):
             )
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> RunPredictor:
+    def make_predictor(self, model: LoRAModel, guide: Any, *, seed: int) -> RunPredictor:
         return Predictor(model.adapter)

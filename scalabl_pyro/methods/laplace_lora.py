@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..infer.kfac import Kronecker, kfac, logit_moments
 from ..lora.adapter import SubspaceAdapter
 from .base import Fitted, PointMethod
 
-__all__ = ["LaplaceAverage", "LaplaceLoRA", "best_precision"]
+__all__ = ["LaplaceAverage", "LaplaceLoRA", "best_precision", "logit_draws"]
 
 log = logging.getLogger(__name__)
 
@@ -30,33 +30,43 @@ class LaplaceAverage:
 
     with the same ε_k for all x.
 
-    :param factors: H, a block for each matrix.
-    :param precision: λ.
+    :param factors: H, a block for each matrix that is random, by name.
+    :param precision: λ, by the same names.
     :param num_draws: S.
     :param seed: of ε.
     """
 
     adapter: SubspaceAdapter
     factors: Mapping[str, Kronecker]
-    precision: float
+    precision: Mapping[str, float]
     num_draws: int
     seed: int = 0
 
     def state(self) -> dict[str, Tensor]:
         """The factors and λ, by the names of a run folder."""
-        found = {"precision": torch.tensor(self.precision, dtype=torch.float64)}
+        found: dict[str, Tensor] = {}
         for name, factor in self.factors.items():
-            found |= {f"x.{name}": factor.x, f"g.{name}": factor.g}
+            precision = torch.tensor(self.precision[name], dtype=torch.float64)
+            found |= {f"x.{name}": factor.x, f"g.{name}": factor.g, f"precision.{name}": precision}
         return found
 
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
         f, covariance = logit_moments(self.adapter, batch, self.factors, self.precision)
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT  # (B, C, C)
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.num_draws, f.shape[1], generator=generator, dtype=torch.float64)
-        return f + torch.einsum("bce,se->sbc", root, noise.to(f.device)).float()
+        return logit_draws(f, covariance, self.num_draws, seed=self.seed)
+
+
+def logit_draws(f: Tensor, covariance: Tensor, num_draws: int, *, seed: int) -> Tensor:
+    """(S, B, C) draws of normal logits, with the same standard normals for all examples.
+
+    :param f: (B, C), the means.
+    :param covariance: (B, C, C).
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT  # (B, C, C)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_draws, f.shape[1], generator=generator, dtype=torch.float64)
+    return f + torch.einsum("bce,se->sbc", root, noise.to(f.device)).float()
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,13 @@ class LaplaceLoRA(PointMethod):
 
     H is the KFAC approximation of the curvature over the training data (see
     :func:`~scalabl_pyro.infer.kfac.kfac`), and the logits are linear in θ. Heads stay points.
-    Published settings: ``rank`` 10, λ by evidence.
+    Published settings: ``rank`` 10, λ by evidence, and in LLLA ``modules`` last, where that is the
+    output layer.
 
     :param rank: most eigenvectors of a Kronecker factor.
     :param prior_precision: λ; the one that maximises the evidence if ``None``.
+    :param per_matrix: choose a λ for each A and B by itself, in the place of one for all.
+    :param modules: whose A and B are random: ``all`` adapted modules, or the ``last`` one alone.
     :param draws: S, of the logits; they cost next to nothing.
     """
 
@@ -78,6 +91,8 @@ class LaplaceLoRA(PointMethod):
 
     rank: int = 10
     prior_precision: float | None = None
+    per_matrix: bool = False
+    modules: Literal["all", "last"] = "all"
     draws: int = 100
 
     def __post_init__(self) -> None:
@@ -93,6 +108,11 @@ class LaplaceLoRA(PointMethod):
             raise ValueError(
                 f"prior_precision is {self.prior_precision}: expected a number above 0, or null"
             )
+        if self.prior_precision is not None and self.per_matrix:
+            raise ValueError(
+                f"per_matrix is true, and prior_precision {self.prior_precision} leaves nothing to"
+                " choose: expected one of them"
+            )
 
     def finish(
         self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
@@ -103,22 +123,32 @@ class LaplaceLoRA(PointMethod):
         """
         adapter = fitted.model.adapter
         factors = kfac(adapter, train, rank=self.rank, batch_size=self.config.batch_size)
-        precision = self.prior_precision
-        if precision is None:
-            precision = best_precision(adapter, factors)
-            log.info("the prior precision is %g", precision)
+        factors = {name: factors[name] for name in self._random(adapter)}
+        parts = [{name: factor} for name, factor in factors.items()]
+        precision: dict[str, float] = {}
+        for some in parts if self.per_matrix else [factors]:
+            found = self.prior_precision or best_precision(adapter, some)
+            precision |= dict.fromkeys(some, found)
+        log.info("the prior precision is %s", sorted({float(f"{x:g}") for x in precision.values()}))
         predictor = LaplaceAverage(adapter, factors, precision, self.draws, seed)
         return replace(fitted, predictor=predictor)
 
     def restore(
         self, adapter: SubspaceAdapter, state: Mapping[str, Tensor], *, seed: int, **_: Any
     ) -> LaplaceAverage:
-        names = list(adapter.matrices.linears)
-        expected = {"precision", *(f"{part}.{name}" for name in names for part in "xg")}
+        names = self._random(adapter)
+        expected = {f"{part}.{name}" for name in names for part in ("x", "g", "precision")}
         if expected != state.keys():
             raise ValueError(f"these factors are missing or unknown: {expected ^ state.keys()}")
         factors = {name: Kronecker(state[f"x.{name}"], state[f"g.{name}"]) for name in names}
-        return LaplaceAverage(adapter, factors, float(state["precision"]), self.draws, seed)
+        precision = {name: float(state[f"precision.{name}"]) for name in names}
+        return LaplaceAverage(adapter, factors, precision, self.draws, seed)
+
+    def _random(self, adapter: SubspaceAdapter) -> list[str]:
+        """The names of the matrices that are random."""
+        matrices = adapter.matrices
+        each = [*zip(matrices.A, matrices.B, strict=True)]
+        return [name for pair in (each if self.modules == "all" else each[-1:]) for name in pair]
 
 
 def best_precision(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -> float:
@@ -126,8 +156,11 @@ def best_precision(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -
 
     .. math:: \log p(D \mid λ) = \mathrm{const} - \tfrac{λ}{2} ‖θ^*‖^2 + \tfrac{P}{2} \log λ
               - \tfrac{1}{2} \log\det(H + λI)
+
+    :param factors: H of the matrices that make up θ, by their names.
     """
-    weights = [module.weight.detach() for module in adapter.matrices.linears.values()]
+    linears = adapter.matrices.linears
+    weights = [linears[name].weight.detach() for name in factors]
     norm = float(sum(w.double().square().sum() for w in weights))
     P = sum(w.numel() for w in weights)
     grid = torch.logspace(-4, 6, 401, dtype=torch.float64)

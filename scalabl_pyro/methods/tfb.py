@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 
 from ..data import Split
+from ..prediction.metrics import average
+from ..prediction.predictor import Predictions, Predictor, predict
 from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Fitted, PointMethod
 
@@ -28,17 +30,17 @@ class TFB(DrawsWeights, PointMethod):
     .. math:: |\mathrm{NLL}(σ_q) - \mathrm{NLL}(0)| \le ε \, \mathrm{NLL}(0)
 
     on training examples, found by bisection in [0, ``max_scale``]. The published settings are
-    ε = 0.003, 0.015 and 5 bisections, for Llama-3.1-8B. The published NLL is of pseudo-labels, the
-    model's own answers; here it is of the labels.
-
-    Where even ``max_scale`` is within the tolerance, σ_q ends just below it, without a warning: see
-    σ_q in the log.
+    ε = 0.003, 0.015 and 5 bisections, for Llama-3.1-8B. Their NLL is of pseudo-labels, which are
+    the model's own answers without noise; so it is here with ``pseudo_labels``, and of the labels
+    without. σ_q is in the last row of the history. Where even ``max_scale`` is within the
+    tolerance, σ_q is just below it, which a warning says.
 
     :param tolerance: ε.
     :param max_scale: the largest σ_q tried.
     :param bisections: of the interval.
     :param examples: how many training examples measure the NLL, chosen at random.
     :param draws: S of the bank that measures and predicts.
+    :param pseudo_labels: measure with the model's own answers in the place of labels.
     """
 
     name: ClassVar[str] = "tfb"
@@ -48,6 +50,7 @@ class TFB(DrawsWeights, PointMethod):
     bisections: int = 5
     examples: int = 500
     draws: int = 10
+    pseudo_labels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tolerance", "max_scale"):
@@ -62,13 +65,21 @@ class TFB(DrawsWeights, PointMethod):
     ) -> Fitted:
         """The same trained model with noise on A; its matrices are changed in place.
 
+        :param fitted: any method's; the noise is about the adapter's own matrices.
         :param seed: of the examples and of the draws.
         """
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(train), generator=generator)[: self.examples].tolist()
         anchor = train.select(chosen)
         adapter = fitted.model.adapter
-        plain = self.nll(fitted.predictor, anchor)
+        found = predict(Predictor(adapter), anchor, batch_size=self.eval_batch_size)
+        labels = found.probabilities.argmax(-1) if self.pseudo_labels else found.labels
+        assert labels is not None
+
+        def nll(found: Predictions) -> float:
+            return float(torch.nn.functional.nll_loss(average(found.logits), labels))
+
+        plain = nll(found)
         matrices = adapter.matrices
         d = matrices.decompose_product()
         d = d.clamp(min=1e-6 * float(d.max()))  # a direction that is not used has no scale
@@ -84,7 +95,7 @@ class TFB(DrawsWeights, PointMethod):
         low, high = 0.0, self.max_scale
         for _ in range(self.bisections):
             sigma = (low + high) / 2
-            change = abs(self.nll(at(sigma), anchor) - plain)
+            change = abs(nll(predict(at(sigma), anchor, batch_size=self.eval_batch_size)) - plain)
             low, high = (sigma, high) if change <= self.tolerance * plain else (low, sigma)
         if not low:
             log.warning(
@@ -94,5 +105,15 @@ class TFB(DrawsWeights, PointMethod):
                 self.tolerance * plain,
                 plain,
             )
+        if high == self.max_scale:
+            log.warning(
+                "σ_q is %g, at its cap: even more noise may leave the training NLL within %g of"
+                " %g; raise max_scale",
+                low,
+                self.tolerance * plain,
+                plain,
+            )
         log.info("σ_q is %g", low)
-        return replace(fitted, predictor=at(low))
+        *history, last = fitted.result.history
+        result = fitted.result._replace(history=[*history, {**last, "sigma_q": low}])
+        return replace(fitted, predictor=at(low), result=result)

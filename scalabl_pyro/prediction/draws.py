@@ -70,27 +70,31 @@ def _independent(
 def _antithetic(
     guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
 ) -> Tensor:
-    q, loc = _known(guide, "antithetic")
-    half = torch.randn(-(-num_draws // 2), loc.numel(), dtype=torch.float64)
+    q, like = _known(guide, "antithetic")
+    half = torch.randn(-(-num_draws // 2), like.numel(), dtype=torch.float64)
     noise = torch.stack([half, -half], 1).flatten(0, 1)[:num_draws]
-    return _transform(q, noise.to(loc))
+    return _transform(q, noise.to(like))
 
 
 def _quasi_random(
     guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
 ) -> Tensor:
-    q, loc = _known(guide, "sobol")
-    return _transform(q, _sobol(num_draws, loc.numel(), seed).to(loc))
+    q, like = _known(guide, "sobol")
+    return _transform(q, _sobol(num_draws, like.numel(), seed).to(like))
 
 
 def _known(guide: Callable[..., Any], kind: str) -> tuple[TorchDistribution, Tensor]:
-    """q(s), and a tensor of its shape."""
+    """q(s), and a tensor of as many numbers as its noise has."""
     if not isinstance(guide, AutoSubspace):
         raise ValueError(
             f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
             f" {type(guide).__name__}; use kind='independent'"
         )
-    return guide.get_posterior(), guide.median()["s"]
+    inner = posterior = guide.get_posterior()
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    size = (inner.batch_shape + inner.event_shape).numel()
+    return posterior, guide.median()["s"].new_empty(size)
 
 
 #: kinds of draws by name: functions of the guide, S, a seed and a batch, which draw from torch's

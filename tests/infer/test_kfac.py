@@ -42,7 +42,7 @@ def test_the_covariance_is_that_of_the_dense_matrix(plain, records):
     precision = 0.3
     for rank in (1000, 3):
         factors = kfac(plain, split, rank=rank, batch_size=5)
-        f, covariance = logit_moments(plain, batch, factors, precision)
+        f, covariance = logit_moments(plain, batch, factors, dict.fromkeys(factors, precision))
         torch.testing.assert_close(f, plain(batch).detach())
         expected = torch.zeros_like(covariance)
         for name, J in jacobians(plain, batch).items():
@@ -108,6 +108,24 @@ def test_the_precision_maximises_the_evidence(plain, records):
     assert found * float(weights.square().sum()) == pytest.approx(effective, rel=0.1)
 
 
+def test_each_matrix_has_the_precision_of_its_own_evidence(make_choice, records):
+    """d/dλ = 0 for each: λ‖W‖² = Σ h / (h + λ)."""
+    split = make_choice().readout.encode(records)
+    config = FitConfig(steps=40, batch_size=4, lr=0.05)
+    method = LaplaceLoRA(config, progress=False, per_matrix=True, modules="last")
+    fitted = method.fit(make_choice, split, None, seed=0)
+    predictor, linears = fitted.predictor, fitted.model.adapter.matrices.linears
+    names = [name for name in linears if name.startswith("bert.encoder.layer.1.attention.self.val")]
+    assert list(predictor.factors) == names
+    for name, factor in predictor.factors.items():
+        h, found = factor.eigenvalues(), predictor.precision[name]
+        norm = float(linears[name].weight.detach().double().square().sum())
+        assert found * norm == pytest.approx(float((h / (h + found)).sum()), rel=0.1)
+    assert len(set(predictor.precision.values())) == 2
+    again = method.restore(fitted.model.adapter, predictor.state(), seed=0)
+    assert torch.equal(again.logits(whole(split)), predictor.logits(whole(split)))
+
+
 def test_without_uncertainty_it_is_the_trained_model(make_choice, records):
     split = make_choice().readout.encode(records)
     plain = MLE(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
@@ -117,8 +135,10 @@ def test_without_uncertainty_it_is_the_trained_model(make_choice, records):
     torch.testing.assert_close(predict(sure.predictor, split).logits[7], expected)
     unsure = LaplaceLoRA(prior_precision=10.0, **settings).fit(make_choice, split, None, seed=0)
     logits = predict(unsure.predictor, split).logits.double()
+    precision = unsure.predictor.precision
+    assert set(precision.values()) == {10.0}
     f, covariance = logit_moments(
-        unsure.model.adapter, whole(split), unsure.predictor.factors, 10.0
+        unsure.model.adapter, whole(split), unsure.predictor.factors, precision
     )
     deviations = covariance.diagonal(dim1=1, dim2=2).sqrt()
     torch.testing.assert_close(logits.std(0), deviations, rtol=0.1, atol=1e-6)
@@ -143,6 +163,7 @@ def test_missing_choices_stay_impossible(make_choice, records):
         ({"rank": 0}, "rank is 0"),
         ({"draws": 0}, "draws is 0"),
         ({"prior_precision": 0.0}, "prior_precision is 0.0"),
+        ({"prior_precision": 1.0, "per_matrix": True}, "leaves nothing to choose"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

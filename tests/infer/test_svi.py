@@ -449,6 +449,40 @@ def test_nothing_to_train_is_refused(make_causal, records):
         fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), progress=False)
 
 
+def test_another_optimizer_takes_its_own_steps(make_choice, records):
+    """Plain gradient descent on the mean cross-entropy, at a rate that falls to 0."""
+    config = FitConfig(steps=3, batch_size=12, warmup=0.0, clip_norm=math.inf)
+    ends = []
+    for by_hand in (False, True):
+        adapter = make_choice(svd=False)
+        split = adapter.readout.encode(records)
+        parameters = list(adapter.named_parameters().values())
+        if not by_hand:
+            model = LoRAModel(adapter, num_data=len(split))
+            sgd = torch.optim.SGD(parameters, lr=0.3)
+            fit(model, no_guide, split, config, optimizer=sgd, progress=False)
+        for step in range(3 if by_hand else 0):
+            loss = torch.nn.functional.cross_entropy(adapter(whole(split)), split.labels)
+            slopes = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, slope in zip(parameters, slopes, strict=True):
+                    parameter -= 0.3 * (3 - step) / 3 * slope
+        ends.append(parameters)
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_over_something_else_is_refused(make_choice, records):
+    adapter = make_choice(svd=False)
+    split = adapter.readout.encode(records)
+    some = torch.optim.SGD([next(iter(adapter.named_parameters().values()))], lr=0.1)
+    with pytest.raises(ValueError, match="the SGD given is over 1 parameters: expected the 10"):
+        fit(
+            LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), optimizer=some,
+            progress=False,
+        )  # fmt: skip
+
+
 def test_a_fit_may_be_all_warmup(make_causal, records):
     adapter = make_causal()
     model = ScalaBLModel(adapter, num_data=len(records))

@@ -8,7 +8,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from torch.distributions import Normal, kl_divergence
 
 from scalabl_pyro import FitConfig, KLSchedule, fit, predict
-from scalabl_pyro.methods import MLE, BLoB
+from scalabl_pyro.methods import MLE, BLoB, bursts
 from scalabl_pyro.methods.blob import BLoBModel, NormalA
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
@@ -102,6 +102,57 @@ def test_a_large_weight_brings_q_to_the_prior(make_choice, records):
     assert fitted.result.history[-1]["kl"] < fitted.result.history[0]["kl"] / 20
 
 
+def test_the_published_form_takes_a_step_of_each_optimizer(make_choice, records, monkeypatch):
+    """A round of one step, so that the KL has weight 1; against both gradients by hand."""
+    monkeypatch.setattr(bursts, "burst_steps", lambda num_data, batch_size: 0)
+    split = make_choice().readout.encode(records)
+    config = FitConfig(
+        steps=1, batch_size=12, lr=0.01, lr_guide=0.02, warmup=0.0, decay="constant",
+        clip_norm=float("inf"),
+    )  # fmt: skip
+    method = BLoB(config, progress=False, lr_kl=1e-3)
+    ends = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        adapter = make_choice(svd=False)
+        model = method.make_model(adapter, num_data=12)
+        guide = method.make_guide(model)
+        mean = list(adapter.matrices.A.values())
+        torch.manual_seed(1)
+        if not by_hand:
+            history = method._train(model, guide, split, seed=0).history
+        else:
+            A = adapter.matrices.flat_A().detach()
+            sigma = guide.rho.detach().square()
+            batch = next(split.minibatches(12, seed=0))
+            noise = torch.randn(len(A))
+            logits = adapter(batch, shift=guide.rho.square() * noise)
+            torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+            points = list(adapter.named_parameters().values())
+            first = torch.optim.AdamW(
+                [{"params": points, "lr": 0.01}, {"params": [guide.rho_unconstrained], "lr": 0.02}],
+                weight_decay=0.0,
+            )
+            with torch.no_grad():
+                slope = A / 0.2**2  # ∂KL/∂M, and ∂KL/∂ρ = 2ρ(σ / σ_p² − 1 / σ)
+                for linear, part in zip(
+                    mean, adapter.matrices.named_A(slope).values(), strict=True
+                ):
+                    linear.weight -= 1e-3 * part
+                rho = guide.rho_unconstrained
+                rho -= 1e-3 * 2 * rho * (sigma / 0.2**2 - 1 / sigma)
+            moved = adapter.matrices.flat_A().detach(), guide.rho.detach().square()
+            expected_kl = float(kl_divergence(Normal(*moved), Normal(0.0, 0.2)).sum())
+            first.step()
+        # Not the head's bias, on which nothing depends.
+        named = [p for name, p in adapter.state().items() if "bias" not in name]
+        ends.append([p.detach().clone() for p in (*named, guide.rho)])
+    for found, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert history[0]["kl"] == pytest.approx(expected_kl, rel=1e-5)
+    assert history[0]["kl_weight"] == 1
+
+
 def test_plain_svi_trains_it(make_causal, records):
     adapter = make_causal(svd=False)
     split = adapter.readout.encode(records)
@@ -128,6 +179,8 @@ def test_matrices_that_do_not_move_are_refused(make_causal, projections):
         ({"init_scale": -1.0}, "init_scale is -1.0"),
         ({"draws": 0}, "draws is 0"),
         ({"config": FitConfig(kl_budget=3.0)}, "kl_budget is for method scalabl"),
+        ({"lr_kl": 0.0}, "lr_kl is 0.0"),
+        ({"lr_kl": 0.01, "config": FitConfig(accumulation=2)}, "accumulation is 2"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

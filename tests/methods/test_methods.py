@@ -5,13 +5,25 @@ import torch
 
 from scalabl_pyro import FitConfig, KLSchedule, evaluate, predict
 from scalabl_pyro.guides import GUIDES
+from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints
 from scalabl_pyro.methods import MAP, METHODS, MLE, LaplaceLoRA, ScalaBL, TemperatureScaling
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
-DRAWS = {"ensemble": 5, "laplace_lora": 100} | dict.fromkeys(
-    ("scalabl", "reference", "mc_dropout", "tfb", "blob"), 10
+DRAWS = {
+    "ensemble": 5,
+    "laplace_lora": 100,
+    "last_layer_laplace": 100,
+    "checkpoint_ensemble": 2,
+} | dict.fromkeys(
+    ("scalabl", "reference", "mc_dropout", "tfb", "blob", "blob_tfb", "swag", "ivon", "dalorra"), 10
 )
-METHOD_OPTIONS = {"map": {"config": FitConfig(steps=3, batch_size=4, weight_decay=0.1)}}
+METHOD_OPTIONS = {
+    "map": {"config": FitConfig(steps=3, batch_size=4, weight_decay=0.1)},
+    "checkpoint_ensemble": {"members": 2, "share": 1.0},
+    "swag": {"members": 2, "share": 1.0},
+}
+#: average over the last iterates
+NOT_THE_BEST = ("checkpoint_ensemble", "swag", "ivon")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -23,7 +35,7 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
             steps=4,
             batch_size=4,
             eval_every=2,
-            keep="best",
+            keep="last" if name in NOT_THE_BEST else "best",
             weight_decay=options["config"].weight_decay,
         )
     split = make_choice().readout.encode(records)
@@ -37,10 +49,46 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
     assert ("validation_nll" in fitted.result.history[1]) == validated
 
 
+class Unplugged(RuntimeError):
+    pass
+
+
+class PlugPulled(Checkpoints):
+    """Ends training after the first checkpoint of step 2."""
+
+    def part(self, name):
+        return PlugPulled(self.folder / name, self.config)
+
+    def save(self, state):
+        super().save(state)
+        if state.step == 2:
+            raise Unplugged
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_to_the_bit(make_choice, records, tmp_path, name):
+    options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
+    split = make_choice().readout.encode(records)
+    method = METHODS[name](**options)
+    expected = method.fit(make_choice, split, split, seed=3)
+    often = CheckpointConfig(every=1)
+    cut = PlugPulled(tmp_path, often)
+    with pytest.raises(Unplugged):
+        method.fit(make_choice, split, split, seed=3, checkpoints=cut)
+    resumed = method.fit(
+        make_choice, split, split, seed=3, checkpoints=Checkpoints(tmp_path, often)
+    )
+    assert resumed.result == expected.result
+    found = [predict(fitted.predictor, split).logits for fitted in (resumed, expected)]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 def test_scalabl_takes_any_guide(make_causal, records, guide):
     split = make_causal().readout.encode(records)
-    method = ScalaBL(CONFIG, progress=False, guide={"name": guide}, draws=3)
+    priors = {"relaxed_bernoulli": {"name": "relaxed_bernoulli"}}
+    prior = priors.get(guide, {"name": "normal"})
+    method = ScalaBL(CONFIG, progress=False, guide={"name": guide}, prior=prior, draws=3)
     fitted = method.fit(make_causal, split, None, seed=0)
     draws = 1 if guide == "delta" else 3  # a point is drawn once
     assert predict(fitted.predictor, split).logits.shape == (draws, len(split), 4)
@@ -62,6 +110,19 @@ def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(make_ch
     nll = [evaluate(x, split.labels)["nll"] for x in (before, after)]
     assert nll[1] < nll[0]
     assert torch.equal(before.argmax(-1), after.argmax(-1))
+
+
+def test_the_best_step_can_be_tempered(make_choice, records):
+    """Early stopping and then a temperature, both by validation: at the weights of that step."""
+    split = make_choice().readout.encode(records)
+    best = FitConfig(steps=12, batch_size=4, lr=0.05, eval_every=1, keep="best")
+    early = MLE(best, progress=False).fit(make_choice, split, split, seed=0)
+    scaled = TemperatureScaling(best, progress=False).fit(make_choice, split, split, seed=0)
+    assert scaled.result.best_step == early.result.best_step
+    before, after = (predict(f.predictor, split).logits for f in (early, scaled))
+    temperature = scaled.predictor.temperature
+    assert temperature != 1
+    torch.testing.assert_close(after * temperature, before)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import whole
 
-from scalabl_pyro import FitConfig, evaluate, predict
-from scalabl_pyro.methods import MLE, TFB
+from scalabl_pyro import FitConfig, KLSchedule, Predictor, evaluate, predict
+from scalabl_pyro.methods import MLE, TFB, BLoB, BLoBTFB
 
 CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
 
@@ -67,6 +69,44 @@ def test_where_no_noise_is_allowed_it_says_so(make_choice, records, caplog):
     assert "all draws are the same" in caplog.text
     first, second = predict(fitted.predictor, split).logits
     assert torch.equal(first, second)
+
+
+def test_pseudo_labels_are_the_models_own_answers(make_choice, records):
+    """As if the labels were what the trained model answers."""
+    split = make_choice().readout.encode(records)
+    settings = {"tolerance": 1e-4, "bisections": 9, "draws": 5, "max_scale": 2.0}
+    config = FitConfig(steps=15, batch_size=4, lr=0.05)
+    trained = MLE(config, progress=False).fit(make_choice, split, None, seed=0)
+    answers = predict(trained.predictor, split).logits[0].argmax(-1).tolist()
+    assert answers != split.labels.tolist()
+    relabelled = [replace(r, label=answer) for r, answer in zip(records, answers, strict=True)]
+    own = make_choice().readout.encode(relabelled)
+    pseudo = TFB(CONFIG, progress=False, pseudo_labels=True, **settings)
+    plain = TFB(CONFIG, progress=False, **settings)
+    found = pseudo.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
+    assert found == plain.finish(trained, own, None, seed=0).result.history[-1]["sigma_q"]
+    assert found != plain.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
+
+
+def test_the_cap_is_told(make_choice, records, caplog):
+    split = make_choice().readout.encode(records)
+    method = TFB(CONFIG, progress=False, tolerance=1e6, max_scale=0.1, bisections=3, draws=2)
+    fitted = method.fit(make_choice, split, None, seed=0)
+    assert "σ_q is 0.0875, at its cap" in caplog.text
+    assert fitted.result.history[-1]["sigma_q"] == pytest.approx(0.1 * (1 - 2**-3))
+
+
+def test_blob_then_tfb_has_its_noise_about_blobs_mean(make_choice, records):
+    split = make_choice().readout.encode(records)
+    config = FitConfig(steps=5, batch_size=4, lr=0.01, kl=KLSchedule(0.01))
+    noise = {"tolerance": 1e6, "max_scale": 1e-2, "draws": 3}
+    blob = BLoB(config, progress=False).fit(make_choice, split, None, seed=0)
+    expected = predict(Predictor(blob.model.adapter), split).logits[0]
+    method = BLoBTFB(config, progress=False, tfb=noise)
+    found = predict(method.fit(make_choice, split, None, seed=0).predictor, split).logits
+    assert len(found) == 3
+    torch.testing.assert_close(found.mean(0), expected, atol=5e-3, rtol=0)
+    assert found.std(0).max() > 1e-6
 
 
 @pytest.mark.parametrize(
