@@ -1,6 +1,7 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
-from .calibration import CalibrationFloor, ece, ece_floor
+from .calibration import CalibrationFloor, adaptive_ece, ece, ece_floor
+from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
@@ -25,6 +26,7 @@ from .predictor import (
     predict,
     predict_proba,
 )
+from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
 from .weight_draws import WeightAverage
 
 __all__ = [
@@ -40,6 +42,9 @@ __all__ = [
     "RunPredictor",
     "ScoredText",
     "WeightAverage",
+    "adaptive_ece",
+    "aupr",
+    "aurc",
     "auroc",
     "average",
     "crossed_interval",
@@ -50,6 +55,7 @@ __all__ = [
     "entropy",
     "evaluate",
     "fold_into",
+    "fpr_at_tpr",
     "generate",
     "half_width",
     "hold",
@@ -58,6 +64,9 @@ __all__ = [
     "per_question",
     "predict",
     "predict_proba",
+    "prr",
+    "risk_at_coverage",
+    "risk_coverage_curve",
     "score",
     "signal_to_noise",
     "summarise",

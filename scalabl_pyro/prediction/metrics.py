@@ -9,7 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .calibration import check_labels, ece, ece_floor
+from .calibration import adaptive_ece, check_labels, ece, ece_floor
+from .detection import aupr, fpr_at_tpr
+from .rejection import aurc, prr
 
 __all__ = [
     "Averaged",
@@ -108,9 +110,14 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     * ``ece_debiased``: ece − ece_floor, in [−1, 1]; 0 on average for a calibrated model, and up to
       ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
       et al. 2022 on that bias)
+    * ``adaptive_ece``: with bins of equal mass, see
+      :func:`~scalabl_pyro.prediction.adaptive_ece`
+    * ``aurc`` and ``prr``: errors under abstention by the largest probability, see
+      :mod:`~scalabl_pyro.prediction.rejection`
     * ``auroc_entropy`` and ``auroc_mutual_information``: how well they tell wrong answers from
       right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
-      mutual information of one draw
+      mutual information of one draw; so too ``aupr_…`` and ``fpr95_…``, see
+      :mod:`~scalabl_pyro.prediction.detection`
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -121,7 +128,8 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     probs, log_probs, total, mutual = summarise(logits)
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
-    wrong = probs.argmax(-1) != labels
+    confidence, answer = probs.max(-1)
+    wrong = answer != labels
     error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
     values: dict[str, Tensor | float] = {
         "acc": (~wrong).float().mean(),
@@ -132,9 +140,14 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "mutual_information": mutual.mean(),
         "ece_floor": floor,
         "ece_debiased": error - floor,
-        "auroc_entropy": auroc(total, wrong),
-        "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
+        "adaptive_ece": adaptive_ece(probs, labels, bins),
+        "aurc": aurc(-confidence, wrong),
+        "prr": prr(-confidence, wrong),
     }
+    for name, measure in (("auroc", auroc), ("aupr", aupr), ("fpr95", fpr_at_tpr)):
+        values[f"{name}_entropy"] = measure(total, wrong)
+        several = len(logits) > 1
+        values[f"{name}_mutual_information"] = measure(mutual, wrong) if several else math.nan
     return {name: float(value) for name, value in values.items()}
 
 
