@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         mutual_information,
         predict,
         predict_proba,
+        select,
     )
     from .runs import load_run
 
@@ -89,6 +90,7 @@ __all__ = [
     "priors",
     "readouts",
     "runs",
+    "select",
     "to_inference_data",
 ]
 
@@ -117,6 +119,7 @@ _HOMES = {
         "mutual_information",
         "predict",
         "predict_proba",
+        "select",
     ],
     "readouts": [],
     "runs": ["load_run"],

@@ -1,6 +1,13 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
+from .abstention import AbstentionThreshold, abstains, threshold_at_risk
 from .calibration import CalibrationFloor, adaptive_ece, ece, ece_floor
+from .conformal import (
+    CONFORMAL_SCORES,
+    conformal_sets,
+    conformal_threshold,
+    uniform_of,
+)
 from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
@@ -27,9 +34,13 @@ from .predictor import (
     predict_proba,
 )
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
+from .selection import SELECTION_SCORES, Selection, select
 from .weight_draws import WeightAverage
 
 __all__ = [
+    "CONFORMAL_SCORES",
+    "SELECTION_SCORES",
+    "AbstentionThreshold",
     "Averaged",
     "CalibrationFloor",
     "Decoding",
@@ -41,12 +52,16 @@ __all__ = [
     "Predicts",
     "RunPredictor",
     "ScoredText",
+    "Selection",
     "WeightAverage",
+    "abstains",
     "adaptive_ece",
     "aupr",
     "aurc",
     "auroc",
     "average",
+    "conformal_sets",
+    "conformal_threshold",
     "crossed_interval",
     "distill",
     "draw",
@@ -68,6 +83,9 @@ __all__ = [
     "risk_at_coverage",
     "risk_coverage_curve",
     "score",
+    "select",
     "signal_to_noise",
     "summarise",
+    "threshold_at_risk",
+    "uniform_of",
 ]

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["aupr", "fpr_at_tpr"]
+__all__ = ["aupr", "counts_above", "fpr_at_tpr"]
 
 
 def aupr(scores: Tensor, positive: Tensor) -> float:
@@ -24,7 +24,7 @@ def aupr(scores: Tensor, positive: Tensor) -> float:
     :returns: in [0, 1], and nan where no example is positive.
     :raises ValueError: if the shapes differ, or a score is no number.
     """
-    hits, false = _counts(scores, positive)
+    hits, false = counts_above(scores, positive)
     if not len(hits) or not hits[-1]:
         return math.nan
     gained = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
@@ -45,14 +45,14 @@ def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr is {tpr}: expected a number above 0, up to 1")
-    hits, false = _counts(scores, positive)
+    hits, false = counts_above(scores, positive)
     if not len(hits) or not hits[-1] or not false[-1]:
         return math.nan
     found = hits / hits[-1] >= tpr
     return float((false / false[-1])[int(found.int().argmax())])
 
 
-def _counts(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+def counts_above(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Positive and negative examples at each different score or above, from the highest down."""
     if scores.dim() != 1 or scores.shape != positive.shape:
         raise ValueError(
