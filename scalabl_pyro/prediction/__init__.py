@@ -35,6 +35,7 @@ from .predictor import (
 )
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
 from .selection import SELECTION_SCORES, Selection, select
+from .text_scores import semantic_entropy, sequence_rmi, token_scores
 from .weight_draws import WeightAverage
 
 __all__ = [
@@ -84,8 +85,11 @@ __all__ = [
     "risk_coverage_curve",
     "score",
     "select",
+    "semantic_entropy",
+    "sequence_rmi",
     "signal_to_noise",
     "summarise",
     "threshold_at_risk",
+    "token_scores",
     "uniform_of",
 ]

@@ -151,11 +151,12 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     return {name: float(value) for name, value in values.items()}
 
 
-def average(logits: Tensor) -> Tensor:
+def average(logits: Tensor, log_weights: Tensor | None = None) -> Tensor:
     r"""Log-probabilities of the Bayesian model average, (N, C) from (S, N, C), in log space.
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
 
+    :param log_weights: (S, N), of weights of the draws that sum to 1, in the place of −log S.
     :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
         or +∞, or nothing else than −∞.
     """
@@ -167,9 +168,13 @@ def average(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (S, N, C), each 1 or more"
         )
+    each = logits.log_softmax(-1)
+    if log_weights is None:
+        found = each.logsumexp(0) - math.log(len(logits))
+    else:
+        found = (each + log_weights[..., None]).logsumexp(0)
     # Rounding may leave a sure answer just above probability 1.
-    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
-    return _numbers(found)
+    return _numbers(found.clamp(max=0))
 
 
 def _numbers(values: Tensor) -> Tensor:
