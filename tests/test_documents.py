@@ -313,6 +313,11 @@ RUN_BY = {
     ("CONTRIBUTING.md", "class SharedScaleNormal"): "test_the_priors_of_contributing_run",
     ("CONTRIBUTING.md", "class NoisyLabels"): "test_the_likelihood_of_contributing_trains",
     ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
+    ("callbacks.md", "import wandb"): "test_the_callbacks_of_the_documentation_log",
+    ("callbacks.md", "import mlflow"): "test_the_callbacks_of_the_documentation_log",
+    ("decisions.md", "scalabl predict"): "test_the_commands_of_the_documentation_run",
+    ("decisions.md", "scalabl select"): "test_the_commands_of_the_documentation_run",
+    ("decisions.md", "import scalabl_pyro"): "test_the_snippet_of_the_documentation_decides",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }
 #: (document, first line of a block) → why no test runs it

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from scalabl_pyro.commands.select import SelectConfig
 from scalabl_pyro.data import read_records
 from scalabl_pyro.runs.config import build
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "decisions.md"
 FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]
 
 
@@ -246,3 +249,36 @@ def test_scores_of_one_draw_select_by_entropy(run, capsys):
     assert "use by='entropy'" in capsys.readouterr().err
     assert scalabl("select", *words, "output=o.jsonl", "by=entropy") == 0
     assert torch.isfinite(torch.tensor(json.loads(capsys.readouterr().out)["highest"]))
+
+
+def test_the_commands_of_the_documentation_run(run, capsys):
+    """On a run folder of that name."""
+    Path("runs").mkdir()
+    run.rename("runs/mine")
+    Path("in.jsonl").rename("questions.jsonl")
+    blocks = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 4
+    for command in commands:
+        # So little training leaves few errors out, whatever the threshold.
+        words = shlex.split(command.replace("risk=0.2", "risk=0.8"))
+        assert words.pop(0) == "scalabl"
+        assert scalabl(*words) == 0, command
+    for name, key in (("sure", "abstained"), ("at-risk", "abstained"), ("sets", "set")):
+        rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        assert all(key in row for row in rows)
+    assert len(read_records("to-label.jsonl")) == 2
+
+
+def test_the_snippet_of_the_documentation_decides(run, data):
+    Path("runs").mkdir()
+    run.rename("runs/mine")
+    Path("in.jsonl").rename("questions.jsonl")
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names = {}
+    code = code.replace("FOLDER", str(data)).replace("risk=0.5", "risk=0.8")
+    exec(compile(code, DOCUMENT.name, "exec"), names)
+    assert names["abstained"].shape == (60,)
+    assert names["sets"].shape == (60, 4)
+    assert names["chosen"].risk <= 0.8
+    assert len(names["to_label"]) == 2
