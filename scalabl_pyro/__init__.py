@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         novelty,
         predict,
         predict_proba,
+        select,
     )
     from .runs import load_run
 
@@ -97,6 +98,7 @@ __all__ = [
     "priors",
     "readouts",
     "runs",
+    "select",
     "to_inference_data",
 ]
 
@@ -129,6 +131,7 @@ _HOMES = {
         "novelty",
         "predict",
         "predict_proba",
+        "select",
     ],
     "readouts": [],
     "runs": ["load_run"],

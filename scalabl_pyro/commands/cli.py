@@ -28,6 +28,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   train      fine-tune a model on labelled records and write a run folder
   evaluate   metrics of a run folder on a labelled split
   predict    answers, probabilities and uncertainty for records with or without labels
+  select     the records that are most worth a label
   generate   texts that continue prompts, with the uncertainty of every token
   compare    methods × seeds in one table, with pictures; finished runs are skipped
   table      the same table over runs that were trained apart, such as those of a sweep
@@ -58,6 +59,7 @@ COMMANDS = {
     "train": Command("train", "RunConfig", "train"),
     "evaluate": Command("evaluate", "EvaluateConfig", "evaluate_run"),
     "predict": Command("predict", "PredictConfig", "predict_file"),
+    "select": Command("select", "SelectConfig", "select_records"),
     "generate": Command("generate", "GenerateConfig", "generate_file"),
     "compare": Command("compare", "CompareConfig", "compare_methods"),
     "table": Command("table", "TableConfig", "table_of_runs"),

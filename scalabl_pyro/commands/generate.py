@@ -53,7 +53,8 @@ def _line(text: ScoredText) -> dict[str, Any]:
         "tokens": list(_tokens(text)),
         "log_prob": round(text.log_prob, 6),
         "spread": round(text.spread, 6),
-        "mutual_information": round(text.total_mutual_information, 6),
+        "token_mutual_information": round(text.token_mutual_information, 6),
+        "token_epkl": round(text.token_epkl, 6),
     }
 
 

@@ -8,22 +8,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Record, iter_records
 from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
-from ..prediction.predictor import predict
+from ..prediction.predictor import Predictions, predict
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
+from ._decisions import DecisionConfig, Decisions, calibrate
 from ._jsonl import ResumableJsonl
 
 __all__ = ["PredictConfig", "predict_file"]
 
 
 @dataclass(frozen=True, slots=True)
-class PredictConfig:
+class PredictConfig(DecisionConfig):
     """Settings of ``scalabl predict``, described in configs/predict.yaml."""
 
     run: str
@@ -34,6 +34,7 @@ class PredictConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        DecisionConfig.__post_init__(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
 
@@ -41,20 +42,24 @@ class PredictConfig:
 def predict_file(config: PredictConfig) -> dict[str, Any]:
     """Answer the records of a file, one JSON object a line; go on where an earlier call stopped.
 
+    :returns: the number of records, and of decisions with labelled records what these gave.
     :raises FileExistsError: if the output exists.
-    :raises ValueError: if a record is bad, or the output was begun with other settings or for other
-        records.
+    :raises ValueError: if a record is bad, the output was begun with other settings or for other
+        records, or no threshold does what is asked.
     """
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
+    decisions = calibrate(
+        config, run, predictor, seed=config.prediction.seed, batch_size=config.batch_size
+    )
     settings = {
         "run": config.run,
         "prediction": asdict(config.prediction),
         "batch": config.batch_size,
-    }
+    } | decisions.settings()
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
@@ -69,21 +74,23 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
                 tolerance=config.prediction.tolerance,
             )
             written = file.done - first
-            answers = _answers(chunk.records, found.logits, found.used)
+            answers = _answers(chunk.records, found, decisions)
             file.write(islice(answers, written, None))
             bar.update(len(chunk) - written)
             first = file.done
-    return {"output": config.output, "records": len(records)}
+    done: dict[str, Any] = {"output": config.output, "records": len(records)}
+    return done | ({"calibration": decisions.calibration} if decisions.calibration else {})
 
 
 def _answers(
-    records: Sequence[Record], logits: Tensor, used: Tensor | None
+    records: Sequence[Record], predictions: Predictions, decisions: Decisions
 ) -> Iterator[dict[str, Any]]:
-    found = summarise(logits)
-    ratios = noise_to_signal(logits)
+    found = summarise(predictions.logits)
+    ratios = noise_to_signal(predictions.logits)
     scores = zip(found.entropy, found.mutual_information, ratios, strict=True)
-    rows = zip(records, found.probabilities, scores, strict=True)
-    for index, (record, p, (h, i, ratio)) in enumerate(rows):
+    decided = decisions.of(records, found)
+    rows = zip(records, found.probabilities, scores, decided, strict=True)
+    for index, (record, p, (h, i, ratio), decision) in enumerate(rows):
         answer: dict[str, Any] = {
             "id": record.id,
             "answer": record.choices[int(p.argmax())],
@@ -93,6 +100,6 @@ def _answers(
             "mutual_information": round(float(i), 6),
             "noise_to_signal": round(float(ratio), 6),
         }
-        if used is not None:
-            answer["draws"] = int(used[index])
-        yield answer
+        if predictions.used is not None:
+            answer["draws"] = int(predictions.used[index])
+        yield answer | decision

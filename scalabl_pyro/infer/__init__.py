@@ -1,5 +1,6 @@
 """Inference: SVI with any ELBO, MCMC and Laplace approximations."""
 
+from .callbacks import Callback, ProgressBar, TensorBoard
 from .chains import Chains, mcmc
 from .checkpoints import CheckpointConfig, Checkpoints, Interrupted
 from .elbos import ELBOS, make_elbo
@@ -9,6 +10,7 @@ from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide
 
 __all__ = [
     "ELBOS",
+    "Callback",
     "Chains",
     "CheckpointConfig",
     "Checkpoints",
@@ -19,6 +21,8 @@ __all__ = [
     "KLSchedule",
     "Laplace",
     "NonFiniteLossError",
+    "ProgressBar",
+    "TensorBoard",
     "fit",
     "kl_weight",
     "laplace",

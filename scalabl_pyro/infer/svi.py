@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,12 +13,12 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data import Batch, Split
 from ..distributed import average_over_ranks, check_same, is_main, rank, wait, world_size
 from ..guides import AutoSubspaceDelta
 from ..models.model import LoRAModel, ScalaBLModel
+from .callbacks import Callback, ProgressBar
 from .checkpoints import (
     Checkpoints,
     Interrupted,
@@ -143,6 +143,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     validate: Callable[[], float] | None = None,
     checkpoints: Checkpoints | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> FitResult:
     r"""Minimise −ELBO/N with one AdamW over projections, heads and guide, changed in place.
@@ -164,11 +165,13 @@ def fit(
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
     :param checkpoints: written on the way; where there is one already, training goes on from it,
         and ends as it would have ended without the interruption, to the bit.
+    :param callbacks: called with the figures of each step, by the main process alone.
+    :param progress: show a bar.
     :raises NonFiniteLossError: if the loss or the gradient is not finite.
     :raises Interrupted: if a signal asked to stop, after a checkpoint.
-    :raises ValueError: if an example has no label, validation is asked for without ``validate``, or
-        the guide leaves a latent site uncovered or holds a parameter that no optimizer would move,
-        or ``optimizer`` is over other parameters.
+    :raises ValueError: if an example has no label, validation is asked for without ``validate``,
+        something else is given for a callback, the guide leaves a latent site uncovered or holds a
+        parameter that no optimizer would move, or ``optimizer`` is over other parameters.
 
     Usage::
 
@@ -177,7 +180,7 @@ def fit(
         config = FitConfig(steps=20, batch_size=4, kl=KLSchedule(weight=10.0))
         history = fit(model, guide, train, config).history  # a dictionary of figures for each step
     """
-    _check(model, guide, train, config, validate)
+    _check(model, guide, train, config, validate, callbacks)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     if isinstance(guide, nn.Module) and not list(guide.parameters()):
         with torch.no_grad(), pyro.poutine.block():
@@ -194,12 +197,16 @@ def fit(
         rank=rank(),
         world_size=world_size(),
     )
+    bars = [ProgressBar(config.steps, initial=run.step)] if progress and is_main() else []
+    callbacks = [*bars, *callbacks] if is_main() else []
     model.adapter.train()
     with (
         model.projections.one_site(),
         checkpoints.interruptible() if checkpoints else nullcontext(),
-        tqdm(total=config.steps, initial=run.step, disable=not (progress and is_main())) as bar,
+        ExitStack() as ends,
     ):
+        for callback in callbacks:
+            ends.callback(callback.on_end, run.history)
         while run.step < config.steps:
             beta = run.kl_weight()
             loss, nll = run.gradients(elbo, minibatches, beta)
@@ -208,9 +215,9 @@ def fit(
             run.record(loss, nll, beta)
             run.take_step()
             run.validate(validate)
+            run.tell(callbacks)
             if checkpoints is not None:
                 run.save(checkpoints, stop)
-            run.show(bar)
     model.adapter.eval()
     return run.result()
 
@@ -221,6 +228,7 @@ def _check(
     train: Split,
     config: FitConfig,
     validate: Callable[[], float] | None,
+    callbacks: Sequence[Callback],
 ) -> None:
     """Refuse what cannot be trained, before anything is."""
     if train.labels is None:
@@ -234,6 +242,9 @@ def _check(
         )
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ValueError(f"callbacks holds {callback!r}: expected objects of Callback classes")
     if config.kl_budget is not None and isinstance(guide, AutoSubspaceDelta):
         raise ValueError("kl_budget needs a density q(s), and the guide is a point: set kl.weight")
     if world_size() > 1 and model.adapter.has_dropout:
@@ -397,6 +408,14 @@ class _Run:
             self.best_nll, self.best_step = validation_nll, self.step
             self.best.take()
 
+    def tell(self, callbacks: Sequence[Callback]) -> None:
+        """Call them with the last row of history."""
+        row = self.history[-1]
+        for callback in callbacks:
+            callback.on_step(row)
+            if "validation_nll" in row:
+                callback.on_validate(row)
+
     def save(self, checkpoints: Checkpoints, stop: bool) -> None:
         """Write a checkpoint where one is due, or it is time to stop.
 
@@ -410,17 +429,6 @@ class _Run:
         if stop:
             self._model.adapter.eval()
             raise Interrupted(f"stopped by a signal after step {self.step}; go on with resume=true")
-
-    def show(self, bar: tqdm[Any]) -> None:
-        """Move the bar by a step."""
-        row = self.history[-1]
-        bar.set_postfix(
-            nll=f"{row['nll']:.3f}",
-            kl=f"{row['kl']:.1f}",
-            kl_weight=f"{row['kl_weight']:.3g}",
-            refresh=False,
-        )
-        bar.update()
 
     def result(self) -> FitResult:
         """What training ends with, in the parameters too."""

@@ -1,6 +1,14 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
-from .calibration import CalibrationFloor, ece, ece_floor
+from .abstention import AbstentionThreshold, abstains, threshold_at_risk
+from .calibration import CalibrationFloor, adaptive_ece, ece, ece_floor
+from .conformal import (
+    CONFORMAL_SCORES,
+    conformal_sets,
+    conformal_threshold,
+    uniform_of,
+)
+from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, ScoredText, generate, score
@@ -30,9 +38,15 @@ from .predictor import (
     predict,
     predict_proba,
 )
+from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
+from .selection import SELECTION_SCORES, Selection, select
+from .text_scores import semantic_entropy, sequence_rmi, token_scores
 from .weight_draws import WeightAverage
 
 __all__ = [
+    "CONFORMAL_SCORES",
+    "SELECTION_SCORES",
+    "AbstentionThreshold",
     "Averaged",
     "CalibrationFloor",
     "Decoding",
@@ -44,10 +58,17 @@ __all__ = [
     "Predicts",
     "RunPredictor",
     "ScoredText",
+    "Selection",
     "WeightAverage",
+    "abstains",
+    "adaptive_ece",
+    "aupr",
+    "aurc",
     "auroc",
     "auroc_at_equal_length",
     "average",
+    "conformal_sets",
+    "conformal_threshold",
     "crossed_interval",
     "distill",
     "draw",
@@ -56,6 +77,7 @@ __all__ = [
     "entropy",
     "evaluate",
     "fold_into",
+    "fpr_at_tpr",
     "generate",
     "half_width",
     "hold",
@@ -69,8 +91,17 @@ __all__ = [
     "pooled_features",
     "predict",
     "predict_proba",
+    "prr",
+    "risk_at_coverage",
+    "risk_coverage_curve",
     "score",
+    "select",
+    "semantic_entropy",
+    "sequence_rmi",
     "signal_to_noise",
     "summarise",
+    "threshold_at_risk",
+    "token_scores",
+    "uniform_of",
     "weight_novelty",
 ]

@@ -9,12 +9,14 @@ from torch import Tensor
 
 __all__ = [
     "CalibrationFloor",
+    "adaptive_ece",
     "bin_of",
     "calibration_gaps",
     "check_labels",
     "check_probabilities",
     "ece",
     "ece_floor",
+    "mean_by_value",
 ]
 
 #: random numbers drawn at once
@@ -47,6 +49,34 @@ def calibration_gaps(probabilities: Tensor, labels: Tensor, bins: int = 15) -> T
     gap = confidence.double() - (answer == labels).double()
     place = bin_of(confidence, bins)
     return gap * torch.bincount(place, gap, minlength=bins).sign()[place]
+
+
+def adaptive_ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    r"""Expected calibration error in [0, 1] with bins of equal mass (Nguyen and O'Connor 2015).
+
+    .. math:: \sum_b \frac{n_b}{N} \, \big| \mathrm{acc}_b - \mathrm{conf}_b \big|
+
+    The N examples in the order of their confidence max_c p_c are cut into bins whose sizes differ
+    by one at most. Equal confidences have no order: each of them stands for their mean accuracy.
+
+    :param probabilities: (N, C).
+    :param labels: (N,).
+    :raises ValueError: as :func:`ece`.
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: expected 1 or more")
+    check_labels(probabilities, labels)
+    confidence, answer = check_probabilities(probabilities).max(-1)
+    gap = confidence.double() - (answer == labels).double()
+    parts = mean_by_value(confidence, gap)[confidence.argsort()].tensor_split(bins)
+    return float(sum(part.sum().abs() for part in parts) / len(labels))
+
+
+def mean_by_value(values: Tensor, of: Tensor) -> Tensor:
+    """(N,), the mean of ``of`` (N,) over all examples that share an example's value."""
+    levels, place = values.unique(return_inverse=True)
+    means = of.new_zeros(len(levels)).scatter_reduce(0, place, of, "mean", include_self=False)
+    return means[place]
 
 
 def bin_of(confidence: Tensor, bins: int) -> Tensor:

@@ -5,8 +5,10 @@ With p_k(· | y_<t) = softmax f_t(x, y_<t; s_k), the next token's distribution i
 .. math:: \bar p_t(\cdot) = \frac{1}{S} \sum_k p_k(\cdot \mid x, y_{<t})
 
 and a text's probability is the product of these over its tokens ("product of expectations", Malinin
-and Gales 2021, arXiv 2002.07650): the distribution that is decoded from. The logarithm of the mean
-over draws of whole-text probabilities is another number, which ``draw_log_probs`` gives.
+and Gales 2021, arXiv 2002.07650): the distribution that is decoded from. With posterior weights in
+the place of 1/S, which follow what the tokens so far say of the draws, the product is the mean over
+draws of whole-text probabilities ("expectation of products"), see
+:mod:`~scalabl_pyro.prediction.text_scores`.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from ..data.completions import Completion
 from ..data.records import is_text
 from ..readouts.causal import prompt_ids
 from ..readouts.completion_tokens import CompletionTokens
-from .metrics import average, summarise
 from .predictor import Predictor
+from .text_scores import WEIGHTS, token_scores
 
 __all__ = ["Decoding", "ScoredText", "generate", "score"]
 
@@ -54,6 +56,7 @@ class Decoding:
     :param top_k: draw from the so many most probable tokens; 0 is off.
     :param top_p: draw from the fewest most probable tokens that hold this probability; 1 is off.
     :param num_beams: 1; beam search is not offered.
+    :param weights: of the draws, ``equal`` or ``posterior``: by what they gave the text so far.
     :param seed: fixes the draws, of each prompt by its number, whatever else is generated with it.
     :raises ValueError: if a value is out of range, or beam search is asked for.
     """
@@ -64,6 +67,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
+    weights: str = "equal"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +76,7 @@ class Decoding:
                 f"num_beams is {self.num_beams}: expected 1, for the rows of a prompt are draws of"
                 " s, which must all read the same text; use do_sample=true for several texts"
             )
+        _check_weights(self.weights)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
         if not 0 < self.temperature < math.inf:
@@ -108,22 +113,27 @@ class ScoredText:
     :param tokens: the T tokens as the tokenizer spells them; the end token is one of them.
     :param ids: (T,).
     :param draw_log_probs: (S, T), log p_k(y_t).
+    :param log_weights: (S, T), log w_kt of the draws in p̄_t = Σ_k w_kt p_k: −log S where they are
+        equal.
     :param entropy: (T,), H[p̄_t]: total uncertainty of the next token.
-    :param mutual_information: (T,), H[p̄_t] − 1/S Σ_k H[p_k] ≥ 0: how far the draws disagree on it.
+    :param mutual_information: (T,), H[p̄_t] − Σ_k w_kt H[p_k] ≥ 0: how far the draws disagree on it.
+    :param epkl: (T,), Σ_jk w_jt w_kt KL(p_j ‖ p_k) of it; with the mutual information taken away,
+        its reverse mutual information.
     """
 
     text: str
     tokens: tuple[str, ...]
     ids: Tensor
     draw_log_probs: Tensor
+    log_weights: Tensor
     entropy: Tensor
     mutual_information: Tensor
+    epkl: Tensor
 
     @property
     def log_probs(self) -> Tensor:
         """(T,), log p̄_t(y_t), under the average and before any temperature, top-k or top-p."""
-        draws = len(self.draw_log_probs)
-        return (self.draw_log_probs.logsumexp(0) - math.log(draws)).clamp(max=0)
+        return (self.draw_log_probs + self.log_weights).logsumexp(0).clamp(max=0)
 
     @property
     def log_prob(self) -> float:
@@ -136,14 +146,20 @@ class ScoredText:
         return float(self.draw_log_probs.sum(-1).std(correction=0))
 
     @property
-    def total_mutual_information(self) -> float:
+    def token_mutual_information(self) -> float:
         """Σ_t of the tokens' mutual informations; divide by T to compare texts of other lengths.
 
-        This is not the mutual information of the text, which is at most log S. Each token's term
-        gives all draws equal weight, whatever the tokens before it tell about them, so that the sum
-        can be far above log S.
+        With equal weights this is no information of the text, which is at most log S: each token's
+        term forgets what the tokens before it tell about the draws, and the sum can be far above
+        log S. With posterior weights its mean over texts that were drawn from the average, without
+        temperature, top-k or top-p, is the mutual information between text and draw.
         """
         return float(self.mutual_information.sum())
+
+    @property
+    def token_epkl(self) -> float:
+        """Σ_t of the tokens' expected pairwise KL divergences."""
+        return float(self.epkl.sum())
 
 
 class ModelAverage(LogitsProcessor):
@@ -154,6 +170,7 @@ class ModelAverage(LogitsProcessor):
 
     :param num_draws: S.
     :param temperature: the predictor's, which divides the logits.
+    :param weights: a key of ``WEIGHTS``.
     :param generators: one for each of the B prompts, to draw; ``None`` takes the most probable.
     """
 
@@ -161,21 +178,27 @@ class ModelAverage(LogitsProcessor):
         self,
         num_draws: int,
         temperature: float,
+        weights: str,
         warpers: LogitsProcessorList,
         generators: Sequence[torch.Generator] | None,
     ) -> None:
         self.num_draws = num_draws
         self.temperature = temperature
+        self.weights = WEIGHTS[weights]
         self.warpers = warpers
         self.generators = generators
+        self.read: Tensor | float = 0.0
+        """(S, B), log p_k of the tokens so far."""
         self.tokens: list[Tensor] = []
         """(B,) a step."""
-        self.measured: list[tuple[Tensor, Tensor, Tensor]] = []
-        """What :func:`_measure` gives, a step."""
+        self.measured: list[tuple[Tensor, ...]] = []
+        """A step: log p_k of the token and log w_k, (S, B); entropy, mutual information, EPKL."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         logits = scores.unflatten(0, (self.num_draws, -1)) / self.temperature  # (S, B, C)
-        log_probs: Any = average(logits)  # (B, C)
+        log_weights = self.weights(torch.zeros_like(logits[..., 0]) + self.read)
+        found = token_scores(logits, log_weights)
+        log_probs: Any = found.log_probs  # (B, C)
         if self.generators is None:
             token = log_probs.argmax(-1)
         else:
@@ -184,7 +207,9 @@ class ModelAverage(LogitsProcessor):
             token = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in drawn])
             token = token.to(scores.device)
         self.tokens.append(token)
-        self.measured.append(_measure(logits, token))
+        draw_log_probs = _log_probs_of(token, logits)
+        self.measured.append((draw_log_probs, log_weights, *found[1:]))
+        self.read = self.read + draw_log_probs
         only = torch.full_like(log_probs, float("-inf")).scatter(-1, token[:, None], 0.0)
         return cast(torch.FloatTensor, only.repeat(self.num_draws, 1))
 
@@ -268,6 +293,7 @@ def _generate(
     picks = ModelAverage(
         predictor.num_draws,
         predictor.temperature,
+        decoding.weights,
         decoding.warpers(),
         [decoding.generator(n) for n in numbers] if decoding.do_sample else None,
     )
@@ -288,9 +314,7 @@ def _generate(
                 logits_processor=LogitsProcessorList([picks]),
             )
     ids = torch.stack(picks.tokens, dim=-1).cpu()  # (B, T)
-    log_probs, total, mutual = (
-        torch.stack(x, dim=-1).cpu() for x in zip(*picks.measured, strict=True)
-    )
+    measured = [torch.stack(x, dim=-1).cpu() for x in zip(*picks.measured, strict=True)]
     ends = torch.isin(ids, torch.tensor([] if end is None else end, dtype=torch.long))
     # What follows a prompt's end token only waits for the others.
     lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, decoding.max_new_tokens)
@@ -304,9 +328,7 @@ def _generate(
                 whole[len(str(tokenizer.decode(prompt, skip_special_tokens=True))) :],
                 tuple(tokenizer.convert_ids_to_tokens(kept.tolist())),
                 kept,
-                log_probs[:, b, :length],
-                total[b, :length],
-                mutual[b, :length],
+                *(x[..., b, :length] for x in measured),
             )
         )
     return found
@@ -323,16 +345,22 @@ def _without_defaults(llm: PreTrainedModel) -> Iterator[None]:
 
 
 def score(
-    predictor: Predictor, prompts: Sequence[str], completions: Sequence[str]
+    predictor: Predictor,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    weights: str = "equal",
 ) -> list[ScoredText]:
     """The same numbers for given texts, each read whole in one pass (teacher forcing).
 
     A completion follows its prompt at once, any space between them included; no end token is added.
 
-    :raises ValueError: if the model is no causal language model, or a text is given for a list or
-        lists of different lengths.
+    :param weights: of the draws, as in :class:`Decoding`.
+    :raises ValueError: if the model is no causal language model, a text is given for a list or
+        lists of different lengths, or there are no such weights.
     :raises DataError: if a text is empty, or exceeds the context.
     """
+    _check_weights(weights)
     for name, texts in (("prompts", prompts), ("completions", completions)):
         if isinstance(texts, str):
             raise ValueError(f"{name} is the text {texts[:40]!r}: expected a list of texts")
@@ -360,8 +388,14 @@ def score(
         assert batch.labels is not None
         there = batch.labels >= 0  # (B, K)
         lengths = there.sum(-1).tolist()
-        measured = _measure(logits[:, there] / predictor.temperature, batch.labels[there])
-        parts = (x.cpu().split(lengths, dim=-1) for x in (batch.labels[there], *measured))
+        logits, tokens = logits[:, there] / predictor.temperature, batch.labels[there]
+        log_probs = _log_probs_of(tokens, logits)
+        before = [part.cumsum(-1) - part for part in log_probs.split(lengths, dim=-1)]
+        log_weights = WEIGHTS[weights](torch.cat(before, dim=-1))
+        found = token_scores(logits, log_weights)
+        parts = (
+            x.cpu().split(lengths, dim=-1) for x in (tokens, log_probs, log_weights, *found[1:])
+        )
         return [
             ScoredText(
                 completions[n], tuple(tokenizer.convert_ids_to_tokens(ids.tolist())), ids, *values
@@ -409,9 +443,12 @@ def _in_chunks(
         )
 
 
-def _measure(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_k of each token (S, N), entropy (N,) and mutual information (N,), from (S, N, C)."""
+def _log_probs_of(tokens: Tensor, logits: Tensor) -> Tensor:
+    """log p_k of each token, (S, N) from (N,) and (S, N, C)."""
     picked = tokens.expand(len(logits), -1)[..., None]  # (S, N, 1)
-    log_probs = logits.log_softmax(-1).gather(-1, picked)[..., 0]
-    found = summarise(logits)
-    return log_probs, found.entropy, found.mutual_information
+    return logits.log_softmax(-1).gather(-1, picked)[..., 0]
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}: expected one of {sorted(WEIGHTS)}")

@@ -9,7 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .calibration import check_labels, ece, ece_floor
+from .calibration import adaptive_ece, check_labels, ece, ece_floor
+from .detection import aupr, fpr_at_tpr
+from .rejection import aurc, prr
 
 __all__ = [
     "Averaged",
@@ -176,9 +178,14 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
       ece_floor too low for one far from it, whose ECE has less bias (Kumar et al. 2019 and Roelofs
       et al. 2022 on that bias)
     * ``noise_to_signal``: the median of :func:`noise_to_signal`, a ratio whose mean few decide
+    * ``adaptive_ece``: with bins of equal mass, see
+      :func:`~scalabl_pyro.prediction.adaptive_ece`
+    * ``aurc`` and ``prr``: errors under abstention by the largest probability, see
+      :mod:`~scalabl_pyro.prediction.rejection`
     * ``auroc_entropy``, ``auroc_mutual_information`` and ``auroc_noise_to_signal``: how well they
       tell wrong answers from right ones, see :func:`auroc`; nan where all answers are right or all
-      are wrong, and for the last two of one draw
+      are wrong, and for the last two of one draw; so too ``aupr_…`` and ``fpr95_…``, see
+      :mod:`~scalabl_pyro.prediction.detection`
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -189,8 +196,9 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     probs, log_probs, total, mutual = summarise(logits)
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
-    wrong = probs.argmax(-1) != labels
     ratio = noise_to_signal(logits)
+    confidence, answer = probs.max(-1)
+    wrong = answer != labels
     error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
     values: dict[str, Tensor | float] = {
         "acc": (~wrong).float().mean(),
@@ -202,25 +210,35 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "noise_to_signal": ratio.median(),
         "ece_floor": floor,
         "ece_debiased": error - floor,
-        "auroc_entropy": auroc(total, wrong),
-        "auroc_mutual_information": auroc(mutual, wrong) if len(logits) > 1 else math.nan,
-        "auroc_noise_to_signal": auroc(ratio, wrong) if len(logits) > 1 else math.nan,
+        "adaptive_ece": adaptive_ece(probs, labels, bins),
+        "aurc": aurc(-confidence, wrong),
+        "prr": prr(-confidence, wrong),
     }
+    several = len(logits) > 1
+    for name, measure in (("auroc", auroc), ("aupr", aupr), ("fpr95", fpr_at_tpr)):
+        values[f"{name}_entropy"] = measure(total, wrong)
+        values[f"{name}_mutual_information"] = measure(mutual, wrong) if several else math.nan
+        values[f"{name}_noise_to_signal"] = measure(ratio, wrong) if several else math.nan
     return {name: float(value) for name, value in values.items()}
 
 
-def average(logits: Tensor) -> Tensor:
+def average(logits: Tensor, log_weights: Tensor | None = None) -> Tensor:
     r"""Log-probabilities of the Bayesian model average, (N, C) from (S, N, C), in log space.
 
     .. math:: \log p(y \mid x) = \mathrm{logsumexp}_k \log\mathrm{softmax} f(x; s_k) - \log S
 
+    :param log_weights: (S, N), of weights of the draws that sum to 1, in the place of −log S.
     :raises ValueError: if there is no dimension of draws, or no draw, or a row of logits holds NaN
         or +∞, or nothing else than −∞.
     """
     _check_draws(logits)
+    each = logits.log_softmax(-1)
+    if log_weights is None:
+        found = each.logsumexp(0) - math.log(len(logits))
+    else:
+        found = (each + log_weights[..., None]).logsumexp(0)
     # Rounding may leave a sure answer just above probability 1.
-    found = (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))).clamp(max=0)
-    return _numbers(found)
+    return _numbers(found.clamp(max=0))
 
 
 def _check_draws(logits: Tensor) -> None:

@@ -76,7 +76,7 @@ def check_by_hand(predictor, prompt, text):
     assert text.spread == pytest.approx(
         float((sums - sums.mean()).square().mean().sqrt()), rel=1e-3
     )
-    assert text.total_mutual_information == pytest.approx(
+    assert text.token_mutual_information == pytest.approx(
         float(plogp[0].sub(plogp[1]).sum()), rel=1e-3
     )
     return each
@@ -111,7 +111,7 @@ def test_what_is_reported_is_what_each_draw_says_of_the_text_alone(predictor, de
     for prompt, text in zip(TEXTS, generate(predictor, TEXTS, decoding), strict=True):
         check_by_hand(predictor, prompt, text)
         assert text.spread > 0.1
-        assert text.total_mutual_information > 0.1
+        assert text.token_mutual_information > 0.1
 
 
 def test_sampled_tokens_are_among_the_top_k_of_the_average(predictor):
@@ -141,7 +141,7 @@ def test_a_generated_text_is_scored_as_when_it_was_generated(predictor):
     again = score(predictor, [(TEXTS * 4)[i] for i in kept], [texts[i].text for i in kept])
     for i, text in zip(kept, again, strict=True):
         assert torch.equal(text.ids, texts[i].ids)
-        for name in ("draw_log_probs", "entropy", "mutual_information"):
+        for name in ("draw_log_probs", "log_weights", "entropy", "mutual_information", "epkl"):
             torch.testing.assert_close(
                 getattr(text, name), getattr(texts[i], name), atol=2e-5, rtol=1e-4
             )
@@ -219,7 +219,7 @@ def test_a_posterior_collapsed_to_its_mean_is_plain_generate(predictor, decoding
             plain = peft.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         assert torch.equal(text.ids, plain)
         assert text.spread == pytest.approx(0, abs=1e-4)
-        assert text.total_mutual_information == pytest.approx(0, abs=1e-4)
+        assert text.token_mutual_information == pytest.approx(0, abs=1e-4)
 
 
 def test_a_point_estimate_generates_too(predictor):
@@ -425,7 +425,9 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
             assert [t[key] for t in row["tokens"]] == pytest.approx(values.tolist(), abs=1e-5)
         assert row["log_prob"] == pytest.approx(text.log_prob, abs=1e-4)
         assert row["spread"] == pytest.approx(text.spread, abs=1e-4)
-        assert row["mutual_information"] == pytest.approx(text.total_mutual_information, abs=1e-4)
+        assert row["token_mutual_information"] == pytest.approx(
+            text.token_mutual_information, abs=1e-4
+        )
 
 
 def test_a_refused_file_leaves_nothing_behind(predictor, prompts_file, tmp_path, monkeypatch):

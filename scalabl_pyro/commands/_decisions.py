@@ -1,0 +1,151 @@
+"""What ``scalabl predict`` decides about an answer: to give it, and which choices to leave in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data import DataError, Record, read_records
+from ..prediction.abstention import abstains, threshold_at_risk
+from ..prediction.conformal import (
+    CONFORMAL_SCORES,
+    conformal_sets,
+    conformal_threshold,
+    uniform_of,
+)
+from ..prediction.metrics import Averaged, summarise
+from ..prediction.predictor import Predicts, predict
+from ..runs.folder import Run
+
+__all__ = ["DecisionConfig", "Decisions", "calibrate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionConfig:
+    """What to decide; nothing if left out.
+
+    :param abstain_below: give no answer whose largest probability is lower.
+    :param risk: or take that threshold from labelled records, see
+        :func:`~scalabl_pyro.prediction.threshold_at_risk`.
+    :param conformal: a score, a key of ``CONFORMAL_SCORES``, to write sets of choices.
+    :param coverage: the probability with which a set is to hold the right choice.
+    :param calibration: a file of labelled records that trained nothing; the run's validation split
+        if left out.
+    :raises ValueError: if a value is out of range, or two of them contradict each other.
+    """
+
+    abstain_below: float | None = None
+    risk: float | None = None
+    conformal: str | None = None
+    coverage: float = 0.9
+    calibration: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("abstain_below", "risk"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: expected a number from 0 to 1")
+        if self.abstain_below is not None and self.risk is not None:
+            raise ValueError(
+                f"abstain_below is {self.abstain_below} and risk is {self.risk}: give one, for a"
+                " risk chooses the threshold"
+            )
+        if self.conformal is not None and self.conformal not in CONFORMAL_SCORES:
+            raise ValueError(
+                f"conformal is {self.conformal!r}: expected one of {sorted(CONFORMAL_SCORES)}"
+            )
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage is {self.coverage}: expected a number between 0 and 1")
+        if self.calibration is not None and self.risk is None and self.conformal is None:
+            raise ValueError(
+                f"calibration is {self.calibration!r}, which nothing needs: give risk or conformal"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Decisions whose thresholds are known.
+
+    :param abstain_below: a threshold on the largest probability, or ``None``.
+    :param conformal: a score, or ``None``; ``threshold`` its own.
+    :param seed: of the numbers u of randomised scores.
+    :param calibration: what was found on the labelled records, to be reported.
+    """
+
+    abstain_below: float | None = None
+    conformal: str | None = None
+    threshold: float | None = None
+    seed: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What the lines of a file depend on, as JSON values; nothing where nothing is decided."""
+        found = {
+            "abstain_below": self.abstain_below,
+            "conformal": self.conformal,
+            "conformal_threshold": self.threshold,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def of(self, records: Sequence[Record], answers: Averaged) -> list[dict[str, Any]]:
+        """What the line of each answer gains: ``abstained``, and the ``set`` of its choices."""
+        rows: list[dict[str, Any]] = [{} for _ in records]
+        if self.abstain_below is not None:
+            abstained = abstains(answers.probabilities, self.abstain_below)
+            for row, value in zip(rows, abstained.tolist(), strict=True):
+                row["abstained"] = value
+        if self.conformal is not None and self.threshold is not None:
+            uniform = uniform_of([record.id for record in records], seed=self.seed)
+            scores = CONFORMAL_SCORES[self.conformal](answers.log_probabilities, uniform)
+            for row, inside in zip(rows, conformal_sets(scores, self.threshold), strict=True):
+                row["set"] = inside.nonzero()[:, 0].tolist()
+        return rows
+
+
+def calibrate(
+    config: DecisionConfig, run: Run, predictor: Predicts, *, seed: int, batch_size: int
+) -> Decisions:
+    """The thresholds, from labelled records where they need some.
+
+    :raises ValueError: if no threshold does what is asked, see
+        :func:`~scalabl_pyro.prediction.threshold_at_risk` and
+        :func:`~scalabl_pyro.prediction.conformal_threshold`; or a record is bad or has no label.
+    """
+    if config.risk is None and config.conformal is None:
+        return Decisions(config.abstain_below)
+    records = _labelled(config, run)
+    found = predict(predictor, run.encode(records), batch_size=batch_size)
+    assert found.labels is not None
+    answers = summarise(found.logits)
+    decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
+    report: dict[str, Any] = {"records": len(records)}
+    if config.risk is not None:
+        chosen = threshold_at_risk(answers.probabilities, found.labels, config.risk)
+        decided["abstain_below"] = chosen.abstain_below
+        report |= chosen._asdict()
+    if config.conformal is not None:
+        # Not the u of an answered record that happens to have the same id.
+        names = [f"calibration {record.id}" for record in records]
+        uniform = uniform_of(names, seed=seed)
+        scores = CONFORMAL_SCORES[config.conformal](answers.log_probabilities, uniform)
+        threshold = conformal_threshold(scores, found.labels, config.coverage)
+        decided |= {"conformal": config.conformal, "threshold": threshold}
+        report["conformal_threshold"] = threshold
+    return Decisions(**decided, calibration=report)
+
+
+def _labelled(config: DecisionConfig, run: Run) -> list[Record]:
+    if config.calibration is None:
+        try:
+            return run.config.data.splits(seed=run.config.seed)["validation"]
+        except (DataError, OSError) as error:
+            raise DataError(
+                f"the validation split of the run cannot be read: {error}; give calibration=FILE,"
+                " labelled records that trained nothing"
+            ) from error
+    records = read_records(config.calibration, run.class_names)
+    for record in records:
+        if record.label is None:
+            raise DataError(f"{config.calibration}: record {record.id!r} has no label")
+    return records

@@ -1,0 +1,66 @@
+"""``scalabl select``: the records of a file that are most worth a label."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data import iter_records
+from ..files import json_text, new_path, write_whole
+from ..prediction.selection import check_selection, select
+from ..runs.folder import load_run
+from ..runs.predictors import PredictionConfig, make_predictor
+
+__all__ = ["SelectConfig", "select_records"]
+
+
+@dataclass(frozen=True, slots=True)
+class SelectConfig:
+    """Settings of ``scalabl select``, described in configs/select.yaml."""
+
+    run: str
+    input: str
+    output: str
+    count: int
+    by: str = "bald"
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_selection(self.count, self.by)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+
+
+def select_records(config: SelectConfig) -> dict[str, Any]:
+    """Write the chosen records, the first first, as JSON Lines that take a ``label`` each.
+
+    :returns: how many were chosen, and the highest and the lowest of their scores.
+    :raises FileExistsError: if the output exists.
+    :raises ValueError: if a record is bad, or too few have no label.
+    """
+    output = new_path(Path(config.output))
+    run = load_run(config.run)
+    found = select(
+        make_predictor(run, config.prediction),
+        list(iter_records(config.input, run.class_names)),
+        config.count,
+        by=config.by,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    rows = [asdict(record) for record in found.records]
+    lines = [
+        json_text({k: v for k, v in row.items() if k != "label"}, ensure_ascii=False)
+        for row in rows
+    ]
+    write_whole(output, "".join(line + "\n" for line in lines))
+    return {
+        "output": str(output),
+        "records": len(found.records),
+        "by": config.by,
+        "highest": float(found.scores[0]),
+        "lowest": float(found.scores[-1]),
+    }

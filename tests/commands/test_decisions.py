@@ -1,0 +1,284 @@
+"""Abstention and conformal sets of ``scalabl predict``, and ``scalabl select``."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_records, scalabl, write_jsonl
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import scalabl_pyro.commands.predict as predict_command
+from scalabl_pyro.commands._configs import CONFIGS
+from scalabl_pyro.commands.predict import PredictConfig
+from scalabl_pyro.commands.select import SelectConfig
+from scalabl_pyro.data import read_records
+from scalabl_pyro.runs.config import build
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "decisions.md"
+FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("train", 16), ("validation", 39), ("test", 60)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    write_jsonl(tmp_path / "in.jsonl", make_records(60, labelled=False))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(local_model, data, capsys):
+    """A finished run folder."""
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=run"]
+    assert scalabl("train", *where, *FAST, "model.dtype=float32") == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+def predicted(capsys, *words, output="o.jsonl"):
+    """What the command prints, and the lines it writes."""
+    given = ["run=run", "input=in.jsonl", f"output={output}", "progress=false", *words]
+    assert scalabl("predict", *given) == 0
+    said = json.loads(capsys.readouterr().out)
+    return said, [json.loads(line) for line in Path(output).read_text().splitlines()]
+
+
+def validation(run):
+    """The averaged probabilities that the run saved, and the labels."""
+    saved = load_file(run / "predictions.safetensors")
+    probabilities = saved["validation.logits"].double().softmax(-1).mean(0)
+    return probabilities.tolist(), saved["validation.labels"].tolist()
+
+
+def test_answers_below_a_threshold_are_marked(run, capsys):
+    plain, before = predicted(capsys, output="plain.jsonl")
+    assert plain == {"output": "plain.jsonl", "records": 60}
+    largest = sorted(max(row["probabilities"]) for row in before)
+    said, rows = predicted(capsys, f"abstain_below={largest[30]}")
+    assert said == {"output": "o.jsonl", "records": 60}, "a given threshold needs no records"
+    for row, old in zip(rows, before, strict=True):
+        assert row == old | {"abstained": row["abstained"]}
+        if max(row["probabilities"]) != largest[30]:  # of which the line has six digits
+            assert row["abstained"] == (max(row["probabilities"]) < largest[30])
+    assert {row["abstained"] for row in rows} == {True, False}
+
+
+def test_a_risk_takes_its_threshold_from_the_validation_split(run, capsys):
+    probabilities, labels = validation(run)
+    ranked = sorted(
+        (
+            (max(p), p.index(max(p)) != label)
+            for p, label in zip(probabilities, labels, strict=True)
+        ),
+        reverse=True,
+    )
+    errors = [sum(wrong for _, wrong in ranked[:k]) / k for k in range(1, 40)]
+    risk = sorted(errors)[len(errors) // 2]
+    k = max(k for k in range(1, 40) if errors[k - 1] <= risk)
+    said, rows = predicted(capsys, f"risk={risk}")
+    found = said["calibration"]
+    assert found["records"] == 39
+    assert found["abstain_below"] == pytest.approx(ranked[k - 1][0], abs=1e-6)
+    assert (found["coverage"], found["risk"]) == pytest.approx((k / 39, errors[k - 1]))
+    for row in rows:
+        largest = max(row["probabilities"])
+        if largest != pytest.approx(found["abstain_below"], abs=1e-6):
+            assert row["abstained"] == (largest < found["abstain_below"])
+
+
+def test_a_risk_that_no_threshold_has_is_refused(run, data, capsys):
+    """All labels wrong: of the records, the least probable choice."""
+    words = ["run=run", "input=in.jsonl", "output=o.jsonl", "progress=false"]
+    _, rows = predicted(capsys, output="plain.jsonl")
+    worst = [min(range(4), key=row["probabilities"].__getitem__) for row in rows]
+    lines = [json.loads(line) for line in Path("in.jsonl").read_text().splitlines()]
+    wrong = [line | {"label": c} for line, c in zip(lines, worst, strict=True)]
+    Path("wrong.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
+    assert scalabl("predict", *words, "risk=0.5", "calibration=wrong.jsonl") == 1
+    assert "no threshold on the largest probability has so few errors" in capsys.readouterr().err
+    assert not list(Path().glob("o.jsonl*"))
+
+
+def scores_by_hand(name, probabilities, key):
+    """1 − p, or the mass above and a share u of one's own, and 0.1 for each rank above."""
+    if name == "lac":
+        return [1 - p for p in probabilities]
+    u = random.Random(f"0 {key}").random()
+    found = []
+    for p in probabilities:
+        above = [other for other in probabilities if other > p]
+        found.append(sum(above) + u * p + (0.1 * len(above) if name == "raps" else 0))
+    return found
+
+
+@pytest.mark.parametrize("name", ["lac", "aps", "raps"])
+def test_sets_hold_the_choices_whose_score_is_at_most_that_of_validation(run, capsys, name):
+    said, rows = predicted(capsys, f"conformal={name}", "coverage=0.8")
+    probabilities, labels = validation(run)
+    right = sorted(
+        scores_by_hand(name, p, f"calibration q{i}")[label]
+        for i, (p, label) in enumerate(zip(probabilities, labels, strict=True))
+    )
+    threshold = right[32 - 1]  # ⌈40 · 0.8⌉ of 39
+    assert said["calibration"] == {
+        "records": 39,
+        "conformal_threshold": pytest.approx(threshold, abs=1e-6),
+    }
+    sizes = set()
+    for row in rows:
+        scores = scores_by_hand(name, row["probabilities"], row["id"])
+        near = {c for c in range(4) if abs(scores[c] - threshold) < 5e-6}  # lines have six digits
+        expected = {c for c in range(4) if scores[c] <= threshold}
+        assert set(row["set"]) - near == expected - near
+        sizes.add(len(row["set"]))
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("words", [["conformal=aps"], ["conformal=lac", "risk=0.8"]], ids=" ".join)
+def test_a_record_is_decided_on_alone_and_after_an_interruption(run, capsys, monkeypatch, words):
+    _, whole = predicted(capsys, *words, output="whole.jsonl")
+    given = ["run=run", "input=in.jsonl", "output=o.jsonl", "progress=false", "batch_size=7"]
+    original, calls = predict_command.predict, []
+
+    def ends(*args, **options):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("pulled the plug")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_command, "predict", ends)
+        assert scalabl("predict", *given, *words) == 1
+    assert Path("o.jsonl.part").exists()
+    assert scalabl("predict", *given, "conformal=raps") == 1
+    assert "was begun with other settings" in capsys.readouterr().err
+    assert scalabl("predict", *given, *words) == 0
+    rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
+    assert [row["set"] for row in rows] == [row["set"] for row in whole]
+    assert [row.get("abstained") for row in rows] == [row.get("abstained") for row in whole]
+
+
+def test_other_labelled_records_calibrate_where_they_are_given(run, data, capsys):
+    words = ["conformal=lac", f"calibration={data / 'test.jsonl'}"]
+    said, _ = predicted(capsys, *words)
+    assert said["calibration"]["records"] == 60
+    (data / "validation.jsonl").unlink()
+    for path in data.glob("*.jsonl"):
+        path.rename(path.name)
+    given = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
+    assert scalabl("predict", *given) == 1
+    message = capsys.readouterr().err
+    assert "validation split of the run cannot be read" in message
+    assert "give calibration=FILE" in message
+    assert scalabl("predict", *given, "calibration=test.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["abstain_below=1.2"], "abstain_below is 1.2"),
+        (["abstain_below=0.5", "risk=0.1"], "give one, for a risk chooses the threshold"),
+        (["conformal=cap"], "conformal is 'cap': expected one of ['aps', 'lac', 'raps']"),
+        (["conformal=lac", "coverage=1"], "coverage is 1.0"),
+        (
+            ["conformal=lac", "coverage=0.99"],
+            "takes 99 labelled examples or more, and there are 39",
+        ),
+        (["calibration=in.jsonl"], "calibration is 'in.jsonl', which nothing needs"),
+        (["risk=0.5", "calibration=in.jsonl"], "in.jsonl: record 'q0' has no label"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_decisions_are_refused_before_any_line(run, capsys, words, message):
+    assert scalabl("predict", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("o.jsonl*"))
+
+
+def test_records_to_label_are_written_as_records(run, capsys):
+    _, rows = predicted(capsys, output="plain.jsonl")
+    scores = {row["id"]: row["mutual_information"] for row in rows}
+    words = ["run=run", "input=in.jsonl", "output=chosen.jsonl", "count=7"]
+    assert scalabl("select", *words) == 0
+    said = json.loads(capsys.readouterr().out)
+    chosen = read_records("chosen.jsonl")
+    assert [scores[r.id] for r in chosen] == sorted(scores.values(), reverse=True)[:7]
+    assert said["highest"] == pytest.approx(max(scores.values()), abs=2e-6)
+    assert said["lowest"] == pytest.approx(scores[chosen[-1].id], abs=2e-6)
+    assert (said["records"], said["by"]) == (7, "bald")
+    pool = {record.id: record for record in read_records("in.jsonl")}
+    assert all(record == pool[record.id] for record in chosen)
+    assert scalabl("select", *words) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["count=61"], "count is 61, but of 60 records 60 have no label"),
+        (["count=0"], "count is 0"),
+        (["count=3", "by=luck"], "by is 'luck': expected one of"),
+    ],
+)
+def test_bad_selections_are_refused(run, capsys, words, message):
+    assert scalabl("select", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("o.jsonl").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("predict", PredictConfig), ("select", SelectConfig)])
+def test_the_configurations_hold_the_defaults(name, kind):
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    values.pop("defaults")
+    values |= dict(run="a", input="b", output="c")
+    given = {"count": 4} if name == "select" else {}
+    assert build(kind, values | given) == kind("a", "b", "c", **given)
+
+
+def test_scores_of_one_draw_select_by_entropy(run, capsys):
+    words = ["run=run", "input=in.jsonl", "count=3", "prediction.name=mean"]
+    assert scalabl("select", *words, "output=o.jsonl") == 1
+    assert "use by='entropy'" in capsys.readouterr().err
+    assert scalabl("select", *words, "output=o.jsonl", "by=entropy") == 0
+    assert torch.isfinite(torch.tensor(json.loads(capsys.readouterr().out)["highest"]))
+
+
+def test_the_commands_of_the_documentation_run(run, capsys):
+    """On a run folder of that name."""
+    Path("runs").mkdir()
+    run.rename("runs/mine")
+    Path("in.jsonl").rename("questions.jsonl")
+    blocks = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 4
+    for command in commands:
+        # So little training leaves few errors out, whatever the threshold.
+        words = shlex.split(command.replace("risk=0.2", "risk=0.8"))
+        assert words.pop(0) == "scalabl"
+        assert scalabl(*words) == 0, command
+    for name, key in (("sure", "abstained"), ("at-risk", "abstained"), ("sets", "set")):
+        rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        assert all(key in row for row in rows)
+    assert len(read_records("to-label.jsonl")) == 2
+
+
+def test_the_snippet_of_the_documentation_decides(run, data):
+    Path("runs").mkdir()
+    run.rename("runs/mine")
+    Path("in.jsonl").rename("questions.jsonl")
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names = {}
+    code = code.replace("FOLDER", str(data)).replace("risk=0.5", "risk=0.8")
+    exec(compile(code, DOCUMENT.name, "exec"), names)
+    assert names["abstained"].shape == (60,)
+    assert names["sets"].shape == (60, 4)
+    assert names["chosen"].risk <= 0.8
+    assert len(names["to_label"]) == 2

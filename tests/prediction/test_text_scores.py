@@ -1,0 +1,197 @@
+"""Scores of texts: toy models by enumeration, and texts that a real adapter samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import fill_lora_B, lora, tiny_llama
+
+from scalabl_pyro import Predictor, SubspaceAdapter, generate
+from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.prediction import semantic_entropy, sequence_rmi, token_scores
+from scalabl_pyro.prediction.generation import Decoding, score
+from scalabl_pyro.prediction.text_scores import equal_weights, posterior_weights
+from scalabl_pyro.readouts import LabelTokens
+
+S, C, T = 3, 3, 4
+TEXTS = list(itertools.product(range(C), repeat=T))
+
+
+def toy(sharpness):
+    """log p_k(· | y_<t), (S, C), of every beginning: draws that disagree."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        start: (sharpness * torch.randn(S, C, generator=generator, dtype=torch.float64))
+        for t in range(T)
+        for start in itertools.product(range(C), repeat=t)
+    }
+
+
+def along(model, text, weights):
+    """What the functions say along a text: Σ_t MI_t, Σ_t log p̄_t, and log p_k of the whole."""
+    read, information, log_prob = torch.zeros(S, 1, dtype=torch.float64), 0.0, 0.0
+    for t, token in enumerate(text):
+        logits = model[text[:t]][:, None]  # (S, 1, C)
+        found = token_scores(logits, weights(read))
+        information += float(found.mutual_information)
+        log_prob += float(found.log_probs[0, token])
+        read = read + logits.log_softmax(-1)[..., token]
+    return information, log_prob, read[:, 0]
+
+
+def enumerated(model):
+    """p_k(Y) of every text, (S, C^T), by multiplication."""
+    columns = []
+    for text in TEXTS:
+        factors = [model[text[:t]].softmax(-1)[:, y] for t, y in enumerate(text)]
+        columns.append(torch.stack(factors).prod(0))
+    return torch.stack(columns, -1)
+
+
+def entropy(p):
+    return -(p * p.log()).sum(-1)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 6.0])
+def test_with_posterior_weights_the_chain_rule_holds(sharpness):
+    model = toy(sharpness)
+    each = enumerated(model)
+    mean = each.mean(0)
+    expected = float(entropy(mean) - entropy(each).mean())  # I(Y; k)
+    found = 0.0
+    for text, p in zip(TEXTS, mean.tolist(), strict=True):
+        information, log_prob, _ = along(model, text, posterior_weights)
+        assert log_prob == pytest.approx(math.log(p)), "the product is the mean over draws"
+        found += p * information
+    assert found == pytest.approx(expected, abs=1e-10)
+    assert found <= math.log(S)
+
+
+def test_with_equal_weights_the_sum_passes_the_bound():
+    """The average of sharp draws, and the sum's own mean over the texts it decodes."""
+    model, total, mean = toy(6.0), 0.0, 0.0
+    for text in TEXTS:
+        information, log_prob, _ = along(model, text, equal_weights)
+        total += math.exp(log_prob)
+        mean += math.exp(log_prob) * information
+    assert total == pytest.approx(1)
+    assert mean > 1.5 * math.log(S)
+
+
+def test_token_scores_are_those_of_loops_over_draws():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
+    logits[:, :, 4] = -math.inf  # a token that no draw ever takes
+    log_weights = torch.randn(4, 6, generator=generator, dtype=torch.float64).log_softmax(0)
+    found = token_scores(logits, log_weights)
+    for n in range(6):
+        p, w = logits[:, n, :4].softmax(-1), log_weights[:, n].exp()
+        mean = (w[:, None] * p).sum(0)
+        mutual = entropy(mean) - (w * entropy(p)).sum()
+        pairs = sum(
+            w[j] * w[k] * (p[j] * (p[j] / p[k]).log()).sum() for j in range(4) for k in range(4)
+        )
+        reverse = sum(w[k] * (mean * (mean / p[k]).log()).sum() for k in range(4))
+        torch.testing.assert_close(found.log_probs[n, :4].exp(), mean)
+        torch.testing.assert_close(found.entropy[n], entropy(mean))
+        torch.testing.assert_close(found.mutual_information[n], mutual)
+        torch.testing.assert_close(found.epkl[n], pairs)
+        torch.testing.assert_close(found.epkl[n] - found.mutual_information[n], reverse)
+
+
+def test_one_draw_does_not_disagree():
+    found = token_scores(torch.randn(1, 3, 7), torch.zeros(1, 3))
+    assert found.mutual_information.tolist() == found.epkl.tolist() == [0, 0, 0]
+
+
+def test_the_rmi_of_sampled_texts_goes_to_that_of_all_texts():
+    each = enumerated(toy(1.0))
+    mean = each.mean(0)
+    expected = float((mean * (mean.log() - each.log().mean(0))).sum())
+    assert sequence_rmi(each.log(), mean) == pytest.approx(expected)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(mean, 20_000, replacement=True, generator=generator)
+    terms = (mean.log() - each.log().mean(0))[drawn]
+    found = sequence_rmi(each.log()[:, drawn])
+    assert found == pytest.approx(float(terms.mean()))
+    assert abs(found - expected) <= 3 * float(terms.std()) / 20_000**0.5
+
+
+@pytest.fixture
+def predictor(tokenizer):
+    """Draws that disagree, on a model in which frequent tokens end a text."""
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    llm = tiny_llama(vocab_size=len(tokenizer))
+    llm.generation_config.eos_token_id = [8, 13]
+    adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head"), readout)
+    fill_lora_B(adapter)
+    return Predictor(adapter, adapter.init_loc + 2 * torch.randn(5, *adapter.shape))
+
+
+def test_posterior_weights_follow_the_text(predictor):
+    """As it is generated, and as it is scored."""
+    decoding = Decoding(8, do_sample=True, weights="posterior", seed=2)
+    for text in generate(predictor, ["the cat"] * 6, decoding):
+        before = text.draw_log_probs.double().cumsum(-1) - text.draw_log_probs
+        expected = before.exp() / before.exp().sum(0)
+        torch.testing.assert_close(text.log_weights.exp().double(), expected, atol=1e-4, rtol=1e-3)
+        whole = text.draw_log_probs.double().sum(-1).exp().mean().log()
+        assert text.log_prob == pytest.approx(float(whole), abs=1e-4)
+    completions = [" runs a red dog", " sings"]
+    for text in score(predictor, ["the cat"] * 2, completions, weights="posterior"):
+        whole = text.draw_log_probs.double().sum(-1).exp().mean().log()
+        assert text.log_prob == pytest.approx(float(whole), abs=1e-4)
+        assert text.log_weights[:, 0].tolist() == pytest.approx([-math.log(5)] * 5)
+
+
+def test_sampled_texts_tell_no_more_than_log_S(predictor):
+    """And as much as log p_k(Y) / p̄(Y) says on average, which needs no token's distribution."""
+    prompts, found = ["the cat"] * 400, {}
+    for weights in ("equal", "posterior"):
+        decoding = Decoding(12, do_sample=True, weights=weights)
+        texts = list(generate(predictor, prompts, decoding))
+        found[weights] = torch.tensor([t.token_mutual_information for t in texts]).double()
+    mean, error = found["posterior"].mean(), found["posterior"].std() / 20
+    assert mean <= math.log(5) + 2 * error
+    assert found["equal"].mean() > mean + 5 * error, "a sum of scores is more"
+    whole = torch.stack([t.draw_log_probs.double().sum(-1) for t in texts])  # (400, S)
+    ratio = whole - whole.logsumexp(-1, keepdim=True) + math.log(5)  # log p_k(Y) / p̄(Y)
+    told = (whole.softmax(-1) * ratio).sum(-1)
+    apart = found["posterior"] - told
+    assert abs(apart.mean()) <= 3 * apart.std() / 20
+
+
+def test_semantic_entropy_counts_meanings():
+    texts = ["Paris", "Rome", "Paris", "paris", "Rome", "Paris"]
+    shares = [3 / 6, 2 / 6, 1 / 6]
+    assert semantic_entropy(texts) == pytest.approx(-sum(p * math.log(p) for p in shares))
+    shares = [4 / 6, 2 / 6]
+    found = semantic_entropy(texts, lambda a, b: a.lower() == b.lower())
+    assert found == pytest.approx(-sum(p * math.log(p) for p in shares))
+    assert semantic_entropy(["one"]) == 0
+    assert semantic_entropy([str(i) for i in range(7)]) == pytest.approx(math.log(7))
+
+
+def test_one_meaning_takes_entailment_both_ways():
+    """A longer text entails a shorter one, and not the other way round."""
+    found = semantic_entropy(["in Paris", "in Paris, France"], lambda a, b: a.startswith(b))
+    assert found == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: semantic_entropy([]), r"texts is \[\]: expected a list"),
+        (lambda: semantic_entropy("Paris"), "texts is 'Paris': expected a list"),
+        (lambda: sequence_rmi(torch.zeros(3)), r"shape \(3,\): expected \(S, B\)"),
+        (lambda: sequence_rmi(torch.full((2, 2), -math.inf)), "holds NaN or infinity"),
+        (lambda: sequence_rmi(torch.zeros(2, 3), torch.ones(2)), r"weights has shape \(2,\)"),
+        (lambda: Decoding(weights="even"), r"weights is 'even': expected one of \['equal', 'post"),
+    ],
+)
+def test_bad_requests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
