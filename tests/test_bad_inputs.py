@@ -260,7 +260,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "one class": (settings(DataSource, root="a", classes=("x",)), "['x']"),
         "classes": (settings(DataSource, root="a", classes=("x", "x")), "['x', 'x']"),
         "classes alike": (settings(DataSource, root="a", classes=("x y", "x\u00a0y")), "x\\xa0y"),
-        "limit": (settings(DataConfig, root="a", limit=0), "data.limit is 0"),
+        "limit": (settings(DataConfig, root="a", limit={"test": 0}), "data.limit.test is 0"),
         "fraction": (settings(DataConfig, root="a", validation_fraction=NAN), "is nan"),
     },
     "settings": {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
 import nbformat
 import numpy as np
 import pyro
@@ -45,6 +46,7 @@ from scalabl_pyro import (
     priors,
     to_inference_data,
 )
+from scalabl_pyro.data import tasks
 from scalabl_pyro.methods import MLE, ScalaBL, temperature
 from scalabl_pyro.methods.base import PointMethod
 from scalabl_pyro.readouts import LabelTokens
@@ -317,12 +319,17 @@ RUN_BY = {
     ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
     ("CONTRIBUTING.md", "class FirstTokens"): "test_it_trains_reloads_evaluates_and_predicts",
     ("CONTRIBUTING.md", "def _latin_hypercube"): "test_the_draws_of_contributing_are_stratified",
-    ("CONTRIBUTING.md", "def _hellaswag"): "test_the_data_set_of_contributing_is_read",
     ("callbacks.md", "import wandb"): "test_the_callbacks_of_the_documentation_log",
     ("callbacks.md", "import mlflow"): "test_the_callbacks_of_the_documentation_log",
     ("decisions.md", "scalabl predict"): "test_the_commands_of_the_documentation_run",
     ("decisions.md", "scalabl select"): "test_the_commands_of_the_documentation_run",
     ("decisions.md", "import scalabl_pyro"): "test_the_snippet_of_the_documentation_decides",
+    (
+        "CONTRIBUTING.md",
+        'TASKS["hellaswag"]',
+    ): "test_the_data_set_of_contributing_is_read",
+    ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
+    ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }
 #: (document, first line of a block) → why no test runs it
@@ -344,6 +351,69 @@ def test_every_snippet_is_run_or_is_listed_with_the_reason():
             unused -= set(known)
     assert not unused
     assert all(f"def {name}" in tests for name in RUN_BY.values())
+
+
+def hub_copy(folder: Path, name: str, splits: dict[str, list[dict]]) -> Path:
+    """A folder as the download of a data set of the Hub lays it out."""
+    files = ""
+    for split, rows in splits.items():
+        place = folder / name / f"{split}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(place)
+        files += f"  - split: {split}\n    path: {name}/{split}-*\n"
+    head = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(head)
+    return folder
+
+
+def test_the_data_of_the_documentation_are_read(tmp_path, local_model, monkeypatch):
+    """The commands and the snippet as printed, on files with these columns."""
+    records = make_records(60)
+    lines = [
+        ",".join([r.question, *r.choices, "ABCD"[r.label]]) for r in records if r.label is not None
+    ]
+    (tmp_path / "quiz.csv").write_text("\n".join(["Question,a,b,c,d,Answer", *lines]) + "\n")
+    rows = [
+        {
+            "id": r.id,
+            "question_stem": r.question,
+            "choices": {"text": list(r.choices), "label": list("ABCD")},
+            "answerKey": "ABCD"[r.label],
+        }
+        for r in records
+    ]
+    splits = {"train": rows[:30], "validation": rows[30:40], "test": rows[40:]}
+    hub_copy(tmp_path / "COPY", "main", splits)
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks(ROOT / "docs" / "data.md", "bash")
+    for line in commands.splitlines():
+        if line.startswith("#"):
+            continue
+        words = shlex.split(line.replace("MODEL", str(local_model)))[1:]
+        if words[0] == "train":
+            words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
+        assert scalabl(*words, "progress=false") == 0, line
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 60
+    assert (tmp_path / "runs/openbookqa/metrics.json").exists()
+    (snippet,) = blocks(ROOT / "docs" / "data.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(snippet, "data.md", "exec"), names)
+    assert names["questions"] == records[:30]
+
+
+def test_the_data_set_of_contributing_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    run_snippet('TASKS["hellaswag"]', vars(tasks))
+    row = {"ind": 4, "ctx": "A man sits on a roof. he", "label": "3"}
+    row["endings"] = ["is ripping", "pulls up", "is holding", "starts pulling"]
+    splits = {"train": [row], "validation": [row | {"label": "0"}]}
+    copy = hub_copy(tmp_path / "copy", "default", splits)
+    found = tasks.TASKS["hellaswag"].read(str(copy))
+    question, choices = row["ctx"], tuple(row["endings"])
+    assert found == {
+        "train": [sp.Record("train-0", question, choices, 3)],
+        "test": [sp.Record("validation-0", question, choices, 0)],
+    }
 
 
 def test_make_targets_in_the_readme_exist():

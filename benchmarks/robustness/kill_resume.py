@@ -33,7 +33,7 @@ FAST = [
     "model.prompt=classes",
     "data.task=embedded",
     "lora.targets=[q_proj,v_proj]",
-    "data.limit=200",
+    "data.limit.train=200",
     "fit.batch_size=8",
     "progress=false",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import Split, iter_records
+from ..data import Columns, Split, read_records
 from ..files import new_path, whole_folder
 from ..infer.svi import FitConfig
 from ..lora.loading import make_adapter
@@ -33,6 +33,7 @@ class DistillConfig:
     run: str
     input: str
     output: str
+    columns: Columns = field(default_factory=Columns)
     fit: FitConfig = field(default_factory=FitConfig)
     batch_size: int = 64
     seed: int = 0
@@ -57,7 +58,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     run = load_run(config.run)
     if run.predictor.num_draws == 1:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
-    split = run.encode(list(iter_records(config.input, run.class_names)))
+    split = run.encode(read_records(config.input, run.class_names, config.columns))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(Path(config.run) / "adapter")
     lora = replace(run.config.lora, start=mean, subspace="random")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Record, iter_records
+from ..data import Columns, Record, read_records
 from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
@@ -29,6 +29,7 @@ class PredictConfig(DecisionConfig):
     run: str
     input: str
     output: str
+    columns: Columns = field(default_factory=Columns)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     batch_size: int = 64
     progress: bool = True
@@ -49,7 +50,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     """
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
-    records = list(iter_records(config.input, run.class_names))
+    records = read_records(config.input, run.class_names, config.columns)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
     decisions = calibrate(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import iter_records
+from ..data import read_records
 from ..files import json_text, new_path, write_whole
 from ..prediction.selection import check_selection, select
 from ..runs.folder import load_run
@@ -45,7 +45,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
     run = load_run(config.run)
     found = select(
         make_predictor(run, config.prediction),
-        list(iter_records(config.input, run.class_names)),
+        read_records(config.input, run.class_names),
         config.count,
         by=config.by,
         seed=config.seed,

@@ -1,13 +1,15 @@
 """Records, readers, prompts and batches."""
 
 from .batches import Batch, Example, Split
+from .columns import Columns
 from .completions import Completion, read_completions
 from .hub import Task
 from .prompts import GAP, PROMPTS, Prompt
-from .readers import iter_records, read_folder, read_records
+from .readers import read_folder, read_records, read_table
 from .records import DataError, Record
 from .source import DataSource
-from .splits import check_split, disjoint, fingerprint, hold_out, without_overlap
+from .splits import check_split, disjoint, fingerprint, hold_out, subsample, without_overlap
+from .tables import Table, to_records
 from .tasks import TASKS
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "PROMPTS",
     "TASKS",
     "Batch",
+    "Columns",
     "Completion",
     "DataError",
     "DataSource",
@@ -22,14 +25,17 @@ __all__ = [
     "Prompt",
     "Record",
     "Split",
+    "Table",
     "Task",
     "check_split",
     "disjoint",
     "fingerprint",
     "hold_out",
-    "iter_records",
     "read_completions",
     "read_folder",
     "read_records",
+    "read_table",
+    "subsample",
+    "to_records",
     "without_overlap",
 ]

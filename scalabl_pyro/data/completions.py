@@ -64,7 +64,7 @@ def read_completions(path: str | Path) -> list[Completion]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     found: dict[str, Completion] = {}
-    for line, fields in jsonl_rows(path, ()):
+    for line, fields in jsonl_rows(path):
         place = f"{path}, line {line}"
         if not isinstance(fields, dict) or not {"prompt"} <= fields.keys() <= {
             "id",

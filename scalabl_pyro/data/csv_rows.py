@@ -1,103 +1,51 @@
-"""Rows of a CSV file: questions with choices, or texts with the names of their classes."""
+"""Rows of a CSV file, and the columns of its two layouts: questions with choices, or texts."""
 
 from __future__ import annotations
 
 import csv
-import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from .records import DataError, class_set
-from .text import canonical
+from .columns import Columns
+from .records import DataError
 
-__all__ = ["class_names", "csv_rows"]
+__all__ = ["csv_columns", "csv_rows"]
 
 #: characters, the most that csv takes on every platform
 _LONGEST_CELL = 2**31 - 1
 
 EXPECTED = (
     "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name);"
-    " id may be left out, and label or class where it is not known; commas separate the columns"
+    " id may be left out, and label or class where it is not known; commas separate the columns;"
+    " other columns are named by data.columns"
 )
 
 
-def csv_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and the fields of a record, as they are read.
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers, and column → cell.
 
-    :param classes: for texts, the names that ``class`` may hold; they become the choices.
-    :raises DataError: if a column, a cell or the encoding is not as it should be.
+    :raises DataError: if the header, a row's length or the encoding is not as it should be.
     """
-    classes = class_set(classes)
     rows = _cells(path)
-    columns = _columns(path, rows)
-    if "text" in columns and not classes:
-        raise DataError(
-            f"{path}: the classes are not known; give data.classes=[name,name,…], or a file with"
-            " the columns question, choice_1, choice_2, …"
-        )
-    for count, (line, cells) in enumerate(rows, start=1):
-        row = dict(zip(columns, cells, strict=True))
-        try:
-            fields = _text(row, classes) if "text" in columns else _question(row)
-        except DataError as error:
-            raise DataError(f"{path}, line {line}: {error}") from error
-        yield line, {"id": row.get("id", str(count)), **fields}
-
-
-def class_names(path: Path) -> tuple[str, ...]:
-    """The sorted names in the column ``class`` of a file of texts; of any other file, none.
-
-    :raises DataError: if there are fewer than two, two that look the same, or the file is bad.
-    """
-    if path.suffix != ".csv" or not path.is_file():
-        return ()
-    rows = _cells(path)
-    columns = _columns(path, rows)
-    if "class" not in columns:
-        return ()
-    names = {canonical(cells[columns.index("class")].strip()) for _, cells in rows} - {""}
-    if len(names) < 2:
-        raise DataError(
-            f"{path}: the column class holds {sorted(names)}: expected two classes or more; correct"
-            " the file, or give data.classes=[name,name,…]"
-        )
-    try:
-        return class_set(sorted(names))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _question(row: dict[str, str]) -> dict[str, Any]:
-    cells = [value for name, value in row.items() if name.startswith("choice_")]
-    count = max((i for i, cell in enumerate(cells, start=1) if cell.strip()), default=0)
-    fields: dict[str, Any] = {"question": row["question"], "choices": cells[:count]}
-    label = row.get("label", "").strip()
-    if label:
-        if not re.fullmatch(r"-?[0-9]+", label):
-            raise DataError(f"label is {label!r}: expected the 0-based number of a choice")
-        fields["label"] = int(label)
-    return fields
-
-
-def _text(row: dict[str, str], classes: Sequence[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {"question": row["text"], "choices": list(classes)}
-    name = canonical(row.get("class", "").strip())
-    if name:
-        if name not in classes:
-            near = difflib.get_close_matches(name, classes, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"class is {name!r}: expected one of {list(classes)}{hint}")
-        fields["label"] = list(classes).index(name)
-    return fields
-
-
-def _columns(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
-    header = next(rows, None)
+    line, header = next(rows, (1, None))
     if header is None:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
-    line, found = header
+    double = sorted({name for name in header if header.count(name) > 1})
+    if double:
+        raise DataError(f"{path}, line {line}: columns double: {double}; found {header}")
+    for line, cells in rows:
+        yield line, dict(zip(header, cells, strict=True))
+
+
+def csv_columns(path: Path) -> Columns:
+    """The columns of a file that has one of the two layouts.
+
+    :raises DataError: if it has neither.
+    """
+    line, found = next(_cells(path), (1, None))
+    if found is None:
+        raise DataError(f"{path}: holds no header; {EXPECTED}")
     numbered = [name for name in found if re.fullmatch(r"choice_[0-9]+", name)]
     if "text" in found:
         required, optional = ["text"], ["id", "class"]
@@ -106,15 +54,16 @@ def _columns(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
         optional = ["id", "label"]
     missing = [name for name in required if name not in found]
     unknown = [name for name in found if name not in [*required, *optional]]
-    double = sorted({name for name in found if found.count(name) > 1})
-    if missing or unknown or double:
+    if missing or unknown:
         raise DataError(
-            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; double:"
-            f" {double}; found {found}; {EXPECTED}"
+            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; found {found};"
+            f" {EXPECTED}"
         )
     if numbered != [name for name in required if name in numbered]:
         raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
-    return found
+    if "text" in found:
+        return Columns("text", label="class" if "class" in found else None, labels="names")
+    return Columns(choices=tuple(numbered), labels="from_0")
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -2,57 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from .columns import Columns
+from .parquet_rows import class_labels
 from .records import DataError, Record
+from .tables import Row, Table, to_records
 
-__all__ = ["Row", "Task"]
-
-Row = Mapping[str, Any]
+__all__ = ["Task"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A data set on the Hub.
+    """A data set on the Hub, and which of its columns make a record.
 
     :param path: the repository's name.
-    :param name: the configuration's name.
-    :param fields: one row → ``question``, ``choices``, ``label`` and, if it has one, ``id``; else
-        the record is called ``<split>-<row>``.
-    :param splits: our split → the Hub's, for the splits whose labels are public.
+    :param name: the configuration's name; ``None`` where there is one alone.
+    :param columns: a record without an id of its own is called ``<split>-<row>``.
+    :param splits: our split → the Hub's, for the splits whose labels are public; if empty, all,
+        under their own names.
+    :param classes: the choices that all rows share, where rows have none of their own.
+    :param revision: branch, tag or commit.
     """
 
     path: str
-    name: str
-    fields: Callable[[Row], dict[str, Any]]
-    splits: Mapping[str, str]
+    name: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    splits: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    revision: str | None = None
 
     def read(self, hub_path: str | None = None) -> dict[str, list[Record]]:
         """The splits by our names.
 
         :param hub_path: a folder with a copy of the repository, instead of the Hub and its cache.
-        :raises DataError: if it can be had from nowhere, or is not laid out as this class says.
+        :raises DataError: if it can be had from nowhere, or has not these columns and splits.
         """
-        rows = self._load(hub_path)
-        return {
-            ours: [self._record(row, f"{theirs}-{i}") for i, row in enumerate(rows[theirs])]
-            for ours, theirs in self.splits.items()
-        }
+        return to_records(self._load(hub_path), self.classes)
 
-    def _record(self, row: Row, name: str) -> Record:
-        try:
-            return Record.from_mapping({"id": name, **self.fields(row)})
-        except KeyError as error:
-            raise DataError(
-                f"{self.path}, row {name}: no column {error}; found {sorted(row)}"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{self.path}, row {name}: {error}") from error
-
-    def _load(self, hub_path: str | None) -> dict[str, list[Row]]:
+    def _load(self, hub_path: str | None) -> dict[str, Table]:
         # Slow to import, and needed for data of the Hub alone.
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -61,19 +51,36 @@ class Task:
             raise DataError(f"data.hub_path: there is no folder {hub_path}")
         # A whole path, because names such as csv mean a file format to datasets.
         place = str(Path(hub_path).resolve()) if hub_path is not None else self.path
+        revision = self.revision if hub_path is None else None
         try:
             # The cache does not notice when a copy's files change; streaming goes without it.
-            found = load_dataset(place, self.name, streaming=hub_path is not None)
-            rows = {name: list(found[name]) for name in self.splits.values() if name in found}
+            found = load_dataset(
+                place, self.name, revision=revision, streaming=hub_path is not None
+            )
+            splits = self.splits or {name: name for name in found}
+            tables = {
+                ours: Table(
+                    self.path,
+                    [
+                        Row(f"{self.path}, row {theirs}-{i}", f"{theirs}-{i}", cells)
+                        for i, cells in enumerate(found[theirs])
+                    ],
+                    self.columns,
+                    class_labels(found[theirs].features),
+                )
+                for ours, theirs in splits.items()
+                if theirs in found
+            }
         # RuntimeError: the repository holds a loading script, which is never run.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            named = f"{self.name} of {place}" if self.name else place
             raise DataError(
-                f"cannot read {self.name} of {place} ({error}). Fetch a copy where there is a"
-                f" network, with: hf download --repo-type dataset {self.path} --local-dir COPY, and"
-                " give data.hub_path=COPY; or give data.root=, a folder with train.jsonl,"
+                f"cannot read {named} ({error}). Fetch a copy where there is a network, with: hf"
+                f" download --repo-type dataset {self.path} --local-dir COPY, and give"
+                " data.hub_path=COPY; or give data.root=, a folder with train.jsonl,"
                 " validation.jsonl and test.jsonl"
             ) from error
-        absent = sorted(set(self.splits.values()) - rows.keys())
+        absent = sorted(set(splits.values()) - set(found))
         if absent:
             raise DataError(f"{place} lacks the splits {absent}: found {sorted(found)}")
-        return rows
+        return tables

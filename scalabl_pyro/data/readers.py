@@ -1,22 +1,24 @@
-"""Read records from files: JSON Lines or CSV, one file, or a folder with a file per split."""
+"""Read records from files: JSON Lines, CSV or Parquet; one, or a folder with one per split."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .csv_rows import class_names, csv_rows
+from .columns import Columns
+from .csv_rows import csv_columns, csv_rows
+from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
+from .tables import Row, Table, to_records
 
-__all__ = ["FORMATS", "iter_records", "read_folder", "read_records"]
+__all__ = ["FORMATS", "read_folder", "read_records", "read_table"]
 
 
-def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and decoded objects of a UTF-8 JSON Lines file, one a line.
 
-    :param classes: not needed here: every record spells out its choices.
     :raises DataError: if a line is no JSON, or an object of it has a key twice.
     """
     with path.open("rb") as file:
@@ -47,51 +49,81 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-FORMATS = {".jsonl": jsonl_rows, ".csv": csv_rows}
+class Format(NamedTuple):
+    """A kind of file.
+
+    :param rows: file → numbers and cells of its rows.
+    :param columns: file → the columns of a layout that this format has of its own; ``None`` if its
+        rows are records.
+    :param class_labels: file → column → the names that it gives to numbers.
+    :param unit: what the numbers count, for messages.
+    """
+
+    rows: Callable[[Path], Iterator[tuple[int, Any]]]
+    columns: Callable[[Path], Columns | None]
+    class_labels: Callable[[Path], Mapping[str, tuple[str, ...]]] = lambda path: {}
+    unit: str = "line"
 
 
-def iter_records(path: str | Path, classes: Sequence[str] = ()) -> Iterator[Record]:
-    """Yield the records of a ``.jsonl`` or ``.csv`` file as they are read.
+FORMATS = {
+    ".jsonl": Format(jsonl_rows, lambda path: None),
+    ".csv": Format(csv_rows, csv_columns),
+    ".parquet": Format(parquet_rows, lambda path: Columns(), parquet_class_labels, unit="row"),
+}
 
-    :param classes: the class names that a CSV file of texts needs.
-    :raises DataError: at the first bad line or repeated id, with file, line, value and reason.
+
+def read_table(path: str | Path, columns: Columns | None = None) -> Table:
+    """The rows of one file.
+
+    :param columns: which columns make a record; by default as the format has it: JSON objects with
+        exactly a record's fields, the two layouts of CSV, or columns called as the fields.
+    :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix not in FORMATS:
-        raise DataError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
-    first: dict[str, int] = {}
-    for line, fields in FORMATS[path.suffix](path, classes):
-        try:
-            record = Record.from_mapping(fields)
-        except DataError as error:
-            raise DataError(f"{path}, line {line}: {error}") from error
-        if record.id in first:
-            raise DataError(
-                f"{path}, line {line}: the id {record.id!r} occurs twice, first on line"
-                f" {first[record.id]}; ids name one record each"
-            )
-        first[record.id] = line
-        yield record
-
-
-def read_records(path: str | Path, classes: Sequence[str] = ()) -> list[Record]:
-    """All records of one file.
-
-    :param classes: as for :func:`iter_records`.
-    :raises DataError: if a line is bad, or there is no record.
-    """
-    records = list(iter_records(path, classes))
-    if not records:
+        raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
+    kind = FORMATS[path.suffix]
+    if columns in (None, Columns()):
+        columns = kind.columns(path)
+    rows = []
+    for count, (number, cells) in enumerate(kind.rows(path), start=1):
+        place = f"{path}, {kind.unit} {number}"
+        if columns is not None and not isinstance(cells, Mapping):
+            raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
+        rows.append(Row(place, str(count), cells))
+    if not rows:
         raise DataError(f"{path}: holds no records")
-    return records
+    return Table(str(path), rows, columns, kind.class_labels(path))
 
 
-def read_folder(root: str | Path, classes: Sequence[str] = ()) -> dict[str, list[Record]]:
-    """The splits of a folder, ``<split>.jsonl`` or ``<split>.csv`` each, by name.
+def read_records(
+    path: str | Path, classes: Sequence[str] = (), columns: Columns | None = None
+) -> list[Record]:
+    """The records of one file.
 
-    :param classes: class names for CSV files of texts; by default those in ``train.csv``.
+    :param classes: the choices of rows that have none of their own, as of a CSV file of texts.
+    :param columns: as for :func:`read_table`.
+    :raises DataError: at the first bad row or repeated id, with file, line, value and reason; if
+        there is no record.
+    """
+    return to_records({"": read_table(path, columns)}, classes)[""]
+
+
+def read_folder(
+    root: str | Path,
+    classes: Sequence[str] = (),
+    columns: Columns | None = None,
+    split_names: Mapping[str, str] | None = None,
+) -> dict[str, list[Record]]:
+    """The splits of a folder, ``<split>.jsonl``, ``<split>.csv`` or ``<split>.parquet`` each.
+
+    :param classes: the choices of rows that have none of their own; by default as for
+        :func:`~scalabl_pyro.data.to_records`.
+    :param columns: as for :func:`read_table`.
+    :param split_names: split → the file's name without its ending; by default all files, under
+        their own names.
     :raises DataError: if the folder does not exist, holds no such file, or two for one split.
     """
     root = Path(root)
@@ -99,11 +131,16 @@ def read_folder(root: str | Path, classes: Sequence[str] = ()) -> dict[str, list
     if not paths:
         raise DataError(
             f"{root}: expected a folder with files such as train.jsonl and test.jsonl, or train.csv"
+            " or train.parquet"
         )
-    by_split: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for path in paths:
-        if path.stem in by_split:
-            raise DataError(f"{by_split[path.stem]} and {path}: expected one file for each split")
-        by_split[path.stem] = path
-    classes = classes or class_names(root / "train.csv")
-    return {name: read_records(path, classes) for name, path in by_split.items()}
+        if path.stem in by_name:
+            raise DataError(f"{by_name[path.stem]} and {path}: expected one file for each split")
+        by_name[path.stem] = path
+    wanted = split_names or {name: name for name in by_name}
+    absent = sorted(set(wanted.values()) - by_name.keys())
+    if absent:
+        raise DataError(f"{root} lacks the splits {absent}: found {sorted(by_name)}")
+    tables = {ours: read_table(by_name[theirs], columns) for ours, theirs in wanted.items()}
+    return to_records(tables, classes)

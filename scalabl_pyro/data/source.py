@@ -1,37 +1,57 @@
-"""Where records come from: one file, a folder, or a data set of the Hub."""
+"""Where records come from: one file, a folder, a data set known by a name, or any of the Hub."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from .csv_rows import class_names
-from .readers import read_folder, read_records
+from .columns import Columns
+from .hub import Task
+from .readers import read_folder, read_table
 from .records import DataError, Record, class_set
-from .splits import check_split
-from .tasks import find_task
+from .splits import check_split, subsample
+from .tables import to_records
+from .tasks import EmbeddedTask, find_task
 
 __all__ = ["DataSource"]
 
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Exactly one of ``path``, ``root`` and ``task``.
+    """Exactly one of ``path``, ``root``, ``task`` and ``hub``.
 
-    :param path: one file, ``.jsonl`` or ``.csv``.
+    :param path: one file, ``.jsonl``, ``.csv`` or ``.parquet``.
     :param root: a folder with a file per split, ``train.jsonl`` or ``train.csv`` and so on.
     :param task: a data set of the Hub or the embedded one, a key of ``TASKS``.
-    :param hub_path: a folder with a downloaded copy of that data set's repository.
-    :param classes: the choices that every record offers, in this order; for a CSV file of texts,
-        by default the sorted class names of the training file.
-    :raises ValueError: if not exactly one is given, or ``task`` is unknown.
+    :param hub: any data set of the Hub, ``owner/name``.
+    :param name: its configuration (subset), where it has several.
+    :param revision: its branch, tag or commit.
+    :param hub_path: a folder with a downloaded copy of the data set that ``task`` or ``hub`` names.
+    :param split_names: our split → its name in ``hub`` or ``root``; by default all splits under
+        their own names. Of a data set whose test labels are hidden, ``test`` may be
+        ``validation``; there is then a part of ``train`` to validate on.
+    :param columns: which columns make a record; of a ``task`` they are known.
+    :param classes: the choices that every record offers, in this order; for texts by default the
+        names that a column of class labels has, or the sorted names in the training split.
+    :param limit: split → how many of its records to take, at random and always the same ones.
+    :raises ValueError: if not exactly one is given, ``task`` is unknown, or a setting says nothing
+        about what is given.
+
+    Where a mapping has ``None``, the split is as if it were not in it; ``limit`` is kept as a
+    mapping.
     """
 
     path: str | None = None
     root: str | None = None
     task: str | None = None
+    hub: str | None = None
+    name: str | None = None
+    revision: str | None = None
     hub_path: str | None = None
+    split_names: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Columns = field(default_factory=Columns)
     classes: tuple[str, ...] = ()
+    limit: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
@@ -40,43 +60,98 @@ class DataSource:
             object.__setattr__(self, "classes", class_set(self.classes))
         except DataError as error:
             raise ValueError(f"data.classes: {error}") from error
-        given = {name: getattr(self, name) for name in ("path", "root", "task")}
+        given = {name: getattr(self, name) for name in ("path", "root", "task", "hub")}
         if sum(value is not None for value in given.values()) != 1:
             shown = ", ".join(f"data.{name} is {value!r}" for name, value in given.items())
             raise ValueError(f"{shown}: give exactly one")
         if self.task is not None:
             find_task(self.task)
-        elif self.hub_path is not None:
-            raise ValueError("data.hub_path is a copy of a data set of the Hub: give data.task too")
+        for name in ("split_names", "limit"):
+            found = getattr(self, name) or {}
+            if not isinstance(found, Mapping):
+                raise ValueError(
+                    f"data.{name} is {found!r}: expected a value for each split that has one, as in"
+                    f" data.{name}.train={found}"
+                )
+            kept = {split: value for split, value in found.items() if value is not None}
+            object.__setattr__(self, name, kept)
+        for split, count in (self.limit or {}).items():
+            least = 2 if split == "train" else 1
+            if count is not None and count < least:
+                raise ValueError(f"data.limit.{split} is {count}: expected {least} or more")
+        self._check_use()
+
+    def _check_use(self) -> None:
+        """:raises ValueError: at a setting that says nothing about what is given."""
+        used = {
+            "hub_path": ("task", "hub"),
+            "name": ("hub",),
+            "revision": ("hub",),
+            "split_names": ("hub", "root"),
+            "columns": ("path", "root", "hub"),
+        }
+        for name, sources in used.items():
+            value = getattr(self, name)
+            nothing = value in (None, {}, Columns())
+            if not nothing and all(getattr(self, source) is None for source in sources):
+                wanted = " or ".join(f"data.{source}" for source in sources)
+                raise ValueError(
+                    f"data.{name} is {value!r}, which says something about {wanted} alone: give"
+                    f" that, or leave data.{name} out"
+                )
 
     def read(self) -> dict[str, list[Record]]:
-        """All splits as they are stored; the records of ``path`` are all called ``train``.
+        """All splits as they are stored, whole; the records of ``path`` are all called ``train``.
 
         :raises DataError: if a file is missing or bad.
         """
-        if self.task is not None:
-            splits = find_task(self.task).read(self.hub_path)
-        elif self.root is not None:
-            splits = read_folder(self.root, self.classes)
+        if self.root is not None:
+            splits = read_folder(self.root, self.classes, self.columns, self._names())
+        elif self.path is not None:
+            splits = to_records({"train": read_table(self.path, self.columns)}, self.classes)
         else:
-            path = Path(str(self.path))
-            splits = {"train": read_records(path, self.classes or class_names(path))}
+            splits = self._task().read(self.hub_path)
         for name, records in splits.items():
             self._check_choices(records, name)
         return splits
 
     def read_split(self, name: str) -> list[Record]:
-        """The records to evaluate on: all of ``path``, or the split ``name``.
+        """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
 
         The class names of a file of texts must be given: those it holds may be some of them.
 
         :raises DataError: if a file is missing or bad, or there is no such split.
         """
         if self.path is None:
-            return check_split(self.read(), name)
-        records = read_records(self.path, self.classes)
-        self._check_choices(records, self.path)
-        return records
+            records = check_split(self.read(), name)
+        else:
+            (records,) = to_records(
+                {self.path: read_table(self.path, self.columns)}, self.classes
+            ).values()
+            self._check_choices(records, self.path)
+        count = (self.limit or {}).get(name)
+        return records if count is None else subsample(records, count)
+
+    def limited(self, splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
+        """The same splits, of each no more than its limit.
+
+        :raises DataError: if a split that has a limit does not exist.
+        """
+        found = dict(splits)
+        for name, count in (self.limit or {}).items():
+            if count is not None:
+                found[name] = subsample(check_split(found, name), count)
+        return found
+
+    def _names(self) -> dict[str, str]:
+        return {ours: theirs for ours, theirs in self.split_names.items() if theirs is not None}
+
+    def _task(self) -> Task | EmbeddedTask:
+        if self.task is not None:
+            return find_task(self.task)
+        return Task(
+            str(self.hub), self.name, self.columns, self._names(), self.classes, self.revision
+        )
 
     def _check_choices(self, records: list[Record], place: str) -> None:
         for record in records:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from .records import DataError, Record
 from .text import comparable
 
-__all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "without_overlap"]
+__all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "subsample", "without_overlap"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,16 @@ def hold_out(
     held = set(random.Random(seed).sample(range(len(records)), count))
     rest = [record for index, record in enumerate(records) if index not in held]
     return rest, [records[index] for index in sorted(held)]
+
+
+def subsample(records: Sequence[Record], count: int) -> list[Record]:
+    """``count`` records at random, in their order; all where there are not more.
+
+    Always the same ones, so that all runs are trained and tested on the same; a larger sample
+    holds a smaller one. Files are often sorted by class, so that the first would not do.
+    """
+    order = random.Random(0).sample(range(len(records)), len(records))
+    return [records[index] for index in sorted(order[:count])]
 
 
 def disjoint(splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:

@@ -1,14 +1,14 @@
-"""Data sets by name, one entry each: where they are, and how a row becomes a record."""
+"""Data sets by name, one entry each: where they are, and which columns make a record."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ..embedded import openbookqa
-from .hub import Row, Task
+from .columns import Columns
+from .hub import Task
 from .records import DataError, Record
 
 __all__ = ["TASKS", "EmbeddedTask", "find_task"]
@@ -61,45 +61,12 @@ def find_task(name: str) -> Task | EmbeddedTask:
     return TASKS[name]
 
 
-def _index(answer: object, keys: Sequence[object]) -> int:
-    if answer not in keys:
-        raise DataError(f"the answer is {answer!r}: expected one of {list(keys)}")
-    return list(keys).index(answer)
-
-
-def _openbookqa(row: Row) -> dict[str, Any]:
-    return _arc({**row, "question": row["question_stem"]})
-
-
-def _arc(row: Row) -> dict[str, Any]:
-    choices = row["choices"]
-    return {
-        "id": row["id"],
-        "question": row["question"],
-        "choices": choices["text"],
-        "label": _index(row["answerKey"], choices["label"]),
-    }
-
-
-def _winogrande(row: Row) -> dict[str, Any]:
-    return {
-        "question": row["sentence"],
-        "choices": [row["option1"], row["option2"]],
-        "label": _index(row["answer"], ["1", "2"]),
-    }
-
-
-def _boolq(row: Row) -> dict[str, Any]:
-    return {
-        "question": f"{row['passage']}\n{row['question']}?",
-        "choices": ["no", "yes"],
-        "label": _index(row["answer"], [False, True]),
-    }
-
-
-def _mmlu(row: Row) -> dict[str, Any]:
-    return {"question": row["question"], "choices": row["choices"], "label": row["answer"]}
-
+# Some questions have the keys A to D, and some 1 to 4.
+_ARC = Columns(choices="choices.text", label="answerKey", keys="choices.label")
+_OPENBOOKQA = replace(_ARC, question="question_stem")
+_WINOGRANDE = Columns("sentence", ("option1", "option2"), "answer", labels="from_1")
+_BOOLQ = Columns("{passage}\n{question}?", label="answer", labels="from_0")
+_MMLU = Columns(label="answer", labels="from_0")
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
 # The labels of the official test split are not public.
@@ -123,13 +90,13 @@ world_religions
 TASKS: dict[str, Task | EmbeddedTask] = {
     "embedded": EmbeddedTask(_world),
     "openbookqa_500": EmbeddedTask(_questions),
-    "openbookqa": Task("allenai/openbookqa", "main", _openbookqa, _ALL),
-    "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", _arc, _ALL),
-    "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", _arc, _ALL),
-    "winogrande_xs": Task("allenai/winogrande", "winogrande_xs", _winogrande, _VALIDATION_IS_TEST),
-    "winogrande_s": Task("allenai/winogrande", "winogrande_s", _winogrande, _VALIDATION_IS_TEST),
-    "winogrande_m": Task("allenai/winogrande", "winogrande_m", _winogrande, _VALIDATION_IS_TEST),
-    "winogrande_l": Task("allenai/winogrande", "winogrande_l", _winogrande, _VALIDATION_IS_TEST),
-    "boolq": Task("google/boolq", "default", _boolq, _VALIDATION_IS_TEST),
-    **{f"mmlu:{name}": Task("cais/mmlu", name, _mmlu, _NO_TRAIN) for name in _SUBJECTS.split()},
+    "openbookqa": Task("allenai/openbookqa", "main", _OPENBOOKQA, _ALL),
+    "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", _ARC, _ALL),
+    "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", _ARC, _ALL),
+    "winogrande_xs": Task("allenai/winogrande", "winogrande_xs", _WINOGRANDE, _VALIDATION_IS_TEST),
+    "winogrande_s": Task("allenai/winogrande", "winogrande_s", _WINOGRANDE, _VALIDATION_IS_TEST),
+    "winogrande_m": Task("allenai/winogrande", "winogrande_m", _WINOGRANDE, _VALIDATION_IS_TEST),
+    "winogrande_l": Task("allenai/winogrande", "winogrande_l", _WINOGRANDE, _VALIDATION_IS_TEST),
+    "boolq": Task("google/boolq", "default", _BOOLQ, _VALIDATION_IS_TEST, ("no", "yes")),
+    **{f"mmlu:{name}": Task("cais/mmlu", name, _MMLU, _NO_TRAIN) for name in _SUBJECTS.split()},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +27,7 @@ from ..embedded import model_folder
 from ..readouts import READOUTS, Classes, Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
+from .gguf import find_gguf
 from .subspace import set_subspace
 
 __all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"]
@@ -33,9 +36,11 @@ __all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"
 def load_readout(config: ModelConfig, classes: Classes) -> Readout:
     """The tokenizer and the readout.
 
-    :raises FileNotFoundError: if the model cannot be found.
+    :raises FileNotFoundError: if the model or its tokenizer cannot be found.
+    :raises ValueError: if this readout cannot read the model, or its weights are quantised already.
     """
-    return make_readout(config, classes, _load(config, AutoTokenizer), _load(config, AutoConfig))
+    known = _load_config(config, READOUTS[config.readout].auto_class)
+    return make_readout(config, classes, _load(config, AutoTokenizer), known)
 
 
 def make_readout(
@@ -77,11 +82,18 @@ def load_llm(
         options["quantization_config"] = _quantization(config, unquantized(skeleton, heads))
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    known = _load(config, AutoConfig)
+    known = _load_config(config, readout.auto_class)
     head = readout.auto_class.removeprefix("AutoModel")
     if any(head in name for name in known.architectures or ()):
         readout.check_head(config.name, known)
     options |= readout.llm_options()
+    if find_gguf(config.name)[1] is not None:
+        if config.quantization is not None:
+            raise ValueError(
+                f"quantization is {config.quantization!r}, but {config.name!r} is a GGUF file,"
+                " which is unpacked to plain weights: set quantization=null"
+            )
+        options["quantization_config"] = GgufConfig(dequantize=True)
     llm, found = _load(
         config, auto_class, output_loading_info=True, use_safetensors=True, **options
     )
@@ -115,11 +127,24 @@ def load_skeleton(config: ModelConfig, auto_class: Any, **options: Any) -> PreTr
     """
     with torch.device("meta"):
         return auto_class.from_config(
-            _load(config, AutoConfig, **options),
+            _load_config(config, auto_class.__name__, **options),
             trust_remote_code=False,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
         )
+
+
+def bytes_beside_weights(config: ModelConfig, llm: PreTrainedModel) -> int:
+    """Bytes of the checkpoint that are in memory beside the weights while these are read: none on
+    a CPU where the file's number format is kept, as the weights are then the file's own pages.
+
+    :param llm: of which parameters are counted, with or without values.
+    """
+    stored = getattr(_load(config, AutoConfig), "dtype", None) or torch.float32
+    gguf = find_gguf(config.name)[1] is not None  # unpacked whole before it is copied
+    if not gguf and config.quantization is None and stored == getattr(torch, config.dtype):
+        return 0
+    return sum(p.numel() for p in llm.parameters()) * (torch.float32 if gguf else stored).itemsize
 
 
 def unquantized(llm: PreTrainedModel, heads: Sequence[str]) -> list[str]:
@@ -215,10 +240,50 @@ def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
     return min([tokenizer.model_max_length, *(limit - first for limit in limits if limit)])
 
 
+def _load_config(config: ModelConfig, auto_class: str, **options: Any) -> Any:
+    """What config.json holds of a model that can be loaded by a class.
+
+    :raises ValueError: if the class does not load it, or its weights are quantised already.
+    """
+    known = _load(config, AutoConfig, **options)
+    quantized = getattr(known, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method", "bitsandbytes")
+        raise ValueError(
+            f"model {config.name!r} is quantised already ({method}): its layers are of another kind"
+            " than those that can be adapted and exported; take the checkpoint it was made from,"
+            " and model.quantization=4bit where memory is short"
+        )
+    if type(known) not in getattr(transformers, auto_class)._model_mapping:
+        fit = [
+            f"readout={name}"
+            for name, kind in READOUTS.items()
+            if type(known) in getattr(transformers, kind.auto_class)._model_mapping
+            # A choice of each question's own is no class.
+            and (config.readout, name) != ("multiple_choice", "sequence_classification")
+        ]
+        advice = f"set {' or '.join(fit)}" if fit else "no readout reads such a model"
+        raise ValueError(
+            f"model {config.name!r} is of type {known.model_type}, which {auto_class}, and so"
+            f" readout={config.readout}, does not load: {advice}"
+        )
+    return known
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
 def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
     """``auto_class.from_pretrained``, which runs no code of the folder's; a name that is not found
     says where it was looked for."""
-    name = model_folder(config.name)
+    name, gguf_file = find_gguf(model_folder(config.name))
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    elif auto_class is AutoTokenizer and _lacks_tokenizer(Path(name)):
+        raise FileNotFoundError(
+            f"model {name!r} has no tokenizer files, such as {_TOKENIZER_FILES[0]}: copy those of"
+            " the model that it was trained from into the folder"
+        )
     try:
         return auto_class.from_pretrained(
             name, revision=config.revision, trust_remote_code=False, **options
@@ -238,7 +303,9 @@ def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
                 " and save it again by save_pretrained"
             ) from error
         if not isinstance(error, OSError):
-            raise
+            # What follows are the names of all that transformers knows.
+            short = re.split(r"(?<=\.)\s+(?:Model type s|S)hould |\n", told)[0]
+            raise ValueError(f"model {config.name!r} cannot be loaded: {short}") from error
         looked = (
             f"the folder {place.resolve()} is no complete model"
             if place.exists()
@@ -250,3 +317,9 @@ def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
             f" the weights, or fetch it where there is a network: hf download {config.name}."
             f" (transformers says: {told.splitlines()[0]})"
         ) from error
+
+
+def _lacks_tokenizer(folder: Path) -> bool:
+    return (folder / "config.json").exists() and not any(
+        (folder / file).exists() for file in _TOKENIZER_FILES
+    )

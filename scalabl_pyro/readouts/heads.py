@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import PROMPTS, DataError, Record
+from ..data import DataError, Record
 from .base import Classes, Readout
 
 __all__ = ["MultipleChoice", "SequenceClassification"]
@@ -22,8 +22,19 @@ class SequenceClassification(Readout):
 
     @classmethod
     def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
-        """The class names."""
-        return PROMPTS["classes"].label_words(records)
+        """The class names.
+
+        :raises DataError: if records have choices of their own, which no such head can read.
+        """
+        names = {record.choices for record in records}
+        if len(names) > 1:
+            first, second = sorted(names)[:2]
+            raise DataError(
+                "readout=sequence_classification needs the same choices in every record, but found"
+                f" {list(first)} and {list(second)}; use readout=multiple_choice with an encoder,"
+                " or readout=label_tokens or readout=choice_likelihood with a causal model"
+            )
+        return names.pop()
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, classes: Classes, **settings: Any) -> Self:

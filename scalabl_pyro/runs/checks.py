@@ -223,7 +223,7 @@ def shared_trunk(candidate: Candidate) -> str:
     if not adapter.trunk.depth:
         raise Needless(f"every block runs for every draw: {adapter.trunk.why_not}")
     found = _same(adapter, adapter(candidate.batch, s), loop)
-    if not adapter._share_trunk:
+    if not adapter.trunk.sharing:
         raise Needless("every block runs for every draw, as a pass showed")
     return f"{found}; {adapter.trunk.depth} of {adapter.trunk.num_blocks} blocks run once"
 

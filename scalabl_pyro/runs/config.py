@@ -47,19 +47,15 @@ class ConfigError(ValueError):
 class DataConfig(DataSource):
     """The records of a run: a source, and what is made of its splits.
 
-    :param limit: train on the first so many records.
     :param validation_fraction: share of the training records held out where there is no validation
         split.
     :raises ValueError: if a value is out of range.
     """
 
-    limit: int | None = None
     validation_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         DataSource.__post_init__(self)
-        if self.limit is not None and self.limit < 2:
-            raise ConfigError(f"data.limit is {self.limit}: expected 2 or more")
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(
                 f"data.validation_fraction is {self.validation_fraction}: expected a number between"
@@ -78,12 +74,15 @@ class DataConfig(DataSource):
             splits["train"], splits["validation"] = hold_out(
                 train, self.validation_fraction, seed=seed
             )
-        splits = disjoint(splits)
-        splits["train"] = splits["train"][: self.limit]
+        splits = self.limited(disjoint(splits))
         for name, records in splits.items():
             for record in records:
                 if record.label is None:
-                    raise DataError(f"the record {record.id!r} of the split {name} has no label")
+                    raise DataError(
+                        f"the record {record.id!r} of the split {name} has no label; where a column"
+                        " of another name has it, give data.columns.label, and leave out a split"
+                        " of hidden labels by data.split_names"
+                    )
         return splits
 
 
@@ -253,6 +252,9 @@ def _message(error: Any, place: str) -> str:
     loc = [str(part) for part in error["loc"]]
     if error["type"] == "missing":
         return f"the setting {place}{'.'.join(loc)} is missing"
+    if error["type"] in ("dict_type", "mapping_type"):
+        name = f"{place}{'.'.join(loc)}"
+        return f"{name} is {error['input']!r}: expected a mapping, as {name}.KEY=VALUE gives"
     if error["type"] != "value_error":
         return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
     message = str(error["msg"]).removeprefix("Value error, ")

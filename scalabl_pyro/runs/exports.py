@@ -26,6 +26,7 @@ from ..embedded import model_folder
 from ..files import whole_folder
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
+from ..lora.gguf import find_gguf
 from ..lora.layers import quiet_peft
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
@@ -193,7 +194,7 @@ def _untie(llm: PreTrainedModel) -> None:
 
 def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> dict[str, Any]:
     model, adapter, readout = run.config.model, run.predictor.adapter, run.readout
-    base = model_folder(model.name)
+    base, gguf_file = find_gguf(model_folder(model.name))
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "base_model": {
@@ -210,6 +211,8 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         "temperature": run.subspace_predictor().temperature,
         "auto_class": readout.auto_class,
     }
+    if gguf_file is not None:
+        manifest["base_model"]["gguf_file"] = gguf_file
     llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
     if model.quantization is not None:
         kept = llm.config.quantization_config.llm_int8_skip_modules
@@ -268,6 +271,8 @@ def _snippet(manifest: Mapping[str, Any]) -> list[str]:
         options.append(f"num_labels={manifest['num_labels']}")
     if base["revision"] != "main" and not merged:
         options.append(f"revision={base['revision']!r}")
+    if "gguf_file" in base and not merged:
+        options.append(f"gguf_file={base['gguf_file']!r}")
     classes, setup = [auto_class], []
     if quantization and not merged:
         settings = {"load_in_8bit": "True"}

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..data import Batch
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.loading import load_skeleton, unquantized
+from ..lora.loading import bytes_beside_weights, load_skeleton, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
 from ..readouts import READOUTS
 
@@ -70,6 +70,8 @@ class Memory:
     """Bytes of a run, apart from what the driver and the allocator keep for themselves.
 
     :param weights: the frozen model.
+    :param loading: the most while it is read, on the host: the weights, and the file's pages where
+        they are another number format; the system can take such pages back.
     :param adapters: the projections A (or V) and B, and heads.
     :param optimizer: AdamW's two moments, and the two copies that ``fit`` can go back to.
     :param activations: the most that a forward and backward pass holds at once, gradients included.
@@ -77,6 +79,7 @@ class Memory:
     """
 
     weights: int
+    loading: int
     adapters: int
     optimizer: int
     activations: int
@@ -112,6 +115,7 @@ def estimate(config: MemoryConfig) -> Memory:
     auto_class = getattr(transformers, readout.auto_class)
     llm = load_skeleton(model, auto_class, **readout.llm_options())
     weights = sum(t.nbytes for t in (*llm.parameters(), *llm.buffers()))
+    read = bytes_beside_weights(model, llm)
     largest = 0
     if model.quantization is not None:
         layers = _quantised(llm, lora)
@@ -134,6 +138,7 @@ def estimate(config: MemoryConfig) -> Memory:
     trained = sum(p.numel() for p in adapter.named_parameters().values())
     return Memory(
         weights=weights,
+        loading=weights + read,
         adapters=sum(p.nbytes for p in adapter.state().values()),
         optimizer=_COPIES * _FLOAT32 * trained,
         **{name: peak + largest for name, peak in _peaks(adapter, config).items()},

@@ -18,7 +18,6 @@ from scalabl_pyro.data import (
     check_split,
     disjoint,
     hold_out,
-    iter_records,
     read_completions,
     read_folder,
     read_records,
@@ -109,7 +108,7 @@ def test_lines_of_json_that_two_readers_would_read_apart_are_refused(tmp_path, l
 
 def test_missing_files_and_splits_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
-        list(iter_records(tmp_path / "nowhere.jsonl"))
+        read_records(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match="expected a folder"):
         read_folder(tmp_path)
     with pytest.raises(DataError, match=r"no split 'test'; the data set has \['train'\]"):
@@ -196,7 +195,7 @@ def test_a_class_is_one_however_its_accents_were_typed(tmp_path, name):
             0,
             1,
         ]
-        assert [r.label for r in iter_records(path, classes)] == [0, 0, 1]
+        assert [r.label for r in read_records(path, classes)] == [0, 0, 1]
     same = [Record("1", "x", (name, "tea")), Record("2", "y", (whole, "tea"))]
     assert PROMPTS["classes"].label_words(same) == (whole, "tea")
 

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import FAST, make_records, run_snippet, scalabl, write_jsonl
+from conftest import FAST, make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
 from scalabl_pyro.data import (
     TASKS,
     DataError,
     DataSource,
-    iter_records,
     read_folder,
     read_records,
-    tasks,
 )
+from scalabl_pyro.data.csv_rows import csv_rows
 from scalabl_pyro.runs.config import ConfigError, DataConfig, build
 
 LETTERS = ["A", "B", "C", "D"]
@@ -55,7 +54,7 @@ def test_csv_of_questions(tmp_path, encoding, newline):
 
 def test_csv_of_questions_needs_neither_ids_nor_labels(tmp_path):
     path = write(tmp_path / "q.csv", "question,choice_1,choice_2\nWhy?,x,y\nHow?,x,y\n")
-    assert list(iter_records(path)) == [
+    assert read_records(path) == [
         Record("1", "Why?", ("x", "y")),
         Record("2", "How?", ("x", "y")),
     ]
@@ -69,7 +68,9 @@ def test_csv_of_texts_takes_its_classes_from_the_training_file(tmp_path):
     assert splits["test"] == [Record("1", "fine", ("bad", "fair", "good"), 2)]
     source = DataSource(path=str(tmp_path / "train.csv"), classes=("good", "fair", "bad"))
     assert [record.label for record in source.read()["train"]] == [0, 2, 1]
-    with pytest.raises(DataError, match=r"test.csv: the classes are not known; give data.classes"):
+    with pytest.raises(
+        DataError, match=r"test.csv, line 2: the classes are not known.* data.classes"
+    ):
         DataSource(path=str(tmp_path / "test.csv")).read_split("test")
 
 
@@ -79,10 +80,11 @@ def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
     text = "a word " * (length // 7) + "x" * (length % 7)
     assert len(text) == length
     path = write(tmp_path / "q.csv", f'question,choice_1,choice_2,label\n"{text}",x,y,1\n')
-    rows = iter_records(path)
-    assert next(rows).question == text
-    assert csv.field_size_limit() == limit
+    rows = csv_rows(path)
+    assert next(rows)[1]["question"] == text
+    assert csv.field_size_limit() == limit  # between two rows too
     assert list(rows) == []
+    assert [record.question for record in read_records(path)] == [text]
     path = write(tmp_path / "t.csv", f"text,class\n{text},good\n{text}b,bad\n")
     assert [len(r.question) for r in DataSource(path=str(path)).read()["train"]] == [
         length,
@@ -104,7 +106,10 @@ def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
         ("question,choice_2,choice_1\n", "expected the choices in order"),
         (QUESTIONS + "a,Why?,x,y,z,1\nb,Why?,x,y\n", "line 3: 4 cells, but the header has 6"),
         (QUESTIONS + "a,Why?,x,y,z,1\na,How?,x,y,z,1\n", "line 3: the id 'a' occurs twice, first"),
-        (QUESTIONS + "a,Why?,x,y,,2\n", "line 2: label is 2, but the choices are numbered 0 to 1"),
+        (
+            QUESTIONS + "a,Why?,x,y,,2\n",
+            "line 2: label is 2: expected the 0-based number of a choice, 0 to 1",
+        ),
         (QUESTIONS + "a,Why?,x,y,,-1\n", "line 2: label is -1"),
         (QUESTIONS + "a,Why?,x,y,,B\n", "line 2: label is 'B': expected the 0-based number"),
         (QUESTIONS + "a,Why?,x,,z,0\n", "line 2: choices holds ''"),
@@ -130,7 +135,9 @@ def test_class_names_that_do_not_exist_suggest_the_nearest(tmp_path):
 
 
 def test_files_of_other_kinds_and_two_files_for_a_split_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"x\.tsv: expected a file that ends in \.jsonl or \.csv"):
+    with pytest.raises(
+        DataError, match=r"x\.tsv: expected a file that ends in \.jsonl, \.csv, \.p"
+    ):
         read_records(write(tmp_path / "x.tsv", "a"))
     write(tmp_path / "train.csv", "")
     write(tmp_path / "train.jsonl", "")
@@ -211,19 +218,6 @@ def test_data_sets_of_the_hub(tmp_path, task):
     )
 
 
-def test_the_data_set_of_contributing_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
-    run_snippet("def _hellaswag", dict(vars(tasks)))
-    row = {"ctx": "A man sits", "endings": CHOICES["text"], "label": "2"}
-    copy = hub_copy(tmp_path / "copy", "default", {"train": [row], "validation": [row]})
-    splits = DataSource(task="hellaswag", hub_path=str(copy)).read()
-    choices = ("w", "x", "y", "z")
-    assert splits == {
-        "train": [Record("train-0", "A man sits", choices, 2)],
-        "test": [Record("validation-0", "A man sits", choices, 2)],
-    }
-
-
 def test_official_validation_of_winogrande_is_the_test_split(tmp_path):
     rows = {
         split: [SENTENCE | {"sentence": f"{split} {i} _", "answer": answer} for i in range(count)]
@@ -253,9 +247,13 @@ def test_changed_copies_are_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("openbookqa", {"answerKey": "E"}, "allenai/openbookqa, row train-0: the answer is 'E'"),
-        ("winogrande_s", {"answer": ""}, r"the answer is '': expected one of \['1', '2'\]"),
-        ("mmlu:virology", {"answer": -1}, "row dev-0: label is -1"),
+        (
+            "openbookqa",
+            {"answerKey": "E"},
+            "allenai/openbookqa, row train-0: answerKey is 'E': expected",
+        ),
+        ("winogrande_s", {"answer": "3"}, "answer is 3: expected the 1-based number of a choice"),
+        ("mmlu:virology", {"answer": -1}, "row dev-0: answer is -1: expected the 0-based number"),
         ("boolq", {"passage": None}, None),
     ],
 )
@@ -300,14 +298,22 @@ def test_embedded_world_is_a_data_set():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "data.path is None, data.root is None, data.task is None: give exactly one"),
+        ({}, "data.root is None, data.task is None, data.hub is None: give exactly one"),
         ({"root": "a", "task": "boolq"}, "give exactly one"),
         ({"task": "openbokqa"}, "no data set 'openbokqa'; did you mean openbookqa"),
         ({"task": "mmlu:college_fysics"}, "did you mean mmlu:college_physics"),
         ({"task": "zzz"}, r"no data set 'zzz'; expected one of .*'mmlu:<subject>'"),
-        ({"root": "a", "hub_path": "b"}, "give data.task too"),
+        ({"root": "a", "hub_path": "b"}, "says something about data.task or data.hub alone"),
+        ({"root": "a", "name": "b"}, "data.name is 'b', which says something about data.hub"),
+        ({"task": "boolq", "revision": "b"}, "data.revision is 'b', which says something"),
+        ({"path": "a", "split_names": {"test": "b"}}, "says something about data.hub or data.root"),
+        ({"task": "boolq", "columns": {"label": "a"}}, "about data.path or data.root or data.hub"),
+        ({"root": "a", "columns": {"labels": "roman"}}, "columns.labels is 'roman': expected"),
+        ({"root": "a", "columns": {"keys": "k", "labels": "letters"}}, "give one of them"),
         ({"root": "a", "classes": ["x"]}, r"data.classes is \['x'\]: expected two"),
-        ({"root": "a", "limit": 1}, "data.limit is 1"),
+        ({"root": "a", "limit": 500}, "limit is 500: expected a mapping, as limit.KEY=VALUE"),
+        ({"root": "a", "limit": {"train": 1}}, "data.limit.train is 1: expected 2"),
+        ({"root": "a", "limit": {"test": 0}}, "data.limit.test is 0: expected 1"),
         ({"root": "a", "validation_fraction": 1.0}, "data.validation_fraction is 1.0"),
     ],
 )
@@ -325,7 +331,7 @@ def test_one_file_gives_training_and_validation_that_do_not_mix(tmp_path, caplog
     assert set(splits) == {"train", "validation"}
     assert not questions["train"] & questions["validation"]
     assert "questions of train that are also in validation" in caplog.text
-    assert len(DataConfig(path=str(path), limit=7).splits(seed=0)["train"]) == 7
+    assert len(DataConfig(path=str(path), limit={"train": 7}).splits(seed=0)["train"]) == 7
 
 
 def test_records_without_a_label_cannot_be_trained_on(tmp_path):

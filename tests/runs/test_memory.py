@@ -184,6 +184,19 @@ def test_out_of_memory_is_explained_with_what_helps(folder):
     assert estimate(helped).training < estimate(config).training
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_loading_takes_beside_the_weights_is_the_file(tmp_path, stored, dtype):
+    llm = tiny_llama(hidden_size=256, intermediate_size=512).to(stored)
+    llm.save_pretrained(tmp_path)
+    file = (tmp_path / "model.safetensors").stat().st_size
+    found = estimate(settings(tmp_path, dtype=dtype))
+    beside = 0 if stored == getattr(torch, dtype) else file
+    assert found.loading - found.weights == pytest.approx(beside, rel=0.01)
+    quantised = estimate(settings(tmp_path, dtype=dtype, quantization="4bit"))
+    assert quantised.loading - quantised.weights == pytest.approx(file, rel=0.01)
+
+
 def test_defaults_of_the_command_are_those_of_the_class():
     given = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory.yaml"))
     del given["defaults"]

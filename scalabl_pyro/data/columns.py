@@ -1,0 +1,142 @@
+"""Which columns of a table make a record: its question, choices, label and id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .labels import READINGS
+from .records import DataError
+
+__all__ = ["Columns", "blank"]
+
+Cells = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns make a record. ``choices.text`` is what ``choices`` holds by the name ``text``.
+
+    :param question: a column, or a text with columns in braces, ``"{passage} {question}"``.
+    :param choices: one column of lists, or several with a choice each, of which the last may be
+        empty; none is needed where all rows share the classes.
+    :param label: a column.
+    :param id: a column.
+    :param keys: a column of lists that name the row's choices as labels do, as in ARC, where some
+        questions have A to D and some 1 to 4.
+    :param labels: how a label names a choice: its number ``from_0`` or ``from_1``, ``letters``,
+        ``names`` (its text), or ``auto``: as the data decides, if it does.
+    :raises ValueError: if ``labels`` is none of these, or contradicts ``keys``.
+
+    What is left out is in the column called as the field, and but for the question it may be
+    missing: rows are then numbered, or not labelled.
+    """
+
+    question: str | None = None
+    choices: str | tuple[str, ...] | None = None
+    label: str | None = None
+    id: str | None = None
+    keys: str | None = None
+    labels: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.labels not in ("auto", *READINGS):
+            raise ValueError(
+                f"labels is {self.labels!r}: expected one of {['auto', *READINGS]}, how"
+                " labels name choices"
+            )
+        if self.keys is not None and self.labels != "auto":
+            raise ValueError(
+                f"labels is {self.labels!r}, but keys is {self.keys!r}, by which labels are read:"
+                " give one of them"
+            )
+        if not isinstance(self.choices, str | None):
+            object.__setattr__(self, "choices", tuple(self.choices))
+
+    def question_of(self, cells: Cells) -> Any:
+        """The text of a row that is asked or classified.
+
+        :raises DataError: as for the other fields, if a column is missing; if there is no text for
+            a brace.
+        """
+        template = self.question or "question"
+        if "{" not in template:
+            return _text(_cell(cells, template, "question"))
+
+        def fill(match: re.Match[str]) -> str:
+            value = _text(_cell(cells, match[1], "question"))
+            if not isinstance(value, str):
+                raise DataError(f"{match[1]} is {value!r}: expected a text")
+            return value
+
+        return re.sub(r"\{([^{}]+)\}", fill, template)
+
+    def has_choices(self, cells: Cells) -> bool:
+        """Whether rows have choices of their own."""
+        return bool(self.choices) or "choices" in cells
+
+    def choices_of(self, cells: Cells) -> Any:
+        """The choices of a row that has some."""
+        columns = self.choices or "choices"
+        if isinstance(columns, str):
+            found = _cell(cells, columns, "choices")
+            return tuple(map(_text, found)) if isinstance(found, list | tuple) else found
+        texts = [_text(_cell(cells, column, "choices")) for column in columns]
+        count = max((i for i, text in enumerate(texts, start=1) if not blank(text)), default=0)
+        return tuple(texts[:count])
+
+    def label_of(self, cells: Cells) -> Any:
+        """The label as it stands in a row; ``None`` without one."""
+        return _optional(cells, "label", self.label)
+
+    def id_of(self, cells: Cells) -> Any:
+        """The id of a row; ``None`` without one."""
+        return _text(_optional(cells, "id", self.id))
+
+    def keys_of(self, cells: Cells, count: int) -> tuple[str, ...] | None:
+        """What labels call the choices of a row, of which there are ``count``, if a column says."""
+        if self.keys is None:
+            return None
+        keys = _cell(cells, self.keys, "keys")
+        if not isinstance(keys, list | tuple) or len(keys) != count:
+            raise DataError(
+                f"{self.keys} is {keys!r}: expected a list of {count} names, one for each choice"
+            )
+        return tuple(map(str, keys))
+
+
+def _optional(cells: Cells, name: str, column: str | None) -> Any:
+    """The cell of a column; ``None`` where the one called as its field is missing."""
+    return cells.get(name) if column is None else _cell(cells, column, name)
+
+
+def _cell(cells: Cells, column: str, name: str) -> Any:
+    """What a column holds, or what is in it by a name behind a dot, list for list.
+
+    :param name: the field that it is for.
+    """
+    if column in cells:
+        return cells[column]
+    value: Any = cells
+    for part in column.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and all(isinstance(v, Mapping) and part in v for v in value):
+            value = [v[part] for v in value]
+        else:
+            raise DataError(
+                f"no column {column!r}; found {sorted(cells)}; data.columns.{name} says which it is"
+            )
+    return value
+
+
+def _text(value: Any) -> Any:
+    """Whole numbers as texts, such as ids; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def blank(value: object) -> bool:
+    """Whether a cell holds nothing."""
+    return value is None or (isinstance(value, str) and not value.strip())

@@ -1,0 +1,165 @@
+"""The rows of a table as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from .columns import Columns, blank
+from .labels import Labelled, decide, read_label
+from .records import DataError, Record, class_set
+from .text import canonical
+
+__all__ = ["Row", "Table", "to_records"]
+
+
+class Row(NamedTuple):
+    """One row of a table.
+
+    :param place: where it stands, for messages.
+    :param name: its id where no column has one.
+    :param cells: column → value.
+    """
+
+    place: str
+    name: str
+    cells: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of one split, and the columns that make them records.
+
+    :param place: the file or data set, for messages.
+    :param columns: ``None`` for rows that are records already, with exactly their fields.
+    :param class_labels: column → names, for columns of numbers whose names the file itself gives
+        (``ClassLabel`` of ``datasets``).
+    """
+
+    place: str
+    rows: Sequence[Row]
+    columns: Columns | None
+    class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict[str, list[Record]]:
+    """The records of each split. How labels are read is decided once, by all splits together.
+
+    :param classes: the choices of rows that have none of their own; by default the names that the
+        file gives to the numbers of the label column, or else those in the column ``label`` of the
+        split ``train``, sorted.
+    :raises DataError: at the first bad row, with its place, value and reason; if an id occurs twice
+        in a split; if labels can be read in several ways.
+    """
+    classes = class_set(classes)
+    found = {
+        name: list(_read(table, classes or _found_classes(table, tables.get("train"))))
+        for name, table in tables.items()
+    }
+    undecided = [
+        row.label for rows in found.values() for row in rows if row.label and row.reading == "auto"
+    ]
+    decided = decide(undecided) if undecided else ""
+    return {name: _distinct(rows, decided) for name, rows in found.items()}
+
+
+class _Read(NamedTuple):
+    """A record, and the label that it gets once it is known how labels are read."""
+
+    place: str
+    record: Record
+    label: Labelled | None = None
+    reading: str = ""
+
+
+def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
+    columns = table.columns
+    for row in table.rows:
+        try:
+            if columns is None:
+                yield _Read(row.place, Record.from_mapping(row.cells))
+                continue
+            own, name = columns.has_choices(row.cells), columns.id_of(row.cells)
+            if not own and not classes:
+                raise DataError(
+                    "the classes are not known, and no column has choices; give data.classes="
+                    f"[name,name,…], or data.columns.choices; found {sorted(row.cells)}"
+                )
+            record = Record(
+                id=row.name if name is None else name,
+                question=columns.question_of(row.cells),
+                choices=columns.choices_of(row.cells) if own else tuple(classes),
+            )
+            names = table.class_labels.get(columns.label or "label", ())
+            yield _Read(row.place, record, *_label(row, record.choices, columns, names, own))
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from error
+
+
+def _distinct(rows: Sequence[_Read], decided: str) -> list[Record]:
+    records, places = [], dict[str, str]()
+    for place, record, label, reading in rows:
+        if label is not None:
+            index = read_label(label, decided if reading == "auto" else reading)
+            record = replace(record, label=index)
+        if record.id in places:
+            raise DataError(
+                f"{place}: the id {record.id!r} occurs twice, first in {places[record.id]}; ids"
+                " name one record each"
+            )
+        places[record.id] = place
+        records.append(record)
+    return records
+
+
+def _label(
+    row: Row, choices: tuple[str, ...], columns: Columns, names: Sequence[str], own: bool
+) -> tuple[Labelled | None, str]:
+    """The label, if there is one, and how it is read.
+
+    :param names: those that the file gives to the numbers of the label column.
+    :param own: the choices are those of this row.
+    """
+    label, column, reading = columns.label_of(row.cells), columns.label or "label", columns.labels
+    if blank(label) or (names and label == -1):  # -1: how ``datasets`` writes that none is known
+        return None, ""
+    keys = columns.keys_of(row.cells, len(choices))
+    if keys is not None:
+        return Labelled(row.place, column, str(label), keys), "names"
+    if names and reading != "from_0":
+        if label not in range(len(names)):
+            raise DataError(f"{column} is {label!r}, but it has the names {list(names)}")
+        if not own and set(choices) != set(map(canonical, names)):
+            raise DataError(
+                f"the classes are {list(choices)}, but {column} has the names {list(names)}: give"
+                " the same names in any order, or data.columns.labels=from_0, to rename them"
+            )
+        label, reading = names[label], reading if own else "names"
+    return Labelled(row.place, column, label, choices), reading
+
+
+def _found_classes(table: Table, train: Table | None) -> tuple[str, ...]:
+    """The names of the classes, if the files give them: see :func:`to_records`."""
+    columns = table.columns
+    if columns is None:
+        return ()
+    column = columns.label or "label"
+    if column in table.class_labels:
+        return class_set(table.class_labels[column])
+    if train is None or any(columns.has_choices(row.cells) for row in table.rows[:1]):
+        return ()
+    labels = [row.cells.get(column) for row in train.rows]
+    names = {canonical(label.strip()) for label in labels if isinstance(label, str)} - {""}
+    # What numbers mean stands elsewhere.
+    if columns.labels != "names" and all(map(str.isdecimal, names)):
+        return ()
+    if len(names) < 2:
+        raise DataError(
+            f"{train.place}: the column {column} holds {sorted(names)}: expected two classes or"
+            " more; correct the file, or give data.classes=[name,name,…]"
+        )
+    try:
+        return class_set(sorted(names))
+    except DataError as error:
+        raise DataError(f"{train.place}: {error}") from error

@@ -1,0 +1,504 @@
+"""Data of other layouts, in the schemas that real data sets have, against records by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import make_records, scalabl, write_jsonl
+
+from scalabl_pyro import Record
+from scalabl_pyro.data import Columns, DataError, DataSource, read_folder, read_records, subsample
+from scalabl_pyro.runs.config import DataConfig, build
+
+Splits = dict[str, list[dict]]
+
+
+def hub_copy(folder: Path, splits: Splits, name: str = "default", **types: object) -> str:
+    """A folder as the download of a data set of the Hub lays it out.
+
+    :param types: of columns, where they are not to be inferred.
+    """
+    for split, rows in splits.items():
+        table = datasets.Dataset.from_list(rows)
+        for column, feature in types.items():
+            table = table.cast_column(column, feature)
+        place = folder / name / f"{split}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(place)
+    files = "".join(f"  - split: {s}\n    path: {name}/{s}-*\n" for s in splits)
+    head = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(head)
+    return str(folder)
+
+
+def choices(labels: str, *texts: str) -> dict[str, list[str]]:
+    return {"text": list(texts), "label": list(labels)}
+
+
+OPENBOOKQA = [
+    {
+        "id": "7-980",
+        "question_stem": "The sun is responsible for",
+        "choices": choices("ABCD", "puppies learning", "children growing", "flowers", "plants"),
+        "answerKey": "D",
+    },
+    {
+        "id": "7-584",
+        "question_stem": "When standing miles away from Mount Rushmore",
+        "choices": choices("ABCD", "smaller", "larger", "the same", "gone"),
+        "answerKey": "A",
+    },
+]
+ARC = [
+    {
+        "id": "Mercury_7175875",
+        "question": "Which cools a room?",
+        "choices": choices("ABC", "a fan", "a stove", "a lamp"),
+        "answerKey": "A",
+    },
+    {
+        "id": "NYSEDREGENTS_1",
+        "question": "Which is a metal?",
+        "choices": choices("1234", "wood", "glass", "iron", "wool"),
+        "answerKey": "3",
+    },
+]
+WINOGRANDE = [
+    {"sentence": "Ann met Bo; _ left.", "option1": "Ann", "option2": "Bo", "answer": "2"},
+    {"sentence": "Cy called Di; _ came.", "option1": "Cy", "option2": "Di", "answer": "1"},
+]
+BOOLQ = [
+    {"question": "is ice cold", "answer": True, "passage": "Ice is frozen."},
+    {"question": "is fire cold", "answer": False, "passage": "Fire burns."},
+]
+AG_NEWS = [
+    {"text": "Stocks fall", "label": 2},
+    {"text": "Cup final", "label": 1},
+    {"text": "New chip", "label": 3},
+    {"text": "Talks begin", "label": 0},
+]
+AG_NAMES = ("World", "Sports", "Business", "Sci/Tech")
+MMLU = [{"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1}]
+LETTERS = datasets.ClassLabel(names=["A", "B", "C", "D"])
+
+#: rows, the columns that suit them, other settings, types, and the records by hand
+SCHEMAS = {
+    "openbookqa": (
+        OPENBOOKQA,
+        Columns("question_stem", "choices.text", "answerKey"),
+        {},
+        {},
+        [
+            Record(
+                "7-980",
+                "The sun is responsible for",
+                ("puppies learning", "children growing", "flowers", "plants"),
+                3,
+            ),
+            Record(
+                "7-584",
+                "When standing miles away from Mount Rushmore",
+                ("smaller", "larger", "the same", "gone"),
+                0,
+            ),
+        ],
+    ),
+    "arc": (
+        ARC,
+        Columns(choices="choices.text", label="answerKey", keys="choices.label"),
+        {},
+        {},
+        [
+            Record("Mercury_7175875", "Which cools a room?", ("a fan", "a stove", "a lamp"), 0),
+            Record("NYSEDREGENTS_1", "Which is a metal?", ("wood", "glass", "iron", "wool"), 2),
+        ],
+    ),
+    "winogrande": (
+        WINOGRANDE,
+        Columns("sentence", ("option1", "option2"), "answer"),
+        {},
+        {},
+        [
+            Record("train-0", "Ann met Bo; _ left.", ("Ann", "Bo"), 1),
+            Record("train-1", "Cy called Di; _ came.", ("Cy", "Di"), 0),
+        ],
+    ),
+    "boolq": (
+        BOOLQ,
+        Columns("{passage} {question}?", label="answer"),
+        {"classes": ("no", "yes")},
+        {},
+        [
+            Record("train-0", "Ice is frozen. is ice cold?", ("no", "yes"), 1),
+            Record("train-1", "Fire burns. is fire cold?", ("no", "yes"), 0),
+        ],
+    ),
+    "ag_news": (
+        AG_NEWS,
+        Columns("text"),
+        {},
+        {"label": datasets.ClassLabel(names=list(AG_NAMES))},
+        [
+            Record("train-0", "Stocks fall", AG_NAMES, 2),
+            Record("train-1", "Cup final", AG_NAMES, 1),
+            Record("train-2", "New chip", AG_NAMES, 3),
+            Record("train-3", "Talks begin", AG_NAMES, 0),
+        ],
+    ),
+    "ag_news renamed": (
+        AG_NEWS[:1],
+        Columns("text", labels="from_0"),
+        {"classes": ("world", "sport", "money", "science")},
+        {"label": datasets.ClassLabel(names=list(AG_NAMES))},
+        [Record("train-0", "Stocks fall", ("world", "sport", "money", "science"), 2)],
+    ),
+    "ag_news in another order": (
+        AG_NEWS[:1],
+        Columns("text"),
+        {"classes": AG_NAMES[::-1]},
+        {"label": datasets.ClassLabel(names=list(AG_NAMES))},
+        [Record("train-0", "Stocks fall", AG_NAMES[::-1], 1)],
+    ),
+    "mmlu": (
+        MMLU,
+        Columns(label="answer"),
+        {},
+        {"answer": LETTERS},
+        [Record("train-0", "2 + 2?", ("3", "4", "5", "6"), 1)],
+    ),
+    # Encoded from the letters that occur: the code of D is 2.
+    "letters that were encoded": (
+        [{"question": "2 + 2?", "choices": ["3", "5", "6", "4"], "label": 2}],
+        Columns(),
+        {},
+        {"label": datasets.ClassLabel(names=["A", "C", "D"])},
+        [Record("train-0", "2 + 2?", ("3", "5", "6", "4"), 3)],
+    ),
+    "names": (
+        [{"q": "2 + 2?", "key": 17, "opts": ["three", "four"], "a": "four"}],
+        Columns("q", "opts", "a", "key"),
+        {},
+        {},
+        [Record("17", "2 + 2?", ("three", "four"), 1)],
+    ),
+    "choices that are records": (
+        [{"question": "2 + 2?", "options": [{"t": "3"}, {"t": "4"}], "label": 0}],
+        Columns(choices="options.t", labels="from_0"),
+        {},
+        {},
+        [Record("train-0", "2 + 2?", ("3", "4"), 0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_data_sets_of_the_hub_by_their_columns(tmp_path, name):
+    rows, columns, settings, types, records = SCHEMAS[name]
+    copy = hub_copy(tmp_path / "copy", {"train": rows}, **types)
+    source = DataSource(hub="owner/name", hub_path=copy, columns=columns, **settings)
+    assert source.read() == {"train": records}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_the_same_columns_in_files(tmp_path, name, ending):
+    """JSON has no class labels: their names are in the rows instead."""
+    rows, columns, settings, types, records = SCHEMAS[name]
+    if ending == "parquet":
+        table = datasets.Dataset.from_list(rows)
+        for column, feature in types.items():
+            table = table.cast_column(column, feature)
+        table.to_parquet(tmp_path / "train.parquet")
+    elif types:
+        pytest.skip("has class labels")
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "train.jsonl").write_text(text)
+    expected = [
+        replace(record, id=str(i)) if record.id.startswith("train-") else record
+        for i, record in enumerate(records, start=1)
+    ]
+    classes = settings.get("classes", ())
+    found = DataSource(
+        path=str(tmp_path / f"train.{ending}"), columns=columns, classes=classes
+    ).read()
+    assert found == {"train": expected}
+    assert read_folder(tmp_path, classes, columns) == {"train": expected}
+
+
+def test_a_table_that_a_spreadsheet_exported(tmp_path):
+    path = tmp_path / "quiz.csv"
+    path.write_text(
+        "Nr,Question,a,b,c,d,Answer,Remark\n"
+        "q1,Which is a metal?,wood,iron,wool,glass,B,easy\n"
+        "q2,Is ice cold?,yes,no,,,a,\n"
+        'q3,"Which is red, mostly?",grass,sky,blood,sand,C,\n'
+    )
+    columns = Columns("Question", ("a", "b", "c", "d"), "Answer", "Nr")
+    assert read_records(path, columns=columns) == [
+        Record("q1", "Which is a metal?", ("wood", "iron", "wool", "glass"), 1),
+        Record("q2", "Is ice cold?", ("yes", "no"), 0),
+        Record("q3", "Which is red, mostly?", ("grass", "sky", "blood", "sand"), 2),
+    ]
+
+
+def test_texts_with_classes_in_columns_of_other_names(tmp_path):
+    (tmp_path / "train.csv").write_text("review,stars\nfine,good\nsad,bad\n")
+    (tmp_path / "test.csv").write_text("review,stars\nso,good\nnew,\n")
+    found = read_folder(tmp_path, columns=Columns("review", label="stars"))
+    assert found == {
+        "train": [Record("1", "fine", ("bad", "good"), 1), Record("2", "sad", ("bad", "good"), 0)],
+        "test": [Record("1", "so", ("bad", "good"), 1), Record("2", "new", ("bad", "good"))],
+    }
+
+
+def quiz(folder: Path, labels: list[object], count: int = 4, name: str = "quiz.jsonl") -> str:
+    rows = [
+        {"question": f"q{i}", "choices": [f"c{j}" for j in range(count)], "label": label}
+        for i, label in enumerate(labels)
+    ]
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "indices"),
+    [
+        ([0, 2, 1], [0, 2, 1]),  # a 0: from 0
+        ([1, 4, 2], [0, 3, 1]),  # a 4 of four: from 1
+        (["1", "2", "0"], [1, 2, 0]),
+        (["4", "3"], [3, 2]),
+        ([3.0, 0.0], [3, 0]),
+        (["A", "d"], [0, 3]),
+        (["c1", "c0"], [1, 0]),
+    ],
+)
+def test_how_labels_count_is_decided_by_the_data(tmp_path, labels, indices):
+    columns = Columns(id="question")  # any setting: the layout is not the records' own
+    records = read_records(quiz(tmp_path, labels), columns=columns)
+    assert [record.label for record in records] == indices
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], ["1", "3"], [2]])
+def test_labels_that_may_count_from_0_or_1_are_refused(tmp_path, labels):
+    path = quiz(tmp_path, labels)
+    message = (
+        r"quiz.jsonl, line 1: label holds .* can be read as from_0 and as from_1, with different"
+        r" answers: give data.columns.labels=from_0 or data.columns.labels=from_1"
+    )
+    with pytest.raises(DataError, match=message):
+        read_records(path, columns=Columns(id="question"))
+    for labelling, first in (("from_0", 0), ("from_1", 1)):
+        records = read_records(path, columns=Columns(labels=labelling))
+        assert [record.label for record in records] == [int(label) - first for label in labels]
+
+
+def test_all_splits_decide_together(tmp_path):
+    quiz(tmp_path, [1, 2, 3], name="train.jsonl")
+    quiz(tmp_path, [3, 4], name="test.jsonl")
+    found = read_folder(tmp_path, columns=Columns(id="question"))
+    assert {n: [r.label for r in s] for n, s in found.items()} == {
+        "train": [0, 1, 2],
+        "test": [2, 3],
+    }
+
+
+def test_letters_that_are_also_choices_are_refused_where_the_two_differ(tmp_path):
+    rows = [{"question": "q", "choices": ["B", "A"], "label": "A"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(DataError, match="can be read as letters and as names"):
+        read_records(tmp_path / "x.jsonl", columns=Columns(id="question"))
+    for labels, index in (("letters", 0), ("names", 1)):
+        columns = Columns(labels=labels)
+        assert read_records(tmp_path / "x.jsonl", columns=columns)[0].label == index
+
+
+ROW = {"question": "q", "choices": ["x", "y"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (ROW, {"question": "q"}, "no column 'q'; found .*; data.columns.question says which"),
+        (ROW, {"choices": ("a", "b")}, "no column 'a'; found"),
+        (ROW, {"choices": "choices.text"}, "no column 'choices.text'; found"),
+        (ROW, {"label": "answer"}, "no column 'answer'; found .*; data.columns.label says"),
+        (ROW, {"id": "nr"}, "no column 'nr'; found"),
+        (ROW, {"keys": "choices.label"}, "no column 'choices.label'; found"),
+        (ROW | {"k": ["A"]}, {"keys": "k"}, r"k is \['A'\]: expected a list of 2 names"),
+        (ROW | {"k": ["A", "B"]}, {"keys": "k"}, r"label is 0: expected one of \['A', 'B'\]"),
+        (ROW | {"label": 7}, {"id": "question"}, "label is 7: expected"),
+        (ROW | {"label": "z"}, {"labels": "names"}, r"label is 'z': expected one of \['x', 'y'\]"),
+        (
+            ROW | {"label": "c"},
+            {"labels": "letters"},
+            "label is 'c': expected the letter .* A to B",
+        ),
+        (ROW | {"label": True}, {"labels": "from_1"}, "label is True: expected the 1-based"),
+        (ROW | {"label": "1.5"}, {"labels": "from_0"}, "label is '1.5': expected"),
+        (
+            ROW | {"choices": "x, y"},
+            {"label": "label"},
+            "choices is 'x, y', a str: expected a list",
+        ),
+        (ROW | {"choices": ["x", None]}, {"label": "label"}, "choices holds None"),
+        (ROW | {"p": None}, {"question": "{p} {question}"}, "p is None: expected a text"),
+        ({"text": "t", "label": 0}, {"question": "text"}, "the classes are not known, and no"),
+        ({"text": "t", "label": "0"}, {"question": "text"}, "the classes are not known, and no"),
+    ],
+)
+def test_rows_that_the_columns_do_not_fit_are_refused(tmp_path, row, columns, message):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"x.jsonl, line 1: .*{message}"):
+        read_records(tmp_path / "x.jsonl", columns=Columns(**columns))
+
+
+def test_labels_of_no_one_kind_name_the_odd_one_and_the_settings(tmp_path):
+    path = quiz(tmp_path, ["A", "B", "3", "D"])
+    message = (
+        "line 3: label is 3: expected the letter of a choice, A to D.*data.columns.labels is one of"
+        ".*data.columns.keys"
+    )
+    with pytest.raises(DataError, match=message):
+        read_records(path, columns=Columns(id="question"))
+
+
+def test_other_class_names_than_those_of_the_column_are_refused(tmp_path):
+    feature = datasets.ClassLabel(names=["neg", "pos"])
+    rows = [{"text": "fine", "label": 1}, {"text": "who knows", "label": -1}]
+    copy = hub_copy(tmp_path / "copy", {"train": rows}, label=feature)
+    source = {"hub": "owner/name", "hub_path": copy, "columns": Columns("text")}
+    labels = [r.label for r in DataSource(**source).read()["train"]]
+    assert labels == [1, None]  # -1: not known
+    for classes in (("bad", "good"), ("neg", "neutral", "pos")):
+        with pytest.raises(DataError, match=r"label has the names \['neg', 'pos'\]: give the same"):
+            DataSource(**source, classes=classes).read()
+
+
+def test_splits_by_name_and_validation_from_train(tmp_path):
+    rows = [{"q": f"q{i}", "opts": ["x", "y"], "a": i % 2} for i in range(60)]
+    splits = {"train": rows[:40], "dev": rows[40:50], "hidden": [{**rows[50], "a": -1}]}
+    copy = hub_copy(tmp_path / "copy", splits)
+    columns = Columns("q", "opts", "a")
+    names = {"train": "train", "test": "dev", "validation": None}
+    config = DataConfig(hub="owner/n", hub_path=copy, columns=columns, split_names=names)
+    found = config.splits(seed=0)
+    assert {name: len(records) for name, records in found.items()} == {
+        "train": 36,
+        "validation": 4,
+        "test": 10,
+    }
+    assert {r.id for r in found["test"]} == {f"dev-{i}" for i in range(10)}
+    assert config.splits(seed=0) == found
+    with pytest.raises(DataError, match="row hidden-0: a is -1: expected"):
+        DataSource(hub="owner/n", hub_path=copy, columns=columns).read()
+    wrong = DataSource(hub="o/n", hub_path=copy, columns=columns, split_names={"test": "tset"})
+    with pytest.raises(DataError, match=r"lacks the splits \['tset'\]: found \['dev', 'hidden'"):
+        wrong.read()
+
+
+def test_files_of_a_folder_have_other_names_too(tmp_path):
+    write_jsonl(tmp_path / "fit.jsonl", make_records(6))
+    write_jsonl(tmp_path / "held.jsonl", make_records(3))
+    write_jsonl(tmp_path / "notes.jsonl", make_records(2))
+    source = DataSource(root=str(tmp_path), split_names={"train": "fit", "test": "held"})
+    assert source.read() == {"train": make_records(6), "test": make_records(3)}
+    with pytest.raises(DataError, match=r"lacks the splits \['hold'\]: found \['fit', 'held', "):
+        DataSource(root=str(tmp_path), split_names={"test": "hold"}).read()
+
+
+def test_the_name_and_the_revision_reach_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, **options):
+        asked.append((path, name, options["revision"]))
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([ROW | {"extra": 1}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = DataSource(hub="o/n", name="sub", revision="v2", columns=Columns(labels="from_0"))
+    assert source.read() == {"train": [Record("train-0", "q", ("x", "y"), 0)]}
+    assert asked == [("o/n", "sub", "v2")]
+
+
+def test_scripts_are_never_run(tmp_path):
+    (tmp_path / "copy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(DataError, match="cannot read"):
+        DataSource(hub="o/copy", hub_path=str(tmp_path)).read()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 torn", b"question,label\n"])
+def test_damaged_parquet_is_refused(tmp_path, content):
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.parquet: not Parquet \("):
+        read_records(tmp_path / "x.parquet")
+
+
+def test_samples_are_the_same_in_every_run_and_hold_smaller_ones():
+    records = make_records(100)
+    found = {count: subsample(records, count) for count in (1, 10, 50, 99)}
+    for count, some in found.items():
+        assert len({record.id for record in some}) == count
+        assert some == [record for record in records if record in some]  # in their order
+        assert some == subsample(make_records(100), count)
+    assert {r.id for r in found[10]} < {r.id for r in found[50]} < {r.id for r in found[99]}
+    assert found[10] != records[:10]
+    assert subsample(records, 100) == subsample(records, 1000) == records
+
+
+def test_each_split_has_a_limit_of_its_own(tmp_path):
+    for name, count in (("train", 60), ("validation", 31), ("test", 32)):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_records(count))
+    limits = {"train": 20, "test": 5, "validation": None}
+    config = DataConfig(root=str(tmp_path), limit=limits)
+    found = config.splits(seed=0)
+    assert {name: len(records) for name, records in found.items()} == {
+        "train": 20,
+        "validation": 31,
+        "test": 5,
+    }
+    assert found["test"] == config.read_split("test")  # what evaluate reads
+    assert config.splits(seed=1)["train"] == found["train"]
+    with pytest.raises(DataError, match="no split 'tset'; the data set has"):
+        DataConfig(root=str(tmp_path), limit={"tset": 5}).splits(seed=0)
+
+
+def test_own_columns_and_limits_on_the_command_line(tmp_path, local_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = ["Question,a,b,c,d,Key"]
+    for record in make_records(60):
+        lines.append(f"{record.question},{','.join(record.choices)},{'ABCD'[record.label]}")
+    (tmp_path / "quiz.csv").write_text("\n".join(lines) + "\n")
+    columns = ["question=Question", "choices=[a,b,c,d]", "label=Key"]
+    own = ["data.path=quiz.csv", *(f"data.columns.{word}" for word in columns)]
+    quick = ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]", "progress=false"]
+    limits = ["data.limit.train=20", "data.limit.validation=4"]
+    model = f"model.name={local_model}"
+    assert scalabl("train", model, *own, *quick, *limits, "run_dir=out") == 0
+    kept = (tmp_path / "out" / "config.yaml").read_text()
+    assert re.search(r"limit:\n +train: 20\n +validation: 4\n", kept)
+    assert "question: Question" in kept
+    quiet = ["run=out", "progress=false"]
+    capsys.readouterr()
+    assert scalabl("evaluate", *quiet, *own, "data.limit.test=7") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["acc"] * 7 == pytest.approx(round(metrics["acc"] * 7))
+    words = [f"columns.{word}" for word in columns]
+    assert scalabl("predict", *quiet, *words, "input=quiz.csv", "output=o.jsonl") == 0
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 60
+    assert scalabl("train", model, *own, "data.limit=500", "run_dir=x") == 1
+    assert "data.limit is 500: expected a mapping, as data.limit.KEY=VALUE" in (
+        capsys.readouterr().err
+    )
+    assert scalabl("train", model, own[0], "run_dir=x") == 1
+    assert "other columns are named by data.columns" in capsys.readouterr().err
+
+
+def test_settings_of_runs_before_limits_by_split_are_read():
+    assert build(DataConfig, {"root": "a", "limit": None}) == DataConfig(root="a")
