@@ -3,11 +3,18 @@
 from .batches import Batch, Example, Split
 from .completions import Completion, read_completions
 from .hub import Task
-from .prompts import GAP, PROMPTS, Prompt
+from .prompts import GAP, PROMPTS, Prompt, read_template
 from .readers import iter_records, read_folder, read_records
 from .records import DataError, Record
 from .source import DataSource
-from .splits import check_split, disjoint, fingerprint, hold_out, without_overlap
+from .splits import (
+    check_split,
+    disjoint,
+    draw_shots,
+    fingerprint,
+    hold_out,
+    without_overlap,
+)
 from .tasks import TASKS
 
 __all__ = [
@@ -25,11 +32,13 @@ __all__ = [
     "Task",
     "check_split",
     "disjoint",
+    "draw_shots",
     "fingerprint",
     "hold_out",
     "iter_records",
     "read_completions",
     "read_folder",
     "read_records",
+    "read_template",
     "without_overlap",
 ]

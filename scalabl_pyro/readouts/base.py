@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, DataError, Example, Record, Split
+from ..data.records import is_text
+from .config import ReadoutConfig
 
 __all__ = ["Classes", "Readout"]
 
@@ -32,11 +35,13 @@ class Classes:
     :param count: C.
     :param words: the word of each class for label tokens, its name for sequence classification.
     :param form: for label tokens, whether a space leads the words; found when the readout is built.
+    :param shots: the records that prompts show with their answers.
     """
 
     count: int
     words: tuple[str, ...] = ()
     form: str | None = None
+    shots: tuple[Record, ...] = ()
 
 
 class Readout(ABC):
@@ -54,6 +59,10 @@ class Readout(ABC):
     padding_side: ClassVar[str]
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
+    #: the prompt that ``auto`` means
+    default_prompt: ClassVar[str] = "letters"
+    #: which of the settings template, shots and system it puts records by
+    takes: ClassVar[tuple[str, ...]] = ()
     #: whether an example is a row of tokens for each of its choices, instead of one row
     row_per_choice: ClassVar[bool] = False
     #: what was found when the readout was built, and a saved run gives back by ``Classes.form``
@@ -104,20 +113,14 @@ class Readout(ABC):
         cls,
         tokenizer: PreTrainedTokenizerBase,
         classes: Classes,
+        config: ReadoutConfig,
         *,
-        prompt: str,
-        chat: bool,
         max_length: int,
-        truncate: bool,
-        normalise: str,
-        temperature: str,
     ) -> Self:
-        """The readout for these classes, which takes what it needs of the settings.
-
-        :param prompt: a name in ``PROMPTS``; the others too are those of
-            :class:`~scalabl_pyro.lora.ModelConfig`.
-        """
-        return cls(tokenizer, num_classes=classes.count, max_length=max_length, truncate=truncate)
+        """The readout for these classes, which takes what it needs of the settings."""
+        return cls(
+            tokenizer, num_classes=classes.count, max_length=max_length, truncate=config.truncate
+        )
 
     @classmethod
     def untokenized(cls, num_classes: int) -> Self:
@@ -221,7 +224,8 @@ class Readout(ABC):
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
                 too_long, longest = too_long + 1, max(longest, length)
-                rows = self._truncate(record)
+                if self.truncate:
+                    rows = self._truncate(record)
             examples.append(Example(rows, len(record.choices), record.label))
         if too_long:
             found = (
@@ -247,6 +251,43 @@ class Readout(ABC):
         return {
             name: [[*row[:begin], *row[-rest:]] for row in value] for name, value in rows.items()
         }
+
+    def _cut_question(
+        self,
+        record: Record,
+        tokenize: Callable[[str], dict[str, list[list[int]]]],
+        *,
+        keep: str = "end",
+        holding: str = "",
+    ) -> dict[str, list[list[int]]]:
+        """The rows with as much of a record's question as fits: all else stays whole.
+
+        :param tokenize: the rows with what is left of the question.
+        :param keep: its ``end`` or its ``start``.
+        :param holding: what of the question has to be left.
+        :raises DataError: if not even its last character fits.
+        """
+        question = record.question.rstrip() if keep == "end" else record.question.lstrip()
+
+        def part(length: int) -> str:
+            return question[-length:] if keep == "end" else question[:length]
+
+        def fits(length: int) -> bool:
+            return max(map(len, tokenize(part(length))["input_ids"])) <= self.max_length
+
+        lengths = range(1, len(question) + 1)
+        lengths = lengths[next(n for n in lengths if holding in part(n) and is_text(part(n))) - 1 :]
+        # The more characters, the more tokens, but for a few at the cut.
+        most = bisect_left(lengths, True, key=lambda n: not fits(n))
+        while most and not fits(lengths[most - 1]):
+            most -= 1
+        if not most:
+            raise DataError(
+                f"record {record.id!r}: what stands beside the question leaves no room for it in"
+                f" the context of {self.max_length} tokens: shorten the template or the choices,"
+                " show fewer shots, or leave the record out"
+            )
+        return tokenize(part(lengths[most - 1]))
 
     @abstractmethod
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:

@@ -203,8 +203,7 @@ def load_run(folder: str | Path) -> Run:
         RunConfig, OmegaConf.to_container(OmegaConf.load(_existing(folder / "config.yaml")))
     )
     config = replace(config, model=replace(config.model, shard=False))  # one process reads it
-    info["classes"]["words"] = tuple(info["classes"]["words"])
-    classes = Classes(**info["classes"])
+    classes = _classes(info["classes"])
     method = config.make_method()
     # What was decomposed before saving comes with the projections; the adapter that training
     # started from may be gone, and what was saved has the same layers.
@@ -247,6 +246,12 @@ def load_run(folder: str | Path) -> Run:
     except ValueError as error:
         raise RunFolderError(f"{posterior}: {error}") from error
     return Run(config, classes, predictor, model, guide)
+
+
+def _classes(saved: Mapping[str, Any]) -> Classes:
+    """What was saved; runs from before there were shots have none."""
+    shots = tuple(Record(**row) for row in saved.get("shots", ()))
+    return Classes(saved["count"], tuple(saved["words"]), saved["form"], shots)
 
 
 def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
