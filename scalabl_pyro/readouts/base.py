@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..data import Batch, DataError, Example, Record, Split
 from ..data.records import is_text
 from .config import ReadoutConfig
 
-__all__ = ["Classes", "Readout"]
+__all__ = ["Classes", "Reading", "Readout", "common"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,23 @@ class Classes:
     words: tuple[str, ...] = ()
     form: str | None = None
     shots: tuple[Record, ...] = ()
+
+
+class Reading(NamedTuple):
+    """What a model reads of one record, as texts that show special tokens too.
+
+    :param prompt: what is given, whichever choice.
+    :param answers: for each choice what else is given, and what is scored behind that.
+    :param tokens: how many the longest row has.
+    :param cut: what was cut out of it, or ``""``.
+    :param cut_tokens: how many those were.
+    """
+
+    prompt: str
+    answers: list[tuple[str, str]]
+    tokens: int
+    cut: str = ""
+    cut_tokens: int = 0
 
 
 class Readout(ABC):
@@ -239,6 +256,45 @@ class Readout(ABC):
             log.warning("%s; they were cut", found)
         return Split(records, examples, self.collate)
 
+    def reading(self, record: Record) -> Reading:
+        """What the model reads of a record, whole where it is too long and ``truncate`` is off.
+
+        :raises DataError: if the record does not fit the readout.
+        """
+        whole = rows = self._tokenize(record)
+        lengths = [len(row) for row in whole["input_ids"]]
+        if max(lengths) > self.max_length and self.truncate:
+            rows = self._truncate(record)
+        longest = lengths.index(max(lengths))
+        before, after = whole["input_ids"][longest], rows["input_ids"][longest]
+        start = common(before, after)
+        end = len(before) - common(before[start:][::-1], after[start:][::-1])
+        prompt, answers = self._prompt_and_answers(record, rows)
+        cut = self._decode(before[start:end])
+        return Reading(prompt, answers, len(after), cut, len(before) - len(after))
+
+    def scoring(self) -> str:
+        """What is compared of the choices, in words."""
+        return "the model's output for each"
+
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Of a :class:`Reading`; the choices' names are scored unless a readout says otherwise."""
+        (row,) = rows["input_ids"]
+        return self._decode(row), [("", choice) for choice in record.choices]
+
+    def _decode(self, ids: Sequence[int], *, behind: Sequence[int] = ()) -> str:
+        """Tokens as text.
+
+        :param behind: what they follow, on which a space may depend.
+        """
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        before, text = (
+            str(self.tokenizer.decode([*part], **options)) for part in (behind, [*behind, *ids])
+        )
+        return text.removeprefix(before)
+
     def _leading(self, row: Sequence[int]) -> int:
         """How many special tokens a row begins with."""
         special = set(self.tokenizer.all_special_ids)
@@ -315,3 +371,9 @@ class Readout(ABC):
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         return rows
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any, Self, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import GAP, Batch, DataError, Example, Prompt, Record, Split
-from .base import Classes
+from .base import Classes, common
 from .causal import CausalReadout, keeps_logits
 from .config import NORMALISE, TEMPERATURE, ReadoutConfig
 
@@ -166,7 +165,7 @@ class ChoiceLikelihood(CausalReadout):
         sizes: list[int] = []
         for given, scored in self._texts(record, question):
             row = self._ids(given + scored)
-            start = _common(self._ids(given), row)
+            start = common(self._ids(given), row)
             if not 0 < start < len(row):
                 raise DataError(
                     f"record {record.id!r}: the prompt {given!r} and {scored!r} behind it are"
@@ -176,13 +175,28 @@ class ChoiceLikelihood(CausalReadout):
             starts.append(start)
             counts = {"characters": len(scored.strip()), "tokens": len(row) - start, "none": 1}
             sizes.append(counts[self.normalise])
-        shared = min(*starts, *(_common(rows[0], row) for row in rows))
+        shared = min(*starts, *(common(rows[0], row) for row in rows))
         return {
             "input_ids": rows,
             "scored": [[0] * s + [1] * (len(row) - s) for s, row in zip(starts, rows, strict=True)],
             "size": [[size] for size in sizes],
             "shared": [[shared]],
         }
+
+    def scoring(self) -> str:
+        divided = "" if self.normalise == "none" else f", divided by its {self.normalise}"
+        return f"log p of each{divided}"
+
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        shared = rows["shared"][0][0]
+        found = []
+        for row, scored in zip(rows["input_ids"], rows["scored"], strict=True):
+            start = scored.index(1)
+            given = self._decode(row[shared:start], behind=row[:shared])
+            found.append((given, self._decode(row[start:], behind=row[:start])))
+        return self._decode(rows["input_ids"][0][:shared]), found
 
     # ------------------------------------------------------------------ rows to batches
 
@@ -381,12 +395,6 @@ def fit_kappa(scores: Tensor, labels: Tensor) -> float:
 
 def _log_kappa(llm: PreTrainedModel) -> nn.Parameter:
     return cast(nn.ParameterDict, llm.get_submodule("readout"))["log_kappa"]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -127,6 +127,16 @@ class LabelTokens(CausalReadout):
         ids = self._ids(self._text(record, question))
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
 
+    def scoring(self) -> str:
+        return "the next token"
+
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        (row,) = rows["input_ids"]
+        some = self.label_ids.tolist()[: len(record.choices)]
+        return self._decode(row), [("", self._decode([label], behind=row)) for label in some]
+
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         logits = last_logits(llm, left_padded(inputs), 1)[:, 0]
         return logits[:, self.label_ids.to(logits.device)].float()
