@@ -280,9 +280,13 @@ class Readout(ABC):
     def _prompt_and_answers(
         self, record: Record, rows: dict[str, list[list[int]]]
     ) -> tuple[str, list[tuple[str, str]]]:
-        """Of a :class:`Reading`; the choices' names are scored unless a readout says otherwise."""
-        (row,) = rows["input_ids"]
-        return self._decode(row), [("", choice) for choice in record.choices]
+        """Of a :class:`Reading`: the ends of rows that differ, or of a single one the choices."""
+        each = rows["input_ids"]
+        if not self.row_per_choice:
+            return self._decode(each[0]), [("", choice) for choice in record.choices]
+        shared = min(common(each[0], row) for row in each)
+        ends = [self._decode(row[shared:], behind=row[:shared]) for row in each]
+        return self._decode(each[0][:shared]), [("", end) for end in ends]
 
     def _decode(self, ids: Sequence[int], *, behind: Sequence[int] = ()) -> str:
         """Tokens as text.

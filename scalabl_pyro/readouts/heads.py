@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import PROMPTS, DataError, Prompt, Record
-from .base import Classes, Readout, common
+from .base import Classes, Readout
 from .config import ReadoutConfig
 
 __all__ = ["MultipleChoice", "SequenceClassification"]
@@ -144,14 +144,6 @@ class MultipleChoice(_HeadReadout):
                     " it, or leave the record out"
                 )
         return super()._truncate(record)
-
-    def _prompt_and_answers(
-        self, record: Record, rows: dict[str, list[list[int]]]
-    ) -> tuple[str, list[tuple[str, str]]]:
-        each = rows["input_ids"]
-        shared = min(common(each[0], row) for row in each)
-        answers = [self._decode(row[shared:], behind=row[:shared]) for row in each]
-        return self._decode(each[0][:shared]), [("", answer) for answer in answers]
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         # A missing choice is scored as a copy of the first one and masked afterwards.

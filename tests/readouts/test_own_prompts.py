@@ -293,6 +293,14 @@ def test_of_a_long_text_in_a_template_the_end_is_cut(tokenizer, make):
 # ---------------------------------------------------------------------- as people read it
 
 
+def test_a_reading_of_an_encoder_shows_names_or_the_ends_of_rows(tokenizer):
+    for make in (SequenceClassification, MultipleChoice):
+        found = make(tokenizer, num_classes=2, max_length=8).reading(RECORD)
+        assert (found.prompt, found.cut_tokens) == ("the cat sleeps", 0)
+        assert [scored.strip() for _, scored in found.answers] == ["red", "blue"]
+        assert found.tokens == (4 if make is MultipleChoice else 3)
+
+
 def test_a_reading_shows_what_is_given_what_is_scored_and_what_is_cut():
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     record = Record("q", "Tom saw a bird. What did he see?", ("a bird", "a cat"), 0)
