@@ -108,6 +108,46 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     assert (tmp_path / "runs/reviews/metrics.json").exists()
 
 
+def test_commands_about_prompts_run(tmp_path, local_model, tokenizer, monkeypatch, capsys):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
+    tokenizer.save_pretrained(local_model)
+    for name, count in (("train", 20), ("test", 6)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count, choices=2))
+    write_jsonl(tmp_path / "questions.jsonl", make_records(3, choices=2, labelled=False))
+    (tmp_path / "prompt.txt").write_text("{question} {choices}\nAnswer:\n")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs" / "prompts.md", "bash")
+    for command in block.splitlines():
+        command = command.replace("Qwen/Qwen2.5-0.5B", str(local_model)).replace("FOLDER", "data")
+        words = shlex.split(command)
+        if words[1] == "train":
+            words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj]"]
+        if words[1] != "show-prompts":
+            words += ["progress=false"]
+        assert scalabl(*words[1:]) == 0, command
+    assert "| What is the colour of the" in capsys.readouterr().out
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_python_about_prompts_runs():
+    (code,) = blocks(ROOT / "docs" / "prompts.md", "python")
+    names: dict = {}
+    exec(compile(code, "prompts.md", "exec"), names)
+    first, second, asked = (
+        f"Colours: red, blue, green, yellow\n{record.question}\nAnswer:"
+        for record in (*names["questions"]["train"][:2], names["questions"]["test"][0])
+    )
+    answers = [record.choices[record.label] for record in names["questions"]["train"][:2]]
+    expected = f"{first} {answers[0]}\n\n{second} {answers[1]}\n\n{asked}"
+    assert names["found"].prompt == expected
+    assert [scored for _, scored in names["found"].answers] == [
+        " red",
+        " blue",
+        " green",
+        " yellow",
+    ]
+
+
 def saved_figures() -> dict[str, dict]:
     """Those of the benchmark of calibration, by steps."""
     path = ROOT / "benchmarks" / "results" / "calibration.json"
@@ -330,6 +370,8 @@ RUN_BY = {
     ): "test_the_data_set_of_contributing_is_read",
     ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
     ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
+    ("prompts.md", "scalabl show-prompts"): "test_commands_about_prompts_run",
+    ("prompts.md", "from peft"): "test_python_about_prompts_runs",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }
 #: (document, first line of a block) → why no test runs it

@@ -25,7 +25,8 @@ def explain(command: str, config: str | None = None, method: str | None = None) 
         f"usage: scalabl {command}{named} KEY=VALUE GROUP.KEY=VALUE …; what is ??? must be given\n"
         "Hydra's own options, such as --multirun and --cfg job: --hydra-help"
     )
-    return "\n".join([*_sections(command if config is None else config, method), usage])
+    file = command.replace("-", "_") if config is None else config
+    return "\n".join([*_sections(file, method), usage])
 
 
 def _sections(name: str, chosen: str | None) -> Iterator[str]:
@@ -33,7 +34,7 @@ def _sections(name: str, chosen: str | None) -> Iterator[str]:
     yield _settings(f"{name}.yaml")
     settings = cast(DictConfig, OmegaConf.create(_text(f"{name}.yaml")))
     for entry in settings.get("defaults", []):
-        if entry in ("base", "compare"):
+        if entry in ("base", "compare", "train"):
             yield from _sections(entry, chosen)
         elif isinstance(entry, DictConfig) and "method" in entry:
             others = sorted(path.name for path in (CONFIGS / "method").iterdir())

@@ -24,18 +24,19 @@ __all__ = ["main"]
 
 USAGE = """usage: scalabl COMMAND [key=value ...]
 
-  demo       over-confidence and its cure on real questions, in minutes
-  train      fine-tune a model on labelled records and write a run folder
-  evaluate   metrics of a run folder on a labelled split
-  predict    answers, probabilities and uncertainty for records with or without labels
-  select     the records that are most worth a label
-  generate   texts that continue prompts, with the uncertainty of every token
-  compare    methods × seeds in one table, with pictures; finished runs are skipped
-  table      the same table over runs that were trained apart, such as those of a sweep
-  distill    a run's model average in one plain PEFT adapter
-  export     a run as plain PEFT adapters, one a draw, and as a merged model
-  memory     how much memory a run needs, before anything is downloaded
-  doctor     what works on this machine, and how to mend what does not
+  demo          over-confidence and its cure on real questions, in minutes
+  train         fine-tune a model on labelled records and write a run folder
+  evaluate      metrics of a run folder on a labelled split
+  predict       answers, probabilities and uncertainty for records with or without labels
+  select        the records that are most worth a label
+  generate      texts that continue prompts, with the uncertainty of every token
+  compare       methods × seeds in one table, with pictures; finished runs are skipped
+  table         the same table over runs that were trained apart, such as those of a sweep
+  distill       a run's model average in one plain PEFT adapter
+  export        a run as plain PEFT adapters, one a draw, and as a merged model
+  show-prompts  records as the model of a training run would read them
+  memory        how much memory a run needs, before anything is downloaded
+  doctor        what works on this machine, and how to mend what does not
 
 scalabl COMMAND --help explains the settings of a command, with their defaults.
 scalabl --version prints the version."""
@@ -65,9 +66,14 @@ COMMANDS = {
     "table": Command("table", "TableConfig", "table_of_runs"),
     "distill": Command("distill", "DistillConfig", "distill_run"),
     "export": Command("export", "ExportConfig", "export_run"),
+    "show-prompts": Command("show_prompts", "ShowPromptsConfig", "show_prompts"),
     "memory": Command("memory", "MemoryConfig", "estimate_memory"),
     "doctor": Command("doctor", "DoctorConfig", "examine"),
 }
+
+
+#: settings that are texts, whatever they hold, in which Hydra would look for its own grammar
+TEXTS = ("model.template=", "model.system=")
 
 
 def main() -> None:
@@ -101,6 +107,8 @@ def main() -> None:
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
 
+    sys.argv[1:] = [_as_text(word) for word in sys.argv[1:]]
+
     def task(overrides: DictConfig) -> None:
         sys.argv = command  # a sweep may run this in processes that were started otherwise
         _run(COMMANDS[name], overrides, command)
@@ -109,12 +117,29 @@ def main() -> None:
         import hydra
 
         with _raised_by_hydra():
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+            config = COMMANDS[name].module
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(task)()
     except KeyboardInterrupt:
         print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         _fail(error, command)
+
+
+def _as_text(word: str) -> str:
+    """A setting as Hydra reads it, of which the value is a text as it stands, but that a backslash
+    and n are a line break, which shells do not make of them."""
+    if not word.startswith(TEXTS) or word.endswith("=null"):
+        return word
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, _, value = word.partition("=")
+    for quote in ("'", '"'):  # as Hydra has it, for a shell that took its own quotes away
+        if len(value) > 1 and value[0] == value[-1] == quote and quote not in value[1:-1]:
+            value = value[1:-1]
+    # Not a reference to another setting.
+    value = value.replace("\\n", "\n").replace("${", r"\${")
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def _version() -> str:

@@ -83,7 +83,7 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     splits = config.data.splits(seed=config.seed)
     _check_data(splits, checkpoints)
-    classes = config.model.classes([r for records in splits.values() for r in records])
+    classes = config.classes(splits)
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     train = encoded.pop("train")

@@ -4,11 +4,19 @@ from .batches import Batch, Example, Split
 from .columns import Columns
 from .completions import Completion, read_completions
 from .hub import Task
-from .prompts import GAP, PROMPTS, Prompt
+from .prompts import GAP, PROMPTS, Prompt, read_template
 from .readers import read_folder, read_records, read_table
 from .records import DataError, Record
 from .source import DataSource
-from .splits import check_split, disjoint, fingerprint, hold_out, subsample, without_overlap
+from .splits import (
+    check_split,
+    disjoint,
+    draw_shots,
+    fingerprint,
+    hold_out,
+    subsample,
+    without_overlap,
+)
 from .tables import Table, to_records
 from .tasks import TASKS
 
@@ -29,12 +37,14 @@ __all__ = [
     "Task",
     "check_split",
     "disjoint",
+    "draw_shots",
     "fingerprint",
     "hold_out",
     "read_completions",
     "read_folder",
     "read_records",
     "read_table",
+    "read_template",
     "subsample",
     "to_records",
     "without_overlap",

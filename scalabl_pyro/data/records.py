@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from .text import canonical, visible
+from .text import canonical, comparable, visible
 
-__all__ = ["DataError", "Record", "class_set", "is_text"]
+__all__ = ["DataError", "Record", "class_set", "is_text", "question_key"]
 
 _FIELDS = {"id", "question", "choices", "label"}
 
@@ -111,3 +111,12 @@ class Record:
                 " (label may be left out where it is not known)"
             )
         return cls(**row)
+
+
+def question_key(record: Record) -> tuple[str, frozenset[str]]:
+    """The same for records that ask the same: question and set of choices.
+
+    Texts are the same that differ in spelling alone: letter case, white space, invisible characters
+    and forms of one character (Unicode's NFKC).
+    """
+    return comparable(record.question), frozenset(map(comparable, record.choices))

@@ -9,10 +9,17 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from .records import DataError, Record
-from .text import comparable
+from .records import DataError, Record, question_key
 
-__all__ = ["check_split", "disjoint", "fingerprint", "hold_out", "subsample", "without_overlap"]
+__all__ = [
+    "check_split",
+    "disjoint",
+    "draw_shots",
+    "fingerprint",
+    "hold_out",
+    "subsample",
+    "without_overlap",
+]
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +70,19 @@ def subsample(records: Sequence[Record], count: int) -> list[Record]:
     return [records[index] for index in sorted(order[:count])]
 
 
+def draw_shots(train: Sequence[Record], count: int, *, seed: int) -> tuple[Record, ...]:
+    """Records of the training split to show before each question, drawn without replacement.
+
+    :raises DataError: if there are fewer.
+    """
+    if count > len(train):
+        raise DataError(
+            f"model.shots is {count}, but the training split has {len(train)} records: expected at"
+            " most that many"
+        )
+    return tuple(random.Random(seed).sample(train, count))
+
+
 def disjoint(splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
     """Splits of which no question is trained on and also validated on or tested on.
 
@@ -83,20 +103,13 @@ def disjoint(splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
 def without_overlap(
     records: Sequence[Record], others: Sequence[Record], *, name: str, split: str = "train"
 ) -> list[Record]:
-    """The records whose question and set of choices do not occur in ``others``.
-
-    Texts are the same that differ in spelling alone: letter case, white space, invisible characters
-    and forms of one character (Unicode's NFKC).
+    """The records whose question and set of choices do not occur in ``others``, in any spelling.
 
     :param name: what ``others`` is called in the log, where the number left out is reported.
     :param split: what ``records`` is called there.
     """
-
-    def key(record: Record) -> tuple[str, frozenset[str]]:
-        return comparable(record.question), frozenset(map(comparable, record.choices))
-
-    taken = {key(record) for record in others}
-    kept = [record for record in records if key(record) not in taken]
+    taken = {question_key(record) for record in others}
+    kept = [record for record in records if question_key(record) not in taken]
     if len(kept) < len(records):
         log.warning(
             "left out %d questions of %s that are also in %s",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
 
 from ..data import PROMPTS, Record
-from ..readouts import READOUTS, Classes
-from ..readouts.choice_likelihood import NORMALISE, TEMPERATURE
+from ..readouts import READOUTS, Classes, ReadoutConfig
 from .layers import read_config
 from .subspace import SUBSPACES
 
@@ -19,8 +18,8 @@ __all__ = ["AdapterConfig", "ModelConfig"]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """Which language model, and how its answer is read.
+class ModelConfig(ReadoutConfig):
+    """Which language model, and how its answer is read: the settings of the readout too.
 
     :param name: a folder, a name on the Hub, or ``embedded`` or ``minilm``, see
         :mod:`scalabl_pyro.embedded`.
@@ -37,14 +36,8 @@ class ModelConfig:
         ``balanced_low_0`` or ``sequential``.
     :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
     :param revision: branch, tag or commit on the Hub.
-    :param prompt: for label tokens and choice likelihood, a name in ``PROMPTS``; ``auto`` is
-        ``letters`` and ``question``.
-    :param chat: for these two, put prompts through the chat template.
-    :param normalise: and ``temperature``: for choice likelihood, as in
-        :class:`~scalabl_pyro.readouts.ChoiceLikelihood`.
-    :param truncate: cut prompts that are longer than the context instead of refusing them.
     :param shard: where several processes train together, spread the frozen weights over them.
-    :raises ValueError: if a value is not one of those listed.
+    :raises ValueError: if a value is not one of those listed, or the readout takes no such setting.
     """
 
     name: str
@@ -55,43 +48,52 @@ class ModelConfig:
     device_map: str | None = None
     attention: str | None = None
     revision: str = "main"
-    prompt: str = "auto"
-    chat: bool = False
-    normalise: str = "characters"
-    temperature: str = "trained"
-    truncate: bool = False
     shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.prompt == "auto":
-            likelihood = self.readout == "choice_likelihood"
-            object.__setattr__(self, "prompt", "question" if likelihood else "letters")
         allowed: dict[str, list[Any]] = {
             "readout": sorted(READOUTS),
             "dtype": ["float32", "bfloat16", "float16"],
             "quantization": [None, "4bit", "8bit"],
             "device_map": [None, "auto", "balanced", "balanced_low_0", "sequential"],
-            "prompt": sorted(PROMPTS),
-            "normalise": list(NORMALISE),
-            "temperature": list(TEMPERATURE),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {values}")
-        if self.prompt == "gap" and self.readout != "choice_likelihood":
+        readout = READOUTS[self.readout]
+        if self.prompt == "auto":
+            object.__setattr__(self, "prompt", readout.default_prompt)
+        ReadoutConfig.__post_init__(self)
+        if PROMPTS[self.prompt].gap and self.readout != "choice_likelihood":
             raise ValueError(
-                f"prompt is 'gap' with readout {self.readout!r}: expected"
+                f"prompt is {self.prompt!r} with readout {self.readout!r}: expected"
                 " readout=choice_likelihood, which puts each choice into the gap"
             )
+        for name in ("template", "shots", "system"):
+            if getattr(self, name) and name not in readout.takes:
+                able = [key for key, kind in sorted(READOUTS.items()) if name in kind.takes]
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} with readout {self.readout!r}, which"
+                    f" reads no such thing: leave it out, or take one of {able}"
+                )
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
 
-    def classes(self, records: Sequence[Record]) -> Classes:
+    def classes(self, records: Sequence[Record], *, shots: Sequence[Record] = ()) -> Classes:
         """The classes that these records need: those of all splits that will be read.
 
+        :param shots: the records that prompts show, of the training split, as many as
+            :attr:`shots` says.
         :raises DataError: if there are no records, or the prompt cannot put them.
+        :raises ValueError: if there are more or fewer shots.
         """
-        return READOUTS[self.readout].classes(records, prompt=self.prompt)
+        if len(shots) != self.shots:
+            raise ValueError(
+                f"shots is {self.shots}, but {len(shots)} records are given to be shown: give as"
+                " many, as draw_shots does"
+            )
+        found = READOUTS[self.readout].classes(records, prompt=self.prompt)
+        return replace(found, shots=tuple(shots))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,14 +48,7 @@ def make_readout(
 ) -> Readout:
     """The readout with the tokenizer of a model whose config.json is known."""
     return READOUTS[config.readout].build(
-        tokenizer,
-        classes,
-        prompt=config.prompt,
-        chat=config.chat,
-        max_length=_context(tokenizer, llm_config),
-        truncate=config.truncate,
-        normalise=config.normalise,
-        temperature=config.temperature,
+        tokenizer, classes, config, max_length=_context(tokenizer, llm_config)
     )
 
 

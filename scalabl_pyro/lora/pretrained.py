@@ -39,6 +39,9 @@ def from_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     readout: str = "label_tokens",
     prompt: str = "letters",
+    template: str | None = None,
+    shots: Sequence[Record] = (),
+    system: str | None = None,
     chat: bool = False,
     truncate: bool = False,
     projections: ProjectionMode = "free",
@@ -56,7 +59,9 @@ def from_pretrained(
     :param tokenizer: of a model that is loaded already; else that of the model's folder is taken.
     :param readout: a name in ``READOUTS``: ``label_tokens``, ``sequence_classification`` or
         ``multiple_choice``.
-    :param prompt: and ``chat``, ``truncate``: as in :class:`ModelConfig`.
+    :param prompt: and ``template``, ``system``, ``chat``, ``truncate``: as in :class:`ModelConfig`.
+    :param shots: labelled records that are shown with their answers before each question but their
+        own.
     :param projections: and ``start``, ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
     :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
         ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
@@ -93,11 +98,14 @@ def from_pretrained(
         type(model).__name__ if loaded else str(model),
         readout=readout,
         prompt=prompt,
+        template=template,
+        shots=len(shots),
+        system=system,
         chat=chat,
         truncate=truncate,
         **loading,
     )
-    classes = config.classes(records)
+    classes = config.classes(records, shots=shots)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(f"model is a {config.name}: give its tokenizer too, as tokenizer=…")

@@ -3,6 +3,7 @@
 from .base import Classes, Readout
 from .choice_likelihood import ChoiceLikelihood
 from .completion_tokens import CompletionTokens
+from .config import ReadoutConfig
 from .heads import MultipleChoice, SequenceClassification
 from .label_tokens import LabelTokens
 
@@ -14,6 +15,7 @@ __all__ = [
     "LabelTokens",
     "MultipleChoice",
     "Readout",
+    "ReadoutConfig",
     "SequenceClassification",
 ]
 

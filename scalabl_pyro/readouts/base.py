@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, DataError, Example, Record, Split
+from ..data.records import is_text
+from .config import ReadoutConfig
 
-__all__ = ["Classes", "Readout"]
+__all__ = ["Classes", "Reading", "Readout", "common"]
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,30 @@ class Classes:
     :param count: C.
     :param words: the word of each class for label tokens, its name for sequence classification.
     :param form: for label tokens, whether a space leads the words; found when the readout is built.
+    :param shots: the records that prompts show with their answers.
     """
 
     count: int
     words: tuple[str, ...] = ()
     form: str | None = None
+    shots: tuple[Record, ...] = ()
+
+
+class Reading(NamedTuple):
+    """What a model reads of one record, as texts that show special tokens too.
+
+    :param prompt: what is given, whichever choice.
+    :param answers: for each choice what else is given, and what is scored behind that.
+    :param tokens: how many the longest row has.
+    :param cut: what was cut out of it, or ``""``.
+    :param cut_tokens: how many those were.
+    """
+
+    prompt: str
+    answers: list[tuple[str, str]]
+    tokens: int
+    cut: str = ""
+    cut_tokens: int = 0
 
 
 class Readout(ABC):
@@ -54,6 +76,10 @@ class Readout(ABC):
     padding_side: ClassVar[str]
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
+    #: the prompt that ``auto`` means
+    default_prompt: ClassVar[str] = "letters"
+    #: which of the settings template, shots and system it puts records by
+    takes: ClassVar[tuple[str, ...]] = ()
     #: whether an example is a row of tokens for each of its choices, of which each gives one logit,
     #: instead of one row
     row_per_choice: ClassVar[bool] = False
@@ -105,20 +131,14 @@ class Readout(ABC):
         cls,
         tokenizer: PreTrainedTokenizerBase,
         classes: Classes,
+        config: ReadoutConfig,
         *,
-        prompt: str,
-        chat: bool,
         max_length: int,
-        truncate: bool,
-        normalise: str,
-        temperature: str,
     ) -> Self:
-        """The readout for these classes, which takes what it needs of the settings.
-
-        :param prompt: a name in ``PROMPTS``; the others too are those of
-            :class:`~scalabl_pyro.lora.ModelConfig`.
-        """
-        return cls(tokenizer, num_classes=classes.count, max_length=max_length, truncate=truncate)
+        """The readout for these classes, which takes what it needs of the settings."""
+        return cls(
+            tokenizer, num_classes=classes.count, max_length=max_length, truncate=config.truncate
+        )
 
     @classmethod
     def untokenized(cls, num_classes: int) -> Self:
@@ -222,7 +242,8 @@ class Readout(ABC):
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
                 too_long, longest = too_long + 1, max(longest, length)
-                rows = self._truncate(record)
+                if self.truncate:
+                    rows = self._truncate(record)
             examples.append(Example(rows, len(record.choices), record.label))
         if too_long:
             found = (
@@ -236,6 +257,49 @@ class Readout(ABC):
             log.warning("%s; they were cut", found)
         return Split(records, examples, self.collate)
 
+    def reading(self, record: Record) -> Reading:
+        """What the model reads of a record, whole where it is too long and ``truncate`` is off.
+
+        :raises DataError: if the record does not fit the readout.
+        """
+        whole = rows = self._tokenize(record)
+        lengths = [len(row) for row in whole["input_ids"]]
+        if max(lengths) > self.max_length and self.truncate:
+            rows = self._truncate(record)
+        longest = lengths.index(max(lengths))
+        before, after = whole["input_ids"][longest], rows["input_ids"][longest]
+        start = common(before, after)
+        end = len(before) - common(before[start:][::-1], after[start:][::-1])
+        prompt, answers = self._prompt_and_answers(record, rows)
+        cut = self._decode(before[start:end])
+        return Reading(prompt, answers, len(after), cut, len(before) - len(after))
+
+    def scoring(self) -> str:
+        """What is compared of the choices, in words."""
+        return "the model's output for each"
+
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Of a :class:`Reading`: the ends of rows that differ, or of a single one the choices."""
+        each = rows["input_ids"]
+        if not self.row_per_choice:
+            return self._decode(each[0]), [("", choice) for choice in record.choices]
+        shared = min(common(each[0], row) for row in each)
+        ends = [self._decode(row[shared:], behind=row[:shared]) for row in each]
+        return self._decode(each[0][:shared]), [("", end) for end in ends]
+
+    def _decode(self, ids: Sequence[int], *, behind: Sequence[int] = ()) -> str:
+        """Tokens as text.
+
+        :param behind: what they follow, on which a space may depend.
+        """
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        before, text = (
+            str(self.tokenizer.decode([*part], **options)) for part in (behind, [*behind, *ids])
+        )
+        return text.removeprefix(before)
+
     def _leading(self, row: Sequence[int]) -> int:
         """How many special tokens a row begins with."""
         special = set(self.tokenizer.all_special_ids)
@@ -248,6 +312,43 @@ class Readout(ABC):
         return {
             name: [[*row[:begin], *row[-rest:]] for row in value] for name, value in rows.items()
         }
+
+    def _cut_question(
+        self,
+        record: Record,
+        tokenize: Callable[[str], dict[str, list[list[int]]]],
+        *,
+        keep: str = "end",
+        holding: str = "",
+    ) -> dict[str, list[list[int]]]:
+        """The rows with as much of a record's question as fits: all else stays whole.
+
+        :param tokenize: the rows with what is left of the question.
+        :param keep: its ``end`` or its ``start``.
+        :param holding: what of the question has to be left.
+        :raises DataError: if not even its last character fits.
+        """
+        question = record.question.rstrip() if keep == "end" else record.question.lstrip()
+
+        def part(length: int) -> str:
+            return question[-length:] if keep == "end" else question[:length]
+
+        def fits(length: int) -> bool:
+            return max(map(len, tokenize(part(length))["input_ids"])) <= self.max_length
+
+        lengths = range(1, len(question) + 1)
+        lengths = lengths[next(n for n in lengths if holding in part(n) and is_text(part(n))) - 1 :]
+        # The more characters, the more tokens, but for a few at the cut.
+        most = bisect_left(lengths, True, key=lambda n: not fits(n))
+        while most and not fits(lengths[most - 1]):
+            most -= 1
+        if not most:
+            raise DataError(
+                f"record {record.id!r}: what stands beside the question leaves no room for it in"
+                f" the context of {self.max_length} tokens: shorten the template or the choices,"
+                " show fewer shots, or leave the record out"
+            )
+        return tokenize(part(lengths[most - 1]))
 
     @abstractmethod
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
@@ -276,3 +377,9 @@ class Readout(ABC):
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         return rows
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +13,128 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DataError
+from ..data import GAP, DataError, Prompt, Record
+from .base import Readout
 
-__all__ = ["keeps_logits", "last_logits", "left_padded", "prompt_ids", "templated"]
+__all__ = [
+    "CausalReadout",
+    "keeps_logits",
+    "last_logits",
+    "left_padded",
+    "prompt_ids",
+    "templated",
+]
+
+
+class CausalReadout(Readout):
+    """What the readouts share that put a record as a prompt: its text, and its tokens.
+
+    :param prompt: how a record is put, with what is shown before it.
+    :param chat: put it through the tokenizer's chat template, shots as earlier turns. Else shots
+        stand before the question, with an empty line between two.
+    :raises ValueError: if a chat template is missing, or leaves the system message out.
+    """
+
+    padding_side = "left"
+    auto_class = "AutoModelForCausalLM"
+    takes = ("template", "shots", "system")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        *,
+        num_classes: int,
+        max_length: int,
+        truncate: bool,
+        chat: bool,
+    ) -> None:
+        super().__init__(
+            tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
+        )
+        if chat and tokenizer.chat_template is None:
+            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
+        if prompt.system is not None:
+            _check_system(tokenizer, prompt.system, chat=chat)
+        self.prompt = prompt
+        self.chat = chat
+
+    @abstractmethod
+    def _answer(self, shot: Record) -> str:
+        """What answers a record that is shown."""
+
+    @abstractmethod
+    def _between(self, text: str) -> str:
+        """What stands between a text and its answer: a space, or nothing."""
+
+    @abstractmethod
+    def _rows(self, record: Record, question: str) -> dict[str, list[list[int]]]:
+        """The rows of a record, with what is left of its question."""
+
+    def _text(self, record: Record, question: str) -> str:
+        """The whole prompt of a record, with what is left of its question."""
+        text = self.prompt.render(record, question)
+        shots = [(shot, self.prompt.render(shot)) for shot in self.prompt.shots_for(record)]
+        if not self.chat:
+            return "\n\n".join([*(self._solved(*shot) for shot in shots), text])
+        system = [] if self.prompt.system is None else [("system", self.prompt.system)]
+        turns = [
+            turn
+            for shot, asked in shots
+            for turn in (("user", asked), ("assistant", self._answer(shot)))
+        ]
+        return templated(self.tokenizer, [*system, *turns, ("user", text)])
+
+    def _solved(self, shot: Record, text: str) -> str:
+        """A record that is shown, with its answer."""
+        if self.prompt.gap:
+            return text.replace(GAP, self._answer(shot))
+        return text + self._between(text) + self._answer(shot)
+
+    def _ids(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        return self._rows(record, record.question)
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        holding = GAP if self.prompt.gap and GAP in record.question else ""
+        return self._cut_question(record, partial(self._rows, record), holding=holding)
+
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        """How prompts are written: the template, and what stands before the question."""
+        prompt = self.prompt
+        texts = [(shot, prompt.render(shot)) for shot in prompt.shots]
+        if self.chat:
+            shots = [{"user": text, "assistant": self._answer(shot)} for shot, text in texts]
+            before: Any = {"system": prompt.system, "shots": shots}
+        else:
+            before = {"shots": [self._solved(*each) for each in texts]}
+        return {
+            "prompt": {
+                "template": prompt.template,
+                "letters": prompt.letters,
+                "gap": prompt.gap,
+                "chat": self.chat,
+                **before,
+            }
+        }
+
+
+def _check_system(tokenizer: PreTrainedTokenizerBase, system: str, *, chat: bool) -> None:
+    """:raises ValueError: if the message would not be read."""
+    if not chat:
+        raise ValueError(
+            f"system is {system!r}, but chat is false: a system message is part of a chat template;"
+            " set chat=true, or write it into the template"
+        )
+    found, reasons = _in_template(tokenizer, [("system", system), ("user", "Why?")])
+    if found is None and _in_template(tokenizer, [("user", "Why?")])[0] is not None:
+        raise ValueError(
+            f"system is {system!r}, but the tokenizer's chat template does not write it"
+            f" ({reasons[0]}): leave system out, or write it into the template"
+        )
 
 
 def prompt_ids(
@@ -44,19 +166,35 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
 _DATE = "26 Jul 2024"
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text as the user's message in the tokenizer's chat template, to be answered.
+def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> str:
+    """Messages in the tokenizer's chat template, of which the last is to be answered.
 
-    :raises DataError: if the template leaves the text out.
+    :param messages: role, such as ``user``, and text.
+    :raises DataError: if the template leaves a text out.
     """
+    found, reasons = _in_template(tokenizer, messages)
+    if found is None:
+        shots = " or what is shown before it" if len(messages) > 1 else ""
+        raise DataError(
+            f"the chat template leaves the prompt {messages[-1][1][:40]!r} out{shots}, as a text"
+            f" ({reasons[0]}) and as a list of parts ({reasons[1]}); set chat=false, or give the"
+            " tokenizer a template that writes the user's message as it is"
+        )
+    return found
+
+
+def _in_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]
+) -> tuple[str | None, list[str]]:
+    """Messages in the chat template, or why not."""
     # Templates of models that also see pictures take a list of parts, and leave out a text.
-    contents: list[Any] = [text, [{"type": "text", "text": text}]]
+    forms: list[Callable[[str], Any]] = [str, lambda text: [{"type": "text", "text": text}]]
     reasons = []
-    for content in contents:
+    for form in forms:
         try:
             found = str(
                 tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}],
+                    [{"role": role, "content": form(text)} for role, text in messages],
                     add_generation_prompt=True,
                     tokenize=False,
                     date_string=_DATE,
@@ -65,14 +203,22 @@ def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         except (TemplateError, TypeError, AttributeError, LookupError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        if text.strip() in found:
-            return found
+        if _holds(found, messages):
+            return found, []
         reasons.append(f"gave {found[:80]!r}")
-    raise DataError(
-        f"the chat template leaves the prompt {text[:40]!r} out, as a text ({reasons[0]}) and"
-        f" as a list of parts ({reasons[1]}); set chat=false, or give the tokenizer a template"
-        " that writes the user's message as it is"
-    )
+    return None, reasons
+
+
+def _holds(found: str, messages: Sequence[tuple[str, str]]) -> bool:
+    """Whether a text holds all messages: turns in their order, the system's wherever it may be."""
+    place = 0
+    for role, text in messages:
+        start = found.find(text.strip(), 0 if role == "system" else place)
+        if start < 0:
+            return False
+        if role != "system":
+            place = start + len(text.strip())
+    return True
 
 
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:

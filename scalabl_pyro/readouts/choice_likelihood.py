@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any, Self, cast
 
 import torch
@@ -14,18 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import GAP, PROMPTS, Batch, DataError, Example, Prompt, Record, Split
-from .base import Classes, Readout
-from .causal import keeps_logits, prompt_ids, templated
+from ..data import GAP, Batch, DataError, Example, Prompt, Record, Split
+from .base import Classes, common
+from .causal import CausalReadout, keeps_logits
+from .config import NORMALISE, TEMPERATURE, ReadoutConfig
 
-__all__ = ["NORMALISE", "TEMPERATURE", "ChoiceLikelihood", "fit_kappa"]
+__all__ = ["ChoiceLikelihood", "fit_kappa"]
 
 log = logging.getLogger(__name__)
-
-#: what log p is divided by
-NORMALISE = ("characters", "tokens", "none")
-#: whether κ is trained, or 1
-TEMPERATURE = ("trained", "none")
 
 #: questions that choose the start of κ
 _QUESTIONS = 200
@@ -36,7 +31,7 @@ _CHUNK = 2**22
 _ROUNDING = 0.25
 
 
-class ChoiceLikelihood(Readout):
+class ChoiceLikelihood(CausalReadout):
     r"""The likelihood of each choice's text after the prompt (causal language models).
 
     .. math:: f_c = κ \, \frac{1}{n_c} \sum_{t} \log p(\mathrm{token}_{ct} \mid \mathrm{prompt},
@@ -51,19 +46,20 @@ class ChoiceLikelihood(Readout):
     itself, at the positions that it would have behind the prompt. A model that takes no such mask
     gets a row for each choice, which computes the same. The output layer runs on the choices only.
 
-    :param prompt: renders a record as text.
+    :param prompt: how a record is put, with what is shown before it.
     :param num_classes: C, the most choices of a record.
+    :param truncate: cut the question of a prompt that is too long, and nothing else of it.
     :param chat: put each prompt through the tokenizer's chat template.
     :param normalise: what n_c counts: the ``characters`` of the text that is scored, its
         ``tokens``, or nothing (``none``: n_c = 1).
     :param temperature: ``trained`` makes κ > 0 a parameter, trained as log κ, which starts at the
         value with the lowest NLL (:func:`fit_kappa`); ``none`` leaves it at 1.
-    :raises ValueError: if a value is not one of those listed, or there is no chat template, or it
-        would be put around a gap.
+    :raises ValueError: if a value is not one of those listed; if a chat template is missing, would
+        be put around a gap, or leaves the system message out.
     """
 
     padding_side = "right"
-    auto_class = "AutoModelForCausalLM"
+    default_prompt = "question"
 
     def __init__(
         self,
@@ -78,18 +74,19 @@ class ChoiceLikelihood(Readout):
         temperature: str = "trained",
     ) -> None:
         super().__init__(
-            tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
+            tokenizer,
+            prompt,
+            num_classes=num_classes,
+            max_length=max_length,
+            truncate=truncate,
+            chat=chat,
         )
         if normalise not in NORMALISE:
             raise ValueError(f"normalise is {normalise!r}: expected one of {NORMALISE}")
         if temperature not in TEMPERATURE:
             raise ValueError(f"temperature is {temperature!r}: expected one of {TEMPERATURE}")
-        if chat and tokenizer.chat_template is None:
-            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
         if chat and prompt.gap:
             raise ValueError("chat=true, but a text with a gap is no message; set chat=false")
-        self.prompt = prompt
-        self.chat = chat
         self.normalise = normalise
         self.temperature = temperature
         #: whether examples are packed rows, so long as no model that was attached forbids it
@@ -106,23 +103,19 @@ class ChoiceLikelihood(Readout):
         cls,
         tokenizer: PreTrainedTokenizerBase,
         classes: Classes,
+        config: ReadoutConfig,
         *,
-        prompt: str,
-        chat: bool,
         max_length: int,
-        truncate: bool,
-        normalise: str,
-        temperature: str,
     ) -> Self:
         readout = cls(
             tokenizer,
-            PROMPTS[prompt],
+            config.make_prompt(classes.shots),
             num_classes=classes.count,
             max_length=max_length,
-            truncate=truncate,
-            chat=chat,
-            normalise=normalise,
-            temperature=temperature,
+            truncate=config.truncate,
+            chat=config.chat,
+            normalise=config.normalise,
+            temperature=config.temperature,
         )
         readout.class_names = classes.words
         return readout
@@ -146,37 +139,33 @@ class ChoiceLikelihood(Readout):
         }
 
     def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
-        prompts = {id(prompt): name for name, prompt in PROMPTS.items()}
-        return {
-            "choice_likelihood": {
-                "kappa": float(self.kappa(llm).detach()),
-                "normalise": self.normalise,
-                "prompt": prompts.get(id(self.prompt)),
-                "chat": self.chat,
-            }
-        }
+        scored = {"kappa": float(self.kappa(llm).detach()), "normalise": self.normalise}
+        return {"choice_likelihood": scored} | super().manifest(llm)
 
     # ------------------------------------------------------------------ records to rows
 
-    def _texts(self, record: Record) -> list[tuple[str, str]]:
-        """For each choice the text that is given, and the one that is scored behind it."""
-        text = self.prompt.render(record)
-        if self.prompt.gap:
-            before, _, after = text.partition(GAP)
-            return [(before + choice, after) for choice in record.choices]
-        if self.chat:
-            text = templated(self.tokenizer, text)
-        # After a chat template that ends in a line break, an answer begins without a space.
-        space = "" if text[-1:].isspace() else " "
-        return [(text, space + choice) for choice in record.choices]
+    def _answer(self, shot: Record) -> str:
+        return shot.choices[cast(int, shot.label)]
 
-    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+    def _between(self, text: str) -> str:
+        # After a chat template that ends in a line break, an answer begins without a space.
+        return "" if text[-1:].isspace() else " "
+
+    def _texts(self, record: Record, question: str) -> list[tuple[str, str]]:
+        """For each choice the text that is given, and the one that is scored behind it."""
+        text = self._text(record, question)
+        if self.prompt.gap:
+            before, _, after = text.rpartition(GAP)
+            return [(before + choice, after) for choice in record.choices]
+        return [(text, self._between(text) + choice) for choice in record.choices]
+
+    def _rows(self, record: Record, question: str) -> dict[str, list[list[int]]]:
         rows: list[list[int]] = []
         starts: list[int] = []
         sizes: list[int] = []
-        for given, scored in self._texts(record):
+        for given, scored in self._texts(record, question):
             row = self._ids(given + scored)
-            start = _common(self._ids(given), row)
+            start = common(self._ids(given), row)
             if not 0 < start < len(row):
                 raise DataError(
                     f"record {record.id!r}: the prompt {given!r} and {scored!r} behind it are"
@@ -186,7 +175,7 @@ class ChoiceLikelihood(Readout):
             starts.append(start)
             counts = {"characters": len(scored.strip()), "tokens": len(row) - start, "none": 1}
             sizes.append(counts[self.normalise])
-        shared = min(*starts, *(_common(rows[0], row) for row in rows))
+        shared = min(*starts, *(common(rows[0], row) for row in rows))
         return {
             "input_ids": rows,
             "scored": [[0] * s + [1] * (len(row) - s) for s, row in zip(starts, rows, strict=True)],
@@ -194,24 +183,20 @@ class ChoiceLikelihood(Readout):
             "shared": [[shared]],
         }
 
-    def _ids(self, text: str) -> list[int]:
-        # A chat template writes the special tokens itself.
-        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
+    def scoring(self) -> str:
+        divided = "" if self.normalise == "none" else f", divided by its {self.normalise}"
+        return f"log p of each{divided}"
 
-    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
-        # Of the prompt, the same tokens for every choice: a choice that is cut is no choice.
-        found = self._tokenize(record)
-        begin = self._leading(found["input_ids"][0])
-        shared = found["shared"][0][0]
-        cut = max(map(len, found["input_ids"])) - self.max_length
-        if cut >= shared - begin:
-            raise DataError(
-                f"record {record.id!r}: the longest choice leaves no room for a prompt in the"
-                f" context of {self.max_length} tokens; shorten it"
-            )
-        for name in ("input_ids", "scored"):
-            found[name] = [[*row[:begin], *row[begin + cut :]] for row in found[name]]
-        return found | {"shared": [[shared - cut]]}
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        shared = rows["shared"][0][0]
+        found = []
+        for row, scored in zip(rows["input_ids"], rows["scored"], strict=True):
+            start = scored.index(1)
+            given = self._decode(row[shared:start], behind=row[:shared])
+            found.append((given, self._decode(row[start:], behind=row[:start])))
+        return self._decode(rows["input_ids"][0][:shared]), found
 
     # ------------------------------------------------------------------ rows to batches
 
@@ -411,12 +396,6 @@ def fit_kappa(scores: Tensor, labels: Tensor) -> float:
 
 def _log_kappa(llm: PreTrainedModel) -> nn.Parameter:
     return cast(nn.ParameterDict, llm.get_submodule("readout"))["log_kappa"]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:

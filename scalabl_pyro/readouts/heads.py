@@ -2,22 +2,91 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DataError, Record
+from ..data import DataError, Prompt, Record
 from .base import Classes, Readout
+from .config import ReadoutConfig
 
 __all__ = ["MultipleChoice", "SequenceClassification"]
 
+#: the question as it is
+_BARE = Prompt("{question}")
 
-class SequenceClassification(Readout):
-    """A classification head on the text of the question, one class per choice."""
+
+class _HeadReadout(Readout):
+    """What both share: the text of a question, alone or in a template.
+
+    :param prompt: how a record is put; the question alone if left out.
+    """
 
     padding_side = "right"
+    default_prompt = "classes"
+    takes = ("template",)
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_classes: int,
+        max_length: int,
+        truncate: bool = False,
+        prompt: Prompt = _BARE,
+    ) -> None:
+        super().__init__(
+            tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
+        )
+        self.prompt = prompt
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        config: ReadoutConfig,
+        *,
+        max_length: int,
+    ) -> Self:
+        return cls(
+            tokenizer,
+            num_classes=classes.count,
+            max_length=max_length,
+            truncate=config.truncate,
+            prompt=_BARE if config.template is None else config.make_prompt(classes.shots),
+        )
+
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        prompt = {"template": self.prompt.template, "letters": self.prompt.letters}
+        return self.llm_options() | {"prompt": prompt}
+
+    @abstractmethod
+    def _rows(
+        self, record: Record, question: str | None = None, **options: Any
+    ) -> dict[str, list[list[int]]]:
+        """The rows of a record.
+
+        :param question: what is left of its question, where that is cut.
+        :param options: of the tokenizer.
+        """
+
+    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
+        return self._rows(record)
+
+    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
+        if self.prompt == _BARE:
+            return self._rows(record, truncation="only_first", max_length=self.max_length)
+        return self._cut_question(record, partial(self._rows, record), keep="start")
+
+
+class SequenceClassification(_HeadReadout):
+    """A classification head on the text of the question, one class per choice."""
+
     auto_class = "AutoModelForSequenceClassification"
 
     @classmethod
@@ -37,38 +106,42 @@ class SequenceClassification(Readout):
         return names.pop()
 
     @classmethod
-    def build(cls, tokenizer: PreTrainedTokenizerBase, classes: Classes, **settings: Any) -> Self:
-        readout = super().build(tokenizer, classes, **settings)
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        config: ReadoutConfig,
+        *,
+        max_length: int,
+    ) -> Self:
+        readout = super().build(tokenizer, classes, config, max_length=max_length)
         readout.class_names = classes.words
         return readout
 
     def llm_options(self) -> dict[str, Any]:
         return {"num_labels": self.num_classes}
 
-    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
-        return self.llm_options()
-
-    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
-        return {name: [ids] for name, ids in self.tokenizer(record.question).items()}
-
-    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
-        found = self.tokenizer(record.question, truncation=True, max_length=self.max_length)
+    def _rows(
+        self, record: Record, question: str | None = None, **options: Any
+    ) -> dict[str, list[list[int]]]:
+        found = self.tokenizer(self.prompt.render(record, question), **options)
         return {name: [ids] for name, ids in found.items()}
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         return llm(**inputs).logits.float()
 
 
-class MultipleChoice(Readout):
+class MultipleChoice(_HeadReadout):
     """A score for each (question, choice) pair (``AutoModelForMultipleChoice``); rows (B, C, T)."""
 
-    padding_side = "right"
     auto_class = "AutoModelForMultipleChoice"
     row_per_choice = True
 
-    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
-        questions = [record.question] * len(record.choices)
-        return dict(self.tokenizer(questions, list(record.choices)).items())
+    def _rows(
+        self, record: Record, question: str | None = None, **options: Any
+    ) -> dict[str, list[list[int]]]:
+        texts = [self.prompt.render(record, question)] * len(record.choices)
+        return dict(self.tokenizer(texts, list(record.choices), **options).items())
 
     def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
         # Of a pair, the question alone: a choice that is cut is no choice.
@@ -81,14 +154,7 @@ class MultipleChoice(Readout):
                     f" leaves no room for a question in the context of {self.max_length}; shorten"
                     " it, or leave the record out"
                 )
-        questions = [record.question] * len(record.choices)
-        found = self.tokenizer(
-            questions,
-            list(record.choices),
-            truncation="only_first",
-            max_length=self.max_length,
-        )
-        return dict(found.items())
+        return super()._truncate(record)
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         # A missing choice is scored as a copy of the first one and masked afterwards.

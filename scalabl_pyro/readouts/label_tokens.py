@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import PROMPTS, DataError, Prompt, Record
-from ..data.records import is_text
-from .base import Classes, Readout
-from .causal import last_logits, left_padded, prompt_ids, templated
+from ..data import PROMPTS, Prompt, Record
+from .base import Classes
+from .causal import CausalReadout, last_logits, left_padded, templated
+from .config import ReadoutConfig
 
 __all__ = ["LabelTokens"]
 
+#: what stands before a label word
+_FORMS = {"space": " ", "plain": ""}
 
-class LabelTokens(Readout):
+
+class LabelTokens(CausalReadout):
     """The next token after the prompt, restricted to C label words (causal language models).
 
     The label words share one form: with a leading space if each is then a single token after the
     prompt, else without; the other way round where the prompt ends in white space.
 
-    :param prompt: renders a record as text.
+    :param prompt: how a record is put, with what is shown before it.
     :param label_words: the C words, for example ``("A", "B", "C", "D")``.
-    :param anchor: the end of a prompt, after which the words must be single tokens.
+    :param truncate: cut the question of a prompt that is too long, and nothing else of it.
     :param chat: put each prompt through the tokenizer's chat template, as a text, or as a list of
-        parts where it takes that. Of a prompt that is too long the question is then cut alone.
+        parts where it takes that.
     :param form: ``"space"`` or ``"plain"`` fixes the form, as a saved run does.
     :raises ValueError: if neither form gives single, distinct tokens; the message shows the pieces;
-        if a chat template is missing, or leaves the prompt out.
+        if a chat template is missing, or leaves the prompt or the system message out.
     """
-
-    padding_side = "left"
-    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -47,20 +45,20 @@ class LabelTokens(Readout):
         max_length: int,
         truncate: bool = False,
         chat: bool = False,
-        anchor: str = "Answer:",
         form: str | None = None,
     ) -> None:
         super().__init__(
-            tokenizer, num_classes=len(label_words), max_length=max_length, truncate=truncate
+            tokenizer,
+            prompt,
+            num_classes=len(label_words),
+            max_length=max_length,
+            truncate=truncate,
+            chat=chat,
         )
-        if chat and tokenizer.chat_template is None:
-            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
-        self.prompt = prompt
         self.label_words = tuple(label_words)
-        self.chat = chat
-        self.form, ids = self._label_ids(anchor, form)
+        self.form, ids = self._label_ids(form)
         self.label_ids = torch.tensor(ids)
-        self.class_names = self.label_words if prompt.shares_choices else ()
+        self.class_names = () if prompt.letters else self.label_words
 
     @classmethod
     def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
@@ -71,21 +69,17 @@ class LabelTokens(Readout):
         cls,
         tokenizer: PreTrainedTokenizerBase,
         classes: Classes,
+        config: ReadoutConfig,
         *,
-        prompt: str,
-        chat: bool,
         max_length: int,
-        truncate: bool,
-        normalise: str,
-        temperature: str,
     ) -> Self:
         return cls(
             tokenizer,
-            PROMPTS[prompt],
+            config.make_prompt(classes.shots),
             classes.words,
             max_length=max_length,
-            truncate=truncate,
-            chat=chat,
+            truncate=config.truncate,
+            chat=config.chat,
             form=classes.form,
         )
 
@@ -96,19 +90,21 @@ class LabelTokens(Readout):
         return readout
 
     def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
-        return {"label_words": list(self.label_words), "label_ids": self.label_ids.tolist()}
+        labels = {"label_words": list(self.label_words), "label_ids": self.label_ids.tolist()}
+        return labels | super().manifest(llm)
 
-    def _label_ids(self, anchor: str, form: str | None) -> tuple[str, list[int]]:
-        forms = {"space": " ", "plain": ""}
-        if form is not None and form not in forms:
-            raise ValueError(f"form is {form!r}: expected one of {list(forms)}")
-        anchor = self._templated(anchor)
+    def _label_ids(self, form: str | None) -> tuple[str, list[int]]:
+        if form is not None and form not in _FORMS:
+            raise ValueError(f"form is {form!r}: expected one of {list(_FORMS)}")
+        anchor = self.prompt.anchor
+        if self.chat:
+            anchor = templated(self.tokenizer, [("user", anchor)])
         before = self._ids(anchor)
         pieces = {}
         # After a chat template that ends in a line break, an answer begins without a space.
-        order = reversed(forms) if anchor[-1:].isspace() else forms
+        order = reversed(_FORMS) if anchor[-1:].isspace() else _FORMS
         for name in [form] if form else order:
-            rows = [self._ids(anchor + forms[name] + word) for word in self.label_words]
+            rows = [self._ids(anchor + _FORMS[name] + word) for word in self.label_words]
             added = [row[len(before) :] for row in rows if row[: len(before)] == before]
             if [len(ids) for ids in added] == [1] * len(rows):
                 ids = [ids[0] for ids in added]
@@ -121,48 +117,25 @@ class LabelTokens(Readout):
             " readout=choice_likelihood, which takes words of any length"
         )
 
-    def _tokenize(self, record: Record) -> dict[str, list[list[int]]]:
-        ids = self._ids(self._templated(self.prompt.render(record)))
+    def _answer(self, shot: Record) -> str:
+        return self.label_words[cast(int, shot.label)]
+
+    def _between(self, text: str) -> str:
+        return _FORMS[cast(str, self.form)]
+
+    def _rows(self, record: Record, question: str) -> dict[str, list[list[int]]]:
+        ids = self._ids(self._text(record, question))
         return {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
 
-    def _truncate(self, record: Record) -> dict[str, list[list[int]]]:
-        if self.chat:
-            return self._tokenize(self._with_less_question(record))
-        # The end stays: the answer follows it.
-        return self._cut_left(self._tokenize(record))
+    def scoring(self) -> str:
+        return "the next token"
 
-    def _with_less_question(self, record: Record) -> Record:
-        """The record with the longest end of its question that fits: a template stays whole.
-
-        :raises DataError: if not even its last character does.
-        """
-        question = record.question.rstrip()
-
-        def fits(length: int) -> bool:
-            return len(self._tokenize(shortened(length))["input_ids"][0]) <= self.max_length
-
-        def shortened(length: int) -> Record:
-            return replace(record, question=question[-length:])
-
-        lengths = [n for n in range(1, len(question) + 1) if is_text(question[-n:])]
-        # The more characters, the more tokens, but for a few at the cut.
-        most = bisect_left(lengths, True, key=lambda n: not fits(n))
-        while most and not fits(lengths[most - 1]):
-            most -= 1
-        if not most:
-            raise DataError(
-                f"record {record.id!r}: the chat template and what stands beside the question leave"
-                f" no room for it in the context of {self.max_length} tokens; shorten the choices,"
-                " or set chat=false"
-            )
-        return shortened(lengths[most - 1])
-
-    def _templated(self, text: str) -> str:
-        return templated(self.tokenizer, text) if self.chat else text
-
-    def _ids(self, text: str) -> list[int]:
-        # A chat template writes the special tokens itself.
-        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        (row,) = rows["input_ids"]
+        some = self.label_ids.tolist()[: len(record.choices)]
+        return self._decode(row), [("", self._decode([label], behind=row)) for label in some]
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         logits = last_logits(llm, left_padded(inputs), 1)[:, 0]

@@ -6,19 +6,20 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
+from ..data import DataError, DataSource, Record, check_split, disjoint, draw_shots, hold_out
 from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
 from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method
+from ..readouts import Classes
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 
@@ -156,6 +157,15 @@ class RunConfig:
         if self.fit is None:
             del shared["config"]
         return build(METHODS[name], settings | shared, "method.")
+
+    def classes(self, splits: Mapping[str, Sequence[Record]]) -> Classes:
+        """What the records fix about the readout: all of them its classes, some of train its shots.
+
+        :raises DataError: if the prompt cannot put them, or there are fewer than shots.
+        """
+        shots = draw_shots(splits["train"], self.model.shots, seed=self.seed)
+        records = [record for split in splits.values() for record in split]
+        return self.model.classes(records, shots=shots)
 
     def attempts(self) -> list[RunConfig]:
         """The configurations to train, of which one is kept: those of the trials, or this one.

@@ -244,7 +244,10 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float 
         "",
         "The prediction is the mean over the draws of softmax(logits / temperature), with"
         f" temperature {manifest['temperature']:g}"
-        + (", of the logits of `label_ids`." if "label_ids" in manifest else "."),
+        + (", of the logits of `label_ids`." if "label_ids" in manifest else ".")
+        + (
+            " `prompt` in manifest.json says how texts are written." if "prompt" in manifest else ""
+        ),
         *_how_choices_are_scored(manifest),
     ]
     if metrics:

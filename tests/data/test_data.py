@@ -323,22 +323,22 @@ def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(tokenizer):
         single="the $A", special_tokens=[("the", tokenizer.bos_token_id)]
     )
     prompt = PROMPTS["letters"]
-    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=15, truncate=True)
+    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=18, truncate=True)
     long = [e.rows["input_ids"][0] for e in cutting.encode(make_records(6))]
     assert {row[0] for row in long} == {tokenizer.bos_token_id}
-    assert max(map(len, long)) == 15
+    assert max(map(len, long)) == 18
 
 
 def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     records = make_records(6)
     prompt = PROMPTS["letters"]
-    short = LabelTokens(tokenizer, prompt, "ABCD", max_length=15)
-    with pytest.raises(DataError, match=r"of 6 prompts exceed the context of 15 tokens \(longest"):
+    short = LabelTokens(tokenizer, prompt, "ABCD", max_length=17)
+    with pytest.raises(DataError, match=r"of 6 prompts exceed the context of 17 tokens \(longest"):
         short.encode(records)
-    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=15, truncate=True)
+    cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=17, truncate=True)
     with caplog.at_level(logging.WARNING):
         split = cutting.encode(records)
-    assert max(split.lengths) == 15
+    assert max(split.lengths) == 17
     assert "they were cut" in caplog.text
     ending = tokenizer("Answer:").input_ids
     assert all(example.rows["input_ids"][0][-2:] == ending for example in split)

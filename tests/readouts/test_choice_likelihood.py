@@ -264,7 +264,7 @@ def test_what_is_too_long_is_refused_or_loses_the_start_of_its_prompt(tokenizer)
     readout = ChoiceLikelihood(tokenizer, PROMPTS["classes"], truncate=True, **options)
     cut, kept = (readout.encode([each])[0].rows for each in (record, short))
     assert cut == kept
-    with pytest.raises(DataError, match="leaves no room for a prompt"):
+    with pytest.raises(DataError, match="leaves no room for it in the context of 8"):
         readout.encode([replace(record, choices=("red " * 8, "blue"))])
 
 
@@ -518,8 +518,13 @@ def test_an_export_says_how_to_score(run_folder, tmp_path):
     assert manifest["choice_likelihood"] == {
         "kappa": pytest.approx(float(kappa.detach())),
         "normalise": "tokens",
-        "prompt": "question",
+    }
+    assert manifest["prompt"] == {
+        "template": "Question: {question}\nAnswer:",
+        "letters": False,
+        "gap": False,
         "chat": False,
+        "shots": [],
     }
     assert "log p(choice" in (tmp_path / "export" / "README.md").read_text()
 

@@ -178,7 +178,7 @@ def test_a_template_that_leaves_no_room_is_refused(tokenizer):
     readout = chat(
         tokenizer, "a bird sings {{ messages[0].content }} a :", max_length=7, truncate=True
     )
-    with pytest.raises(DataError, match=r"record 'q': the chat template .* of 7 tokens"):
+    with pytest.raises(DataError, match=r"record 'q': what stands beside .* of 7 tokens"):
         readout.encode([QUESTION])
 
 
