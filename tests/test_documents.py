@@ -477,6 +477,17 @@ def test_notebooks_run_and_are_committed_executed(path, tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_are_committed_without_warnings(path):
+    """Nor anything else on stderr, and none that a notebook silences wholesale."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [o.text for cell in code for o in cell.outputs if o.get("name") == "stderr"]
+    assert not [
+        cell.source for cell in code if re.search("simplefilter|filterwarnings", cell.source)
+    ]
+
+
 def test_the_usage_in_docstrings_runs(tokenizer, records):
     """One after the other, as they build on each other."""
     names: dict[str, object] = {name: getattr(sp, name) for name in sp.__all__}
