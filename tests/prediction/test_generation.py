@@ -14,9 +14,8 @@ import scalabl_pyro.commands.generate as command
 from scalabl_pyro import Predictor, SubspaceAdapter
 from scalabl_pyro.commands._jsonl import ResumableJsonl
 from scalabl_pyro.commands.generate import GenerateConfig, generate_file
-from scalabl_pyro.data import PROMPTS, DataError
-from scalabl_pyro.data.completions import read_completions
-from scalabl_pyro.prediction.generation import Decoding, generate, score
+from scalabl_pyro.data import PROMPTS, DataError, read_completions
+from scalabl_pyro.prediction import Decoding, generate, score
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.config import ConfigError, build
 
