@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ..data import Batch, Split
@@ -115,6 +117,15 @@ class FitConfig:
         left = (self.steps - step) / max(self.steps - warmup, 1.0)
         return left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
+    @property
+    def reach(self) -> float:
+        r"""About the furthest that a parameter of the guide can get, lr_guide · Σ_t factor_t.
+
+        A step of Adam moves a parameter by about its learning rate at most. With σ = softplus(u),
+        \|Δ log σ\| ≤ \|Δu\|: below 1, σ cannot change by a factor e.
+        """
+        return self.lr_guide * sum(map(self.learning_rate, range(self.steps)))
+
 
 class FitResult(NamedTuple):
     """What :func:`fit` returns.
@@ -186,6 +197,7 @@ def fit(
         with torch.no_grad(), pyro.poutine.block():
             # Pyro's automatic guides make their parameters at the first call.
             guide(next(train.minibatches(config.batch_size, seed=seed)))
+    _tell_reach(guide, config)
     run = _Run(model, guide, config, optimizer)
     if checkpoints is not None:
         run.resume(checkpoints)
@@ -251,6 +263,27 @@ def _check(
         raise ValueError(
             "dropout leaves another random state in every process, so that s would not be shared:"
             " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
+        )
+
+
+def _tell_reach(guide: Callable[..., Any], config: FitConfig) -> None:
+    """Warn of a run that is too short for σ to leave its start: what it ends with is a guess."""
+    logarithmic = (constraints.softplus_positive, constraints.positive)
+    modules = guide.modules() if isinstance(guide, nn.Module) else ()
+    kinds = [
+        kind
+        for module in modules
+        if isinstance(module, PyroModule)
+        for kind, _ in module._pyro_params.values()
+    ]
+    if config.reach < 1 and any(kind in logarithmic for kind in kinds):
+        log.warning(
+            "%d steps at lr_guide %g change the guide's standard deviations by a factor of about"
+            " %.2f at most: they will tell where they started, not what the data say; raise"
+            " fit.steps or fit.lr_guide",
+            config.steps,
+            config.lr_guide,
+            math.exp(config.reach),
         )
 
 

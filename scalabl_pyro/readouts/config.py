@@ -30,7 +30,7 @@ class ReadoutConfig:
     :param shots: how many records of the training split are shown with their answers before each
         question.
     :param system: a message that stands before all others in the chat template.
-    :param chat: for label tokens and choice likelihood, put prompts through the chat template.
+    :param chat: for causal language models, put prompts through the chat template.
     :param normalise: and ``temperature``: for choice likelihood, as in
         :class:`~scalabl_pyro.readouts.ChoiceLikelihood`.
     :param truncate: cut the questions of prompts that are longer than the context instead of
