@@ -391,7 +391,7 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
 
     def config(name):
         path = str(tmp_path / name)
-        return GenerateConfig("run", str(prompts_file), path, SAMPLED, progress=False)
+        return GenerateConfig("run", str(prompts_file), path, decoding=SAMPLED, progress=False)
 
     assert generate_file(config("whole.jsonl"))["records"] == 4
 

@@ -184,13 +184,16 @@ def test_completions_are_read_from_json_lines(tmp_path):
         Completion("1", "the", " cat"),
         Completion("x", "a"),
     ]
-    with pytest.raises(DataError, match=r"line 2: found .*'promt'"):
-        read_completions(written(rows[0], {"promt": "a"}))
+    with pytest.raises(DataError, match=r"line 2: found the fields .*'promt'"):
+        read_completions(written(rows[0], rows[1] | {"promt": "a"}))
+    question = {"id": "q", "question": "the?", "choices": ["cat", "dog"]}
+    with pytest.raises(DataError, match="record 'q' is a question with choices"):
+        read_completions(written(rows[0], question))
     with pytest.raises(DataError, match="line 2: the id '1' occurs twice"):
         read_completions(written(rows[0], rows[1] | {"id": "1"}))
     with pytest.raises(DataError, match="line 1: prompt is ''"):
         read_completions(written({"prompt": ""}))
-    with pytest.raises(DataError, match="holds no prompts"):
+    with pytest.raises(DataError, match="holds no records"):
         read_completions(written())
     with pytest.raises(DataError, match="no such file"):
         read_completions(tmp_path / "none.jsonl")
