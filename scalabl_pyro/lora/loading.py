@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
@@ -79,6 +80,7 @@ def load_llm(
     head = readout.auto_class.removeprefix("AutoModel")
     if any(head in name for name in known.architectures or ()):
         readout.check_head(config.name, known)
+    check_direction(config.name, known, readout)
     options |= readout.llm_options()
     llm, found = _load(
         config, auto_class, output_loading_info=True, use_safetensors=True, **options
@@ -92,6 +94,25 @@ def load_llm(
             f" train them whole, as by lora.heads=[{','.join(modules)}]"
         )
     return prepare(llm, readout)
+
+
+def check_direction(name: str, llm_config: Any, readout: Readout) -> None:
+    """Refuse a model that reads both ways where the next token is to be read.
+
+    transformers loads BERT and its kin as causal models, whatever they were trained for, and then
+    every position sees its own token.
+
+    :param name: of the model, for the message.
+    :raises ValueError: if it is a masked language model that is no decoder.
+    """
+    masked = type(llm_config) in MODEL_FOR_MASKED_LM_MAPPING and not llm_config.is_encoder_decoder
+    if readout.auto_class == "AutoModelForCausalLM" and masked and not llm_config.is_decoder:
+        raise ValueError(
+            f"{name!r} is a masked language model of type {llm_config.model_type}, which reads both"
+            " ways, so that no position of it tells the next token: set readout=multiple_choice or"
+            " readout=sequence_classification, or is_decoder=true in the config.json of a model"
+            " that was trained as a decoder"
+        )
 
 
 def prepare(llm: PreTrainedModel, readout: Readout) -> PreTrainedModel:
