@@ -40,7 +40,11 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
 def make_readout(
     config: ModelConfig, classes: Classes, tokenizer: PreTrainedTokenizerBase, llm_config: Any
 ) -> Readout:
-    """The readout with the tokenizer of a model whose config.json is known."""
+    """The readout with the tokenizer of a model whose config.json is known.
+
+    :raises ValueError: if it reads the next token, and the model reads both ways.
+    """
+    _check_direction(config, llm_config)
     return READOUTS[config.readout].build(
         tokenizer,
         classes,
@@ -80,7 +84,6 @@ def load_llm(
     head = readout.auto_class.removeprefix("AutoModel")
     if any(head in name for name in known.architectures or ()):
         readout.check_head(config.name, known)
-    check_direction(config.name, known, readout)
     options |= readout.llm_options()
     llm, found = _load(
         config, auto_class, output_loading_info=True, use_safetensors=True, **options
@@ -94,25 +97,6 @@ def load_llm(
             f" train them whole, as by lora.heads=[{','.join(modules)}]"
         )
     return prepare(llm, readout)
-
-
-def check_direction(name: str, llm_config: Any, readout: Readout) -> None:
-    """Refuse a model that reads both ways where the next token is to be read.
-
-    transformers loads BERT and its kin as causal models, whatever they were trained for, and then
-    every position sees its own token.
-
-    :param name: of the model, for the message.
-    :raises ValueError: if it is a masked language model that is no decoder.
-    """
-    masked = type(llm_config) in MODEL_FOR_MASKED_LM_MAPPING and not llm_config.is_encoder_decoder
-    if readout.auto_class == "AutoModelForCausalLM" and masked and not llm_config.is_decoder:
-        raise ValueError(
-            f"{name!r} is a masked language model of type {llm_config.model_type}, which reads both"
-            " ways, so that no position of it tells the next token: set readout=multiple_choice or"
-            " readout=sequence_classification, or is_decoder=true in the config.json of a model"
-            " that was trained as a decoder"
-        )
 
 
 def prepare(llm: PreTrainedModel, readout: Readout) -> PreTrainedModel:
@@ -175,6 +159,20 @@ def make_adapter(
     if config.shard:
         made.shard()
     return made
+
+
+def _check_direction(config: ModelConfig, llm_config: Any) -> None:
+    """transformers loads BERT and its kin as causal models, whatever they were trained for, and
+    then every position sees its own token."""
+    masked = type(llm_config) in MODEL_FOR_MASKED_LM_MAPPING and not llm_config.is_encoder_decoder
+    causal = READOUTS[config.readout].auto_class == "AutoModelForCausalLM"
+    if causal and masked and not llm_config.is_decoder:
+        raise ValueError(
+            f"{config.name!r} is a masked language model of type {llm_config.model_type}, which"
+            " reads both ways, so that no position of it tells the next token: set"
+            " readout=multiple_choice or readout=sequence_classification, or is_decoder=true in the"
+            " config.json of a model that was trained as a decoder"
+        )
 
 
 def _device(config: ModelConfig) -> str:

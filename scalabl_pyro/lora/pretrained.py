@@ -14,7 +14,7 @@ from ..data import Record
 from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
-from .loading import check_direction, load_llm, load_readout, make_readout, prepare
+from .loading import load_llm, load_readout, make_readout, prepare
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -140,7 +140,6 @@ def _check_fits(llm: PreTrainedModel, readout: Readout) -> None:
             f" {readout.auto_class} loads: load the model by that class, or choose another readout"
         )
     readout.check_head(type(llm).__name__, llm.config)
-    check_direction(type(llm).__name__, llm.config, readout)
     embeddings: Any = llm.get_input_embeddings()
     rows, tokens = embeddings.weight.shape[0], len(readout.tokenizer)
     if tokens > rows:

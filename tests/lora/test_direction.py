@@ -39,9 +39,8 @@ def test_a_masked_language_model_is_not_taken_for_a_causal_one(kind, readout, tm
     torch.manual_seed(1)
     config = saved(tmp_path, MASKED[kind](), tokenizer)
     config = ModelConfig(config.name, readout=readout)
-    read = load_readout(config, config.classes(make_records(4)))
     with pytest.raises(ValueError, match=f"masked language model of type {kind}, which reads both"):
-        load_llm(config, read)
+        load_readout(config, config.classes(make_records(4)))
 
 
 def test_a_decoder_of_the_same_architecture_is_one(tmp_path, tokenizer):
