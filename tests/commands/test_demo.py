@@ -106,3 +106,25 @@ def test_the_readme_says_what_the_kept_table_says():
     nll = figures["minus_mle"]["scalabl"]["test"]["nll"]
     low, high = -nll["high"], -nll["low"]
     assert f"lower by {-nll['mean']:.2f} (95 % interval {low:.2f} to {high:.2f}" in text
+
+
+def test_the_documented_table_is_the_kept_one():
+    figures = json.loads((files(embedded) / "demo.json").read_text())["figures"]
+    text = (ROOT / "docs" / "results.md").read_text()
+
+    def cell(value, unit, digits):
+        mean, low, high = (f"{unit * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})"
+
+    for name, row in figures["metrics"].items():
+        found = row["test"]
+        sure = 100 * figures["confidence"][name]["test"]["mean"]
+        floor = 100 * figures["ece_floor"][name]["test"]["mean"]
+        cells = [
+            f"{sure:.1f}",
+            cell(found["acc"], 100, 1),
+            f"{100 * found['ece']['mean']:.1f} ({floor:.1f})",
+            cell(found["nll"], 1, 2),
+            cell(found["brier"], 1, 2),
+        ]
+        assert f"| {' | '.join(cells)} |" in text, cells
