@@ -144,14 +144,14 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     tuned = {name: trials for name, trials in config.methods.items() if len(trials) > 1}
     attempts = [run_config(n, t, config.tuning_seed) for n, row in tuned.items() for t in row]
-    # Rows that choose nothing need not wait for those that do.
+    # Rows that choose nothing need not wait for those that do; first, as they often run longer.
     settled = [
         run_config(name, row[0], seed)
         for name, row in config.methods.items()
         if name not in tuned
         for seed in config.seeds
     ]
-    diverged = _run_all(config, [*attempts, *settled], "trials" if attempts else "runs")
+    diverged = _run_all(config, [*settled, *attempts], "trials" if attempts else "runs")
     _check_none_lost(diverged & {r.run_dir for r in settled})
     trials: dict[str, list[dict[str, Any]]] = {
         name: [{"trial": t, "validation_nll": validation_nll(name, t)} for t in row]
