@@ -653,3 +653,40 @@ def test_no_folder_imports_one_to_its_right():
                 near = place[other] == place[module] and other != module
                 assert place[other] <= place[module], f"{path} imports {other}"
                 assert not near, f"{path} imports {other}, which stands beside it"
+
+
+def test_the_table_of_the_causal_model_is_that_of_its_runs():
+    """docs/results.md and README's sentence say what results/causal.json says."""
+    path = ROOT / "benchmarks" / "results" / "causal.json"
+    figures = json.loads(path.read_text())["figures"]["arc_easy"]
+    names = {
+        "zero-shot": "zero-shot",
+        "MLE (lr 1e-3)": "MLE",
+        "MLE, tempered": "MLE, tempered",
+        "MLE, early-stopped, tempered": "MLE, early-stopped, tempered",
+        "ScalaBL, V frozen (lr 5e-3, β 1)": "V frozen",
+        "its posterior mean": "V frozen, posterior mean",
+    }
+    text = (ROOT / "docs" / "results.md").read_text()
+    section = text.partition("## A real causal model")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    rows = {row[0]: row[1:] for row in rows if row[0] in names}
+    assert rows.keys() == names.keys()
+
+    def shown(value, unit, digits):
+        half = unit * (value["high"] - value["low"]) / 2
+        return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
+
+    for name, cells in rows.items():
+        found = figures["test"][names[name]]
+        errors = (100 * found[key]["mean"] for key in ("ece", "ece_floor"))
+        assert cells == [
+            shown(found["acc"], 100, 1),
+            "{:.1f} ({:.1f})".format(*errors),
+            shown(found["nll"], 1, 3),
+            shown(found["brier"], 1, 3),
+            f"{found['auroc_wrong_entropy']['mean']:.2f}",
+        ]
+    nll = figures["minus MLE, tempered"]["V frozen"]["nll"]
+    assert nll["low"] < 0 < nll["high"]
+    assert f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−") in section

@@ -25,6 +25,7 @@ class LinearAdapter:
         self.shape = shape
         self.rank = shape[1]
         self.init_loc = torch.zeros(shape)
+        self.readout_parameters: dict[str, nn.Parameter] = {}
         self.module_names = tuple(f"module {m}" for m in range(shape[0]))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -46,6 +46,7 @@ class LinearMaps:
     device = torch.device("cpu")
 
     def __init__(self, seeds: int) -> None:
+        self.readout_parameters: dict[str, nn.Parameter] = {}
         V, sigma = [], []
         for _ in range(seeds * M):
             A = torch.empty(R, WIDTH)

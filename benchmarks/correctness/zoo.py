@@ -136,6 +136,8 @@ OWN: dict[str, dict[str, Any]] = {
     "big_bird": dict(attention_type="original_full"),
     "falcon": dict(head_dim=None),  # computed
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
+    # Without attention, of which four blocks have none by default, its cache counts no tokens.
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "xlnet": dict(max_position_embeddings=None),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1, state_size=8),
     "recurrent_gemma": dict(lru_width=32, attention_window_size=8),

@@ -48,7 +48,14 @@ from scalabl_pyro.prediction.intervals import (
     per_question,
     stacked,
 )
-from scalabl_pyro.prediction.metrics import auroc, ece_floor, evaluate, summarise
+from scalabl_pyro.prediction.metrics import (
+    auroc,
+    auroc_at_equal_length,
+    ece_floor,
+    evaluate,
+    noise_to_signal,
+    summarise,
+)
 from scalabl_pyro.prediction.predictor import Predictor, predict
 from scalabl_pyro.readouts.choice_likelihood import NORMALISE, fit_kappa
 
@@ -64,9 +71,6 @@ KAPPA = 200
 TUNING_SEED, SEEDS = 100, range(5)
 UPPER = 8
 TASKS = ("arc_easy", "openbookqa")
-#: tokens by which two questions may differ in length where other data is told from the task's
-WITHIN = 2
-
 #: accuracies in % that are published, from model cards and lm-evaluation-harness
 PUBLISHED = {
     "arc_easy": {
@@ -201,14 +205,6 @@ class Bench:
                 f"{name}.lengths": torch.tensor(split.lengths),
             }
         return found
-
-
-def noise_to_signal(logits: Tensor) -> Tensor:
-    """Σ_c Var_k(f_kc − f̄_k) / Σ_c (mean_k(f_kc − f̄_k))², (N,) from (S, N, C)."""
-    there = logits.isfinite()
-    f = logits.masked_fill(~there, 0.0)
-    centred = (f - f.sum(-1, keepdim=True) / there.sum(-1, keepdim=True)).masked_fill(~there, 0.0)
-    return centred.var(0, correction=0).sum(-1) / centred.mean(0).square().sum(-1)
 
 
 # ---------------------------------------------------------------------- rows
@@ -500,16 +496,8 @@ def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
             continue  # one draw
         found[f"auroc_wrong_{name}"] = auroc(here.float(), wrong)
         both = torch.cat([here, there]).float()
-        found[f"auroc_other_{name}"] = auroc_by_length(both, is_other, lengths)
+        found[f"auroc_other_{name}"] = auroc_at_equal_length(both, is_other, lengths)
     return found
-
-
-def auroc_by_length(scores: Tensor, positive: Tensor, lengths: Tensor) -> float:
-    """AUROC over the pairs whose lengths differ by at most ``WITHIN`` tokens."""
-    a, b = scores[positive], scores[~positive]
-    near = (lengths[positive][:, None] - lengths[~positive]).abs() <= WITHIN
-    higher = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
-    return float(higher[near].mean())
 
 
 def interval(found: Interval) -> dict[str, float]:

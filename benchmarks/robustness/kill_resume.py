@@ -54,7 +54,9 @@ def scalabl(*words: str, seconds: float | None = None) -> bool:
         process.communicate()
         return False
     if process.returncode:
-        raise RuntimeError(f"scalabl {' '.join(words)} failed: {error}")
+        raise RuntimeError(
+            f"scalabl {' '.join(words)} failed with status {process.returncode}: {error}"
+        )
     return True
 
 

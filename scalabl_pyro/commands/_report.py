@@ -127,14 +127,16 @@ def write_report(
 HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
 ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
-AUROC: entropy of this split against test, ± over seeds alone
 """
+AUROC = "AUROC: entropy of this split against test, ± over seeds alone"
 
 
 def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
-    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}{'AUROC':>16s}"
+    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
     lines = [*HEADER.splitlines(), head]
+    if any(table["auroc_of_entropy"].values()):
+        lines = [*HEADER.splitlines(), AUROC, f"{head}{'AUROC':>16s}"]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             auroc = table["auroc_of_entropy"][name].get(split)

@@ -170,7 +170,15 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     tuned = {name: trials for name, trials in config.methods.items() if len(trials) > 1}
     attempts = [run_config(n, t, config.tuning_seed) for n, row in tuned.items() for t in row]
-    diverged = _run_all(config, attempts, "trials")
+    # Rows that choose nothing need not wait for those that do; first, as they often run longer.
+    settled = [
+        run_config(name, row[0], seed)
+        for name, row in config.methods.items()
+        if name not in tuned
+        for seed in config.seeds
+    ]
+    diverged = _run_all(config, [*settled, *attempts], "trials" if attempts else "runs")
+    _check_none_lost(diverged & {r.run_dir for r in settled})
     trials: dict[str, list[dict[str, Any]]] = {
         name: [{"trial": t, "validation_nll": validation_nll(name, t)} for t in row]
         for name, row in tuned.items()
@@ -191,9 +199,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         name: [run_config(name, trial, seed) for seed in config.seeds]
         for name, trial in chosen.items()
     }
-    lost = _run_all(config, [r for row in runs.values() for r in row], "runs")
-    if lost:
-        raise RuntimeError(f"these runs diverged: {sorted(lost)}; lower lr or lr_guide")
+    _check_none_lost(_run_all(config, [r for row in runs.values() for r in row], "runs"))
     folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
     return write_report(Path(config.out), folders, chosen=chosen, trials=trials)
 
@@ -202,6 +208,12 @@ def _data_hash(data: DataConfig) -> str:
     splits = data.splits(seed=0)
     check_split(splits, "test")
     return fingerprint(splits)
+
+
+def _check_none_lost(diverged: set[str]) -> None:
+    """:raises RuntimeError: if a run of the table diverged."""
+    if diverged:
+        raise RuntimeError(f"these runs diverged: {sorted(diverged)}; lower lr or lr_guide")
 
 
 def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set[str]:

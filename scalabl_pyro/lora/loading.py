@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
@@ -46,7 +47,11 @@ def load_readout(config: ModelConfig, classes: Classes) -> Readout:
 def make_readout(
     config: ModelConfig, classes: Classes, tokenizer: PreTrainedTokenizerBase, llm_config: Any
 ) -> Readout:
-    """The readout with the tokenizer of a model whose config.json is known."""
+    """The readout with the tokenizer of a model whose config.json is known.
+
+    :raises ValueError: if it reads the next token, and the model reads both ways.
+    """
+    _check_direction(config, llm_config)
     return READOUTS[config.readout].build(
         tokenizer, classes, config, max_length=_context(tokenizer, llm_config)
     )
@@ -178,6 +183,20 @@ def make_adapter(
     if config.shard:
         made.shard()
     return made
+
+
+def _check_direction(config: ModelConfig, llm_config: Any) -> None:
+    """transformers loads BERT and its kin as causal models, whatever they were trained for, and
+    then every position sees its own token."""
+    masked = type(llm_config) in MODEL_FOR_MASKED_LM_MAPPING and not llm_config.is_encoder_decoder
+    causal = READOUTS[config.readout].auto_class == "AutoModelForCausalLM"
+    if causal and masked and not llm_config.is_decoder:
+        raise ValueError(
+            f"{config.name!r} is a masked language model of type {llm_config.model_type}, which"
+            " reads both ways, so that no position of it tells the next token: set"
+            " readout=multiple_choice or readout=sequence_classification, or is_decoder=true in the"
+            " config.json of a model that was trained as a decoder"
+        )
 
 
 def _device(config: ModelConfig) -> str:

@@ -300,7 +300,7 @@ def generates(candidate: Candidate) -> str:
         found.append(text.draw_log_probs.flatten())
         for each in s:
             with adapter.bound(each[None]):
-                logits = llm(ids).logits[0, len(begin) - 1 : -1].float()
+                logits = llm(ids, use_cache=False).logits[0, len(begin) - 1 : -1].float()
             size = max(size, float(logits.abs().max()))
             own = logits.log_softmax(-1).gather(-1, ids[0, len(begin) :, None])
             expected.append(own.flatten().cpu())

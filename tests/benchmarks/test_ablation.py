@@ -48,7 +48,9 @@ def test_every_row_runs_and_is_kept(ablation, monkeypatch, capsys, words, tmp_pa
         assert found[group].keys() == expected.rows.keys()
         for row in found[group].values():
             # So few questions may all be answered wrongly, and then no score can tell them apart.
-            figures = [row[key] for key in row if "auroc" not in key]
+            figures = [
+                row[key] for key in row if not key.startswith(("auroc", "aupr", "fpr95", "prr"))
+            ]
             assert all(math.isfinite(x) for pair in figures for x in pair)
     guides, D = found["guides"], 4 * 8
     assert guides["normal"]["numbers"][0] == 2 * D

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import make_records, write_jsonl
 
 from scalabl_pyro.infer.svi import FitConfig
@@ -93,17 +92,3 @@ def test_finished_runs_are_kept_and_each_row_is_tested_at_its_own_best_trial(
     monkeypatch.setattr(again, "fit", None)  # nothing is run
     # As text, in which what is no number equals itself.
     assert json.dumps(causal.table(again, list(short))) == json.dumps(figures)
-
-
-def test_auroc_by_length_compares_pairs_of_like_length_alone(causal):
-    scores = torch.tensor([1.0, 5.0, 2.0, 3.0, 3.0])
-    other = torch.tensor([True, True, False, False, False])
-    lengths = torch.tensor([10, 30, 11, 12, 29])
-    # Pairs: 1 < 2, 1 < 3, 5 > 3.
-    assert causal.auroc_by_length(scores, other, lengths) == pytest.approx(1 / 3)
-
-
-def test_noise_to_signal_by_hand(causal):
-    logits = torch.tensor([[[3.0, 1.0, -math.inf]], [[1.0, -3.0, -math.inf]]])
-    # Centred: (1, −1) and (2, −2); variances 0.25 each, means 1.5 and −1.5.
-    assert float(causal.noise_to_signal(logits)) == pytest.approx(0.5 / 4.5)

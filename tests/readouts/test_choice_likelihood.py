@@ -532,7 +532,8 @@ def test_an_export_says_how_to_score(run_folder, tmp_path):
 def test_a_run_is_distilled_at_its_own_kappa(run_folder, tmp_path):
     write_jsonl(tmp_path / "more.jsonl", make_records(5, labelled=False))
     words = [f"run={run_folder}", f"input={tmp_path / 'more.jsonl'}", f"output={tmp_path / 'one'}"]
-    assert scalabl("distill", *words, "fit.steps=1", "fit.lr=0", "progress=false") == 0
+    still = ("fit.lr=0", "fit.lr_guide=0")
+    assert scalabl("distill", *words, "fit.steps=1", *still, "progress=false") == 0
     about = json.loads((tmp_path / "one" / "distilled.json").read_text())
     run = load_run(run_folder)
     kappa = run.readout.kappa(run.predictor.adapter.peft_model.get_base_model())

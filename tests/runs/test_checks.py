@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from conftest import lora, make_records, tiny_bert_config, tiny_llama
@@ -11,6 +9,8 @@ from transformers import BertForMultipleChoice
 
 from scalabl_pyro import SubspaceAdapter
 from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.lora.checkpointing import Checkpointing
+from scalabl_pyro.lora.hooks import Hooks
 from scalabl_pyro.readouts import LabelTokens, MultipleChoice
 from scalabl_pyro.runs import checks
 from scalabl_pyro.runs.checks import Candidate, examine
@@ -78,12 +78,12 @@ def test_a_refusal_is_told_with_its_reason(make_candidate):
 
 def draws_swapped(patch):
     """With several draws, each has the s of the one before."""
-    bind = SubspaceAdapter._bind
-    patch.setattr(
-        SubspaceAdapter,
-        "_bind",
-        lambda self, s: bind(self, s.roll(1, 0) if s is not None and s.dim() == 3 else s),
-    )
+    bind = Hooks.bind
+
+    def another(self, s):
+        return bind(self, s.roll(1, 0) if s is not None and s.dim() == 3 else s)
+
+    patch.setattr(Hooks, "bind", another)
 
 
 def s_left_out_of_exports(patch):
@@ -100,12 +100,12 @@ def not_saved(patch):
 
 def another_scale(patch):
     """ΔW twice as large as PEFT's."""
-    scale = SubspaceAdapter._scale
+    scale = Hooks._scale
 
     def twice(self, index, module, args, output):
         return 2 * scale(self, index, module, args, output)
 
-    patch.setattr(SubspaceAdapter, "_scale", twice)
+    patch.setattr(Hooks, "_scale", twice)
 
 
 def nothing_trained(patch):
@@ -113,14 +113,12 @@ def nothing_trained(patch):
 
 
 def recomputed_with_another_s(patch):
-    @contextmanager
-    def without(self):
-        with self._rebound(self._bound._replace(s=tuple(2 * s for s in self._bound.s))):
-            yield
+    def contexts(self):
+        bound = self._hooks.bound
+        twice = bound._replace(s=tuple(2 * s for s in bound.s))
+        return self._hooks.rebound(twice), self._hooks.rebound(twice)
 
-    patch.setattr(
-        SubspaceAdapter, "_checkpoint_contexts", lambda self: (without(self), without(self))
-    )
+    patch.setattr(Checkpointing, "_contexts", contexts)
 
 
 def another_prompt(patch):
