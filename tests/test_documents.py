@@ -79,7 +79,7 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
         for line in block.splitlines()
         if line.startswith("scalabl ")
     ]
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         for old, new in {
             "Qwen/Qwen2.5-0.5B": str(local_model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,12 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
             f"columns is {config.columns}, and {config.run} reads texts: leave it out, and give"
             " prompts with completions, or messages"
         )
+    for setting in fields(DecisionConfig):
+        if (value := getattr(config, setting.name)) != setting.default:
+            raise ConfigError(
+                f"{setting.name} is {value!r}, which decides about answers among choices, and"
+                f" {config.run} reads texts: leave it out"
+            )
     records = read_completions(config.input)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout

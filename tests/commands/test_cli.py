@@ -73,7 +73,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
         "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
         "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
-    without_draws = {"mle", "map", "temperature", "mc_dropout"}
+    without_draws = {"mle", "map", "temperature", "mc_dropout", "zero_shot"}
     assert ("posterior.safetensors" in names) == (method not in without_draws)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"] == trained["test"]
     with (tmp_path / "out" / "history.csv").open() as file:

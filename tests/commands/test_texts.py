@@ -318,6 +318,15 @@ def test_what_reads_choices_and_what_reads_texts_say_so(chat_model, capsys):
     assert not Path("run").exists()
 
 
+def test_decisions_about_texts_are_refused(chat_run, capsys):
+    write_rows("in.jsonl", [{"messages": TURNS}])
+    for name, value in (("abstain_below", 0.5), ("conformal", "lac"), ("coverage", 0.8)):
+        words = ["input=in.jsonl", "output=o.jsonl", f"{name}={value}"]
+        assert scalabl("predict", "run=run", *words) == 1
+        assert f"{name} is {value!r}, which decides about answers" in capsys.readouterr().err
+    assert not Path("o.jsonl").exists()
+
+
 def test_ways_to_predict_that_texts_do_not_have_are_refused(chat_run, capsys):
     for words in (["prediction.name=linearised"], ["prediction.tolerance=0.1"]):
         assert scalabl("evaluate", "run=run", "data.root=data", *words) == 1
