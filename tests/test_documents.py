@@ -17,7 +17,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import keeps_the_contract, make_records, scalabl, tiny_llama, write_jsonl
+from conftest import (
+    TURNS,
+    keeps_the_contract,
+    make_records,
+    scalabl,
+    tiny_llama,
+    write_jsonl,
+)
 from nbclient import NotebookClient
 from peft import LoraConfig
 from pyro.nn import PyroParam
@@ -102,6 +109,47 @@ def test_commands_in_the_readme_run(tmp_path, local_model, monkeypatch):
     assert (tmp_path / "runs/mine-distilled/adapter_config.json").exists()
     assert (tmp_path / "runs/mine-compared/table.csv").exists()
     assert (tmp_path / "runs/reviews/metrics.json").exists()
+
+
+def test_commands_about_texts_run(tmp_path, chat_tokenizer, monkeypatch, capsys):
+    """Those of docs/text.md as printed, on a tiny model that has a chat template."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 12), ("test", 2)):
+        rows = [json.dumps({"messages": TURNS[: 2 + n % 2 * 2]}) for n in range(count)]
+        # Not the same in both splits.
+        text = "\n".join(row.replace("cat", name) for row in rows)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(text)
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"messages": TURNS[:3]}))
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs" / "text.md", "bash")
+    commands = [line for line in block.splitlines() if line.startswith("scalabl ")]
+    assert len(commands) == 7
+    for command in commands:
+        text = command.replace("Qwen/Qwen2.5-0.5B-Instruct", "model").replace("FOLDER", "data")
+        words = [*shlex.split(text), "progress=false"]
+        if words[1] == "train":
+            words += ["fit.steps=2", "fit.batch_size=4"]
+        if words[1] == "generate":
+            words += ["decoding.max_new_tokens=4"]
+        assert scalabl(*words[1:]) == 0, command
+    assert "Who runs, and why?" in capsys.readouterr().out
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 2
+
+
+def test_python_about_texts_runs():
+    """With fewer steps; what they say of the two texts has become more probable."""
+    (code,) = blocks(ROOT / "docs" / "text.md", "python")
+    assert "steps=200" in code
+    names: dict[str, object] = {}
+    exec(compile(code.replace("steps=200", "steps=20"), "text.md", "exec"), names)
+    base = names["sp"].Predictor(names["adapter"], torch.zeros(1, *names["adapter"].shape))
+    before = names["evaluate_texts"](names["score_split"](base, names["train"]))
+    assert names["metrics"]["nll"] < before["nll"]
+    assert names["metrics"]["mutual_information"] > 0
+    assert len(names["text"].ids) <= 8
 
 
 def saved_figures() -> dict[str, dict]:
@@ -313,6 +361,8 @@ RUN_BY = {
     ("CONTRIBUTING.md", "class SharedScaleNormal"): "test_the_priors_of_contributing_run",
     ("CONTRIBUTING.md", "class NoisyLabels"): "test_the_likelihood_of_contributing_trains",
     ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
+    ("text.md", "# the base model"): "test_commands_about_texts_run",
+    ("text.md", "from peft"): "test_python_about_texts_runs",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }
 #: (document, first line of a block) → why no test runs it

@@ -25,9 +25,9 @@ __all__ = ["main"]
 USAGE = """usage: scalabl COMMAND [key=value ...]
 
   train      fine-tune a model on labelled records and write a run folder
-  evaluate   metrics of a run folder on a labelled split
+  evaluate   metrics of a run folder, or of a base model (zero-shot), on a labelled split
   predict    answers, probabilities and uncertainty for records with or without labels
-  generate   texts that continue prompts, with the uncertainty of every token
+  generate   texts that continue prompts or answer messages, with the uncertainty of every token
   compare    methods × seeds in one table, with pictures; finished runs are skipped
   table      the same table over runs that were trained apart, such as those of a sweep
   distill    a run's model average in one plain PEFT adapter
@@ -66,6 +66,10 @@ COMMANDS = {
 }
 
 
+#: settings that are texts, whatever they hold, in which Hydra would look for its own grammar
+TEXTS = {"generate": ("prompt=", "messages=")}
+
+
 def main() -> None:
     """Entry point of ``scalabl``."""
     if sys.argv[1:] == ["--version"]:
@@ -97,6 +101,8 @@ def main() -> None:
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
 
+    sys.argv[1:] = [_as_text(name, word) for word in sys.argv[1:]]
+
     def task(overrides: DictConfig) -> None:
         sys.argv = command  # a sweep may run this in processes that were started otherwise
         _run(COMMANDS[name], overrides, command)
@@ -111,6 +117,18 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         _fail(error, command)
+
+
+def _as_text(command: str, word: str) -> str:
+    """A setting as Hydra reads it, of which the value is a text as it stands."""
+    if not word.startswith(TEXTS.get(command, ())) or word.endswith("=null"):
+        return word
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, _, value = word.partition("=")
+    # A reference to another setting, for OmegaConf.
+    value = value.replace("${", r"\${")
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def _version() -> str:

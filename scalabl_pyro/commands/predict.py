@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import Record, iter_records
+from ..data import Record, iter_records, read_completions
 from ..files import new_path
 from ..prediction.metrics import summarise
 from ..prediction.predictor import predict
-from ..runs.folder import load_run
+from ..prediction.texts import score_split
+from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._jsonl import ResumableJsonl
+from ._texts import given, scored
 
 __all__ = ["PredictConfig", "predict_file"]
 
@@ -47,6 +49,8 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     """
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
+    if run.readout.reads_texts:
+        return _score_file(config, run)
     records = list(iter_records(config.input, run.class_names))
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
@@ -72,6 +76,28 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
             answers = _answers(chunk.records, found.logits, found.used)
             file.write(islice(answers, written, None))
             bar.update(len(chunk) - written)
+            first = file.done
+    return {"output": config.output, "records": len(records)}
+
+
+def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
+    """The same for a file of completions, whose tokens are given: how probable they are."""
+    records = read_completions(config.input)
+    predictor = make_predictor(run, config.prediction)
+    split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout
+    settings = {"run": config.run, "prediction": asdict(config.prediction)}
+    with (
+        ResumableJsonl(config.output, [record.id for record in records], settings) as file,
+        tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
+    ):
+        # Chunks begin where they began before an interruption, as rounding depends on them.
+        first = file.done - file.done % config.batch_size
+        for chunk in split.batches(config.batch_size, start=first):
+            written = file.done - first
+            texts = score_split(predictor, chunk)[written:]
+            rows = zip(records[file.done :], texts, strict=False)
+            file.write([given(record) | scored(text) for record, text in rows])
+            bar.update(len(texts))
             first = file.done
     return {"output": config.output, "records": len(records)}
 

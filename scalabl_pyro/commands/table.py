@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from ..data import DataSource
 from ..files import check_writable
+from ..readouts import READOUTS
 from ..runs.config import ConfigError, RunConfig, build
 from ._report import format_table, write_report
 
@@ -55,6 +56,8 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     runs: dict[Path, RunConfig] = {}
     for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
         run = build(RunConfig, OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        if READOUTS[run.model.readout].reads_texts:
+            raise ConfigError(f"{path} reads texts, and the table is of answers among choices")
         runs[path] = run
         row = rows[path.name.removesuffix(f"-seed{run.seed}")]
         if run.seed in row:

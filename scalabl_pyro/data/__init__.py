@@ -1,10 +1,10 @@
 """Records, readers, prompts and batches."""
 
 from .batches import Batch, Example, Split
-from .completions import Completion, read_completions
+from .completions import Completion, Message
 from .hub import Task
 from .prompts import GAP, PROMPTS, Prompt
-from .readers import iter_records, read_folder, read_records
+from .readers import iter_records, read_completions, read_folder, read_records
 from .records import DataError, Record
 from .source import DataSource
 from .splits import check_split, disjoint, fingerprint, hold_out, without_overlap
@@ -19,6 +19,7 @@ __all__ = [
     "DataError",
     "DataSource",
     "Example",
+    "Message",
     "Prompt",
     "Record",
     "Split",

@@ -1,4 +1,4 @@
-"""Rows of a CSV file: questions with choices, or texts with the names of their classes."""
+"""Rows of a CSV file: questions with choices, texts with the names of their classes, or prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ __all__ = ["class_names", "csv_rows"]
 _LONGEST_CELL = 2**31 - 1
 
 EXPECTED = (
-    "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name);"
-    " id may be left out, and label or class where it is not known; commas separate the columns"
+    "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name),"
+    " or id, prompt, completion; id may be left out, and label, class or completion where it is not"
+    " known; commas separate the columns"
 )
 
 
@@ -40,7 +41,10 @@ def csv_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, dict[str
     for count, (line, cells) in enumerate(rows, start=1):
         row = dict(zip(columns, cells, strict=True))
         try:
-            fields = _text(row, classes) if "text" in columns else _question(row)
+            if "prompt" in columns:
+                fields = _prompt(row)
+            else:
+                fields = _text(row, classes) if "text" in columns else _question(row)
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from error
         yield line, {"id": row.get("id", str(count)), **fields}
@@ -81,6 +85,12 @@ def _question(row: dict[str, str]) -> dict[str, Any]:
     return fields
 
 
+def _prompt(row: dict[str, str]) -> dict[str, Any]:
+    completion = row.get("completion", "")
+    known = {"completion": completion} if completion.strip() else {}
+    return {"prompt": row["prompt"], **known}
+
+
 def _text(row: dict[str, str], classes: Sequence[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"question": row["text"], "choices": list(classes)}
     name = canonical(row.get("class", "").strip())
@@ -99,7 +109,9 @@ def _columns(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
     line, found = header
     numbered = [name for name in found if re.fullmatch(r"choice_[0-9]+", name)]
-    if "text" in found:
+    if "prompt" in found:
+        required, optional = ["prompt"], ["id", "completion"]
+    elif "text" in found:
         required, optional = ["text"], ["id", "class"]
     else:
         required = ["question", *(f"choice_{i}" for i in range(1, max(2, len(numbered)) + 1))]

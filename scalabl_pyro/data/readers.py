@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from .completions import Completion, is_completion
 from .csv_rows import class_names, csv_rows
 from .records import DataError, Record
 
-__all__ = ["FORMATS", "iter_records", "read_folder", "read_records"]
+__all__ = ["FORMATS", "iter_records", "read_completions", "read_folder", "read_records"]
 
 
 def jsonl_rows(path: Path, classes: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -53,6 +54,9 @@ FORMATS = {".jsonl": jsonl_rows, ".csv": csv_rows}
 def iter_records(path: str | Path, classes: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a ``.jsonl`` or ``.csv`` file as they are read.
 
+    Rows with ``prompt`` or ``messages`` are texts, and become :class:`Completion`; the id of such a
+    row is its line's number if it has none.
+
     :param classes: the class names that a CSV file of texts needs.
     :raises DataError: at the first bad line or repeated id, with file, line, value and reason.
     """
@@ -64,7 +68,7 @@ def iter_records(path: str | Path, classes: Sequence[str] = ()) -> Iterator[Reco
     first: dict[str, int] = {}
     for line, fields in FORMATS[path.suffix](path, classes):
         try:
-            record = Record.from_mapping(fields)
+            record = _record(fields, line)
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from error
         if record.id in first:
@@ -74,6 +78,27 @@ def iter_records(path: str | Path, classes: Sequence[str] = ()) -> Iterator[Reco
             )
         first[record.id] = line
         yield record
+
+
+def _record(fields: Any, line: int) -> Record:
+    if is_completion(fields):
+        return cast(Record, Completion.from_mapping({"id": str(line)} | fields))
+    return Record.from_mapping(fields)
+
+
+def read_completions(path: str | Path) -> list[Completion]:
+    """Read texts: prompts or conversations, with or without what follows them.
+
+    :raises DataError: as :func:`read_records`, and if a row is a question with choices.
+    """
+    records: list[Any] = read_records(path)
+    for record in records:
+        if not isinstance(record, Completion):
+            raise DataError(
+                f"{path}: record {record.id!r} is a question with choices: expected prompts or"
+                " messages"
+            )
+    return records
 
 
 def read_records(path: str | Path, classes: Sequence[str] = ()) -> list[Record]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from ..data import Batch, Record, Split
+from ..data import Batch, Completion, Record, Split
 from ..distributed import shard
 from ..readouts.base import Readout
 from .flipout import Shift, flipped
@@ -292,12 +292,12 @@ class SubspaceAdapter:
 
     # ------------------------------------------------------------------ forward
 
-    def encode(self, records: Sequence[Record]) -> Split:
+    def encode(self, records: Sequence[Record] | Sequence[Completion]) -> Split:
         """Tokenise records for the readout.
 
         :raises DataError: if a record does not fit it.
         """
-        return self.readout.encode(records)
+        return self.readout.encode(cast(Sequence[Record], records))
 
     def __call__(
         self,

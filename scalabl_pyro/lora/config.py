@@ -23,8 +23,7 @@ class ModelConfig:
 
     :param name: a folder, a name on the Hub, or ``embedded`` for the model in this package.
     :param readout: a name in ``READOUTS``: ``label_tokens``, ``choice_likelihood``,
-        ``sequence_classification`` or
-        ``multiple_choice``.
+        ``completion_tokens``, ``sequence_classification`` or ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
     :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
         quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,
@@ -37,7 +36,7 @@ class ModelConfig:
     :param revision: branch, tag or commit on the Hub.
     :param prompt: for label tokens and choice likelihood, a name in ``PROMPTS``; ``auto`` is
         ``letters`` and ``question``.
-    :param chat: for these two, put prompts through the chat template.
+    :param chat: for these two and completions, put prompts through the chat template.
     :param normalise: and ``temperature``: for choice likelihood, as in
         :class:`~scalabl_pyro.readouts.ChoiceLikelihood`.
     :param truncate: cut prompts that are longer than the context instead of refusing them.

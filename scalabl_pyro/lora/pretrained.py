@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import transformers
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Record
+from ..data import Completion, Record
 from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
@@ -33,7 +33,7 @@ class LoadOptions(TypedDict, total=False):
 def from_pretrained(
     model: str | Path | PreTrainedModel,
     lora: LoraConfig,
-    records: Sequence[Record],
+    records: Sequence[Record] | Sequence[Completion],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     readout: str = "label_tokens",
@@ -50,10 +50,9 @@ def from_pretrained(
     :param model: a name on the Hub, a folder, ``"embedded"`` for the model in this package, or a
         model that is loaded already. Such a one is changed in place and stays on its device.
     :param lora: rank, scaling α and target modules; heads to train whole in ``modules_to_save``.
-    :param records: all that will be read: they fix the C classes and their words.
+    :param records: all that will be read: they fix the C classes and their words; or completions.
     :param tokenizer: of a model that is loaded already; else that of the model's folder is taken.
-    :param readout: a name in ``READOUTS``: ``label_tokens``, ``sequence_classification`` or
-        ``multiple_choice``.
+    :param readout: a name in ``READOUTS``, such as ``label_tokens`` or ``completion_tokens``.
     :param prompt: and ``chat``, ``truncate``: as in :class:`ModelConfig`.
     :param projections: and ``start``, ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
     :param loading: ``dtype``, ``quantization``, ``device``, ``device_map``, ``attention`` and
@@ -93,7 +92,7 @@ def from_pretrained(
         truncate=truncate,
         **loading,
     )
-    classes = config.classes(records)
+    classes = config.classes(cast(Sequence[Record], records))
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(f"model is a {config.name}: give its tokenizer too, as tokenizer=…")

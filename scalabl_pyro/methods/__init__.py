@@ -11,6 +11,7 @@ from .reference import Reference
 from .scalabl import ScalaBL
 from .temperature import TemperatureScaling
 from .tfb import TFB
+from .zero_shot import ZeroShot
 
 __all__ = [
     "MAP",
@@ -27,11 +28,13 @@ __all__ = [
     "Reference",
     "ScalaBL",
     "TemperatureScaling",
+    "ZeroShot",
 ]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        ZeroShot,
         MLE,
         MAP,
         TemperatureScaling,

@@ -16,8 +16,8 @@ from ..infer.checkpoints import Checkpoints
 from ..infer.svi import FitConfig, FitResult, fit, no_guide
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..models.model import LoRAModel, ScalaBLModel
-from ..prediction.metrics import evaluate
-from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict
+from ..prediction.assessment import assess
+from ..prediction.predictor import Predictor, Predicts, RunPredictor
 from ..prediction.weight_draws import WeightAverage
 
 __all__ = ["DrawsWeights", "Fitted", "Method", "PointMethod"]
@@ -52,6 +52,8 @@ class Method(ABC):
     name: ClassVar[str]
     #: whether the method works on the subspace form of the adapter
     svd: ClassVar[bool] = False
+    #: whether it can learn texts too, and not answers among choices alone
+    reads_texts: ClassVar[bool] = True
 
     config: FitConfig = FitConfig()  # noqa: RUF009  (frozen)
     eval_batch_size: int = 64
@@ -109,9 +111,9 @@ class Method(ABC):
         return fitted
 
     def nll(self, predictor: Predicts, split: Split) -> float:
-        """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats."""
-        found = predict(predictor, split, batch_size=self.eval_batch_size)
-        return evaluate(found.logits, found.labels)["nll"]
+        """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats; of texts y_n
+        is a whole completion."""
+        return assess(predictor, split, batch_size=self.eval_batch_size).metrics["nll"]
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""

@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 from ..data import Batch
 from ..lora.adapter import SubspaceAdapter
+from ..readouts.completion_tokens import NO_TOKEN
 from .priors import FixedPrior, Prior
 
 __all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
@@ -84,6 +85,14 @@ class LoRAModel(PyroModule):
 
     .. math:: y_n \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n)), \quad n = 1, …, N
 
+    Where the readout gives logits for the tokens of a text, y_n is its T_n tokens, one event of the
+    plate over the N texts:
+
+    .. math:: y_{nt} \mid x_n, y_{n,<t} \sim \mathrm{Categorical}(\mathrm{softmax} f_t(x_n, y_n)),
+              \quad t = 1, …, T_n
+
+    −ELBO/N and the ``nll`` that ``fit`` records are then nats a text, not a token.
+
     Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
     same ``fit`` trains point estimates and posteriors.
 
@@ -113,11 +122,15 @@ class LoRAModel(PyroModule):
     def observe(self, batch: Batch, logits: Tensor) -> Tensor:
         """The likelihood: ``"label"`` in the plate ``"data"``; override it for another one.
 
-        :param logits: (\\*draws, B, C), returned as they are.
+        :param logits: (\\*draws, B, C), or of texts (\\*draws, B, K, C); returned as they are.
         """
         batch = batch.to(logits.device)
+        y, labels = dist.Categorical(logits=logits), batch.labels
+        if labels is not None and labels.dim() == 2:  # (B, K) tokens
+            y = y.mask(labels != NO_TOKEN).to_event(1)
+            labels = labels.clamp(min=0)
         with self.data_plate(batch):
-            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+            pyro.sample("label", y, obs=labels)
         return logits
 
     def data_plate(self, batch: Batch) -> pyro.plate:

@@ -1,9 +1,10 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
+from .assessment import Assessment, assess
 from .calibration import CalibrationFloor, ece, ece_floor
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
-from .generation import Decoding, ScoredText, generate, score
+from .generation import Decoding, generate
 from .intervals import Interval, crossed_interval, paired_difference, per_question
 from .linearised import Linearised
 from .metrics import (
@@ -25,9 +26,11 @@ from .predictor import (
     predict,
     predict_proba,
 )
+from .texts import ScoredText, evaluate_texts, score, score_split
 from .weight_draws import WeightAverage
 
 __all__ = [
+    "Assessment",
     "Averaged",
     "CalibrationFloor",
     "Decoding",
@@ -40,6 +43,7 @@ __all__ = [
     "RunPredictor",
     "ScoredText",
     "WeightAverage",
+    "assess",
     "auroc",
     "average",
     "crossed_interval",
@@ -49,6 +53,7 @@ __all__ = [
     "ece_floor",
     "entropy",
     "evaluate",
+    "evaluate_texts",
     "fold_into",
     "generate",
     "half_width",
@@ -59,6 +64,7 @@ __all__ = [
     "predict",
     "predict_proba",
     "score",
+    "score_split",
     "signal_to_noise",
     "summarise",
 ]

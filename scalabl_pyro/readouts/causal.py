@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DataError
 
-__all__ = ["keeps_logits", "last_logits", "left_padded", "prompt_ids", "templated"]
+__all__ = ["DATE", "keeps_logits", "last_logits", "left_padded", "prompt_ids", "templated"]
 
 
 def prompt_ids(
@@ -40,8 +40,8 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(whole) - begin - len(bare) if begin < len(whole) else 0
 
 
-# Some chat templates write today's date, and the same record would be another prompt tomorrow.
-_DATE = "26 Jul 2024"
+#: some chat templates write today's date, and the same record would be another prompt tomorrow.
+DATE = "26 Jul 2024"
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -59,7 +59,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
                     [{"role": "user", "content": content}],
                     add_generation_prompt=True,
                     tokenize=False,
-                    date_string=_DATE,
+                    date_string=DATE,
                 )
             )
         except (TemplateError, TypeError, AttributeError, LookupError) as error:

@@ -5,7 +5,8 @@
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
   guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean; ``config.yaml`` the settings of the run
-* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
+* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
+  of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
 """
 
@@ -33,13 +34,8 @@ from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
-from ..prediction.predictor import (
-    Predictions,
-    Predictor,
-    Predicts,
-    RunPredictor,
-    predict_proba,
-)
+from ..prediction.assessment import Assessment
+from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict_proba
 from ..readouts import Classes, Readout
 from .config import RunConfig, build
 
@@ -120,8 +116,7 @@ def save_run(
     config: RunConfig,
     classes: Classes,
     fitted: Fitted,
-    metrics: Mapping[str, Any],
-    predictions: Mapping[str, Predictions],
+    assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
@@ -129,7 +124,7 @@ def save_run(
     :raises FileExistsError: if the folder exists.
     """
     with whole_folder(config.check_run_dir()) as part:
-        _write_run(part, config, classes, fitted, metrics, predictions, trials)
+        _write_run(part, config, classes, fitted, assessed, trials)
 
 
 def _write_run(
@@ -137,11 +132,11 @@ def _write_run(
     config: RunConfig,
     classes: Classes,
     fitted: Fitted,
-    metrics: Mapping[str, Any],
-    predictions: Mapping[str, Predictions],
+    assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]],
 ) -> None:
     predictor, adapter = fitted.predictor, fitted.predictor.adapter
+    history = fitted.result.history  # empty where nothing was trained
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
     mean = posterior_mean(predictor, fitted.guide)
     with adapter.folded(mean) as peft_model:
@@ -163,7 +158,7 @@ def _write_run(
             "modules": adapter.module_names,
             "rank": adapter.rank,
             "scaling": adapter.scaling,
-            "kl_weight": fitted.result.history[-1]["kl_weight"],
+            "kl_weight": history[-1]["kl_weight"] if history else None,
             "num_data": fitted.model.num_data,
             "seed": config.seed,
             "temperature": predictor.temperature if isinstance(predictor, Predictor) else 1.0,
@@ -171,15 +166,17 @@ def _write_run(
             "base_model": {"name": config.model.name, "fingerprint": adapter.base_fingerprint()},
         },
     )
-    logits = {f"{split}.logits": found.logits for split, found in predictions.items()}
-    labels = {f"{split}.labels": found.labels for split, found in predictions.items()}
-    known = {name: value for name, value in labels.items() if value is not None}
-    save_file(_tensors(logits | known), part / "predictions.safetensors")
+    tensors = {
+        f"{split}.{name}": value
+        for split, found in assessed.items()
+        for name, value in found.tensors.items()
+    }
+    save_file(_tensors(tensors), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
-    _write_json(part / "metrics.json", metrics)
+    _write_json(part / "metrics.json", {name: found.metrics for name, found in assessed.items()})
     if trials:
         _write_json(part / "trials.json", list(trials))
-    _write_history(part / "history.csv", fitted.result.history)
+    _write_history(part / "history.csv", history)
     _write_json(part / "environment.json", _environment())
 
 

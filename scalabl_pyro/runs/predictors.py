@@ -71,6 +71,11 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         return run.predictor
     if run.guide is None:
         raise ValueError("the run has no posterior over s: leave prediction as it is")
+    if run.readout.reads_texts and (config.name == "linearised" or config.tolerance is not None):
+        raise ValueError(
+            f"prediction.name is {config.name!r} and prediction.tolerance {config.tolerance}, of a"
+            " run that reads texts: expected average or mean, without a tolerance"
+        )
     predictor, median = run.subspace_predictor(), run.guide.median()["s"]
     adapter, draws = predictor.adapter, predictor.draws
     if config.draws is not None:
