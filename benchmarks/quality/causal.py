@@ -43,14 +43,13 @@ from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL
 from scalabl_pyro.methods.reference import Reference
 from scalabl_pyro.prediction.intervals import (
     Interval,
+    auroc_per_question,
     crossed_interval,
     paired_difference,
     per_question,
     stacked,
 )
 from scalabl_pyro.prediction.metrics import (
-    auroc,
-    auroc_at_equal_length,
     ece_floor,
     evaluate,
     noise_to_signal,
@@ -458,7 +457,7 @@ def choose(bench: Bench, name: str) -> dict[str, dict[str, float]]:
 
 def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Figures of a row, from one run a seed, with intervals over seeds and questions."""
-    each = [per_question(run["test.log_probs"][None].float(), run["test.labels"]) for run in runs]
+    each = [by_question(run) for run in runs]
     figures: dict[str, Any] = {
         name: interval(crossed_interval(values)) for name, values in stacked(each).items()
     }
@@ -475,13 +474,24 @@ def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
     """Figures that are no means over questions."""
-    probs = run["test.log_probs"].float().exp()
-    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
-    wrong = probs.argmax(-1) != run["test.labels"]
-    found = {
+    probs, wrong = answers(run)
+    return {
         "ece_floor": ece_floor(probs).mean,
         "confidence_minus_acc": float(probs.amax(-1).mean() - (~wrong).float().mean()),
     }
+
+
+def answers(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, C) of the test questions, and whether each answer is wrong."""
+    probs = run["test.log_probs"].float().exp()
+    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
+    return probs, probs.argmax(-1) != run["test.labels"]
+
+
+def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each question adds to a figure: the test questions, or also those of the other task."""
+    probs, wrong = answers(run)
+    found = per_question(run["test.log_probs"][None].float(), run["test.labels"])
     other = run["other.log_probs"].float().exp()
     scores = {
         "entropy": (torch.special.entr(probs).sum(-1), torch.special.entr(other).sum(-1)),
@@ -494,9 +504,9 @@ def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
     for name, (here, there) in scores.items():
         if not here.float().any():
             continue  # one draw
-        found[f"auroc_wrong_{name}"] = auroc(here.float(), wrong)
+        found[f"auroc_wrong_{name}"] = auroc_per_question(here.float(), wrong)
         both = torch.cat([here, there]).float()
-        found[f"auroc_other_{name}"] = auroc_at_equal_length(both, is_other, lengths)
+        found[f"auroc_other_{name}"] = auroc_per_question(both, is_other, lengths)
     return found
 
 
@@ -524,20 +534,15 @@ def table(bench: Bench, names: list[str]) -> dict[str, Any]:
         "chosen": chosen,
         "test": {row: metrics(each) for row, each in runs.items()},
     }
-    by_question = {
-        row: stacked(
-            [per_question(r["test.log_probs"][None].float(), r["test.labels"]) for r in each]
-        )
-        for row, each in runs.items()
-    }
+    each_row = {row: stacked([by_question(run) for run in each]) for row, each in runs.items()}
     for other in AGAINST:
         if other in runs:
             figures[f"minus {other}"] = {
                 row: {
-                    key: interval(paired_difference(values[key], by_question[other][key]))
-                    for key in ("acc", "ece", "nll", "brier")
+                    key: interval(paired_difference(values[key], each_row[other][key]))
+                    for key in sorted(values.keys() & each_row[other].keys())
                 }
-                for row, values in by_question.items()
+                for row, values in each_row.items()
                 if row != other
             }
     return figures

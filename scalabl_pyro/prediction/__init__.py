@@ -13,7 +13,13 @@ from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, generate
-from .intervals import Interval, crossed_interval, paired_difference, per_question
+from .intervals import (
+    Interval,
+    auroc_per_question,
+    crossed_interval,
+    paired_difference,
+    per_question,
+)
 from .linearised import Linearised
 from .mahalanobis import mahalanobis, pooled_features
 from .metrics import (
@@ -70,6 +76,7 @@ __all__ = [
     "aurc",
     "auroc",
     "auroc_at_equal_length",
+    "auroc_per_question",
     "average",
     "conformal_sets",
     "conformal_threshold",
