@@ -37,7 +37,7 @@ from ..prediction.assessment import Assessment
 from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict_proba
 from ..readouts import Classes, Readout
 from .config import ConfigError, RunConfig, build
-from .reading import RunFolderError, read_json, read_settings, read_tensors
+from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
 __all__ = ["Run", "RunFolderError", "load_run", "save_run"]
 
@@ -79,11 +79,13 @@ class Meaning:
 class Run:
     """A run folder, loaded.
 
+    :param folder: where it is, of one from the Hub in the local cache.
     :param predictor: gives the logits that it gave before saving.
     :param model: the probabilistic model, with what its prior learned.
     :param guide: the posterior q(s), or ``None`` without one.
     """
 
+    folder: Path
     config: RunConfig
     classes: Classes
     predictor: RunPredictor
@@ -207,10 +209,12 @@ def _write_run(
 def load_run(folder: str | Path) -> Run:
     """Read a run folder and the base model it names.
 
-    :raises RunFolderError: if it is incomplete, damaged, or of another format version, was made on
-        other base weights, or its ``config.yaml`` has been changed since.
+    :param folder: or ``owner/name`` on the Hub, where ``hf upload owner/name FOLDER`` puts one;
+        with ``@`` and a branch, tag or commit behind it, if not the latest is wanted.
+    :raises RunFolderError: if it cannot be had, is incomplete, damaged, or of another format
+        version, was made on other base weights, or its ``config.yaml`` has been changed since.
     """
-    folder = Path(folder)
+    folder = find_run(folder)
     meaning = _meaning(folder / "posterior.json")
     config = read_settings(folder)
     _check_settings(config, meaning, folder)
@@ -258,7 +262,7 @@ def load_run(folder: str | Path) -> Run:
         )
     except ValueError as error:
         raise RunFolderError.damaged(posterior, error) from error
-    return Run(config, classes, predictor, model, guide)
+    return Run(folder, config, classes, predictor, model, guide)
 
 
 def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
