@@ -39,7 +39,7 @@ from ..readouts import Classes, Readout
 from .config import ConfigError, RunConfig, build
 from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
-__all__ = ["Run", "RunFolderError", "load_run", "save_run"]
+__all__ = ["Run", "RunFolderError", "load_run", "read_meaning", "save_run"]
 
 FORMAT = 4
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
@@ -215,7 +215,7 @@ def load_run(folder: str | Path) -> Run:
         version, was made on other base weights, or its ``config.yaml`` has been changed since.
     """
     folder = find_run(folder)
-    meaning = _meaning(folder / "posterior.json")
+    meaning = read_meaning(folder)
     config = read_settings(folder)
     _check_settings(config, meaning, folder)
     config = replace(config, model=replace(config.model, shard=False))  # one process reads it
@@ -274,7 +274,12 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 
 
-def _meaning(path: Path) -> Meaning:
+def read_meaning(folder: Path) -> Meaning:
+    """What ``posterior.json`` says.
+
+    :raises RunFolderError: if it is missing, damaged, or of another format version.
+    """
+    path = folder / "posterior.json"
     values = read_json(path)
     if values.get("format") != FORMAT:
         raise RunFolderError(
