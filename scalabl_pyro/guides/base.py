@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pyro
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..models.model import ScalaBLModel, require_module_local_params
+from ..models.priors import GivenPrior, Prior
 
 __all__ = ["AutoSubspace", "JointNormal"]
 
@@ -101,6 +103,18 @@ class AutoSubspace(PyroModule):
         if num_draws < 1:
             raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
         return self.get_posterior().sample(torch.Size([num_draws]))
+
+    @torch.no_grad()
+    def as_prior(self) -> Prior:
+        """q(s) as it is now, for the model of a further task with the same V and B.
+
+        This is variational continual learning (Nguyen et al. 2018, arXiv 1710.10628): with exact
+        posteriors, the last one is that of all tasks' data together.
+        """
+        support = Prior.support if self._to_support is None else self._to_support.codomain
+        shape = (self._init_loc.shape[0], self._init_loc.shape[1])
+        frozen = deepcopy(self).requires_grad_(False)  # whatever becomes of this one
+        return GivenPrior(shape, frozen.get_posterior(), support)
 
     @torch.no_grad()
     def median(self) -> dict[str, Tensor]:

@@ -183,6 +183,12 @@ class SubspaceAdapter:
         """Those of :meth:`state` that are trained."""
         return {name: p for name, p in self.state().items() if p.requires_grad}
 
+    def freeze(self) -> None:
+        """Train nothing of :meth:`state` any more, so that s alone is left to infer. Models that
+        were made before still declare what they found."""
+        for parameter in self.state().values():
+            parameter.requires_grad_(False)
+
     def num_parameters(self) -> dict[str, int]:
         """How many numbers are trained, in the LoRA projections and in heads and readout apart."""
         counts = {"lora": 0, "heads": 0}
