@@ -39,7 +39,7 @@ from .predictor import (
     predict_proba,
 )
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
-from .selection import SELECTION_SCORES, Selection, select
+from .selection import SELECTION_SCORES, Pool, Selection, select
 from .text_scores import semantic_entropy, sequence_rmi, token_scores
 from .weight_draws import WeightAverage
 
@@ -53,6 +53,7 @@ __all__ = [
     "Interval",
     "Linearised",
     "NonFinitePredictionsError",
+    "Pool",
     "Predictions",
     "Predictor",
     "Predicts",
