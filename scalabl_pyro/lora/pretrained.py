@@ -15,7 +15,7 @@ from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
 from .loading import load_llm, load_readout, make_readout, prepare
-from .subspace import set_subspace
+from .subspace import set_perp, set_subspace
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -47,6 +47,7 @@ def from_pretrained(
     projections: ProjectionMode = "free",
     start: str | Path | None = None,
     subspace: str = "random",
+    perp: int = 0,
     gradient_checkpointing: bool = False,
     **loading: Unpack[LoadOptions],
 ) -> SubspaceAdapter:
@@ -64,6 +65,9 @@ def from_pretrained(
     :param projections: and ``start``, ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
     :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
         ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
+    :param perp: k, coordinates of each module that stay at their prior (see
+        :func:`~scalabl_pyro.lora.set_perp`), in directions that up to 256 of the records hardly
+        excite.
     :param loading: ``dtype``, ``quantization``, ``device``, ``device_map``, ``attention`` and
         ``revision``, as in :class:`ModelConfig`, of a model given by its name.
     :raises FileNotFoundError: if the model cannot be found.
@@ -135,9 +139,12 @@ def from_pretrained(
         read,
         start=start,
         projections=projections,
+        perp=perp,
         gradient_checkpointing=gradient_checkpointing,
     )
     set_subspace(adapter, subspace, adapter.encode(records) if subspace == "activations" else None)
+    if perp:
+        set_perp(adapter, adapter.encode(records))
     return adapter
 
 

@@ -65,6 +65,14 @@ class Method(ABC):
         setting of the methods that leave a choice."""
         return "free"
 
+    def form(self) -> dict[str, Any]:
+        """The options of :class:`~scalabl_pyro.lora.SubspaceAdapter` that the method decides."""
+        return {"svd": self.svd, "projections": self.projections}
+
+    def start(self, adapter: SubspaceAdapter, train: Split) -> None:
+        """What a fresh adapter takes from the training data, before there is a model."""
+        adapter.start_readout(train)
+
     def fit(
         self,
         make_adapter: Callable[..., SubspaceAdapter],
@@ -82,8 +90,8 @@ class Method(ABC):
         :param checkpoints: what :func:`~scalabl_pyro.infer.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
-        adapter = make_adapter(svd=self.svd, projections=self.projections)
-        adapter.start_readout(train)
+        adapter = make_adapter(**self.form())
+        self.start(adapter, train)
         model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
         validate = None

@@ -46,7 +46,7 @@ from .predictor import (
     predict_proba,
 )
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
-from .selection import SELECTION_SCORES, Selection, select
+from .selection import SELECTION_SCORES, Pool, Selection, select
 from .text_scores import semantic_entropy, sequence_rmi, token_scores
 from .texts import ScoredText, evaluate_texts, score, score_split
 from .weight_draws import WeightAverage
@@ -62,6 +62,7 @@ __all__ = [
     "Interval",
     "Linearised",
     "NonFinitePredictionsError",
+    "Pool",
     "Predictions",
     "Predictor",
     "Predicts",

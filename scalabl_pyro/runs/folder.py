@@ -228,8 +228,7 @@ def load_run(folder: str | Path) -> Run:
         config.model,
         replace(config.lora, start=start, subspace="random"),
         load_readout(config.model, classes),
-        svd=False,
-        projections=method.projections,
+        **method.form() | {"svd": False},
     )
     if adapter.module_names != meaning.modules:
         raise RunFolderError(

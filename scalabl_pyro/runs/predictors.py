@@ -77,8 +77,9 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
             f"prediction.name is {config.name!r} and prediction.tolerance {config.tolerance}, of a"
             " run that reads texts: expected average or mean, without a tolerance"
         )
-    predictor, median = run.subspace_predictor(), run.guide.median()["s"]
+    predictor = run.subspace_predictor()
     adapter, draws = predictor.adapter, predictor.draws
+    median = adapter.with_perp(run.guide.median()["s"])
     if config.draws is not None:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
@@ -103,7 +104,7 @@ def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
 
 
 #: ways to predict by name: functions of the run's predictor, the posterior's median (M, r) and the
-#: draws (S, M, r) that the other settings ask for
+#: draws (S, M, r), both with s_perp where there is one, that the other settings ask for
 WAYS: dict[str, Callable[[Predictor, Tensor, Tensor], Predicts]] = {
     "average": _average,
     "linearised": _linearised,
