@@ -1,5 +1,6 @@
 # make demo   set up, then over-confidence and its cure on real questions
 # make test   set up, then lint and tests
+# make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ export MPLBACKEND ?= Agg
 # Processes that share cores are many times slower if their threads spin while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format slow clean
+.PHONY: demo test docs lint format slow clean
 
 # torch first and alone: other resolvers, or later ones, may fetch the CUDA build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -29,6 +30,10 @@ test: lint
 slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
 
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/mkdocs build
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +44,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

@@ -99,12 +99,18 @@ class ModelConfig(ReadoutConfig):
 class AdapterConfig:
     """LoRA: rank r, scaling α, target modules, dropout, and heads that are trained whole.
 
+    :param r: rank, and the number of coordinates of s in a module.
+    :param alpha: α; ΔW is scaled by α/r.
     :param targets: ends of the names of linear layers; or one string, ``all-linear`` or a regular
         expression that whole names match.
+    :param dropout: of LoRA's input, in training.
+    :param heads: names of modules that are trained whole, such as a classifier.
     :param layers: indices of the blocks to adapt; all of them if empty.
     :param start: a trained PEFT adapter, a folder or a name on the Hub, to start from; rank,
         scaling, targets, dropout, layers and heads are then its own.
     :param base_dropout: also train with the base model's own dropout.
+    :param gradient_checkpointing: less memory for more time: the backward pass computes the
+        activations of each block again.
     :param subspace: where V comes from, a name in ``SUBSPACES`` (see
         :func:`~scalabl_pyro.lora.set_subspace`): ``random``, ``activations`` or ``weights``.
     :raises ValueError: if a value is out of range.

@@ -31,8 +31,10 @@ class ReadoutConfig:
         question.
     :param system: a message that stands before all others in the chat template.
     :param chat: for causal language models, put prompts through the chat template.
-    :param normalise: and ``temperature``: for choice likelihood, as in
-        :class:`~scalabl_pyro.readouts.ChoiceLikelihood`.
+    :param normalise: for choice likelihood, what log p of a choice is divided by: its
+        ``characters``, its ``tokens``, or ``none``.
+    :param temperature: for choice likelihood, whether κ is ``trained``, or 1 with ``none`` (see
+        :class:`~scalabl_pyro.readouts.ChoiceLikelihood`).
     :param truncate: cut the questions of prompts that are longer than the context instead of
         refusing them.
     :raises ValueError: if a value is not one of those listed, or a text cannot be what it is for.

@@ -107,6 +107,10 @@ class RunConfig:
     :param run_dir: the folder to write, which must not exist.
     :param fit: the method's own, ``METHODS[name].config``, if left out.
     :param checkpoint: how often an unfinished run is saved.
+    :param eval_batch_size: B of a forward pass in validation and prediction, before draws multiply
+        it.
+    :param seed: of the starting weights, the order of the data, noise and draws.
+    :param progress: show a bar.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
         finished one as it is.
     :param trials: mappings that override ``method`` and ``fit``; where there are any, each is

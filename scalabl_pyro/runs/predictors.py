@@ -23,6 +23,7 @@ class PredictionConfig:
     * ``mean``: one pass at the posterior's median
     * ``linearised``: the average, with logits that are linear in s
 
+    :param name: one of these.
     :param draws: S; those that the run saved if left out.
     :param kind: of the draws, see :func:`~scalabl_pyro.prediction.draw`.
     :param trunk: share of the lowest blocks, 0 to 1, that stay at the median, and run once for all
