@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 def table(folder: Path) -> str:
     out = folder.parent / f"{folder.name}-table"
-    scalabl("table", f"runs={folder}", f"out={out}")
+    scalabl("report", f"runs={folder}", f"out={out}")
     return (out / "table.json").read_text()
 
 

@@ -23,7 +23,7 @@ from ..prediction.intervals import (
 )
 from ..prediction.metrics import auroc, average, entropy
 from ..prediction.predictor import Predictions
-from ..runs.reading import RunFolderError, read_json, read_tensors
+from ..runs.reading import read_json, read_predictions
 from ._plots import plot_comparison
 
 __all__ = ["format_table", "load_predictions", "write_report"]
@@ -37,18 +37,8 @@ def load_predictions(folder: Path) -> dict[str, Predictions]:
 
     :raises RunFolderError: if they are missing or damaged.
     """
-    path = folder / "predictions.safetensors"
-    tensors = read_tensors(path)
-    found = {}
-    for name in sorted({name.rpartition(".")[0] for name in tensors}):
-        logits, labels = (tensors.get(f"{name}.{part}") for part in ("logits", "labels"))
-        if logits is None or labels is None or labels.shape != logits.shape[1:2]:
-            shapes = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(f"{name}.")}
-            raise RunFolderError.damaged(
-                path, f"{name} has {shapes}: expected logits (S, N, C) and labels (N,)"
-            )
-        found[name] = Predictions(logits, labels)
-    return found
+    found = read_predictions(folder)
+    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in found.items()}
 
 
 def write_report(

@@ -21,7 +21,14 @@ from torch import Tensor
 from .calibration import calibration_gaps, check_labels
 from .metrics import average
 
-__all__ = ["Interval", "crossed_interval", "paired_difference", "per_question", "stacked"]
+__all__ = [
+    "Interval",
+    "crossed_interval",
+    "paired_difference",
+    "per_question",
+    "per_text",
+    "stacked",
+]
 
 
 class Interval(NamedTuple):
@@ -121,6 +128,17 @@ def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str,
         "nll": torch.nn.functional.nll_loss(log_probs, labels, reduction="none"),
         "brier": (probs - one_hot).square().sum(-1),
     }
+
+
+def per_text(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """What each completion adds to ``nll`` and ``tokens``, whose mean each is; (N,).
+
+    :param log_probs: (S, T), of all completions' tokens one after another, under each draw.
+    :param lengths: (N,), their tokens, T in all.
+    """
+    averaged = log_probs.double().logsumexp(0) - math.log(len(log_probs))  # (T,)
+    sums = [part.sum() for part in averaged.split(lengths.tolist())]
+    return {"nll": -torch.stack(sums), "tokens": lengths.double()}
 
 
 def stacked(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -837,7 +837,7 @@ def test_a_name_that_is_too_long_is_told_before_the_work(run, data, capsys, monk
         assert f"of {length} characters is too long" in only_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["compare", "table"])
+@pytest.mark.parametrize("command", ["compare", "report"])
 def test_a_table_that_cannot_be_written_is_told_before_the_work(command, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("/proc/nope/x", "file"):
