@@ -134,8 +134,10 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     }
     if is_main():
         prediction = counter.passes(sum(map(len, encoded.values())))
-        passes = {"training": spent[name], "prediction": prediction}
-        save_run(chosen, classes, fitted, assessed, trials, **passes)
+        training = spent[name]
+        save_run(
+            chosen, classes, fitted, assessed, trials, training=training, prediction=prediction
+        )
     metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
     return {**metrics, "trials": trials} if trials else metrics
 

@@ -58,11 +58,12 @@ class PassCounter:
 
         :param examples: divides them.
         """
-        counts = (
-            round(count / examples, 6) if self._known else None
-            for count in (self._forward, self._backward)
-        )
-        return Passes(*counts, (time.perf_counter() - self._started) / examples)
+        seconds = (time.perf_counter() - self._started) / examples
+        if not self._known:
+            return Passes(None, None, seconds)
+        forward, backward = self._forward / examples, self._backward / examples
+        # Shares of blocks, such as thirds, do not add up to the bit.
+        return Passes(round(forward, 6), round(backward, 6), seconds)
 
     def _hook(self, share: float) -> Callable[..., None]:
         def passed(module: nn.Module, args: Any, output: Any) -> None:

@@ -18,7 +18,7 @@ from ..prediction.intervals import Interval, crossed_interval, per_question, per
 from ..readouts import READOUTS
 from .config import RunConfig
 
-__all__ = ["Figure", "about", "head", "plain", "results", "run_card", "with_intervals"]
+__all__ = ["Figure", "about", "head", "plain", "results", "run_card", "settings", "with_intervals"]
 
 #: a metric of one run: with an interval over its questions, a number, or none where it is not one
 Figure = Interval | float | None
@@ -70,6 +70,7 @@ def run_card(
     lines += ["", "## Results", "", *results(figures)]
     if not adapter:
         lines += ["", "## How to load it", "", *_loading(config), "", f"`adapter/`: {mean}"]
+    lines += ["", "## Settings", "", *settings(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -84,12 +85,10 @@ def head(base: str, *, on_hub: bool = True) -> list[str]:
 
 
 def about(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
-    """Model, data and method.
+    """Method, model and data in a sentence each.
 
     :param sizes: examples by split; none where they are not known.
     """
-    values = asdict(config)
-    shown = {name: values[name] for name in ("model", "data", "lora", "method", "fit")}
     lines = [
         f"Method `{config.method['name']}` of scalabl_pyro {version('scalabl_pyro')}, seed"
         f" {config.seed}, LoRA of rank {config.lora.r} on {plain(config.model.name)}."
@@ -97,10 +96,17 @@ def about(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
     if sizes:
         counts = ", ".join(f"{count} of {plain(name)}" for name, count in sizes.items())
         lines += ["", f"Examples: {counts}."]
+    return lines
+
+
+def settings(config: RunConfig) -> list[str]:
+    """Those of model, data and method, as ``config.yaml`` has them."""
+    values = asdict(config)
+    shown = {name: values[name] for name in ("method", "data", "model", "lora", "fit")}
     # A fence longer than any that a prompt may hold.
     text = OmegaConf.to_yaml(OmegaConf.create(shown)).rstrip()
     fence = "`" * max(3, 1 + max(map(len, _runs_of_backticks(text)), default=0))
-    return [*lines, "", f"{fence}yaml", text, fence]
+    return [f"{fence}yaml", text, fence]
 
 
 def results(figures: Mapping[str, Mapping[str, Figure]]) -> list[str]:

@@ -29,7 +29,7 @@ from ..lora.gguf import find_gguf
 from ..lora.layers import quiet_peft
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
-from .card import Figure, about, head, plain, results
+from .card import Figure, about, head, plain, results, settings
 from .folder import Run, posterior_mean
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
@@ -250,12 +250,11 @@ def _card(
         ),
         *_how_choices_are_scored(manifest),
         "",
-        "## Data and method",
-        "",
         *about(run.config, {}),
     ]
     if metrics:
         lines += ["", "## Results", "", *results(metrics)]
+    lines += ["", "## Settings", "", *settings(run.config)]
     return "\n".join(lines) + "\n"
 
 

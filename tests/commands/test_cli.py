@@ -70,8 +70,8 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     trained = json.loads(capsys.readouterr().out)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"posterior.safetensors"} == {
-        "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
-        "posterior.json", "predictions.safetensors", "projections.safetensors",
+        "README.md", "adapter", "config.yaml", "cost.json", "environment.json", "history.csv",
+        "metrics.json", "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
     without_draws = {"mle", "map", "temperature", "mc_dropout", "zero_shot"}
     assert ("posterior.safetensors" in names) == (method not in without_draws)
