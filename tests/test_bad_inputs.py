@@ -48,6 +48,7 @@ from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.prediction import (
     auroc,
     average,
+    calibration_band,
     crossed_interval,
     ece,
     ece_floor,
@@ -370,6 +371,8 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "bins": (lambda tools: ece(two(0.6, 0.7), RIGHT, bins=0), "bins is 0"),
         "floor bins": (lambda tools: ece_floor(two(0.6), bins=-1), "bins is -1"),
         "floor draws": (lambda tools: ece_floor(two(0.6), draws=0), "draws is 0"),
+        "band level": (lambda tools: calibration_band(two(0.6), level=1.0), "level is 1.0"),
+        "band draws": (lambda tools: calibration_band(two(0.6), draws=0), "draws is 0"),
         "floor nothing": (lambda tools: ece_floor(torch.zeros(0, 2)), "(0, 2)"),
         "auroc shapes": (lambda tools: auroc(torch.zeros(3), RIGHT.bool()), "(3,)"),
         "auroc nan": (lambda tools: auroc(torch.tensor([0.0, NAN]), RIGHT.bool()), "nan at 1"),

@@ -1,52 +1,117 @@
-"""Pictures of predictions: reliability diagrams, and the entropy of familiar and new inputs."""
+"""Pictures of predictions: reliability, risk and coverage, entropy, and quality against cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
+from torch import Tensor
 
 from ..files import whole_file
+from ..prediction.calibration import bin_of, calibration_band
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 
-__all__ = ["plot_comparison", "plot_entropy", "plot_reliability", "save_figure"]
+__all__ = [
+    "plot_comparison",
+    "plot_cost",
+    "plot_entropy",
+    "plot_reliability",
+    "plot_risk_coverage",
+    "save_figure",
+]
 
 
 def plot_reliability(axis: Axes, found: Sequence[Predictions], *, bins: int = 10) -> None:
     """Accuracy against confidence in equal-width bins, over several runs.
 
     A bar below the diagonal is over-confident. Bars are as dark as their share of the examples.
+    Black lines are where 95 % of a calibrated model's bins would end, with the probabilities and
+    the number of examples of one run, on average: all runs answer the same questions.
     """
     probs = torch.cat([average(f.logits).exp() for f in found])
     labels = torch.cat([f.labels for f in found if f.labels is not None])
     confidence, answer = probs.max(-1)
     right = (answer == labels).float()
-    index = (confidence * bins).long().clamp(max=bins - 1)
+    index = bin_of(confidence, bins)
     count = torch.bincount(index, minlength=bins).float()
     accuracy = torch.bincount(index, right, minlength=bins) / count.clamp(min=1)
     mean = torch.bincount(index, confidence, minlength=bins) / count.clamp(min=1)
+    bands = torch.stack([calibration_band(average(f.logits).exp(), bins) for f in found])
+    low, high = bands.nanmean(0)
     for i in torch.nonzero(count).flatten().tolist():
         share = float(count[i] / count.max())
         axis.bar(
             (i + 0.5) / bins, float(accuracy[i]), 0.9 / bins, color="C0", alpha=0.15 + 0.75 * share
         )
         axis.plot(float(mean[i]), float(accuracy[i]), ".", color="black", markersize=3)
+        axis.vlines((i + 0.5) / bins, float(low[i]), float(high[i]), color="black", linewidth=1)
     axis.plot([0, 1], [0, 1], "--", color="gray", linewidth=1)
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
 def plot_entropy(axis: Axes, runs: Mapping[str, Sequence[Predictions]], *, bins: int = 25) -> None:
-    """Histograms of predictive entropy, one a split."""
-    for name, found in runs.items():
+    """Histograms of predictive entropy, one a split, told apart by colour and by dashes."""
+    for (name, found), dashes in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
         values = torch.cat([entropy(f.logits) for f in found])
         top = float(torch.log(torch.tensor(float(found[0].logits.shape[-1]))))
-        axis.hist(values, bins=bins, range=(0, top), density=True, alpha=0.5, label=name)
+        axis.hist(
+            values,
+            bins=bins,
+            range=(0, top),
+            density=True,
+            histtype="step",
+            linestyle=dashes,
+            linewidth=1.3,
+            label=name,
+        )
     axis.set(yticks=[])
+
+
+def plot_risk_coverage(axis: Axes, curves: Mapping[str, Tensor], name: str) -> None:
+    """The error rate of the answers that are kept, against their share; one row in colour, the
+    others in grey.
+
+    :param curves: a row's name → R_k at k = 1 … N (N,), see ``risk_coverage_curve``.
+    """
+    for other, curve in sorted(curves.items(), key=lambda item: item[0] == name):
+        coverage = torch.arange(1, len(curve) + 1) / len(curve)
+        colour, width = ("C0", 1.8) if other == name else ("0.75", 0.7)
+        axis.plot(coverage, curve, color=colour, linewidth=width)
+    axis.set(xlim=(0, 1), ylim=(0, None), xlabel="coverage", ylabel="error rate")
+
+
+def plot_cost(axis: Axes, points: Mapping[str, tuple[float, Mapping[str, float]]]) -> None:
+    """Test NLL with its interval against a cost, with names at the right.
+
+    :param points: a row's name → its cost and its NLL, with ``mean``, ``low`` and ``high``.
+    """
+    for cost, nll in points.values():
+        axis.plot([cost, cost], [nll["low"], nll["high"]], color="C0", linewidth=1, alpha=0.5)
+        axis.plot(cost, nll["mean"], "o", color="C0", markersize=4)
+    order = sorted(points, key=lambda name: points[name][1]["mean"])
+    for place, name in enumerate(order):
+        cost, nll = points[name]
+        axis.annotate(
+            name,
+            (cost, nll["mean"]),
+            xytext=(1.08, (place + 0.5) / len(order)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5},
+        )
+    # The base model costs nothing to train.
+    axis.set_xscale("symlog", linthresh=1, linscale=0.2)
+    axis.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(ylabel="test NLL")
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Predictions]]], path: Path) -> None:

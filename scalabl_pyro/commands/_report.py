@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,14 @@ from ..prediction.intervals import (
 )
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
-from ..runs.reading import RunFolderError, read_json, read_tensors
+from ..prediction.rejection import aurc
+from ..runs.cost import Cost, read_cost
+from ..runs.reading import read_json, read_predictions
+from ._formats import METRICS, REFERENCE, format_table, to_csv, to_markdown
+from ._page import to_html
 from ._plots import plot_comparison
 
-__all__ = ["format_table", "load_predictions", "write_report"]
-
-METRICS = ("acc", "ece", "nll", "brier")
-REFERENCE = "mle"
+__all__ = ["load_predictions", "write_report", "written"]
 
 
 def load_predictions(folder: Path) -> dict[str, Predictions]:
@@ -38,18 +37,13 @@ def load_predictions(folder: Path) -> dict[str, Predictions]:
 
     :raises RunFolderError: if they are missing or damaged.
     """
-    path = folder / "predictions.safetensors"
-    tensors = read_tensors(path)
-    found = {}
-    for name in sorted({name.rpartition(".")[0] for name in tensors}):
-        logits, labels = (tensors.get(f"{name}.{part}") for part in ("logits", "labels"))
-        if logits is None or labels is None or labels.shape != logits.shape[1:2]:
-            shapes = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(f"{name}.")}
-            raise RunFolderError.damaged(
-                path, f"{name} has {shapes}: expected logits (S, N, C) and labels (N,)"
-            )
-        found[name] = Predictions(logits, labels)
-    return found
+    found = read_predictions(folder)
+    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in found.items()}
+
+
+def written(out: Path) -> str:
+    """What to tell of a report."""
+    return f"page: {out / 'report.html'}; table and pictures: {out}"
 
 
 def write_report(
@@ -59,15 +53,21 @@ def write_report(
     chosen: Mapping[str, Any],
     trials: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write ``table.json``, ``table.csv``, ``table.txt`` and ``comparison.png``.
+    """Write ``report.html``, its table as ``table.json``, ``.csv``, ``.md`` and ``.txt``, and
+    ``comparison.png``.
 
     :param folders: a row's name → its run folders, one a seed, in the same order in each row.
-    :param chosen: the settings of each row; ``trials`` those that were tried.
+    :param chosen: the settings of each row.
+    :param trials: those that were tried: mappings with ``trial``, ``validation_nll`` and, where it
+        is not that of the others, ``seed``.
     :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
         of calibrated models with the same probabilities; and the AUROC of entropy for telling the
-        examples of a further split from ``test``.
+        examples of a further split from ``test``; and ``aurc``, with an interval over seeds alone.
+        ``best`` has for each split and metric the ``row`` with the best mean, and those that are
+        ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
+        the mean over seeds of what runs cost, ``None`` where one of them does not say.
     :raises ValueError: if runs answer other questions than the first.
     """
     predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
@@ -102,6 +102,15 @@ def write_report(
             }
             for name, row in predictions.items()
         },
+        "aurc": {
+            name: {s: _mean(torch.tensor([_aurc(run[s]) for run in row])[:, None]) for s in splits}
+            for name, row in predictions.items()
+        },
+        "best": {
+            s: {m: _best({n: row[s][m] for n, row in values.items()}, m) for m in METRICS}
+            for s in splits
+        },
+        "cost": {name: _cost([read_cost(f) for f in row]) for name, row in folders.items()},
         "chosen": dict(chosen),
         "trials": dict(trials),
     }
@@ -117,70 +126,14 @@ def write_report(
             for name, row in values.items()
             if name != REFERENCE
         }
-    text = format_table(table)
+    page = to_html(table, folders, predictions, out)
     write_whole(out / "table.json", json_text(table, indent=1) + "\n")
-    write_whole(out / "table.csv", _csv(table))
-    write_whole(out / "table.txt", text + "\n")
+    write_whole(out / "table.csv", to_csv(table))
+    write_whole(out / "table.md", to_markdown(table))
+    write_whole(out / "table.txt", format_table(table) + "\n")
     plot_comparison(predictions, out / "comparison.png")
+    write_whole(out / "report.html", page)
     return table
-
-
-HEADER = """\
-mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
-ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
-"""
-AUROC = "AUROC: entropy of this split against test"
-
-
-def format_table(table: Mapping[str, Any]) -> str:
-    """The table as text, for a terminal."""
-    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
-    lines = [*HEADER.splitlines(), head]
-    if any(table["auroc_of_entropy"].values()):
-        lines = [*HEADER.splitlines(), AUROC, f"{head}{'AUROC':>16s}"]
-    for split in next(iter(table["metrics"].values())):
-        for name, row in table["metrics"].items():
-            auroc = table["auroc_of_entropy"][name].get(split)
-            last = _cell(auroc, 1, 3) if auroc else ""
-            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
-            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
-    differences = table.get(f"minus_{REFERENCE}", {})
-    if differences:
-        lines.append("differences, paired by seed and question, and p of none (two-sided)")
-    for name, row in differences.items():
-        for split, cells in row.items():
-            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)}")
-            p = {m: _p(cells[m]["p"]) for m in METRICS}
-            lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cells(row: Mapping[str, Mapping[str, float]], floor: str = "") -> str:
-    accuracy, error = (_cell(row[m], 100, 1) for m in ("acc", "ece"))
-    nll, brier = (_cell(row[m], 1, 3) for m in ("nll", "brier"))
-    return f"{accuracy:>14s}{error + floor:>20s}{nll:>18s}{brier:>16s}"
-
-
-def _cell(value: Mapping[str, float], unit: float, digits: int) -> str:
-    half = (value["high"] - value["low"]) / 2
-    known = "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
-    return f"{unit * value['mean']:.{digits}f}{known}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _csv(table: Mapping[str, Any]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file)
-    writer.writerow(["method", "split", "metric", "mean", "standard_error", "low", "high"])
-    for name, row in table["metrics"].items():
-        for split, values in row.items():
-            writer.writerows([name, split, m, *value.values()] for m, value in values.items())
-    return file.getvalue()
 
 
 def _mean(values: Tensor) -> dict[str, float]:
@@ -201,6 +154,42 @@ def _floor(runs: Sequence[Predictions]) -> dict[str, float]:
     """Of each seed; their mean."""
     floors = torch.tensor([ece_floor(average(run.logits).exp()) for run in runs])
     return CalibrationFloor(*floors.mean(0).tolist())._asdict()
+
+
+def _best(values: Mapping[str, Tensor], metric: str) -> dict[str, Any]:
+    """:param values: (K, N) by row."""
+    sign = -1.0 if metric == "acc" else 1.0
+    best = min(values, key=lambda name: sign * float(values[name].mean()))
+    differences = {
+        name: paired_difference(found, values[best])
+        for name, found in values.items()
+        if name != best
+    }
+    # Of a single number there is no interval, and nothing is told apart.
+    close = [n for n, d in differences.items() if not (d.low > 0 or d.high < 0)]
+    return {"row": best, "not_told_apart": close}
+
+
+def _cost(costs: Sequence[Cost | None]) -> dict[str, Any] | None:
+    known = [asdict(cost) for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    first = known[0]
+    return {
+        "trained": first["trained"],
+        "stored": first["stored"],
+        **{key: _mean_passes([cost[key] for cost in known]) for key in ("training", "prediction")},
+    }
+
+
+def _mean_passes(runs: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [run for run in runs if run is not None]
+    if len(known) < len(runs):
+        return None
+    return {
+        key: None if None in (each := [run[key] for run in known]) else sum(each) / len(each)
+        for key in known[0]
+    }
 
 
 def _known(run: Predictions) -> tuple[Tensor, Tensor]:
@@ -229,3 +218,10 @@ def _auroc(run: Mapping[str, Predictions], split: str) -> Tensor:
     known, other = entropy(run["test"].logits), entropy(run[split].logits)
     is_other = torch.arange(len(known) + len(other)) >= len(known)
     return auroc_per_question(torch.cat([known, other]), is_other)
+
+
+def _aurc(run: Predictions) -> float:
+    """With the largest probability as confidence, as in ``evaluate``."""
+    logits, labels = _known(run)
+    confidence, answer = average(logits).exp().max(-1)
+    return aurc(-confidence, answer != labels)

@@ -30,8 +30,8 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   predict       answers, probabilities and uncertainty for records with or without labels
   select        the records that are most worth a label
   generate      texts that continue prompts or answer messages, with the uncertainty of every token
-  compare       methods × seeds in one table, with pictures; finished runs are skipped
-  table         the same table over runs that were trained apart, such as those of a sweep
+  compare       methods × seeds in one page with pictures; finished runs are skipped
+  report        the same page over runs that were trained apart, such as those of a sweep
   distill       a run's model average in one plain PEFT adapter
   export        a run as plain PEFT adapters, one a draw, and as a merged model
   show-prompts  records as the model of a training run would read them
@@ -63,7 +63,7 @@ COMMANDS = {
     "select": Command("select", "SelectConfig", "select_records"),
     "generate": Command("generate", "GenerateConfig", "generate_file"),
     "compare": Command("compare", "CompareConfig", "compare_methods"),
-    "table": Command("table", "TableConfig", "table_of_runs"),
+    "report": Command("report", "ReportConfig", "report_runs"),
     "distill": Command("distill", "DistillConfig", "distill_run"),
     "export": Command("export", "ExportConfig", "export_run"),
     "show-prompts": Command("show_prompts", "ShowPromptsConfig", "show_prompts"),

@@ -25,8 +25,9 @@ from ..methods import METHODS, ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
 from ._errors import message
+from ._formats import format_table
 from ._quiet import quiet_worker
-from ._report import format_table, write_report
+from ._report import write_report, written
 from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare", "compare_methods"]
@@ -145,11 +146,11 @@ def _check_fit(name: str, trial: dict[str, Any]) -> None:
 
 def compare_methods(config: CompareConfig) -> str:
     """``scalabl compare``: the table as text."""
-    return f"{format_table(compare(config))}\n\ntable and pictures: {config.out}"
+    return f"{format_table(compare(config))}\n\n{written(Path(config.out))}"
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Run what has not run yet, then write the table and pictures to ``config.out``.
+    """Run what has not run yet, then write the report to ``config.out``.
 
     :returns: the table, as in ``table.json``.
     :raises DataError: if the data cannot be read or have no test split.

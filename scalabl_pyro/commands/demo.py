@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from .. import embedded
-from ._report import format_table
+from ._formats import format_table
+from ._report import written
 from .compare import CompareConfig, compare
 
 __all__ = ["DemoConfig", "demonstrate"]
@@ -30,7 +32,7 @@ def demonstrate(config: DemoConfig) -> str:
             "",
             format_table(table),
             "",
-            f"pictures and table: {config.out}",
+            written(Path(config.out)),
             "",
             "The same with five seeds, run before (benchmarks/quality/demo.py):",
             "",

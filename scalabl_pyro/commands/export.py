@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import new_path
+from ..runs.card import Figure, with_intervals
 from ..runs.exports import check_output_layer, export, merge, push_to_hub
 from ..runs.folder import load_run
-from ..runs.reading import read_json
+from ..runs.reading import read_json, read_predictions
 
 __all__ = ["ExportConfig", "export_run"]
 
@@ -37,7 +38,7 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     """Export a run folder; what is uploaded has been written first."""
     output = new_path(Path(config.output))
     run = load_run(config.run)
-    metrics = read_json(run.folder / "metrics.json")
+    metrics = _figures(run.folder)
     settings, readout = run.config, run.readout
     export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
     found: dict[str, Any] = {"output": str(output)}
@@ -49,3 +50,7 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     if config.push_to_hub is not None:
         found["url"] = push_to_hub(output, config.push_to_hub, private=config.private)
     return found
+
+
+def _figures(folder: Path) -> dict[str, dict[str, Figure]]:
+    return with_intervals(read_json(folder / "metrics.json"), read_predictions(folder))

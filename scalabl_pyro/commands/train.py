@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from ..data import Record, Split, fingerprint
-from ..distributed import is_main, start
+from ..distributed import is_main, start, world_size
 from ..files import write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.svi import NonFiniteLossError
+from ..lora.adapter import SubspaceAdapter
 from ..lora.loading import load_readout, make_adapter
+from ..lora.passes import PassCounter, Passes
 from ..methods import Fitted
 from ..prediction.assessment import assess
 from ..runs.config import ConfigError, RunConfig
@@ -86,12 +87,21 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     train = encoded.pop("train")
+    counter = PassCounter()
+    whole = not checkpoints.exist and world_size() == 1
+    spent: dict[str, Passes | None] = {}
+
+    def make(**options: Any) -> SubspaceAdapter:
+        adapter = make_adapter(config.model, config.lora, readout, prompts=train, **options)
+        counter.watch(adapter)
+        return adapter
 
     def fit(attempt: RunConfig, name: str) -> Fitted:
         method = attempt.make_method()
+        counter.reset()
         try:
-            return method.fit(
-                partial(make_adapter, config.model, config.lora, readout, prompts=train),
+            fitted = method.fit(
+                make,
                 train,
                 encoded["validation"],
                 seed=config.seed,
@@ -108,19 +118,26 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
                 classes=readout.num_classes,
             )
             raise RuntimeError(explain_out_of_memory(sizes)) from error
+        # The best of several trials comes back from its last checkpoint, which is no training.
+        spent.setdefault(name, counter.passes() if whole else None)
+        return fitted
 
-    chosen, trials = config, list[dict[str, Any]]()
-    if not config.trials:
-        fitted = fit(config, "run")
-    else:
-        chosen, fitted, trials = _best(config, fit, encoded["validation"])
+    chosen, name, trials = config, "run", list[dict[str, Any]]()
+    if config.trials:
+        chosen, name, trials = _best(config, fit, encoded["validation"])
+    fitted = fit(chosen, name)
+    counter.reset()
     show = config.progress and is_main()
     assessed = {
         name: assess(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
         for name, split in encoded.items()
     }
     if is_main():
-        save_run(chosen, classes, fitted, assessed, trials)
+        prediction = counter.passes(sum(map(len, encoded.values())))
+        training = spent[name]
+        save_run(
+            chosen, classes, fitted, assessed, trials, training=training, prediction=prediction
+        )
     metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
     return {**metrics, "trials": trials} if trials else metrics
 
@@ -192,8 +209,11 @@ def unfinished_folder(run_dir: Path) -> Path:
 
 def _best(
     config: RunConfig, fit: Callable[[RunConfig, str], Fitted], validation: Split
-) -> tuple[RunConfig, Fitted, list[dict[str, Any]]]:
-    """The trial with the lowest validation NLL; one that diverges is passed over."""
+) -> tuple[RunConfig, str, list[dict[str, Any]]]:
+    """The trial with the lowest validation NLL, by its name too; one that diverges is passed over.
+
+    What it is to be fitted again from is its last checkpoint, to the bit.
+    """
     best: tuple[RunConfig, str] | None = None
     lowest = float("inf")
     trials: list[dict[str, Any]] = []
@@ -212,4 +232,4 @@ def _best(
     if best is None:
         raise NonFiniteLossError("every trial diverged; lower lr or lr_guide")
     gc.collect()
-    return best[0], fit(*best), trials  # its last checkpoint, to the bit
+    return *best, trials

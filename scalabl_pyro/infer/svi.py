@@ -140,10 +140,12 @@ class FitResult(NamedTuple):
     :param history: a row a step: ``step``, ``loss`` (−ELBO/N), ``nll``, ``kl`` (nats),
         ``kl_weight``, ``lr`` (factor), and ``validation_nll`` where it was computed.
     :param best_step: the step kept: the last, or the one with the lowest validation NLL.
+    :param num_trained: how many numbers the optimizer moved.
     """
 
     history: list[dict[str, float]]
     best_step: int
+    num_trained: int = 0
 
 
 def no_guide(*args: object, **kwargs: object) -> None:
@@ -488,8 +490,8 @@ class _Run:
         """What training ends with, in the parameters too."""
         if self._config.keep == "best":
             self.best.restore()
-            return FitResult(self.history, self.best_step)
-        return FitResult(self.history, self._config.steps)
+        step = self.best_step if self._config.keep == "best" else self._config.steps
+        return FitResult(self.history, step, sum(p.numel() for p in self._parameters))
 
     def state(self) -> TrainingState:
         """All of it, and torch's random state."""

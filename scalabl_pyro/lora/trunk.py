@@ -80,6 +80,11 @@ class Trunk:
             self.why_not = f"{first} is adapted, below which there is no block"
 
     @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """In the order in which they run; none where they are not known, see ``why_not``."""
+        return tuple(self._blocks)
+
+    @property
     def num_blocks(self) -> int:
         return len(self._blocks)
 

@@ -66,5 +66,6 @@ class Ensemble(DrawsWeights, PointMethod):
             if k < self.members - 1:
                 del fitted, adapter
         weights = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-        result = FitResult(history, fitted.result.best_step)
+        last = fitted.result
+        result = FitResult(history, last.best_step, self.members * last.num_trained)
         return Fitted(WeightAverage(adapter, weights), result, fitted.model)

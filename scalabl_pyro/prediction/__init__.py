@@ -2,7 +2,7 @@
 
 from .abstention import AbstentionThreshold, abstains, threshold_at_risk
 from .assessment import Assessment, assess
-from .calibration import CalibrationFloor, adaptive_ece, ece, ece_floor
+from .calibration import CalibrationFloor, adaptive_ece, calibration_band, ece, ece_floor
 from .conformal import (
     CONFORMAL_SCORES,
     conformal_sets,
@@ -79,6 +79,7 @@ __all__ = [
     "auroc_at_equal_length",
     "auroc_per_question",
     "average",
+    "calibration_band",
     "conformal_sets",
     "conformal_threshold",
     "crossed_interval",

@@ -11,6 +11,7 @@ __all__ = [
     "CalibrationFloor",
     "adaptive_ece",
     "bin_of",
+    "calibration_band",
     "calibration_gaps",
     "check_labels",
     "check_probabilities",
@@ -154,20 +155,53 @@ def ece_floor(
     :param seed: of a generator of its own.
     :raises ValueError: if these are no probabilities, or there is no bin or no draw.
     """
+    confidence = check_probabilities(probabilities).amax(-1).cpu()  # (N,)
+    count, expected, right = _calibrated(confidence, bins, draws, seed)
+    values = (right - expected).abs().sum(-1) / count.sum()
+    low, high = torch.quantile(values, values.new_tensor([0.05, 0.95])).tolist()
+    return CalibrationFloor(float(values.mean()), low, high)
+
+
+def calibration_band(
+    probabilities: Tensor,
+    bins: int = 15,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """(2, bins), between which the accuracies in bins of a perfectly calibrated model lie.
+
+    Consistency bars (Bröcker and Smith 2007), from the labels that :func:`ece_floor` draws; each
+    bin by itself lies inside with probability ``level``. NaN where a bin holds no example.
+
+    :param probabilities: (N, C).
+    :param draws: of N labels each.
+    :param seed: of a generator of its own.
+    :raises ValueError: if these are no probabilities, the level is none, or there is no bin or no
+        draw.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: expected a number between 0 and 1")
+    confidence = check_probabilities(probabilities).amax(-1).cpu()  # (N,)
+    count, _, right = _calibrated(confidence, bins, draws, seed)
+    ends = count.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    return torch.quantile(right / count, ends, dim=0)
+
+
+def _calibrated(
+    confidence: Tensor, bins: int, draws: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How many examples a bin holds, how many of them a calibrated model is expected to answer
+    right, (bins,) each, and how many are right in draws of the labels, (draws, bins)."""
     if draws < 1:
         raise ValueError(f"draws is {draws}: expected 1 or more")
-    confidence = check_probabilities(probabilities).amax(-1).cpu()  # (N,)
-    place = bin_of(confidence, bins)
-    N = len(confidence)
-    member = torch.nn.functional.one_hot(place, bins).double()  # (N, bins)
-    expected = confidence.double() @ member
+    member = torch.nn.functional.one_hot(bin_of(confidence, bins), bins).double()  # (N, bins)
     generator = torch.Generator().manual_seed(seed)
     found = []
+    N = len(confidence)
     for chunk in torch.arange(draws).split(max(1, _AT_ONCE // N)):
         uniform = torch.rand(len(chunk), N, generator=generator, dtype=torch.float64)
         # The answer is the class that the label is drawn to be with probability max_c p_c.
-        right = (uniform < confidence).double() @ member
-        found.append((right - expected).abs().sum(-1) / N)
-    values = torch.cat(found)
-    low, high = torch.quantile(values, values.new_tensor([0.05, 0.95])).tolist()
-    return CalibrationFloor(float(values.mean()), low, high)
+        found.append((uniform < confidence).double() @ member)
+    return member.sum(0), confidence.double() @ member, torch.cat(found)

@@ -27,6 +27,7 @@ __all__ = [
     "crossed_interval",
     "paired_difference",
     "per_question",
+    "per_text",
     "stacked",
 ]
 
@@ -167,6 +168,17 @@ def auroc_per_question(
     found = torch.empty(len(scores), dtype=torch.float64)
     found[held], found[~held] = surplus.sum(1), surplus.sum(0)
     return area + len(scores) * found / weight.sum()
+
+
+def per_text(log_probs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """What each completion adds to ``nll`` and ``tokens``, whose mean each is; (N,).
+
+    :param log_probs: (S, T), of all completions' tokens one after another, under each draw.
+    :param lengths: (N,), their tokens, T in all.
+    """
+    averaged = log_probs.double().logsumexp(0) - math.log(len(log_probs))  # (T,)
+    sums = [part.sum() for part in averaged.split(lengths.tolist())]
+    return {"nll": -torch.stack(sums), "tokens": lengths.double()}
 
 
 def stacked(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

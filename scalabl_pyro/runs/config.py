@@ -214,18 +214,22 @@ class RunConfig:
         fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})), "fit.")
         return replace(self, method=method, fit=fit, trials=())
 
+    def flat(self) -> dict[str, Any]:
+        """All settings by their full names."""
+        return flat(asdict(self))
+
     def function_settings(self) -> dict[str, Any]:
         """The settings on which the trained function depends, by their full names, as JSON has
         them."""
         values = asdict(self)
         parts = {name: values[name] for name in ("model", "lora", "method")}
-        flat = _flat(parts | {"data": {"classes": self.data.classes}})
-        kept = {key: value for key, value in flat.items() if key not in LEAVE_FUNCTION}
+        found = flat(parts | {"data": {"classes": self.data.classes}})
+        kept = {key: value for key, value in found.items() if key not in LEAVE_FUNCTION}
         return dict(json.loads(json_text(kept)))
 
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""
-        mine, others = (_flat(asdict(config)) for config in (self, other))
+        mine, others = self.flat(), other.flat()
         return [
             f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
             for key in sorted(mine.keys() | others.keys())
@@ -248,11 +252,12 @@ class RunConfig:
         return folder
 
 
-def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """A nested mapping by full names, such as ``fit.lr``."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
-        found |= _flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
+        found |= flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..lora.gguf import find_gguf
 from ..lora.layers import quiet_peft
 from ..lora.loading import load_llm
 from ..readouts.base import Readout
+from .card import Figure, about, head, plain, results, settings
 from .folder import Run, posterior_mean
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
@@ -45,7 +45,7 @@ def export(
     *,
     draws: int | None = None,
     output_layer: str = "keep",
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Mapping[str, Figure]] | None = None,
 ) -> dict[str, Any]:
     r"""Write the mean and the draws as PEFT adapters of the run's own rank.
 
@@ -61,7 +61,7 @@ def export(
     :param folder: must not exist; written whole or not at all.
     :param draws: export the first so many of the run's S draws; all if left out.
     :param output_layer: ``keep``, ``drop`` or ``merge``.
-    :param metrics: for the model card, as in ``metrics.json`` of a run.
+    :param metrics: for the model card, as in ``metrics.json`` of a run, or with intervals.
     :returns: the manifest.
     :raises ValueError: if the run has fewer draws, or draws of more than s, or ``merge`` finds no
         adapted output layer.
@@ -94,7 +94,7 @@ def export(
             shutil.rmtree(part / "head")
         manifest = _manifest(run, part, list(points), output_layer)
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        (part / "README.md").write_text(_card(manifest, metrics or {}), encoding="utf-8")
+        (part / "README.md").write_text(_card(run, manifest, metrics or {}), encoding="utf-8")
     return manifest
 
 
@@ -242,15 +242,15 @@ def _sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float | None]]) -> str:
+def _card(
+    run: Run, manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Figure]]
+) -> str:
     base = manifest["base_model"]["name"]
-    on_hub = manifest["output_layer"] != "merge" and not Path(base).exists()
-    lines = ["---", *([f"base_model: {base}"] if on_hub else []), "library_name: peft"]
-    lines += ["tags: [lora, bayesian]", "---", "", f"# Bayesian LoRA on {base}", ""]
+    lines = [*head(base, on_hub=manifest["output_layer"] != "merge")]
+    lines += [f"# Bayesian LoRA on {plain(base)}", ""]
     lines += [
-        f"`mean/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run"
-        " (ScalaBL, arXiv 2506.21408), each an ordinary PEFT adapter of rank"
-        f" {manifest['rank']}.",
+        f"`mean/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run,"
+        f" each an ordinary PEFT adapter of rank {manifest['rank']}.",
         "",
         "```python",
         *_snippet(manifest),
@@ -264,20 +264,13 @@ def _card(manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float 
             " `prompt` in manifest.json says how texts are written." if "prompt" in manifest else ""
         ),
         *_how_choices_are_scored(manifest),
+        "",
+        *about(run.config, {}),
     ]
     if metrics:
-        names = list(next(iter(metrics.values())))
-        lines += ["", "| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [
-            f"| {split} | " + " | ".join(_figure(values[name]) for name in names) + " |"
-            for split, values in metrics.items()
-        ]
+        lines += ["", "## Results", "", *results(metrics)]
+    lines += ["", "## Settings", "", *settings(run.config)]
     return "\n".join(lines) + "\n"
-
-
-def _figure(value: float | None) -> str:
-    """A metric that was not a number is null in ``metrics.json``."""
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 def _snippet(manifest: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@
   ``config.yaml`` all settings of the run, of which those must not be changed any more
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
   of texts what :class:`~scalabl_pyro.prediction.Assessment` says
-* ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
+* ``metrics.json``, ``cost.json``, ``trials.json`` if there were some, ``history.csv``,
+  ``environment.json``; ``README.md``, a model card
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from ..data import Record, Split
 from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
+from ..lora.passes import Passes
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
 from ..prediction.assessment import Assessment
 from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict_proba
 from ..readouts import Classes, Readout
+from .card import run_card, with_intervals
 from .config import ConfigError, RunConfig, build
+from .cost import Cost
 from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
 __all__ = ["Run", "RunFolderError", "load_run", "read_meaning", "save_run"]
@@ -146,13 +150,21 @@ def save_run(
     fitted: Fitted,
     assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]] = (),
+    *,
+    training: Passes | None,
+    prediction: Passes,
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
 
+    :param training: what it took; ``None`` if it is not known.
+    :param prediction: what an example took.
     :raises FileExistsError: if the folder exists.
     """
     with whole_folder(config.check_run_dir()) as part:
-        _write_run(part, config, classes, fitted, assessed, trials)
+        stored = _write_run(part, config, classes, fitted, assessed, trials)
+        cost = Cost(fitted.result.num_trained, stored, training, prediction)
+        _write_json(part / "cost.json", asdict(cost))
+        _write_cards(part, config, fitted, assessed)
 
 
 def _write_run(
@@ -162,7 +174,8 @@ def _write_run(
     fitted: Fitted,
     assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]],
-) -> None:
+) -> int:
+    """All but what is told of it; how many numbers are stored to predict with."""
     predictor, adapter = fitted.predictor, fitted.predictor.adapter
     history = fitted.result.history  # empty where nothing was trained
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
@@ -170,7 +183,8 @@ def _write_run(
     with adapter.folded(mean) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
-    save_file(_tensors(adapter.state()), part / "projections.safetensors")
+    projections = _tensors(adapter.state())
+    save_file(projections, part / "projections.safetensors")
     posterior = {f"guide.{name}": value for name, value in guide_state.items()}
     if isinstance(fitted.model, ScalaBLModel):
         prior_state = fitted.model.prior.state_dict()
@@ -204,6 +218,22 @@ def _write_run(
         _write_json(part / "trials.json", list(trials))
     _write_history(part / "history.csv", history)
     _write_json(part / "environment.json", _environment())
+    return sum(value.numel() for value in (*projections.values(), *posterior.values()))
+
+
+def _write_cards(
+    part: Path, config: RunConfig, fitted: Fitted, assessed: Mapping[str, Assessment]
+) -> None:
+    figures = with_intervals(
+        {split: found.metrics for split, found in assessed.items()},
+        {split: found.tensors for split, found in assessed.items()},
+    )
+    sizes = {"train": fitted.model.num_data}
+    for split, found in assessed.items():
+        sizes[split] = len(found.tensors["labels" if "labels" in found.tensors else "lengths"])
+    for folder in (part, part / "adapter"):
+        text = run_card(config, sizes, figures, adapter=folder != part)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def load_run(folder: str | Path) -> Run:

@@ -17,7 +17,14 @@ from yaml import YAMLError
 
 from .config import ConfigError, RunConfig, build
 
-__all__ = ["RunFolderError", "find_run", "read_json", "read_settings", "read_tensors"]
+__all__ = [
+    "RunFolderError",
+    "find_run",
+    "read_json",
+    "read_predictions",
+    "read_settings",
+    "read_tensors",
+]
 
 #: owner/name on the Hub, with a branch, tag or commit behind an @
 _ON_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
@@ -85,6 +92,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(_existing(path))
     except SafetensorError as error:
         raise RunFolderError.damaged(path, f"it is no safetensors file ({error})") from error
+
+
+def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What a run folder keeps of its predictions, by split and by the names in an
+    :class:`~scalabl_pyro.prediction.Assessment`.
+
+    :raises RunFolderError: if they are missing or damaged.
+    """
+    path = folder / "predictions.safetensors"
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in read_tensors(path).items():
+        split, _, part = name.rpartition(".")
+        found.setdefault(split, {})[part] = value
+    for split, parts in sorted(found.items()):
+        shapes = {name: tuple(value.shape) for name, value in parts.items()}
+        texts = {"log_probs", "entropy", "mutual_information", "lengths"}
+        if shapes.keys() == texts and shapes["log_probs"][1:] == (int(parts["lengths"].sum()),):
+            continue
+        if shapes.keys() != {"logits", "labels"} or shapes["labels"] != shapes["logits"][1:2]:
+            raise RunFolderError.damaged(
+                path, f"{split} has {shapes}: expected logits (S, N, C) and labels (N,)"
+            )
+    return found
 
 
 def _existing(path: Path) -> Path:

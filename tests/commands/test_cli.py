@@ -70,8 +70,8 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     trained = json.loads(capsys.readouterr().out)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"posterior.safetensors"} == {
-        "adapter", "config.yaml", "environment.json", "history.csv", "metrics.json",
-        "posterior.json", "predictions.safetensors", "projections.safetensors",
+        "README.md", "adapter", "config.yaml", "cost.json", "environment.json", "history.csv",
+        "metrics.json", "posterior.json", "predictions.safetensors", "projections.safetensors",
     }  # fmt: skip
     without_draws = {"mle", "map", "temperature", "mc_dropout", "zero_shot"}
     assert ("posterior.safetensors" in names) == (method not in without_draws)
@@ -837,7 +837,7 @@ def test_a_name_that_is_too_long_is_told_before_the_work(run, data, capsys, monk
         assert f"of {length} characters is too long" in only_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["compare", "table"])
+@pytest.mark.parametrize("command", ["compare", "report"])
 def test_a_table_that_cannot_be_written_is_told_before_the_work(command, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("/proc/nope/x", "file"):

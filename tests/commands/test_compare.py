@@ -3,15 +3,22 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import make_records, scalabl, write_jsonl
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from scalabl_pyro import Predictions
+from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands.compare import CompareConfig
+from scalabl_pyro.methods import METHODS
+from scalabl_pyro.runs.config import build
 
 
 @pytest.fixture
@@ -77,7 +84,15 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
     assert f"({100 * floor['mean']:.1f})" in shown
     assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "out/table.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 2 * 2 * 4
+        assert len([line for line in csv.DictReader(file) if line["split"]]) == 2 * 2 * 4
+    # Three steps of four questions; three draws.
+    assert table["cost"]["mle"]["training"]["backward"] == 3 * 4
+    assert table["cost"]["scalabl"]["prediction"]["forward"] == 3
+    page = (tmp_path / "out/report.html").read_text()
+    links = re.findall(r'href="(runs/[^"]+)"', page)
+    assert len(links) == 2 * 2
+    assert all((tmp_path / "out" / link / "README.md").exists() for link in links)
+    assert "fit.lr=0.1" in page, "a trial"
     assert (tmp_path / "out/table.txt").read_text().strip() in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.part"))
 
@@ -188,3 +203,14 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         process.kill()
         # The worker holds the other end of the pipe, which closes when both have ended.
         assert process.communicate(timeout=60)[0] == ""
+
+
+def test_every_method_is_a_row_of_one_comparison():
+    """But the one that needs a head, which the embedded model has none of."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = OmegaConf.to_container(compose("methods"), resolve=True)
+    config = build(CompareConfig, found)
+    names = {trial["method"]["name"] for row in config.methods.values() for trial in row}
+    assert names == METHODS.keys() - {"last_layer_laplace"}
+    assert all(len(row) == 1 for row in config.methods.values()), "nothing is tuned"
+    assert len(config.seeds) == 3

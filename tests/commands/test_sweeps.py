@@ -41,9 +41,9 @@ def test_a_sweep_skips_finished_runs_and_makes_one_table(train, tmp_path, capsys
     assert first.items() <= written(tmp_path / "runs").items()
 
     capsys.readouterr()
-    assert scalabl("table") == 0
-    assert (tmp_path / "runs/table/table.txt").read_text().strip() in capsys.readouterr().out
-    table = json.loads((tmp_path / "runs/table/table.json").read_text())
+    assert scalabl("report") == 0
+    assert (tmp_path / "runs/report/table.txt").read_text().strip() in capsys.readouterr().out
+    table = json.loads((tmp_path / "runs/report/table.json").read_text())
     assert table["chosen"]["mle"]["method"] == {"name": "mle", "projections": "free"}
     nll = [
         json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["test"]["nll"]
@@ -97,17 +97,17 @@ def test_runs_that_make_no_table_are_refused(train, tmp_path, capsys, second, me
     (tmp_path / "other").symlink_to("data")
     assert train("method=mle") == 0
     assert train(*second) == 0
-    assert scalabl("table") == 1
+    assert scalabl("report") == 1
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs/table").exists()
+    assert not (tmp_path / "runs/report").exists()
 
 
 def test_a_table_of_nothing_or_of_unfinished_runs_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert scalabl("table") == 1
+    assert scalabl("report") == 1
     assert "runs is runs: expected a folder that holds run folders" in capsys.readouterr().err
     (tmp_path / "runs/mle-seed0.unfinished").mkdir(parents=True)
-    assert scalabl("table") == 1
+    assert scalabl("report") == 1
     assert "unfinished runs, ['mle-seed0.unfinished']" in capsys.readouterr().err
 
 
@@ -136,11 +136,11 @@ def test_two_runs_of_one_row_and_seed_or_one_without_a_test_split_make_no_table(
     assert train("method=mle") == 0
     first = tmp_path / "runs/mle-seed0"
     shutil.copytree(first, tmp_path / "runs/mle")
-    assert scalabl("table") == 1
+    assert scalabl("report") == 1
     assert "would be the same row and seed" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "runs/mle")
     metrics = json.loads((first / "metrics.json").read_text())
     del metrics["test"]
     (first / "metrics.json").write_text(json.dumps(metrics))
-    assert scalabl("table") == 1
+    assert scalabl("report") == 1
     assert "has no test split" in capsys.readouterr().err

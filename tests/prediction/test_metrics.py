@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from scalabl_pyro import evaluate
 from scalabl_pyro.prediction import (
     auroc,
     auroc_at_equal_length,
+    calibration_band,
     ece,
     ece_floor,
     max_probability,
@@ -94,6 +96,24 @@ def test_the_floor_holds_the_ece_of_calibrated_models_and_removes_its_bias():
     assert sum(found) / len(found) == pytest.approx(floor.mean, rel=0.03)
     assert ece_floor(probabilities) == floor
     assert ece_floor(probabilities, seed=1) != floor
+
+
+@pytest.mark.parametrize("groups", [[(0.75, 40)], [(0.55, 30), (0.95, 60)], [(0.7, 8), (1.0, 5)]])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_the_band_holds_the_quantiles_of_binomials(groups, level):
+    """Confidences of one bin each: how many answers are right is binomial."""
+    rows = two(*(p for p, n in groups for _ in range(n)))
+    probabilities = torch.tensor(rows, dtype=torch.float64)
+    low, high = calibration_band(probabilities, bins=10, level=level, draws=20000, seed=1)
+    tail, noise = (1 - level) / 2, 0.006
+    for p, n in groups:
+        b = min(int(10 * p), 9)
+        for end, q in ((low, tail), (high, 1 - tail)):
+            k = n * float(end[b])
+            assert stats.binom.cdf(math.ceil(k - 1e-9), n, p) >= q - noise
+            assert stats.binom.cdf(math.floor(k + 1e-9) - 1, n, p) <= q + noise
+    used = {min(int(10 * p), 9) for p, _ in groups}
+    assert all(low[b].isnan() and high[b].isnan() for b in range(10) if b not in used)
 
 
 def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():

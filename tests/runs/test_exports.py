@@ -24,7 +24,7 @@ from scalabl_pyro.commands.train import run as train
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
-from scalabl_pyro.prediction import average
+from scalabl_pyro.prediction import Interval, average
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs import exports
 from scalabl_pyro.runs.config import DataConfig, RunConfig
@@ -204,9 +204,9 @@ def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, m
 
 def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
     run = make_run()
-    manifest = export(
-        run, tmp_path / "out", draws=2, metrics={"test": {"accuracy": 0.5, "auroc": None}}
-    )
+    nll = Interval(1.25, 0.02, 1.2, 1.3, 0.0)
+    metrics = {"test": {"acc": 0.5, "nll": nll, "prr": None}, "other": {"acc": 0.25}}
+    manifest = export(run, tmp_path / "out", draws=2, metrics=metrics)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     assert manifest["draws"] == ["draw_00", "draw_01"]
     assert manifest["label_words"] == ["A", "B", "C", "D"]
@@ -216,7 +216,14 @@ def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
         assert hashlib.sha256(content).hexdigest() == digest
         assert LoraConfig.from_pretrained(str(tmp_path / "out" / name)).r == run.config.lora.r
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| test | 0.5 | – |" in card
+    for row in (
+        "| | test | other |",
+        "| acc | 0.5 | 0.25 |",
+        "| nll | 1.25 ± 0.05 | – |",
+        "| prr | – | – |",
+    ):
+        assert row in card.splitlines()
+    assert "method:\n  name: scalabl" in card
     assert "base_model:" not in card  # a folder is no name on the Hub
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mean", "draw_00", "draw_01", "manifest.json", "README.md"}

@@ -113,7 +113,7 @@ DAMAGES: dict[str, tuple[str, list[Callable[[Path], None]]]] = {
     "posterior.safetensors": ("evaluate", [*BYTES, *KEYS, wrong_shape]),
     "adapter/adapter_config.json": ("distill", [*BYTES, missing_key, listed]),
     "adapter/adapter_model.safetensors": ("distill", [*BYTES, *KEYS, wrong_shape]),
-    "predictions.safetensors": ("table", [*BYTES, missing_key, wrong_shape]),
+    "predictions.safetensors": ("report", [*BYTES, missing_key, wrong_shape]),
     "metrics.json": ("resume", [*BYTES, listed]),
     "trials.json": ("resume", [*BYTES, listed]),
 }
@@ -124,7 +124,7 @@ def words_for(command: str, trained: Path, run: Path) -> list[str]:
     return {
         "evaluate": ["evaluate", f"run={run}", f"data.root={trained / 'data'}", "progress=false"],
         "distill": ["distill", f"run={run}", f"input={questions}", "output=student", *SETTINGS],
-        "table": ["table", f"runs={run.parent}", "out=table"],
+        "report": ["report", f"runs={run.parent}", "out=page"],
         "resume": ["train", *words_of(trained, run), "resume=true"],
     }[command]
 

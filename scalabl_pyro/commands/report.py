@@ -1,4 +1,4 @@
-"""One table over runs that were trained apart: by a sweep, or on several machines."""
+"""A report on runs that were trained apart: by a sweep, or on several machines."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from ..files import check_writable
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, RunConfig
 from ..runs.reading import read_json, read_settings
-from ._report import format_table, write_report
+from ._formats import format_table
+from ._report import write_report, written
 
-__all__ = ["TableConfig", "table_of_runs", "tabulate"]
+__all__ = ["ReportConfig", "report_runs", "tabulate"]
 
 
 @dataclass(frozen=True, slots=True)
-class TableConfig:
-    """Settings of ``scalabl table``, described in configs/table.yaml.
+class ReportConfig:
+    """Settings of ``scalabl report``, described in configs/report.yaml.
 
     :param runs: a folder of run folders; a row is made of those whose names differ only in
         ``-seed…`` at the end.
-    :param out: the folder for the table and pictures.
+    :param out: the folder for the page and the table.
     """
 
     runs: str
     out: str
 
 
-def table_of_runs(config: TableConfig) -> str:
-    """``scalabl table``: the table as text."""
-    return f"{format_table(tabulate(config))}\n\ntable and pictures: {config.out}"
+def report_runs(config: ReportConfig) -> str:
+    """``scalabl report``: the table as text."""
+    return f"{format_table(tabulate(config))}\n\n{written(Path(config.out))}"
 
 
-def tabulate(config: TableConfig) -> dict[str, Any]:
-    """Write the table and pictures of all runs in a folder to ``config.out``.
+def tabulate(config: ReportConfig) -> dict[str, Any]:
+    """Write the page and the table of all runs in a folder to ``config.out``.
 
     :returns: the table, as in ``table.json``.
     :raises ConfigError: if there is no run, an unfinished one, one without a test split, or two of
@@ -79,7 +80,17 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     if any(source != next(iter(sources.values())) for source in sources.values()):
         raise ConfigError(f"the rows have different data, {sources}: make a table of each")
     chosen = {name: {"method": r.method, "fit": asdict(r.fit)} for name, r in firsts.items()}
-    return write_report(Path(config.out), folders, chosen=chosen, trials={})
+    trials = {
+        name: [{"seed": runs[path].seed, **trial} for path in row for trial in _trials(path)]
+        for name, row in folders.items()
+    }
+    trials = {name: row for name, row in trials.items() if row}
+    return write_report(Path(config.out), folders, chosen=chosen, trials=trials)
+
+
+def _trials(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "trials.json"
+    return read_json(path, list) if path.exists() else []
 
 
 def _check_same_settings(a: Path, b: Path, runs: dict[Path, RunConfig]) -> None:

@@ -1,0 +1,180 @@
+"""A table of runs as text for a terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..runs.card import plain
+
+__all__ = [
+    "BEST",
+    "COST",
+    "COST_TITLES",
+    "HEADER",
+    "METRICS",
+    "REFERENCE",
+    "TITLES",
+    "UNITS",
+    "cell",
+    "cost_cells",
+    "cost_ratio",
+    "format_table",
+    "mark",
+    "p_value",
+    "to_csv",
+    "to_markdown",
+]
+
+METRICS = ("acc", "ece", "nll", "brier")
+REFERENCE = "mle"
+
+HEADER = """\
+mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
+ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
+"""
+AUROC = "AUROC: entropy of this split against test"
+UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3)}
+TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier"}
+COST_TITLES = ("trained", "stored", "training", "prediction")
+BEST = "★ best mean; ≈ not told apart from it: the 95 % interval of their paired difference holds 0"
+COST = (
+    "training and prediction: passes through the language model, forward or backward, over those of"
+    f" {REFERENCE}; s: seconds on the clock instead, for all of training and for 1,000 predictions"
+)
+
+
+def format_table(table: Mapping[str, Any]) -> str:
+    """The table as text, for a terminal."""
+    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
+    lines = [*HEADER.splitlines(), head]
+    if any(table["auroc_of_entropy"].values()):
+        lines = [*HEADER.splitlines(), AUROC, f"{head}{'AUROC':>16s}"]
+    for split in next(iter(table["metrics"].values())):
+        for name, row in table["metrics"].items():
+            auroc = table["auroc_of_entropy"][name].get(split)
+            last = cell(auroc, 1, 3) if auroc else ""
+            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
+            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
+    differences = table.get(f"minus_{REFERENCE}", {})
+    if differences:
+        lines.append("differences, paired by seed and question, and p of none (two-sided)")
+    for name, row in differences.items():
+        for split, cells in row.items():
+            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)}")
+            p = {m: p_value(cells[m]["p"]) for m in METRICS}
+            lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def to_markdown(table: Mapping[str, Any]) -> str:
+    """The table for a document: a section a split, with marks and costs."""
+    lines = [*HEADER.splitlines(), BEST, ""]
+    for split in next(iter(table["metrics"].values())):
+        heads = ["", *TITLES.values(), "AURC", *COST_TITLES]
+        lines += [f"## {plain(split)}", "", _line(heads), "|---" * len(heads) + "|"]
+        for name, row in table["metrics"].items():
+            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
+            cells = [
+                cell(row[split][m], *UNITS[m])
+                + (floor if m == "ece" else "")
+                + mark(table, split, m, name)
+                for m in METRICS
+            ]
+            risk = cell(table["aurc"][name][split], 1, 3)
+            lines.append(_line([plain(name), *cells, risk, *cost_cells(table, name).values()]))
+        lines.append("")
+    lines += ["AURC: area under the risk-coverage curve, ± over seeds alone.", f"{COST}."]
+    differences = table.get(f"minus_{REFERENCE}", {})
+    if differences:
+        heads = ["", "split", "ACC %", "ECE %", "NLL", "Brier"]
+        lines += ["", f"## Differences to {REFERENCE}, paired by seed and question", ""]
+        lines += ["In brackets p of none (two-sided).", "", _line(heads)]
+        lines.append("|---" * len(heads) + "|")
+    for name, row in differences.items():
+        for split, found in row.items():
+            cells = [
+                f"{cell(found[m], *UNITS[m])} ({p_value(found[m]['p']) or '–'})" for m in METRICS
+            ]
+            lines.append(_line([plain(name), plain(split), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def mark(table: Mapping[str, Any], split: str, metric: str, name: str) -> str:
+    """What tells the best row of a split and those that may be as good."""
+    best = table["best"][split][metric]
+    if name == best["row"]:
+        return " ★"
+    return " ≈" if name in best["not_told_apart"] else ""
+
+
+def cost_cells(table: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Numbers trained and stored, and costs over plain LoRA's; a dash where they are not known."""
+    own, plain_lora = table["cost"][name], table["cost"].get(REFERENCE)
+    if own is None:
+        return dict.fromkeys(COST_TITLES, "–")
+    found = {key: f"{own[key]:,}" for key in ("trained", "stored")}
+    for key, each in (("training", 1), ("prediction", 1000)):
+        ratio = cost_ratio(own[key], plain_lora and plain_lora[key])
+        if ratio is not None:
+            found[key] = f"{ratio:.3g}×"
+        else:
+            found[key] = "–" if own[key] is None else f"{each * own[key]['seconds']:.3g} s"
+    return found
+
+
+def cost_ratio(own: Mapping[str, Any] | None, plain_lora: Mapping[str, Any] | None) -> float | None:
+    """Passes over plain LoRA's, where both are counted."""
+    if own is None or plain_lora is None or None in (own["forward"], plain_lora["forward"]):
+        return None
+    return float(
+        (own["forward"] + own["backward"]) / (plain_lora["forward"] + plain_lora["backward"])
+    )
+
+
+def to_csv(table: Mapping[str, Any]) -> str:
+    """A line for each row, split and metric."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["method", "split", "metric", "mean", "standard_error", "low", "high"])
+    for name, row in table["metrics"].items():
+        for split, values in row.items():
+            writer.writerows([name, split, m, *value.values()] for m, value in values.items())
+    for name, row in table["cost"].items():
+        writer.writerows([name, "", key, value, "", "", ""] for key, value in _costs(row))
+    return file.getvalue()
+
+
+def _costs(row: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    for key, value in (row or {}).items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}_{name}", each) for name, each in value.items())
+        elif value is not None:
+            yield key, value
+
+
+def cell(value: Mapping[str, float], unit: float, digits: int) -> str:
+    """A mean ± half of its interval."""
+    half = (value["high"] - value["low"]) / 2
+    known = "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
+    return f"{unit * value['mean']:.{digits}f}{known}"
+
+
+def p_value(value: float) -> str:
+    """Of a difference of 0; nothing where it is not known."""
+    if math.isnan(value):
+        return ""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _cells(row: Mapping[str, Mapping[str, float]], floor: str = "") -> str:
+    accuracy, error = (cell(row[m], 100, 1) for m in ("acc", "ece"))
+    nll, brier = (cell(row[m], 1, 3) for m in ("nll", "brier"))
+    return f"{accuracy:>14s}{error + floor:>20s}{nll:>18s}{brier:>16s}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,324 @@
+"""The page of a report: what it says, where its links go, and what it looks like in a browser."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from conftest import ROOT, scalabl
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from scalabl_pyro.commands._report import load_predictions, write_report
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.prediction import paired_difference
+from scalabl_pyro.runs import DataConfig, RunConfig
+from scalabl_pyro.runs.cost import Cost, Passes
+
+N, C = 60, 4
+EVIL = "<script>alert(1)</script>"
+
+
+def make_run(
+    folder: Path,
+    *,
+    seed: int,
+    method: str = "mle",
+    sharp: float = 1.0,
+    cost: Cost | None = None,
+    splits: tuple[str, ...] = ("test",),
+) -> Path:
+    """A run folder of made-up predictions, as far as a report reads it."""
+    config = RunConfig(
+        model=ModelConfig("embedded"),
+        lora=AdapterConfig(),
+        data=DataConfig(task="embedded"),
+        run_dir=str(folder),
+        method={"name": method},
+        seed=seed,
+    )
+    tensors = {}
+    for number, split in enumerate(("validation", *splits)):
+        labels = torch.arange(N) % C
+        noise = torch.randn(2, N, C, generator=torch.Generator().manual_seed(seed + 10 * number))
+        tensors[f"{split}.logits"] = sharp * (noise + 2 * torch.nn.functional.one_hot(labels, C))
+        tensors[f"{split}.labels"] = labels
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(asdict(config)), folder / "config.yaml")
+    save_file(tensors, folder / "predictions.safetensors")
+    metrics = {split: {"nll": 1.0} for split in ("validation", *splits)}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "README.md").write_text("# a run\n")
+    if cost is not None:
+        (folder / "cost.json").write_text(json.dumps(asdict(cost)))
+    return folder
+
+
+def cost(forward: float | None, each: float | None, *, trained: int = 100) -> Cost:
+    back = None if each is None else 0.0
+    return Cost(trained, 2 * trained, Passes(forward, forward, 3.0), Passes(each, back, 0.004))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Three rows with two seeds each, of which one has a name that is HTML."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    costs = {"mle": cost(100.0, 1.0), "ten": cost(150.0, 10.0, trained=12345), EVIL: None}
+    sharp = {"mle": 1.0, "ten": 0.9, EVIL: 0.02}
+    return {
+        name: [
+            make_run(
+                folder / f"row {number} #{seed}",
+                seed=seed,
+                sharp=sharp[name],
+                cost=costs[name],
+                splits=("test", f"other {EVIL}"),
+            )
+            for seed in (0, 1)
+        ]
+        for number, name in enumerate(costs)
+    }
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the texts of its cells."""
+
+    VOID = ("meta", "img", "br", "link", "input", "hr")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    def all(self, tag: str, attribute: str) -> list[str]:
+        return [attrs[attribute] for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def written(rows, tmp_path_factory):
+    """The table and the page of these rows."""
+    trials = {"mle": [{"trial": {"fit": {"lr": 0.5}}, "validation_nll": None, "seed": 7}]}
+    out = tmp_path_factory.mktemp("out")
+    table = write_report(out, rows, chosen={}, trials=trials)
+    return table, Page(out / "report.html"), out
+
+
+def test_the_page_needs_no_other_file_and_its_links_lead_somewhere(written, rows):
+    _, page, out = written
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    seen = set()
+    for link in page.all("a", "href"):
+        if link.startswith("#"):
+            assert link[1:] in ids
+        else:
+            assert (out / unquote(link)).exists()
+            seen.add((out / unquote(link)).resolve())
+    assert {folder.resolve() for row in rows.values() for folder in row} < seen
+    assert {(out / f"table.{kind}").resolve() for kind in ("csv", "json", "md")} < seen
+    names = {name for name, _ in page.elements}
+    assert not names & {"script", "link", "iframe", "object"}
+    text = (out / "report.html").read_text()
+    assert not re.search(r"url\(|@import|src=\"(?!data:)|https?://", text)
+
+
+def test_every_picture_is_whole_and_has_a_text_in_its_place(written):
+    _, page, _ = written
+    sources, texts = page.all("img", "src"), page.all("img", "alt")
+    # Reliability on two splits, risk and coverage, entropy; two of cost, where it is known.
+    assert len(sources) == 3 * 4 + 2
+    for source in sources:
+        picture = base64.b64decode(source.removeprefix("data:image/svg+xml;base64,"))
+        assert picture.startswith(b"<?xml")
+        assert picture.rstrip().endswith(b"</svg>")
+    assert all(len(text) > 40 for text in texts)
+    assert len(set(texts)) == len(texts)
+
+
+def test_names_are_texts_and_no_html(written):
+    _, page, out = written
+    assert EVIL not in (out / "report.html").read_text()
+    assert EVIL not in (out / "table.md").read_text()
+    assert any(row and row[0] == EVIL for row in page.rows)
+
+
+def test_the_best_is_marked_and_what_is_not_told_apart_from_it(written):
+    table, page, _ = written
+    nll = {name: table["metrics"][name]["test"]["nll"]["mean"] for name in table["metrics"]}
+    best = min(nll, key=nll.get)
+    found = table["best"]["test"]["nll"]
+    assert found["row"] == best
+    assert EVIL not in found["not_told_apart"], "its answers are almost a guess"
+    rows = {row[0]: row for row in page.rows if len(row) == 11}
+    assert "★" in rows[best][3]
+    assert not set("★≈") & set(rows[EVIL][3])
+    (other,) = {"mle", "ten"} - {best}
+    near = other in found["not_told_apart"]
+    assert ("≈" in rows[other][3]) == near
+
+
+def test_not_told_apart_is_what_the_paired_difference_says(written, rows):
+    table, _, _ = written
+    loss = {}
+    for name, folders in rows.items():
+        runs = [load_predictions(folder)["test"] for folder in folders]
+        loss[name] = torch.stack(
+            [
+                -run.logits.double().softmax(-1).mean(0)[torch.arange(N), run.labels].log()
+                for run in runs
+            ]
+        )
+    found = table["best"]["test"]["nll"]
+    for name in rows.keys() - {found["row"]}:
+        between = paired_difference(loss[name], loss[found["row"]])
+        assert (between.low <= 0 <= between.high) == (name in found["not_told_apart"])
+
+
+def test_costs_are_over_plain_lora_where_both_are_counted(written):
+    table, page, out = written
+    rows = {row[0]: row[6:10] for row in page.rows if len(row) == 11}
+    assert rows["mle"] == ["100", "200", "1×", "1×"]
+    assert rows["ten"] == ["12,345", "24,690", "1.5×", "10×"]
+    assert rows[EVIL] == ["–"] * 4
+    with (out / "table.csv").open() as file:
+        lines = {(line["method"], line["metric"]): line["mean"] for line in csv.DictReader(file)}
+    assert lines["ten", "prediction_forward"] == "10.0"
+    assert table["cost"][EVIL] is None
+
+
+def test_where_passes_are_not_known_there_are_seconds(tmp_path):
+    row = {
+        name: [make_run(tmp_path / name, seed=0, cost=cost(passes, passes))]
+        for name, passes in (("mle", 100.0), ("unknown", None))
+    }
+    write_report(tmp_path / "out", row, chosen={}, trials={})
+    rows = {row[0]: row for row in Page(tmp_path / "out" / "report.html").rows if len(row) == 11}
+    assert rows["unknown"][8:10] == ["3 s", "4 s"]
+    assert rows["mle"][8:10] == ["1×", "1×"]
+    assert rows["mle"][5] == f"{of_test(row['mle'][0]):.3f}", "one seed has no interval of the AURC"
+
+
+def of_test(folder: Path) -> float:
+    """AURC by a loop."""
+    saved = load_file(folder / "predictions.safetensors")
+    probs = saved["test.logits"].softmax(-1).mean(0)
+    order = sorted(range(N), key=lambda n: -float(probs[n].max()))
+    wrong = [int(probs[n].argmax()) != int(saved["test.labels"][n]) for n in order]
+    return sum(sum(wrong[:k]) / k for k in range(1, N + 1)) / N
+
+
+def test_settings_and_trials_are_listed(written):
+    _, page, out = written
+    assert ["mle", "fit.lr=0.5", "7", "diverged"] in page.rows
+    text = (out / "report.html").read_text()
+    assert "<dt>fit.batch_size</dt><dd>16</dd>" in text
+
+
+def test_without_other_data_there_are_no_histograms_of_them(tmp_path):
+    row = {"mle": [make_run(tmp_path / "a", seed=0)]}
+    write_report(tmp_path / "out", row, chosen={}, trials={})
+    page = Page(tmp_path / "out" / "report.html")
+    texts = page.all("img", "alt")
+    assert [text.split(" of ")[0] for text in texts] == ["Reliability", "Risk and coverage"]
+    assert not any("AUROC" in cell for line in page.rows for cell in line)
+
+
+def test_the_markdown_is_a_table_of_equal_lines(written):
+    _, _, out = written
+    text = (out / "table.md").read_text()
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    for found in tables:
+        assert len({line.count("|") for line in found.splitlines()}) == 1
+
+
+def test_report_reads_the_trials_of_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(Path("runs/mle-seed3"), seed=3)
+    trials = [{"trial": {"fit": {"lr": 0.25}}, "validation_nll": 1.25}]
+    (folder / "trials.json").write_text(json.dumps(trials))
+    assert scalabl("report") == 0
+    assert "page: runs/report/report.html" in capsys.readouterr().out
+    page = Page(Path("runs/report/report.html"))
+    assert ["mle", "fit.lr=0.25", "3", "1.2500"] in page.rows
+    assert "../mle-seed3/" in page.all("a", "href")
+
+
+def test_the_template_ships_with_the_package():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (pattern,) = pyproject["tool"]["setuptools"]["package-data"]["scalabl_pyro.commands"]
+    assert [path.name for path in (ROOT / "scalabl_pyro/commands").glob(pattern)] == ["report.html"]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_texts_have_the_contrast_of_wcag_aa(written):
+    _, _, out = written
+    found = dict(re.findall(r"--(\w+): (#\w{6});", (out / "report.html").read_text()))
+    for ink in ("ink", "quiet", "link", "mark"):
+        for ground in ("paper", "stripe"):
+            light, dark = sorted((luminance(found[ink]), luminance(found[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MEASURE = """<iframe id="page" style="width:{width}px;height:900px"></iframe><pre id="found"></pre>
+<script>
+const frame = document.getElementById("page");
+frame.onload = () => {{
+  const root = frame.contentDocument.documentElement;
+  document.getElementById("found").textContent = "wide " + root.scrollWidth + " shown " +
+    [...root.querySelectorAll("img")].every(image => image.naturalWidth > 0);
+}};
+frame.src = "report.html";
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(written, width, tmp_path):
+    _, _, out = written
+    (out / "measure.html").write_text(MEASURE.format(width=width))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=10000", f"file://{out / 'measure.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    found = re.search(r"wide (\d+) shown (\w+)", done.stdout)
+    assert found is not None, done.stderr
+    assert int(found[1]) <= width
+    assert found[2] == "true"
