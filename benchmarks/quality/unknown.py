@@ -56,8 +56,9 @@ from scalabl_pyro.prediction.rejection import aurc
 #: other subjects, and how many of their questions at most
 OTHERS = {"chemistry": "mmlu/college_chemistry", "physics": "mmlu/college_physics"}
 ARC = 300
-#: of the prior on A and B in ``weight_novelty``, and of how many training questions it knows
-PRECISION, KNOWN = 1e3, 250
+#: of the prior on A and B in ``weight_novelty``, weak, for a strong one leaves all near 1, where
+#: float32 has few digits; and how many training questions it knows
+PRECISION, KNOWN = 1.0, 250
 #: k of s_perp
 PERP = 64
 

@@ -168,10 +168,13 @@ def save_adapter(
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         weights = folder / "adapter_model.safetensors"
         tensors = load_file(weights)
-        for part, more, dim in (("A", adapter.perp_A, 0), ("B", adapter.perp_B, 1)):
-            for module, matrix in zip(adapter.layers, more, strict=bool(more)):
-                name = f"base_model.model.{module}.lora_{part}.weight"
-                tensors[name] = torch.cat([tensors[name], matrix.weight.detach().cpu()], dim)
+        perp = zip(
+            adapter.layers if adapter.perp else (), adapter.perp_A, adapter.perp_B, strict=True
+        )
+        for module, A, B in perp:
+            for part, more, dim in (("lora_A", A, 0), ("lora_B", B, 1)):
+                name = f"base_model.model.{module}.{part}.weight"
+                tensors[name] = torch.cat([tensors[name], more.weight.detach().cpu()], dim)
     (folder / "README.md").unlink()  # PEFT's template; the exported folder has a card of its own
     if not (drop or adapter.perp):
         return
@@ -189,7 +192,7 @@ def save_adapter(
     if adapter.perp:
         # PEFT divides α by the rank, or its root, and the scaling is to stay what it was.
         rank = adapter.rank + adapter.perp
-        values["r"] = rank
+        values |= {"r": rank, "rank_pattern": {}}
         values["lora_alpha"] = adapter.scaling * (rank**0.5 if values["use_rslora"] else rank)
     config.write_text(json.dumps(values, indent=2) + "\n")
 

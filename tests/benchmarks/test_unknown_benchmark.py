@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_records, tiny_bert_config
 from safetensors.torch import save_file
 from transformers import BertForMultipleChoice
 
+from scalabl_pyro import AutoSubspaceNormal, LoRAModel, Predictor, ScalaBLModel, draw
+from scalabl_pyro.lora import set_perp
+from scalabl_pyro.methods import Fitted
 from scalabl_pyro.prediction import aurc, auroc, auroc_at_equal_length, fpr_at_tpr
 
 
@@ -127,3 +132,36 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path):
     assert row["tokens"]["wrong"]["auroc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     with pytest.raises(AssertionError, match="seed 2 was run again"):
         unknown.table(bench, ["V random, s_perp"], 3, 10)
+
+
+@pytest.mark.parametrize("kind", ["point", "s", "s_perp"])
+def test_every_question_has_every_score(unknown, make_choice, monkeypatch, kind):
+    monkeypatch.setattr(unknown, "KNOWN", 4)
+    monkeypatch.setattr(unknown, "PRECISION", 1e-3)
+    adapter = make_choice(svd=kind != "point", perp=2 * (kind == "s_perp"))
+    train, new = adapter.encode(make_records(8)), adapter.encode(make_records(7))
+    guide, model = None, LoRAModel(adapter, num_data=8)
+    predictor = Predictor(adapter)
+    if kind != "point":
+        if kind == "s_perp":
+            set_perp(adapter, train)
+        model = ScalaBLModel(adapter, num_data=8)
+        guide = AutoSubspaceNormal(model)
+        predictor = Predictor(adapter, draw(guide, 3, seed=0))
+    bench = SimpleNamespace(splits={"train": train, "all": new})
+    found = unknown.scores(bench, predictor, Fitted(predictor, None, model, guide))
+    of_draws = {"mutual_information", "noise_to_signal", "novelty"}
+    names = {"log_probs", "max_probability", "entropy", "mahalanobis", "weight_novelty"}
+    assert found.keys() == names | (set() if kind == "point" else of_draws)
+    for values in found.values():
+        assert len(values) == 7
+        assert values.isfinite().all()
+    p = found["log_probs"].exp()
+    torch.testing.assert_close(-found["max_probability"], p.amax(-1))
+    assert float(found["weight_novelty"].min()) > 0
+    assert float(found["weight_novelty"].max()) < 1
+    assert unknown.scores(bench, predictor, None).keys() == found.keys() - {
+        "novelty",
+        "weight_novelty",
+        "mahalanobis",
+    }
