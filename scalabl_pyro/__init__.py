@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from .infer import FitConfig, KLSchedule, fit, kl_weight, laplace, mcmc
     from .lora import SubspaceAdapter, from_pretrained
-    from .models import CompletionModel, LoRAModel, ScalaBLModel, make_prior, priors
+    from .models import LoRAModel, ScalaBLModel, make_prior, priors
     from .prediction import (
         Predictions,
         Predictor,
@@ -57,7 +57,6 @@ __all__ = [
     "AutoSubspaceNormal",
     "AutoSubspaceRelaxedBernoulli",
     "AutoSubspaceTopNormal",
-    "CompletionModel",
     "FitConfig",
     "KLSchedule",
     "LoRAModel",
@@ -117,7 +116,7 @@ _HOMES = {
     "infer": ["FitConfig", "KLSchedule", "fit", "kl_weight", "laplace", "mcmc"],
     "lora": ["SubspaceAdapter", "from_pretrained"],
     "methods": [],
-    "models": ["CompletionModel", "LoRAModel", "ScalaBLModel", "make_prior", "priors"],
+    "models": ["LoRAModel", "ScalaBLModel", "make_prior", "priors"],
     "prediction": [
         "Predictions",
         "Predictor",

@@ -58,6 +58,22 @@ WORDS = [
 ]
 
 
+#: with turns that end in a special token, and a line break behind it
+CHAT = (
+    "{% for m in messages %}"
+    "{% if loop.index0 % 2 != (m.role == 'assistant') | int and m.role != 'system' %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<' + m.role + '>' + m.content + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "runs"},
+    {"role": "user", "content": "a red bird"},
+    {"role": "assistant", "content": "sings the blue"},
+]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.set_num_threads(1)
@@ -83,6 +99,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=64
     )
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With a chat template, whose turns end in another token than texts."""
+    special = ["<user>", "<assistant>", "<system>", "<end>", "<eos>"]
+    tokenizer.add_special_tokens({"eos_token": "<eos>", "additional_special_tokens": special[:-1]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tokens_of_the_last_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
+    """The whole conversation, and which of its tokens are the answer's, from the template alone."""
+    whole = tokenizer.apply_chat_template(messages).input_ids
+    given = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True).input_ids
+    end = whole.index(tokenizer.convert_tokens_to_ids("<end>"), len(given))
+    mask = [0] * len(given) + [1] * (end + 1 - len(given))
+    return whole[: end + 1], mask
 
 
 def make_records(count: int, *, choices: int = 4, labelled: bool = True) -> list[Record]:

@@ -193,7 +193,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     },
     "completion": {
         "prompt": (lambda tools: Completion("1", ""), "prompt is ''"),
-        "prompt list": (lambda tools: Completion("1", ["a"]), "prompt is ['a']"),
+        "prompt list": (lambda tools: Completion("1", ["a"]), "prompt[0] is 'a'"),
         "invisible": (lambda tools: Completion("1", "\ufeff"), "prompt is '\\ufeff'"),
         "completion": (lambda tools: Completion("1", "a", 3), "completion is 3"),
         "id": (lambda tools: Completion(1, "a"), "id is 1"),
@@ -216,10 +216,10 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "hidden": (line({"label": -1}), "label is -1"),
         "empty": (line(""), "holds no records"),
         "prompts": (prompt('{"promt": "a"}'), "'promt'"),
-        "prompts list": (prompt("[]"), "found []"),
+        "prompts list": (prompt("[]"), "found list"),
         "prompts null": (prompt('{"prompt": null}'), "prompt is None"),
         "prompts twice": (prompt('{"prompt": "a", "prompt": "b"}'), "key 'prompt' occurs twice"),
-        "prompts empty": (prompt("\n"), "holds no prompts"),
+        "prompts empty": (prompt("\n"), "holds no records"),
     },
     "csv": {
         "empty": (table(""), "holds no header"),
@@ -400,8 +400,8 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "tolerance nan": (predicted(tolerance=NAN), "tolerance is nan"),
         "batch size": (predicted(batch_size=0), "batch_size is 0"),
         "prompts": (told("the cat"), "'the cat'"),
-        "prompt": (told(["the cat", " "], max_new_tokens=2), "prompt 1 is ' '"),
-        "prompt type": (told([3]), "prompt 0 is 3"),
+        "prompt": (told(["the cat", " "], max_new_tokens=2), "prompt 1: prompt is ' '"),
+        "prompt type": (told([3]), "prompt 0: prompt is 3"),
         "room": (told(["the cat"], max_new_tokens=63), "max_new_tokens 63"),
         "scored text": (
             lambda tools: score(Predictor(tools.adapter()), "ab", "cd"),

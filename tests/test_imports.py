@@ -41,7 +41,7 @@ adapter = sp.from_pretrained("embedded", lora, questions["train"], prompt="class
 train = adapter.encode(questions["train"][:8])
 model = sp.ScalaBLModel(adapter, num_data=len(train))
 guide = sp.AutoSubspaceNormal(model)
-sp.fit(model, guide, train, sp.FitConfig(steps=2), progress=False)
+sp.fit(model, guide, train, sp.FitConfig(steps=2, lr_guide=1.0), progress=False)
 predictor = sp.Predictor(adapter, sp.draw(guide, 3, seed=0))
 sp.to_inference_data(predictor, train, model=model, guide=guide)
 import arviz

@@ -27,14 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks._report import report
-from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, Record, draw, fit
+from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, Record, ScalaBLModel, draw, fit
 from scalabl_pyro.commands._quiet import quiet_libraries
-from scalabl_pyro.data import disjoint, read_folder
-from scalabl_pyro.data.completions import Completion
+from scalabl_pyro.data import Completion, disjoint, read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
-from scalabl_pyro.models.completion import CompletionModel
-from scalabl_pyro.prediction.generation import ScoredText, score
+from scalabl_pyro.prediction import ScoredText, score
 from scalabl_pyro.prediction.predictor import Predictor
 from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 
@@ -74,7 +72,7 @@ class Bench:
         lora = AdapterConfig(targets=("q_proj", "v_proj"))
         adapter = make_adapter(self.config, lora, readout, svd=True, projections="free")
         train = readout.encode(self.texts["train"])
-        model = CompletionModel(adapter, num_data=len(train))
+        model = ScalaBLModel(adapter, num_data=len(train))
         guide = AutoSubspaceNormal(model)
         config = FitConfig(steps=self.steps, kl=KLSchedule(weight))
         result = fit(model, guide, train, config, seed=seed, progress=False)

@@ -79,7 +79,7 @@ def steps_of_fit(
     adapter: SubspaceAdapter, split: Split, pairs: int, other: Callable[[], float]
 ) -> Clock:
     """Seconds of each step of ``fit``, and of the other side's, in turn."""
-    model = ScalaBLModel(adapter, num_data=1000)
+    model = ScalaBLModel(adapter, num_data=len(split))
     clock = Clock(other)
     config = FitConfig(steps=pairs + 2, lr=1e-4, eval_every=1)
     batch = split.collate(list(split))
@@ -90,7 +90,7 @@ def steps_of_fit(
 
 def elbo_step(adapter: SubspaceAdapter, split: Split) -> Callable[[], float]:
     """Seconds of a step on the ELBO, by hand, so that two adapters can take theirs in turn."""
-    model = ScalaBLModel(adapter, num_data=1000)
+    model = ScalaBLModel(adapter, num_data=len(split))
     guide = AutoSubspaceNormal(model)
     elbo = Trace_ELBO(max_plate_nesting=1)
     parameters = [*adapter.named_parameters().values(), *guide.parameters()]

@@ -7,8 +7,8 @@ Made for SmolLM2-135M-Instruct (see ``--model``) on ARC-Easy and OpenBookQA. ``-
 how good the likelihood of the choices is before any training, on the whole test splits. Else each
 row fine-tunes with LoRA r = 8 on q_proj and v_proj of the 8 upper of 30 blocks, above a trunk that
 is run once, on 1,000 questions, 400 steps of 8 (the fixed recipe: 1,000). A row has three trials,
-chosen by validation NLL on a seed of their own, and a fourth beyond the grid's edge where the best
-of three lies on it. Tempered and early-stopped rows choose for themselves among the same runs. The
+chosen by validation NLL on a seed of their own, and further ones while the best lies on the grid's
+edge. Tempered and early-stopped rows choose for themselves among the same runs. The
 chosen ones run on five further seeds, which are tested. Finished runs are kept in ``--runs``, a
 folder, and not run again, so that rows may be run apart (``--tasks``, ``--rows``).
 """
@@ -43,14 +43,13 @@ from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL
 from scalabl_pyro.methods.reference import Reference
 from scalabl_pyro.prediction.intervals import (
     Interval,
+    auroc_per_question,
     crossed_interval,
     paired_difference,
     per_question,
     stacked,
 )
 from scalabl_pyro.prediction.metrics import (
-    auroc,
-    auroc_at_equal_length,
     ece_floor,
     evaluate,
     noise_to_signal,
@@ -247,7 +246,8 @@ class Row:
     """A row of the table, and the further rows that its training runs give.
 
     :param trials: methods by label, two of which are at an edge of the grid.
-    :param beyond: label of a trial at an edge → the label and method of one beyond it.
+    :param beyond: label of a trial at an edge → the label and method of one beyond it, which may be
+        at an edge itself.
     :param own: further rows that choose for themselves among the trials, in this order.
     :param same: further rows of the row's own choice.
     """
@@ -321,7 +321,14 @@ def scalabl_row(
 
 
 FROZEN = [(5e-3, 10), (5e-3, 3), (2e-3, 3)]
-FROZEN_BEYOND = {(5e-3, 10): (5e-3, 30), (5e-3, 3): (5e-3, 1), (2e-3, 3): (2e-3, 1)}
+# β = 1 is the posterior itself, below which no grid goes.
+FROZEN_BEYOND = {
+    (5e-3, 10): (5e-3, 30),
+    (5e-3, 3): (5e-3, 1),
+    (5e-3, 1): (1e-2, 1),
+    (1e-2, 1): (2e-2, 1),
+    (2e-3, 3): (2e-3, 1),
+}
 
 ROWS: dict[str, Row] = {
     "MLE": Row(
@@ -341,7 +348,13 @@ ROWS: dict[str, Row] = {
     "V free": scalabl_row(
         "V free",
         [(1e-3, 10), (1e-3, 3), (2e-3, 10)],
-        {(1e-3, 3): (1e-3, 1), (2e-3, 10): (5e-3, 10), (1e-3, 10): (5e-4, 10)},
+        {
+            (1e-3, 3): (1e-3, 1),
+            (1e-3, 1): (2e-3, 1),
+            (2e-3, 1): (4e-3, 1),
+            (2e-3, 10): (5e-3, 10),
+            (1e-3, 10): (5e-4, 10),
+        },
         projections="free",
     ),
     "full rank": scalabl_row(
@@ -439,16 +452,21 @@ def kappa(bench: Bench, fitted: Fitted) -> float:
     return float(bench.readout.kappa(llm).detach())
 
 
+def _best(trials: dict[str, dict[str, float]], row: str) -> str:
+    return min(trials, key=lambda label: trials[label][row])
+
+
 def choose(bench: Bench, name: str) -> dict[str, dict[str, float]]:
-    """Label of each trial → validation NLL of each row; one more beyond each edge that is best."""
+    """Label of each trial → validation NLL of each row; more while the best lies on an edge."""
     row = ROWS[name]
     if len(row.trials) == 1:
         return {}
     trials = {label: trial(bench, name, label) for label in row.trials}
     for other in (name, *row.own):
-        best = min(trials, key=lambda label: trials[label][other])
-        if best in row.beyond:
+        while (best := _best(trials, other)) in row.beyond:
             label, _ = row.beyond[best]
+            if label in trials:
+                break
             trials[label] = trial(bench, name, label)
     return trials
 
@@ -458,7 +476,7 @@ def choose(bench: Bench, name: str) -> dict[str, dict[str, float]]:
 
 def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Figures of a row, from one run a seed, with intervals over seeds and questions."""
-    each = [per_question(run["test.log_probs"][None].float(), run["test.labels"]) for run in runs]
+    each = [by_question(run) for run in runs]
     figures: dict[str, Any] = {
         name: interval(crossed_interval(values)) for name, values in stacked(each).items()
     }
@@ -475,13 +493,24 @@ def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
     """Figures that are no means over questions."""
-    probs = run["test.log_probs"].float().exp()
-    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
-    wrong = probs.argmax(-1) != run["test.labels"]
-    found = {
+    probs, wrong = answers(run)
+    return {
         "ece_floor": ece_floor(probs).mean,
         "confidence_minus_acc": float(probs.amax(-1).mean() - (~wrong).float().mean()),
     }
+
+
+def answers(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, C) of the test questions, and whether each answer is wrong."""
+    probs = run["test.log_probs"].float().exp()
+    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
+    return probs, probs.argmax(-1) != run["test.labels"]
+
+
+def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each question adds to a figure: the test questions, or also those of the other task."""
+    probs, wrong = answers(run)
+    found = per_question(run["test.log_probs"][None].float(), run["test.labels"])
     other = run["other.log_probs"].float().exp()
     scores = {
         "entropy": (torch.special.entr(probs).sum(-1), torch.special.entr(other).sum(-1)),
@@ -494,9 +523,9 @@ def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
     for name, (here, there) in scores.items():
         if not here.float().any():
             continue  # one draw
-        found[f"auroc_wrong_{name}"] = auroc(here.float(), wrong)
+        found[f"auroc_wrong_{name}"] = auroc_per_question(here.float(), wrong)
         both = torch.cat([here, there]).float()
-        found[f"auroc_other_{name}"] = auroc_at_equal_length(both, is_other, lengths)
+        found[f"auroc_other_{name}"] = auroc_per_question(both, is_other, lengths)
     return found
 
 
@@ -524,20 +553,15 @@ def table(bench: Bench, names: list[str]) -> dict[str, Any]:
         "chosen": chosen,
         "test": {row: metrics(each) for row, each in runs.items()},
     }
-    by_question = {
-        row: stacked(
-            [per_question(r["test.log_probs"][None].float(), r["test.labels"]) for r in each]
-        )
-        for row, each in runs.items()
-    }
+    each_row = {row: stacked([by_question(run) for run in each]) for row, each in runs.items()}
     for other in AGAINST:
         if other in runs:
             figures[f"minus {other}"] = {
                 row: {
-                    key: interval(paired_difference(values[key], by_question[other][key]))
-                    for key in ("acc", "ece", "nll", "brier")
+                    key: interval(paired_difference(values[key], each_row[other][key]))
+                    for key in sorted(values.keys() & each_row[other].keys())
                 }
-                for row, values in by_question.items()
+                for row, values in each_row.items()
                 if row != other
             }
     return figures

@@ -34,7 +34,7 @@ def _sections(name: str, chosen: str | None) -> Iterator[str]:
     yield _settings(f"{name}.yaml")
     settings = cast(DictConfig, OmegaConf.create(_text(f"{name}.yaml")))
     for entry in settings.get("defaults", []):
-        if entry in ("base", "compare", "train"):
+        if entry in ("base", "compare", "model", "train"):
             yield from _sections(entry, chosen)
         elif isinstance(entry, DictConfig) and "method" in entry:
             others = sorted(path.name for path in (CONFIGS / "method").iterdir())

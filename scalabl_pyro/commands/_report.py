@@ -16,12 +16,13 @@ from ..files import json_text, write_whole
 from ..prediction.calibration import CalibrationFloor, ece_floor
 from ..prediction.intervals import (
     Interval,
+    auroc_per_question,
     crossed_interval,
     paired_difference,
     per_question,
     stacked,
 )
-from ..prediction.metrics import auroc, average, entropy
+from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 from ..runs.reading import RunFolderError, read_json, read_tensors
 from ._plots import plot_comparison
@@ -66,7 +67,7 @@ def write_report(
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
         of calibrated models with the same probabilities; and the AUROC of entropy for telling the
-        examples of a further split from ``test``, with an interval over seeds alone.
+        examples of a further split from ``test``.
     :raises ValueError: if runs answer other questions than the first.
     """
     predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
@@ -95,7 +96,7 @@ def write_report(
         },
         "auroc_of_entropy": {
             name: {
-                s: _mean(torch.tensor([_auroc(run, s) for run in row])[:, None])
+                s: _mean(torch.stack([_auroc(run, s) for run in row]))
                 for s in splits
                 if s != "test"
             }
@@ -128,7 +129,7 @@ HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
 ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
 """
-AUROC = "AUROC: entropy of this split against test, ± over seeds alone"
+AUROC = "AUROC: entropy of this split against test"
 
 
 def format_table(table: Mapping[str, Any]) -> str:
@@ -223,6 +224,8 @@ def _check_labels(
             )
 
 
-def _auroc(run: Mapping[str, Predictions], split: str) -> float:
+def _auroc(run: Mapping[str, Predictions], split: str) -> Tensor:
+    """What each question of ``test`` and of the split adds to it."""
     known, other = entropy(run["test"].logits), entropy(run[split].logits)
-    return auroc(torch.cat([known, other]), torch.arange(len(known) + len(other)) >= len(known))
+    is_other = torch.arange(len(known) + len(other)) >= len(known)
+    return auroc_per_question(torch.cat([known, other]), is_other)

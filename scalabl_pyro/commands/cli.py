@@ -26,10 +26,10 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
 
   demo          over-confidence and its cure on real questions, in minutes
   train         fine-tune a model on labelled records and write a run folder
-  evaluate      metrics of a run folder on a labelled split
+  evaluate      metrics of a run folder, or of a base model (zero-shot), on a labelled split
   predict       answers, probabilities and uncertainty for records with or without labels
   select        the records that are most worth a label
-  generate      texts that continue prompts, with the uncertainty of every token
+  generate      texts that continue prompts or answer messages, with the uncertainty of every token
   compare       methods × seeds in one table, with pictures; finished runs are skipped
   table         the same table over runs that were trained apart, such as those of a sweep
   distill       a run's model average in one plain PEFT adapter
@@ -74,6 +74,8 @@ COMMANDS = {
 
 #: settings that are texts, whatever they hold, in which Hydra would look for its own grammar
 TEXTS = ("model.template=", "model.system=")
+#: those of generate, which are taken as they stand
+GIVEN = ("prompt=", "messages=")
 
 
 def main() -> None:
@@ -127,18 +129,23 @@ def main() -> None:
 
 
 def _as_text(word: str) -> str:
-    """A setting as Hydra reads it, of which the value is a text as it stands, but that a backslash
-    and n are a line break, which shells do not make of them."""
-    if not word.startswith(TEXTS) or word.endswith("=null"):
+    """A setting as Hydra reads it, of which the value is a text.
+
+    It is taken as it stands, but in a template or a system message a backslash and n are a line
+    break, which shells do not make of them.
+    """
+    if not word.startswith(TEXTS + GIVEN) or word.endswith("=null"):
         return word
     from hydra.core.override_parser.types import Quote, QuotedString
 
     key, _, value = word.partition("=")
-    for quote in ("'", '"'):  # as Hydra has it, for a shell that took its own quotes away
-        if len(value) > 1 and value[0] == value[-1] == quote and quote not in value[1:-1]:
-            value = value[1:-1]
+    if word.startswith(TEXTS):
+        for quote in ("'", '"'):  # as Hydra has it, for a shell that took its own quotes away
+            if len(value) > 1 and value[0] == value[-1] == quote and quote not in value[1:-1]:
+                value = value[1:-1]
+        value = value.replace("\\n", "\n")
     # Not a reference to another setting.
-    value = value.replace("\\n", "\n").replace("${", r"\${")
+    value = value.replace("${", r"\${")
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 

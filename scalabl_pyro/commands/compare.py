@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from ..data import check_split, fingerprint
 from ..files import check_writable
 from ..infer.svi import FitConfig, NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
-from ..methods import METHODS
+from ..methods import METHODS, ZeroShot
+from ..readouts import READOUTS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
 from ._errors import message
 from ._quiet import quiet_worker
@@ -28,6 +30,8 @@ from ._report import format_table, write_report
 from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare", "compare_methods"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,13 @@ class CompareConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if READOUTS[self.model.readout].reads_texts:
+            raise ConfigError(
+                f"model.readout is {self.model.readout!r}, and the table is of answers among"
+                " choices: compare the metrics that scalabl train and evaluate give for each method"
+            )
+        if self.lora.heads:
+            self._leave_out_zero_shot()
         if not self.methods or not all(self.methods.values()):
             raise ConfigError(f"methods is {self.methods}: expected one trial or more for each")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
@@ -70,6 +81,21 @@ class CompareConfig:
                 for seed in (self.tuning_seed, *self.seeds):
                     self.run_config(name, trial, seed)
                 _check_fit(name, trial)
+
+    def _leave_out_zero_shot(self) -> None:
+        """Without training, there is no head for the base model to answer by."""
+        kept = {
+            name: trials
+            for name, trials in self.methods.items()
+            if not any(trial.get("method", {}).get("name") == ZeroShot.name for trial in trials)
+        }
+        for name in self.methods.keys() - kept.keys():
+            log.warning(
+                "the row %s is left out: the heads %s are untrained in the base model",
+                name,
+                list(self.lora.heads),
+            )
+        object.__setattr__(self, "methods", kept)
 
     def run_config(
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""

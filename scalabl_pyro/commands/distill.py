@@ -63,7 +63,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
     split = run.encode(read_records(config.input, run.class_names, config.columns))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
-    mean = str(Path(config.run) / "adapter")
+    mean = str(run.folder / "adapter")
     lora = replace(run.config.lora, start=mean, subspace="random")
     settings, readout = run.config.model, run.readout
     own = run.predictor.adapter.readout_parameters  # of which no PEFT adapter knows

@@ -37,7 +37,7 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     """Export a run folder; what is uploaded has been written first."""
     output = new_path(Path(config.output))
     run = load_run(config.run)
-    metrics = read_json(Path(config.run) / "metrics.json")
+    metrics = read_json(run.folder / "metrics.json")
     settings, readout = run.config, run.readout
     export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
     found: dict[str, Any] = {"output": str(output)}

@@ -1,65 +1,87 @@
-"""``scalabl generate``: continue the prompts of a file, with the uncertainty of every token."""
+"""``scalabl generate``: continue prompts, or answer conversations, with the uncertainty of every
+token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
-from ..data.completions import read_completions
-from ..prediction.generation import Decoding, ScoredText, generate
+from ..data import Completion, read_completions
+from ..prediction.generation import Decoding, generate
+from ..runs.config import ConfigError
 from ..runs.folder import load_run
 from ._jsonl import ResumableJsonl
+from ._texts import given, scored
 
 __all__ = ["GenerateConfig", "generate_file"]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
-    """Settings of ``scalabl generate``, described in configs/generate.yaml."""
+    """Settings of ``scalabl generate``, described in configs/generate.yaml.
+
+    :raises ValueError: if not exactly one of ``input``, ``prompt`` and ``messages`` is given, or
+        ``input`` without ``output``.
+    """
 
     run: str
-    input: str
-    output: str
+    input: str | None = None
+    output: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
     progress: bool = True
+    prompt: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in ("input", "prompt", "messages")}
+        if sum(value is not None for value in values.values()) != 1:
+            shown = ", ".join(f"{name} is {value!r}" for name, value in values.items())
+            raise ConfigError(f"{shown}: give exactly one")
+        if self.input is not None and self.output is None:
+            raise ConfigError("output is null: give output=FILE.jsonl, where the texts go")
+
+    def records(self) -> list[Completion]:
+        """What is to be continued.
+
+        :raises DataError: if it is no text and no messages.
+        """
+        if self.input is not None:
+            return read_completions(self.input)
+        if self.prompt is not None:
+            return [Completion("1", self.prompt)]
+        try:
+            messages = json.loads(str(self.messages))
+        except ValueError as error:
+            raise ConfigError(
+                f"messages is {self.messages!r}, no JSON ({error}): expected"
+                ' \'[{"role": "user", "content": "…"}]\''
+            ) from error
+        return [Completion.from_mapping({"id": "1", "messages": messages})]
 
 
 def generate_file(config: GenerateConfig) -> dict[str, Any]:
-    """Continue the prompts of a file, one JSON object a line; go on where an earlier call stopped.
+    """Continue prompts, or answer conversations: those of a file to a file, one JSON object a line,
+    where an earlier call stopped; or a single one, which is returned if there is no output.
 
     :raises FileExistsError: if the output exists.
     :raises ValueError: if a prompt cannot be continued, or the output was begun with other settings
         or for other prompts.
     """
-    records = read_completions(config.input)
+    records = config.records()
+    prompts = [record.prompt for record in records]
+    if config.output is None:
+        predictor = load_run(config.run).subspace_predictor()
+        (record,), (text,) = records, generate(predictor, prompts, config.decoding)
+        return given(record) | {k: v for k, v in scored(text).items() if k != "tokens"}
     settings = {"run": config.run, "decoding": asdict(config.decoding)}
     with ResumableJsonl(config.output, [record.id for record in records], settings) as file:
-        prompts = [record.prompt for record in records]
         predictor = load_run(config.run).subspace_predictor()
         texts = generate(predictor, prompts, config.decoding, start=file.done)
         with tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar:
             for record, text in zip(records[file.done :], texts, strict=True):
-                file.write([{"id": record.id, "prompt": record.prompt} | _line(text)])
+                file.write([given(record) | scored(text)])
                 bar.update()
     return {"output": config.output, "records": len(records)}
-
-
-def _line(text: ScoredText) -> dict[str, Any]:
-    return {
-        "completion": text.text,
-        "tokens": list(_tokens(text)),
-        "log_prob": round(text.log_prob, 6),
-        "spread": round(text.spread, 6),
-        "token_mutual_information": round(text.token_mutual_information, 6),
-        "token_epkl": round(text.token_epkl, 6),
-    }
-
-
-def _tokens(text: ScoredText) -> Iterator[dict[str, Any]]:
-    columns = (text.log_probs.exp(), text.entropy, text.mutual_information)
-    for token, *values in zip(text.tokens, *(c.tolist() for c in columns), strict=True):
-        names = ("probability", "entropy", "mutual_information")
-        yield {"token": token} | {n: round(v, 6) for n, v in zip(names, values, strict=True)}

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Columns, Record, read_records
+from ..data import Columns, Record, read_completions, read_records
 from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
-from ..runs.folder import load_run
+from ..prediction.texts import score_split
+from ..runs.config import ConfigError
+from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
 from ._jsonl import ResumableJsonl
+from ._texts import given, scored
 
 __all__ = ["PredictConfig", "predict_file"]
 
@@ -50,6 +53,8 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     """
     new_path(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
+    if run.readout.reads_texts:
+        return _score_file(config, run)
     records = read_records(config.input, run.class_names, config.columns)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
@@ -81,6 +86,39 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
             first = file.done
     done: dict[str, Any] = {"output": config.output, "records": len(records)}
     return done | ({"calibration": decisions.calibration} if decisions.calibration else {})
+
+
+def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
+    """The same for a file of completions, whose tokens are given: how probable they are."""
+    if config.columns != Columns():
+        raise ConfigError(
+            f"columns is {config.columns}, and {config.run} reads texts: leave it out, and give"
+            " prompts with completions, or messages"
+        )
+    for setting in fields(DecisionConfig):
+        if (value := getattr(config, setting.name)) != setting.default:
+            raise ConfigError(
+                f"{setting.name} is {value!r}, which decides about answers among choices, and"
+                f" {config.run} reads texts: leave it out"
+            )
+    records = read_completions(config.input)
+    predictor = make_predictor(run, config.prediction)
+    split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout
+    settings = {"run": config.run, "prediction": asdict(config.prediction)}
+    with (
+        ResumableJsonl(config.output, [record.id for record in records], settings) as file,
+        tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
+    ):
+        # Chunks begin where they began before an interruption, as rounding depends on them.
+        first = file.done - file.done % config.batch_size
+        for chunk in split.batches(config.batch_size, start=first):
+            written = file.done - first
+            texts = score_split(predictor, chunk)[written:]
+            rows = zip(records[file.done :], texts, strict=False)
+            file.write([given(record) | scored(text) for record, text in rows])
+            bar.update(len(texts))
+            first = file.done
+    return {"output": config.output, "records": len(records)}
 
 
 def _answers(

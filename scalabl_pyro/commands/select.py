@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import read_records
+from ..data import DataError, Split, read_records
 from ..files import json_text, new_path, write_whole
+from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
-from ..runs.folder import load_run
+from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 
 __all__ = ["SelectConfig", "select_records"]
@@ -39,10 +40,14 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
 
     :returns: how many were chosen, and the highest and the lowest of their scores.
     :raises FileExistsError: if the output exists.
-    :raises ValueError: if a record is bad, or too few have no label.
+    :raises ValueError: if a record is bad, or too few have no label; or ``novelty`` is asked of a
+        run without a posterior over s, or whose training data cannot be read.
     """
     output = new_path(Path(config.output))
     run = load_run(config.run)
+    posterior: dict[str, Any] = {}
+    if config.by == "novelty":
+        posterior = {"model": run.model, "guide": run.guide, "train": _train(run)}
     found = select(
         make_predictor(run, config.prediction),
         read_records(config.input, run.class_names),
@@ -50,6 +55,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
         by=config.by,
         seed=config.seed,
         batch_size=config.batch_size,
+        **posterior,
     )
     rows = [asdict(record) for record in found.records]
     lines = [
@@ -64,3 +70,25 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
         "highest": float(found.scores[0]),
         "lowest": float(found.scores[-1]),
     }
+
+
+def _train(run: Run) -> Split:
+    """What the run was trained on."""
+    if not isinstance(run.model, ScalaBLModel):
+        raise ValueError(
+            f"by is 'novelty', but method {run.config.method['name']} has no posterior over s: use"
+            " by=entropy"
+        )
+    try:
+        records = run.config.data.splits(seed=run.config.seed)["train"]
+    except (DataError, OSError) as error:
+        raise DataError(
+            f"by is 'novelty', but the training data of the run cannot be read: {error}; put them"
+            " back, set data in its config.yaml to where they are, or use by=entropy"
+        ) from error
+    if len(records) != run.model.num_data:
+        raise DataError(
+            f"by is 'novelty', but the training data of the run hold {len(records)} records now, of"
+            f" {run.model.num_data} that it was trained on: put them back, or use by=entropy"
+        )
+    return run.encode(records)

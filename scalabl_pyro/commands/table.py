@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data import DataSource
 from ..files import check_writable
+from ..readouts import READOUTS
 from ..runs.config import ConfigError, RunConfig
 from ..runs.reading import read_json, read_settings
 from ._report import format_table, write_report
@@ -53,6 +54,8 @@ def tabulate(config: TableConfig) -> dict[str, Any]:
     runs: dict[Path, RunConfig] = {}
     for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
         run = read_settings(path)
+        if READOUTS[run.model.readout].reads_texts:
+            raise ConfigError(f"{path} reads texts, and the table is of answers among choices")
         runs[path] = run
         row = rows[path.name.removesuffix(f"-seed{run.seed}")]
         if run.seed in row:

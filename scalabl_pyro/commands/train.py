@@ -23,8 +23,7 @@ from ..infer.checkpoints import Checkpoints
 from ..infer.svi import NonFiniteLossError
 from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
-from ..prediction.metrics import evaluate
-from ..prediction.predictor import predict
+from ..prediction.assessment import assess
 from ..runs.config import ConfigError, RunConfig
 from ..runs.folder import save_run
 from ..runs.memory import MemoryConfig, explain_out_of_memory
@@ -116,14 +115,14 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     else:
         chosen, fitted, trials = _best(config, fit, encoded["validation"])
     show = config.progress and is_main()
-    predictions = {
-        name: predict(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
+    assessed = {
+        name: assess(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
         for name, split in encoded.items()
     }
-    metrics = {name: evaluate(found.logits, found.labels) for name, found in predictions.items()}
     if is_main():
-        save_run(chosen, classes, fitted, metrics, predictions, trials)
-    return {**metrics, "trials": trials} if trials else dict(metrics)
+        save_run(chosen, classes, fitted, assessed, trials)
+    metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
+    return {**metrics, "trials": trials} if trials else metrics
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from .batches import Batch, Example, Split
 from .columns import Columns
-from .completions import Completion, read_completions
+from .completions import Completion, Message
 from .hub import Task
 from .prompts import GAP, PROMPTS, Prompt, read_template
-from .readers import read_folder, read_records, read_table
+from .readers import read_completions, read_folder, read_records, read_table
 from .records import DataError, Record
 from .source import DataSource
 from .splits import (
@@ -30,6 +30,7 @@ __all__ = [
     "DataError",
     "DataSource",
     "Example",
+    "Message",
     "Prompt",
     "Record",
     "Split",

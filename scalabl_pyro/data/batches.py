@@ -109,6 +109,20 @@ class Split(Sequence[Example]):
             self.collate,
         )
 
+    def relabelled(self, labels: Sequence[int]) -> Split:
+        """The same examples with other labels.
+
+        :param labels: N of them.
+        :raises ValueError: if there are more or fewer.
+        """
+        records = zip(self.records, labels, strict=True)
+        examples = zip(self.examples, labels, strict=True)
+        return Split(
+            [replace(record, label=label) for record, label in records],
+            [replace(example, label=label) for example, label in examples],
+            self.collate,
+        )
+
     def batches(self, batch_size: int, *, start: int = 0) -> list[Split]:
         """The examples in their order, B at a time; the last part may be smaller.
 

@@ -1,15 +1,28 @@
-"""Completions: a prompt, and the text that follows it."""
+"""Completions: a prompt, or the turns of a conversation, and the text that follows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, NamedTuple
 
 from .prompts import PROMPTS
-from .readers import jsonl_rows
 from .records import DataError, Record, is_text
 
-__all__ = ["Completion", "read_completions"]
+__all__ = ["Completion", "Message", "is_completion"]
+
+_FIELDS = "prompt and maybe completion, or messages; and maybe id"
+
+
+class Message(NamedTuple):
+    """A turn of a conversation.
+
+    :param role: such as ``system``, ``user`` and ``assistant``; the chat template knows which.
+    :param content: its text.
+    """
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +30,23 @@ class Completion:
     """A prompt, and the text that follows it where it is known.
 
     :param id: a name unique within its file.
-    :param prompt: the text that is given.
-    :param completion: the text that follows at once, any space between them included; ``None`` if
-        it is to be generated.
-    :raises DataError: if a field is empty or no text.
+    :param prompt: the text that is given; or the messages that are, as :class:`Message` or mappings
+        with ``role`` and ``content``.
+    :param completion: the text that follows at once, any space between them included, or the
+        assistant's answer to the messages; ``None`` if it is to be generated.
+    :raises DataError: if a field is empty or no text, or a message is none.
     """
 
     id: str
-    prompt: str
+    prompt: str | tuple[Message, ...]
     completion: str | None = None
 
     def __post_init__(self) -> None:
-        texts = {"id": self.id, "prompt": self.prompt}
+        texts = {"id": self.id}
+        if isinstance(self.prompt, list | tuple) and self.prompt:
+            object.__setattr__(self, "prompt", _messages("prompt", self.prompt))
+        else:
+            texts["prompt"] = self.prompt  # type: ignore[assignment]  # of any type, as found
         if self.completion is not None:
             texts["completion"] = self.completion
         for name, value in texts.items():
@@ -43,10 +61,67 @@ class Completion:
         answer = None if record.label is None else f" {record.choices[record.label]}"
         return cls(record.id, PROMPTS["classes"].render(record), answer)
 
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, Any]) -> Completion:
+        """Build one from a decoded JSON object, in one of the forms of ``datasets`` for text:
+
+        * ``{"prompt": "…", "completion": "…"}``; the completion may be left out
+        * ``{"prompt": [message, …], "completion": [message]}``
+        * ``{"messages": [message, …]}``; of these the last is the completion if it is the
+          assistant's
+
+        with messages ``{"role": "…", "content": "…"}``.
+
+        :raises DataError: if a field is missing, unknown or invalid, or no message is the
+            assistant's where there is more than one.
+        """
+        forms = ({"id", "prompt"}, {"id", "prompt", "completion"}, {"id", "messages"})
+        if row.keys() not in forms:
+            raise DataError(f"found the fields {sorted(row)}: expected {_FIELDS}")
+        if "messages" in row:
+            given, answer = _parted(_messages("messages", row["messages"]))
+            return cls(row["id"], given, answer)
+        answer = row.get("completion")
+        if isinstance(answer, list):
+            turns = _messages("completion", answer)
+            if len(turns) != 1 or turns[0].role != "assistant":
+                raise DataError(
+                    f"completion has the roles {[turn.role for turn in turns]}: expected one"
+                    " message of the assistant; the turns before it belong to the prompt"
+                )
+            answer = turns[0].content
+        return cls(row["id"], row["prompt"], answer)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What is given as turns: a text is the user's."""
+        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def question(self) -> str:
+        """What is given, as one text: by it and the completion two splits are kept apart."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{role}: {content}" for role, content in self.prompt)
+
     @property
     def choices(self) -> tuple[str, ...]:
         """Of all texts, the only one that a readout is shown."""
         return () if self.completion is None else (self.completion,)
+
+    def known(self) -> str:
+        """The completion.
+
+        :raises DataError: if it is not known.
+        """
+        if self.completion is not None:
+            return self.completion
+        if isinstance(self.prompt, str):
+            raise DataError(f"record {self.id!r} has no completion, and its tokens are needed")
+        raise DataError(
+            f"record {self.id!r} has no answer: its last message is of the role"
+            f" {self.prompt[-1].role!r}; expected the assistant's, whose tokens are needed"
+        )
 
     @property
     def label(self) -> int | None:
@@ -54,34 +129,36 @@ class Completion:
         return None if self.completion is None else 0
 
 
-def read_completions(path: str | Path) -> list[Completion]:
-    """Read JSON Lines: ``prompt``, and if known ``completion``; ``id`` is else the line's number.
+def is_completion(row: object) -> bool:
+    """Whether a decoded JSON object is meant as one, and not as a question with choices."""
+    return isinstance(row, Mapping) and not row.keys().isdisjoint({"prompt", "messages"})
 
-    :raises DataError: at the first bad line or repeated id, with file, line, value and reason; if
-        there is no such file, or no line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    found: dict[str, Completion] = {}
-    for line, fields in jsonl_rows(path):
-        place = f"{path}, line {line}"
-        if not isinstance(fields, dict) or not {"prompt"} <= fields.keys() <= {
-            "id",
-            "prompt",
-            "completion",
-        }:
+
+def _messages(name: str, values: Any) -> tuple[Message, ...]:
+    """:raises DataError: if they are no messages."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise DataError(f"{name} is {values!r}: expected a list of messages, one or more")
+    return tuple(_message(f"{name}[{n}]", value) for n, value in enumerate(values))
+
+
+def _message(place: str, value: Any) -> Message:
+    fields = value._asdict() if isinstance(value, Message) else value
+    if not isinstance(fields, Mapping) or fields.keys() != {"role", "content"}:
+        raise DataError(f"{place} is {value!r}: expected an object with role and content alone")
+    for name, text in fields.items():
+        if not is_text(text):
             raise DataError(
-                f"{place}: found {fields!r}: expected an object with 'prompt', and maybe 'id' and"
-                " 'completion'"
+                f"the {name} of {place} is {text!r}: expected a text that is not empty, of whole"
+                " characters"
             )
-        try:
-            record = Completion(**{"id": str(line)} | fields)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
-        if record.id in found:
-            raise DataError(f"{place}: the id {record.id!r} occurs twice; ids name one record each")
-        found[record.id] = record
-    if not found:
-        raise DataError(f"{path}: holds no prompts")
-    return list(found.values())
+    return Message(**fields)
+
+
+def _parted(turns: Iterable[Message]) -> tuple[tuple[Message, ...], str | None]:
+    """The messages that are given, and the assistant's answer if it comes last."""
+    *given, last = turns
+    if last.role != "assistant":
+        return (*given, last), None
+    if not given:
+        raise DataError("messages holds the assistant's alone: expected a question before it")
+    return tuple(given), last.content

@@ -1,4 +1,4 @@
-"""Rows of a CSV file, and the columns of its two layouts: questions with choices, or texts."""
+"""Rows of a CSV file, and the columns of its layouts: questions with choices, texts, or prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["csv_columns", "csv_rows"]
 _LONGEST_CELL = 2**31 - 1
 
 EXPECTED = (
-    "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name);"
-    " id may be left out, and label or class where it is not known; commas separate the columns;"
-    " other columns are named by data.columns"
+    "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name),"
+    " or id, prompt, completion; id may be left out, and label, class or completion where it is not"
+    " known; commas separate the columns; other columns are named by data.columns"
 )
 
 
@@ -38,16 +38,18 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield line, dict(zip(header, cells, strict=True))
 
 
-def csv_columns(path: Path) -> Columns:
-    """The columns of a file that has one of the two layouts.
+def csv_columns(path: Path) -> Columns | None:
+    """The columns of a file that has one of the layouts; ``None`` of prompts, whose rows are texts.
 
-    :raises DataError: if it has neither.
+    :raises DataError: if it has none of them.
     """
     line, found = next(_cells(path), (1, None))
     if found is None:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
     numbered = [name for name in found if re.fullmatch(r"choice_[0-9]+", name)]
-    if "text" in found:
+    if "prompt" in found:
+        required, optional = ["prompt"], ["id", "completion"]
+    elif "text" in found:
         required, optional = ["text"], ["id", "class"]
     else:
         required = ["question", *(f"choice_{i}" for i in range(1, max(2, len(numbered)) + 1))]
@@ -61,6 +63,8 @@ def csv_columns(path: Path) -> Columns:
         )
     if numbered != [name for name in required if name in numbered]:
         raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
+    if "prompt" in found:
+        return None
     if "text" in found:
         return Columns("text", label="class" if "class" in found else None, labels="names")
     return Columns(choices=tuple(numbered), labels="from_0")

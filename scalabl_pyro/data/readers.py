@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .columns import Columns
+from .columns import Columns, blank
+from .completions import Completion
 from .csv_rows import csv_columns, csv_rows
 from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
 from .tables import Row, Table, to_records
 
-__all__ = ["FORMATS", "read_folder", "read_records", "read_table"]
+__all__ = ["FORMATS", "read_completions", "read_folder", "read_records", "read_table"]
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -76,7 +77,7 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
     """The rows of one file.
 
     :param columns: which columns make a record; by default as the format has it: JSON objects with
-        exactly a record's fields, the two layouts of CSV, or columns called as the fields.
+        exactly a record's or a text's fields, the layouts of CSV, or columns called as the fields.
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
@@ -92,6 +93,8 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
         place = f"{path}, {kind.unit} {number}"
         if columns is not None and not isinstance(cells, Mapping):
             raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
+        if columns is None and path.suffix == ".csv" and blank(cells.get("completion")):
+            cells = {name: cell for name, cell in cells.items() if name != "completion"}
         rows.append(Row(place, str(count), cells))
     if not rows:
         raise DataError(f"{path}: holds no records")
@@ -101,7 +104,7 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
 def read_records(
     path: str | Path, classes: Sequence[str] = (), columns: Columns | None = None
 ) -> list[Record]:
-    """The records of one file.
+    """The records of one file. Rows with ``prompt`` or ``messages`` become :class:`Completion`.
 
     :param classes: the choices of rows that have none of their own, as of a CSV file of texts.
     :param columns: as for :func:`read_table`.
@@ -109,6 +112,21 @@ def read_records(
         there is no record.
     """
     return to_records({"": read_table(path, columns)}, classes)[""]
+
+
+def read_completions(path: str | Path) -> list[Completion]:
+    """The texts of one file: prompts or conversations, with or without what follows them.
+
+    :raises DataError: as :func:`read_records`, and if a row is a question with choices.
+    """
+    records: list[Any] = read_records(path)
+    for record in records:
+        if not isinstance(record, Completion):
+            raise DataError(
+                f"{path}: record {record.id!r} is a question with choices: expected prompts or"
+                " messages"
+            )
+    return records
 
 
 def read_folder(

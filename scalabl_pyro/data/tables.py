@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .columns import Columns, blank
+from .completions import Completion, is_completion
 from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
 from .text import canonical
@@ -32,7 +33,7 @@ class Table:
     """The rows of one split, and the columns that make them records.
 
     :param place: the file or data set, for messages.
-    :param columns: ``None`` for rows that are records already, with exactly their fields.
+    :param columns: ``None`` for rows that are records or texts already, with exactly their fields.
     :param class_labels: column → names, for columns of numbers whose names the file itself gives
         (``ClassLabel`` of ``datasets``).
     """
@@ -77,6 +78,10 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
     columns = table.columns
     for row in table.rows:
         try:
+            if columns is None and is_completion(row.cells):
+                text = Completion.from_mapping({"id": row.name} | dict(row.cells))
+                yield _Read(row.place, cast(Record, text))
+                continue
             if columns is None:
                 yield _Read(row.place, Record.from_mapping(row.cells))
                 continue

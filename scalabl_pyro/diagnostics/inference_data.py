@@ -53,8 +53,9 @@ def to_inference_data(
     ``sample_stats``         ``loss``, ``kl``, … (step)  ``history``; a step is not a draw
     ======================== =========================== ==================================
 
-    where … is (chain, draw). Further latent sites of the prior stand beside ``s``: in ``posterior``
-    and ``log_prior`` with ``guide``, in ``prior`` always; log q is that of all of them.
+    where … is (chain, draw). Draws of s_perp are a variable ``s_perp`` (…, module, direction).
+    Further latent sites of the prior stand beside ``s``: in ``posterior`` and ``log_prior`` with
+    ``guide``, in ``prior`` always; log q is that of all of them.
 
     R-hat and effective sample size are for the chains of a sampler. Draws of a guide are
     independent by construction: R-hat says nothing about them, and their effective sample size is S
@@ -87,9 +88,16 @@ def to_inference_data(
     coords: dict[str, Any] = {
         "module": list(predictor.adapter.module_names),
         "rank": range(predictor.adapter.rank),
+        "direction": range(predictor.draws.shape[-1] - predictor.adapter.rank),
     }
-    dims = {"s": ["module", "rank"], "label": ["example"]}
-    sites = {"s": predictor.draws}
+    dims = {
+        "s": ["module", "rank"],
+        "s_perp": ["module", "direction"],
+        "label": ["example"],
+    }
+    sites = {"s": predictor.draws[..., : predictor.adapter.rank]}
+    if coords["direction"]:
+        sites["s_perp"] = predictor.draws[..., predictor.adapter.rank :]
     draws: dict[str, dict[str, Tensor]] = {}  # variables (S, ...) by group
     densities: dict[str, dict[str, Tensor]] = {}  # variables (S,) by group
     observed: dict[str, np.ndarray] = {}
@@ -105,6 +113,8 @@ def to_inference_data(
 
             def prior() -> None:
                 pyro.sample("s", model.prior())
+                if model.prior_perp is not None:
+                    pyro.sample("s_perp", model.prior_perp)
 
             draws["prior"], _ = _trace(prior, num_draws)
             for name, latent in model.prior.latents.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pyro
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..models.model import ScalaBLModel, require_module_local_params
+from ..models.priors import GivenPrior, Prior
 
 __all__ = ["AutoSubspace", "JointNormal"]
 
@@ -24,10 +26,11 @@ class AutoSubspace(PyroModule):
 
     where t maps the real line to the prior's support (the identity for a prior on the real line).
     Further latent sites of the prior, such as a scale, get an independent normal each in the same
-    way. The parameters exist from the start, without a trace of the model; the guide keeps no
-    reference to the language model, so it pickles and saves alone. A subclass defines its
-    parameters in ``__init__``, q(z) in :meth:`base` and its marginals in :meth:`marginals`; one
-    whose marginals have no ``icdf`` overrides :meth:`quantiles`, which the median comes from.
+    way. A site ``"s_perp"`` of the model is drawn from its prior. The parameters exist from the
+    start, without a trace of the model; the guide keeps no reference to the language model, so it
+    pickles and saves alone. A subclass defines its parameters in ``__init__``, q(z) in
+    :meth:`base` and its marginals in :meth:`marginals`; one whose marginals have no ``icdf``
+    overrides :meth:`quantiles`, which the median comes from.
 
     :param model: gives the shape, the support and the start of s.
     :param init_loc: (M, r), the initial median of s; ``model.init_loc`` if left out.
@@ -58,6 +61,7 @@ class AutoSubspace(PyroModule):
             raise ValueError(f"init_loc leaves the support of the prior, {support}")
         self._init_loc = self._unconstrained(loc.detach())
         self._init_scale = float(init_scale)
+        self._prior_perp = model.prior_perp
         self._latents = model.prior.latents
         for name, latent in self._latents.items():
             zeros = self._init_loc.new_zeros(latent.shape)
@@ -84,6 +88,8 @@ class AutoSubspace(PyroModule):
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample every latent site; the arguments are the model's and are ignored."""
         found = {"s": pyro.sample("s", self.get_posterior())}
+        if self._prior_perp is not None:
+            found["s_perp"] = pyro.sample("s_perp", self._prior_perp)
         for name, latent in self._latents.items():
             q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
             to_support = biject_to(latent.support)
@@ -101,6 +107,27 @@ class AutoSubspace(PyroModule):
         if num_draws < 1:
             raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
         return self.get_posterior().sample(torch.Size([num_draws]))
+
+    def with_perp(self, draws: Tensor) -> Tensor:
+        """(S, M, r + k): draws of s, each beside one of s_perp, if the model has it.
+
+        :param draws: (S, M, r).
+        """
+        if self._prior_perp is None:
+            return draws
+        return torch.cat([draws, self._prior_perp.sample(draws.shape[:1])], -1)
+
+    @torch.no_grad()
+    def as_prior(self) -> Prior:
+        """q(s) as it is now, for the model of a further task with the same V and B.
+
+        This is variational continual learning (Nguyen et al. 2018, arXiv 1710.10628): with exact
+        posteriors, the last one is that of all tasks' data together.
+        """
+        support = Prior.support if self._to_support is None else self._to_support.codomain
+        shape = (self._init_loc.shape[0], self._init_loc.shape[1])
+        frozen = deepcopy(self).requires_grad_(False)  # whatever becomes of this one
+        return GivenPrior(shape, frozen.get_posterior(), support)
 
     @torch.no_grad()
     def median(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from ..models.model import ScalaBLModel
+from ..models.priors import Prior
 from .base import AutoSubspace
 
 __all__ = ["AutoSubspaceTopNormal"]
@@ -69,6 +70,13 @@ class AutoSubspaceTopNormal(AutoSubspace):
     def marginals(self) -> dist.Normal:
         """Those of the random modules, (M', r)."""
         return dist.Normal(self.loc[self.random], self.scale)
+
+    def as_prior(self) -> Prior:
+        """:raises ValueError: always: below, no other value than the point would be possible."""
+        raise ValueError(
+            "AutoSubspaceTopNormal is a point in the lower blocks, and no prior: nothing could move"
+            " from it there"
+        )
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:

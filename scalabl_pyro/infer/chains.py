@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
@@ -35,6 +36,7 @@ class Chains:
     :param diverging: (chains, S), true where the integrator diverged.
     :param acceptance: (chains,) share of steps that moved.
     :param module_names: the M modules.
+    :param perp: (chains, S, M, k) draws of ``"s_perp"`` from its prior, if the model has it.
     """
 
     draws: Tensor
@@ -42,13 +44,16 @@ class Chains:
     diverging: Tensor
     acceptance: Tensor
     module_names: tuple[str, ...]
+    perp: Tensor | None = None
 
     def bank(self, num_draws: int) -> Tensor:
-        """(S, M, r) draws, evenly spaced through all chains: ``Predictor(adapter, bank)``.
+        """(S, M, r) draws, or (S, M, r + k) with s_perp, evenly spaced through all chains:
+        ``Predictor(adapter, bank)``.
 
         :raises ValueError: if there are fewer draws than asked for.
         """
-        every = self.draws.flatten(0, 1)
+        every = self.draws if self.perp is None else torch.cat([self.draws, self.perp], -1)
+        every = every.flatten(0, 1)
         if not 1 <= num_draws <= len(every):
             raise ValueError(
                 f"the number of draws is {num_draws}: expected 1 to {len(every)}, as many as the"
@@ -106,7 +111,7 @@ def mcmc(
     Every projection, head and learned prior scale stays as it is. The likelihood is that of the
     whole split, for a minibatch would change the target. Chains run one after another, for a
     language model does not pickle; each has a random state of its own, and the global one is left
-    alone.
+    alone. A site ``"s_perp"`` stays at its prior: chains run at s_perp = 0.
 
     :param split: the N labelled examples of ``model.num_data``.
     :param kernel: ``nuts`` (Hoffman & Gelman 2014) or ``hmc``.
@@ -152,6 +157,9 @@ def mcmc(
             )
             sampler.run()
             found.append((sampler.get_samples(), sampler.diagnostics()))
+        perp = None
+        if model.prior_perp is not None:
+            perp = model.prior_perp.sample(torch.Size([chains, num_samples]))
     sites = {name: torch.stack([draws[name] for draws, _ in found]) for name in start}
     diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
     for chain, (_, said) in enumerate(found):
@@ -162,6 +170,7 @@ def mcmc(
         diverging=diverging,
         acceptance=torch.tensor([said["acceptance rate"]["chain 0"] for _, said in found]),
         module_names=model.adapter.module_names,
+        perp=perp,
     )
 
 
@@ -186,7 +195,12 @@ def _potential(
     model: ScalaBLModel, batches: list[Batch]
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Any], dict[str, Tensor]]:
     """−log p(s, D) as a function of the unconstrained sites, their transforms, and a start."""
-    made = [initialize_model(model, (batch,), init_strategy=model.init_loc_fn) for batch in batches]
+    prior = model.prior_perp
+    given = {} if prior is None else {"s_perp": torch.zeros_like(prior.mean)}
+    at_zero = poutine.condition(model, given)
+    made = [
+        initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn) for batch in batches
+    ]
     start, potential, transforms, _ = made[0]
     if len(batches) == 1:
         return potential, transforms, start

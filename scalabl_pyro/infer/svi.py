@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ..data import Batch, Split
@@ -30,7 +32,14 @@ from .checkpoints import (
 from .kl import KLBudget, KLSchedule, kl_weight
 from .messengers import AllSites, ObservedNLL
 
-__all__ = ["FitConfig", "FitResult", "NonFiniteLossError", "fit", "no_guide"]
+__all__ = [
+    "FitConfig",
+    "FitResult",
+    "NonFiniteLossError",
+    "fit",
+    "no_guide",
+    "trained_parameters",
+]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -115,6 +124,15 @@ class FitConfig:
         left = (self.steps - step) / max(self.steps - warmup, 1.0)
         return left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
+    @property
+    def reach(self) -> float:
+        r"""About the furthest that a parameter of the guide can get, lr_guide · Σ_t factor_t.
+
+        A step of Adam moves a parameter by about its learning rate at most. With σ = softplus(u),
+        \|Δ log σ\| ≤ \|Δu\|: below 1, σ cannot change by a factor e.
+        """
+        return self.lr_guide * sum(map(self.learning_rate, range(self.steps)))
+
 
 class FitResult(NamedTuple):
     """What :func:`fit` returns.
@@ -186,6 +204,7 @@ def fit(
         with torch.no_grad(), pyro.poutine.block():
             # Pyro's automatic guides make their parameters at the first call.
             guide(next(train.minibatches(config.batch_size, seed=seed)))
+    _tell_reach(guide, config)
     run = _Run(model, guide, config, optimizer)
     if checkpoints is not None:
         run.resume(checkpoints)
@@ -254,6 +273,50 @@ def _check(
         )
 
 
+def _tell_reach(guide: Callable[..., Any], config: FitConfig) -> None:
+    """Warn of a run that is too short for σ to leave its start: what it ends with is a guess."""
+    logarithmic = (constraints.softplus_positive, constraints.positive)
+    modules = guide.modules() if isinstance(guide, nn.Module) else ()
+    kinds = [
+        kind
+        for module in modules
+        if isinstance(module, PyroModule)
+        for kind, _ in module._pyro_params.values()
+    ]
+    if config.reach < 1 and any(kind in logarithmic for kind in kinds):
+        log.warning(
+            "%d steps at lr_guide %g change the guide's standard deviations by a factor of about"
+            " %.2f at most: they will tell where they started, not what the data say; raise"
+            " fit.steps or fit.lr_guide",
+            config.steps,
+            config.lr_guide,
+            math.exp(config.reach),
+        )
+
+
+def trained_parameters(
+    model: LoRAModel, guide: Callable[..., Any]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """All that a loss of both moves, by name: projections and heads, and what moves at the guide's
+    rate and does not decay.
+
+    :raises ValueError: if there is nothing.
+    """
+    trained = model.adapter.named_parameters()
+    known = {id(parameter) for parameter in trained.values()}
+    own = {id(p) for p in model.adapter.readout_parameters.values()}
+    matrices = {name: p for name, p in trained.items() if id(p) not in own}
+    # A readout's few numbers, such as κ, have as far to go as the guide's.
+    numbers = {name: p for name, p in trained.items() if id(p) in own}
+    # A prior's own parameters are variational ones.
+    numbers |= {f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known}
+    if isinstance(guide, nn.Module):
+        numbers |= {f"guide.{name}": p for name, p in guide.named_parameters()}
+    if not (matrices or numbers):
+        raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
+    return matrices, numbers
+
+
 class _Run:
     """What training carries from step to step, and a checkpoint holds; and the parts of a step.
 
@@ -269,25 +332,16 @@ class _Run:
     ) -> None:
         self._model, self._guide, self._config = model, guide, config
         self._device = model.adapter.device
-        trained = model.adapter.named_parameters()
-        known = {id(parameter) for parameter in trained.values()}
-        # A prior's own parameters are variational ones: they move with the guide's.
-        inferred = {
-            f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known
-        }
-        if isinstance(guide, nn.Module):
-            inferred |= {f"guide.{name}": p for name, p in guide.named_parameters()}
-        self._named = trained | inferred
+        matrices, numbers = trained_parameters(model, guide)
+        self._named = matrices | numbers
         self._parameters = list(self._named.values())
-        if not self._parameters:
-            raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
-        own = {id(p) for p in model.adapter.readout_parameters.values()}
-        matrices = [p for p in trained.values() if id(p) not in own]
-        # A readout's few numbers, such as κ, have as far to go as the guide's, and no decay.
-        numbers = [*(p for p in trained.values() if id(p) in own), *inferred.values()]
         groups = [
-            {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
-            {"params": numbers, "lr": config.lr_guide, "weight_decay": 0.0},
+            {
+                "params": list(matrices.values()),
+                "lr": config.lr,
+                "weight_decay": config.weight_decay,
+            },
+            {"params": list(numbers.values()), "lr": config.lr_guide, "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(groups) if optimizer is None else optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}

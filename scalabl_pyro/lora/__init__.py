@@ -5,7 +5,7 @@ from .adapter import PROJECTIONS, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .loading import Classes, load_llm, load_readout, make_adapter
 from .pretrained import LoadOptions, from_pretrained
-from .subspace import SUBSPACES, second_moments, set_subspace
+from .subspace import SUBSPACES, second_moments, set_perp, set_subspace
 from .trunk import Trunk
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "load_readout",
     "make_adapter",
     "second_moments",
+    "set_perp",
     "set_subspace",
 ]

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from ..data import Batch, Record, Split
+from ..data import Batch, Completion, Record, Split
 from ..distributed import shard
 from ..readouts.base import Readout
 from .checkpointing import Checkpointing
 from .flipout import flipped
 from .heads import hold_float32_heads
 from .hooks import Bound, Hooks
-from .layers import ADAPTER, add_lora
+from .layers import ADAPTER, PERP, add_lora, add_perp
 from .matrices import LoRAMatrices
 from .output_layer import prepare_output_layer
 from .rows import RowCheck
@@ -64,6 +64,8 @@ class SubspaceAdapter:
     :param svd: whether to bring the layers to the subspace form.
     :param projections: what is trained, as above; if left out, ``frozen_v``, as method ScalaBL has
         it, and ``free`` for a plain LoRA adapter (``svd=False``), as MLE has it.
+    :param perp: k, how many coordinates s_perp of each module nothing trains, beside the r of s; 0
+        until :func:`~scalabl_pyro.lora.set_perp` says what they scale.
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
     :param gradient_checkpointing: recompute activations in the backward pass, with the same s.
     :param share_trunk: run the blocks below the first random vector once for all draws, which
@@ -91,6 +93,7 @@ class SubspaceAdapter:
         start: str | Path | None = None,
         svd: bool = True,
         projections: ProjectionMode | None = None,
+        perp: int = 0,
         base_dropout: bool = False,
         gradient_checkpointing: bool = False,
         share_trunk: bool = True,
@@ -103,6 +106,11 @@ class SubspaceAdapter:
         self.trained = start is not None
         self.unit = projections == "unit"
         self.peft_model, self.layers = add_lora(llm, lora, start)
+        if perp < 0:
+            raise ValueError(f"perp is {perp}: expected a number of coordinates, 0 or more")
+        #: k
+        self.perp = perp
+        fixed = add_perp(self.layers, perp) if perp else {}
         self.matrices = LoRAMatrices(self.layers)
         self._A = list(self.matrices.A.values())
         self.rank: int = lora.r
@@ -113,7 +121,11 @@ class SubspaceAdapter:
         self.trunk.sharing = share_trunk
         A_of = dict(zip(self.module_names, self._A, strict=True))
         self._rows = RowCheck(self._llm, A_of, self.trunk)
-        self._hooks = Hooks(self._llm, A_of, self._rows, unit=self.unit)
+        perp_layers = self.layers.values() if perp else ()
+        #: M matrices V⊥ (k, d_m), and ``perp_B`` B⊥ (d_out, k); none if k is 0
+        self.perp_A = [cast(nn.Linear, layer.lora_A[PERP]) for layer in perp_layers]
+        self.perp_B = [cast(nn.Linear, layer.lora_B[PERP]) for layer in perp_layers]
+        self._hooks = Hooks(self._llm, A_of, self._rows, unit=self.unit, perp=self.perp_A)
         self._checkpointing = Checkpointing(self._llm, self._hooks)
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
@@ -125,7 +137,7 @@ class SubspaceAdapter:
         self._stored = {
             name: parameter
             for name, parameter in self.peft_model.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad or name.removeprefix("base_model.model.") in fixed
         }
         frozen = {"frozen_v": self._A, "fixed": self.peft_model.modules()}.get(projections, ())
         for module in frozen:
@@ -150,6 +162,14 @@ class SubspaceAdapter:
     def shape(self) -> tuple[int, int]:
         """(M, r)."""
         return len(self.layers), self.rank
+
+    def with_perp(self, s: Tensor) -> Tensor:
+        """(\\*draws, M, r + k), with s_perp = 0 where it was left out.
+
+        :param s: (\\*draws, M, r) or (\\*draws, M, r + k).
+        :raises ValueError: if s has another shape.
+        """
+        return self._hooks.with_perp(s)
 
     @property
     def init_loc(self) -> Tensor:
@@ -182,6 +202,12 @@ class SubspaceAdapter:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Those of :meth:`state` that are trained."""
         return {name: p for name, p in self.state().items() if p.requires_grad}
+
+    def freeze(self) -> None:
+        """Train nothing of :meth:`state` any more, so that s alone is left to infer. Models that
+        were made before still declare what they found."""
+        for parameter in self.state().values():
+            parameter.requires_grad_(False)
 
     def num_parameters(self) -> dict[str, int]:
         """How many numbers are trained, in the LoRA projections and in heads and readout apart."""
@@ -238,16 +264,19 @@ class SubspaceAdapter:
     def folded(self, s: Tensor) -> Iterator[PeftModel]:
         """The PEFT model as ordinary LoRA at one s: A = diag(s)·V, until the context ends.
 
-        :param s: (M, r).
+        :param s: (M, r), or (M, r + k) with s_perp, whose rows are a second adapter of PEFT's.
         """
-        kept = [A.weight.clone() for A in self._A]
-        for A, scale in zip(self._A, self._hooks.effective(s), strict=True):
+        matrices = [*self._A, *self.perp_A]
+        kept = [A.weight.clone() for A in matrices]
+        parts = self._hooks.effective(s).split([self.rank, self.perp], dim=-1)
+        scales = [scale for part in parts[: 1 + bool(self.perp)] for scale in part]
+        for A, scale in zip(matrices, scales, strict=True):
             A.weight.mul_(scale[:, None].to(A.weight))
         try:
             with self._hooks.rebound(Bound()):
                 yield self.peft_model
         finally:
-            for A, weight in zip(self._A, kept, strict=True):
+            for A, weight in zip(matrices, kept, strict=True):
                 A.weight.copy_(weight)
 
     @contextmanager
@@ -287,12 +316,12 @@ class SubspaceAdapter:
 
     # ------------------------------------------------------------------ forward
 
-    def encode(self, records: Sequence[Record]) -> Split:
+    def encode(self, records: Sequence[Record] | Sequence[Completion]) -> Split:
         """Tokenise records for the readout.
 
         :raises DataError: if a record does not fit it.
         """
-        return self.readout.encode(records)
+        return self.readout.encode(cast(Sequence[Record], records))
 
     def __call__(
         self,
@@ -305,7 +334,8 @@ class SubspaceAdapter:
         """Logits of a batch, for each draw of s.
 
         :param batch: B examples, moved to the adapter's device if need be.
-        :param s: (\\*draws, M, r); all leading dimensions are draws. ``None`` is s = 1, plain LoRA.
+        :param s: (\\*draws, M, r), or (\\*draws, M, r + k) with s_perp, which is 0 if left out; all
+            leading dimensions are draws. ``None`` is s = 1, plain LoRA.
         :param per_example: s is (B, M, r), one for each example, or (B, C, M, r), one for each
             choice of a batch in which choices are rows of their own; the logits are (B, C).
         :param shift: numbers as in ``matrices.flat_A()``, added to the matrices A at signs that are
@@ -442,7 +472,7 @@ class SubspaceAdapter:
         dropout = self._base_dropout and self.peft_model.training  # a mask for each draw
         if dropout or not self.trunk.sharing:
             return 0
-        return self.trunk.depth_for(s.reshape(-1, *self.shape))
+        return self.trunk.depth_for(s.reshape(-1, *s.shape[-2:]))
 
     def _shared_trunk(
         self, s: Tensor | None, draws: int, rows: int

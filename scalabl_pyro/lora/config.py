@@ -24,8 +24,7 @@ class ModelConfig(ReadoutConfig):
     :param name: a folder, a name on the Hub, or ``embedded`` or ``minilm``, see
         :mod:`scalabl_pyro.embedded`.
     :param readout: a name in ``READOUTS``: ``label_tokens``, ``choice_likelihood``,
-        ``sequence_classification`` or
-        ``multiple_choice``.
+        ``completion_tokens``, ``sequence_classification`` or ``multiple_choice``.
     :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
     :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
         quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,

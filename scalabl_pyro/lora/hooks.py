@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ __all__ = ["Bound", "Hooks"]
 class Bound(NamedTuple):
     """What the hooks read in a forward pass, and in the backward pass that repeats it.
 
-    :param s: M of (S, r), or ``None`` for plain LoRA.
+    :param s: M of (S, r), or (S, r + k) with s_perp; ``None`` for all matrices as they are stored.
     :param shift: what is added to each of the M matrices A.
     :param tokens: the shape (S·R, T) of the model's input; ``None`` where it has not been seen.
     """
@@ -37,13 +37,21 @@ class Hooks:
     :param A: the M matrices A by the names of their modules.
     :param rows: refuses inputs in which the rows of a draw cannot be found.
     :param unit: let A act with rows of unit norm.
+    :param perp: the M matrices (k, d_m) that s_perp scales; none if it has no coordinates.
     """
 
     def __init__(
-        self, llm: nn.Module, A: Mapping[str, nn.Linear], rows: RowCheck, *, unit: bool
+        self,
+        llm: nn.Module,
+        A: Mapping[str, nn.Linear],
+        rows: RowCheck,
+        *,
+        unit: bool,
+        perp: Sequence[nn.Linear] = (),
     ) -> None:
         self.bound = Bound()
         self._A = dict(A)
+        self._perp = list(perp)
         self._rows = rows
         self._unit = unit
         #: calls of each A in this forward pass; ``None`` once they were found to be one each
@@ -51,6 +59,8 @@ class Hooks:
         for index, matrix in enumerate(A.values()):
             # Of a method, not a closure: a copy of the adapter gets hooks that read its own s.
             matrix.register_forward_hook(partial(self._scale, index))
+        for index, matrix in enumerate(perp):
+            matrix.register_forward_hook(partial(self._scale_perp, index))
         llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,31 +70,51 @@ class Hooks:
     def bind(self, s: Tensor | None) -> torch.Size:
         """Let the hooks read s from now on, and nothing else; returns the shape of the draws.
 
-        :param s: (\\*draws, M, r). ``None`` is s = 1, plain LoRA.
+        :param s: (\\*draws, M, r), or (\\*draws, M, r + k) with s_perp, which is 0 if left out.
+            ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.
         """
         self.bound = Bound()
-        first = next(iter(self._A.values())).weight
-        shape = (len(self._A), first.shape[0])
-        if s is None and not self._unit:
+        if s is None and not (self._unit or self._perp):
             return torch.Size()
         if s is None:
-            s = torch.ones(shape, device=first.device)
-        if s.shape[-2:] != shape:
-            raise ValueError(
-                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) ="
-                f" (*draws, {shape[0]}, {shape[1]})"
-            )
-        each = self.effective(s).reshape(-1, *shape).unbind(1)  # M of (S, r)
-        self.bound = Bound(each)
+            first = next(iter(self._A.values())).weight
+            s = torch.ones(len(self._A), self.rank, device=first.device)
+        each = self.effective(s)
+        self.bound = Bound(each.reshape(-1, *each.shape[-2:]).unbind(1))
         return s.shape[:-2]
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return next(iter(self._A.values())).weight.shape[0]
+
+    def with_perp(self, s: Tensor) -> Tensor:
+        """(\\*draws, M, r + k), with s_perp = 0 where it was left out.
+
+        :raises ValueError: if s has another shape.
+        """
+        M, r, k = len(self._A), self.rank, self._perp[0].weight.shape[0] if self._perp else 0
+        if s.shape[-2:] not in ((M, r), (M, r + k)):
+            raise ValueError(
+                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) = (*draws, {M}, {r})"
+                + (f", or with s_perp (*draws, {M}, {r + k})" if k else "")
+            )
+        missing = r + k - s.shape[-1]
+        return nn.functional.pad(s, (0, missing)) if missing else s
+
     def effective(self, s: Tensor) -> Tensor:
-        """The s that multiplies the rows of A as they are stored."""
+        """What multiplies the rows of A and those of s_perp as they are stored: :meth:`with_perp`,
+        over the norms of A's rows if these act with unit norm.
+
+        :raises ValueError: if s has another shape.
+        """
+        s = self.with_perp(s)
         if not self._unit:
             return s
         norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A.values()]
-        return s / torch.stack(norms)
+        scaled = s[..., : self.rank] / torch.stack(norms)
+        return torch.cat([scaled, s[..., self.rank :]], -1)
 
     def add(self, **fields: Any) -> None:
         """Change some fields of what is bound."""
@@ -135,15 +165,32 @@ class Hooks:
             return output
         if self._calls is not None:
             self._calls[index] += 1
-        s = each[index].to(output)  # (S, r)
-        if s.shape[0] == 1:
-            return output * s[0]
-        if tokens is not None:
+        s = each[index]
+        if len(s) > 1 and tokens is not None:
             self._rows.look(index, args[0].shape, len(s), *tokens)
-        parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
-        return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)
+        return _times(output, s[:, : output.shape[-1]])
+
+    def _scale_perp(
+        self, index: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        # Of the same input as A's, whose rows have been looked at.
+        each = self.bound.s
+        return output if each is None else _times(output, each[index][:, -output.shape[-1] :])
 
     def _see_tokens(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = None if ids is None else (math.prod(ids.shape[:-1]), ids.shape[-1])
         self.add(tokens=tokens)
+
+
+def _times(output: Tensor, s: Tensor) -> Tensor:
+    """Each row times the s of its draw.
+
+    :param output: (S·R, ..., r).
+    :param s: (S, r).
+    """
+    s = s.to(output)
+    if s.shape[0] == 1:
+        return output * s[0]
+    parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
+    return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
@@ -22,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ADAPTER", "add_lora", "quiet_peft", "read_config"]
+__all__ = ["ADAPTER", "PERP", "add_lora", "add_perp", "quiet_peft", "read_config"]
 
-#: PEFT's name of the one adapter
+#: PEFT's name of the adapter
 ADAPTER = "default"
+#: and of the second one, whose rows s_perp scales
+PERP = "perp"
 
 # Task types for which PEFT adds names of heads to modules_to_save, of which a model has some.
 _HEADS_OF_TASKS = {
@@ -57,6 +60,27 @@ def add_lora(
     }
     _check_layers(layers)
     return cast(PeftModel, model), layers
+
+
+@torch.no_grad()
+def add_perp(layers: Mapping[str, LoraLayer], k: int) -> dict[str, nn.Parameter]:
+    """Give each layer k more rows, which nothing trains, with the scaling of the first r.
+
+    They are a second adapter of PEFT's, which adds its own product: A and B of the first one stay
+    whole parameters. Both matrices are 0.
+
+    :returns: the 2·M matrices by the names of their weights.
+    """
+    found = {}
+    for name, layer in layers.items():
+        layer.update_layer(PERP, k, lora_alpha=k, config=LoraConfig(r=k))
+        layer.scaling[PERP] = layer.scaling[ADAPTER]
+        layer.set_adapter([ADAPTER, PERP])
+        for part in ("lora_A", "lora_B"):
+            matrices = getattr(layer, part)
+            matrices[PERP].to(matrices[ADAPTER].weight).requires_grad_(False)
+            found[f"{name}.{part}.{PERP}.weight"] = matrices[PERP].weight.zero_()
+    return found
 
 
 @contextmanager

@@ -157,11 +157,12 @@ def make_adapter(
     *,
     svd: bool,
     projections: ProjectionMode | None = None,
+    perp: int = 0,
     prompts: Split | None = None,
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 
-    :param svd: and ``projections``: those of :class:`SubspaceAdapter`.
+    :param svd: and ``projections``, ``perp``: those of :class:`SubspaceAdapter`.
     :param prompts: of :func:`set_subspace`: training examples, which ``adapter.subspace`` may need.
     :raises ValueError: if the model is to be sharded and this is the only process; or see
         :func:`set_subspace`.
@@ -176,6 +177,7 @@ def make_adapter(
         start=adapter.start,
         svd=svd,
         projections=projections,
+        perp=perp,
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,
     )

@@ -117,10 +117,10 @@ class OutputRows:
         if base.bias is not None:
             found = found + (base.bias if ids is None else base.bias[ids]).float()
         if isinstance(head, LoraLayer) and not head.disable_adapters:
-            A = cast(nn.Linear, head.lora_A[ADAPTER])
-            B = cast(nn.Linear, head.lora_B[ADAPTER])
-            update = B(A(head.lora_dropout[ADAPTER](x.to(A.weight.dtype)))) * head.scaling[ADAPTER]
-            found = found + (update if ids is None else update[..., ids]).float()
+            for name in head.active_adapters:
+                A, B = cast(nn.Linear, head.lora_A[name]), cast(nn.Linear, head.lora_B[name])
+                update = B(A(head.lora_dropout[name](x.to(A.weight.dtype)))) * head.scaling[name]
+                found = found + (update if ids is None else update[..., ids]).float()
         if ids is None:
             return found
         return found.new_zeros(*x.shape[:-1], base.out_features).index_copy(-1, ids, found)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import transformers
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Record
+from ..data import Completion, Record
 from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
 from .loading import load_llm, load_readout, make_readout, prepare
-from .subspace import set_subspace
+from .subspace import set_perp, set_subspace
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -34,7 +34,7 @@ class LoadOptions(TypedDict, total=False):
 def from_pretrained(
     model: str | Path | PreTrainedModel,
     lora: LoraConfig,
-    records: Sequence[Record],
+    records: Sequence[Record] | Sequence[Completion],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     readout: str = "label_tokens",
@@ -47,6 +47,7 @@ def from_pretrained(
     projections: ProjectionMode = "free",
     start: str | Path | None = None,
     subspace: str = "random",
+    perp: int = 0,
     gradient_checkpointing: bool = False,
     **loading: Unpack[LoadOptions],
 ) -> SubspaceAdapter:
@@ -55,16 +56,18 @@ def from_pretrained(
     :param model: a name on the Hub, a folder, ``"embedded"`` for the model in this package, or a
         model that is loaded already. Such a one is changed in place and stays on its device.
     :param lora: rank, scaling α and target modules; heads to train whole in ``modules_to_save``.
-    :param records: all that will be read: they fix the C classes and their words.
+    :param records: all that will be read: they fix the C classes and their words; or completions.
     :param tokenizer: of a model that is loaded already; else that of the model's folder is taken.
-    :param readout: a name in ``READOUTS``: ``label_tokens``, ``sequence_classification`` or
-        ``multiple_choice``.
+    :param readout: a name in ``READOUTS``, such as ``label_tokens`` or ``completion_tokens``.
     :param prompt: and ``template``, ``system``, ``chat``, ``truncate``: as in :class:`ModelConfig`.
     :param shots: labelled records that are shown with their answers before each question but their
         own.
     :param projections: and ``start``, ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
     :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
         ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
+    :param perp: k, coordinates of each module that stay at their prior (see
+        :func:`~scalabl_pyro.lora.set_perp`), in directions that up to 256 of the records hardly
+        excite.
     :param loading: ``dtype``, ``quantization``, ``device``, ``device_map``, ``attention`` and
         ``revision``, as in :class:`ModelConfig`, of a model given by its name.
     :raises FileNotFoundError: if the model cannot be found.
@@ -105,7 +108,7 @@ def from_pretrained(
         truncate=truncate,
         **loading,
     )
-    classes = config.classes(records, shots=shots)
+    classes = config.classes(cast(Sequence[Record], records), shots=shots)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(f"model is a {config.name}: give its tokenizer too, as tokenizer=…")
@@ -136,9 +139,12 @@ def from_pretrained(
         read,
         start=start,
         projections=projections,
+        perp=perp,
         gradient_checkpointing=gradient_checkpointing,
     )
     set_subspace(adapter, subspace, adapter.encode(records) if subspace == "activations" else None)
+    if perp:
+        set_perp(adapter, adapter.encode(records))
     return adapter
 
 

@@ -29,7 +29,7 @@ from ..data import Split
 from ..distributed import copy_from_main
 from .adapter import SubspaceAdapter
 
-__all__ = ["SUBSPACES", "second_moments", "set_subspace"]
+__all__ = ["SUBSPACES", "second_moments", "set_perp", "set_subspace"]
 
 #: most prompts whose activations are looked at
 _PROMPTS = 256
@@ -62,6 +62,46 @@ def set_subspace(adapter: SubspaceAdapter, name: str, prompts: Split | None = No
     for A, V in zip(adapter.matrices.A.values(), found, strict=True):
         sigma = torch.linalg.svdvals(A.weight.float())  # 1 in the subspace form
         A.weight.copy_(sigma[:, None] * V)
+
+
+@torch.no_grad()
+def set_perp(adapter: SubspaceAdapter, prompts: Split) -> None:
+    r"""Give the coordinates s_perp directions that training data hardly excite.
+
+    .. math:: ΔW^⊥_m(s^⊥) = (α/r) \, B^⊥_m \, \mathrm{diag}(s^⊥_m) \, V^⊥_m
+
+    The k rows of V⊥ are orthonormal, orthogonal to the rows of V, and of all such the ones with the
+    least Σ_j v_jᵀ C v_j, for the second moment C of the module's inputs. B⊥ has entries
+    Normal(0, 1 / d_out), drawn from the current random state. Nothing trains either. V is meant as
+    it is now: call :func:`set_subspace` first.
+
+    :param adapter: with ``perp`` above 0.
+    :param prompts: training examples, of which up to 256, evenly spread, run through the model
+        once. Labels are not looked at.
+    :raises ValueError: if a module has fewer than r + k inputs, or no token reaches it.
+    """
+    found = []
+    for (name, C), A in zip(
+        second_moments(adapter, _some(prompts)).items(), adapter.matrices.A.values(), strict=True
+    ):
+        if len(C) < adapter.rank + adapter.perp:
+            raise ValueError(
+                f"{name} has {len(C)} inputs, fewer than r + perp = {adapter.rank} +"
+                f" {adapter.perp}: expected a smaller perp"
+            )
+        V = A.weight.double()
+        outside = torch.linalg.svd(V).Vh[adapter.rank :].to(C)  # (d - r, d), orthonormal
+        vectors = torch.linalg.eigh(outside @ C @ outside.mT).eigenvectors  # the least first
+        found.append(vectors[:, : adapter.perp].mT @ outside)
+    copy_from_main(found)
+    for A, B, V in zip(adapter.perp_A, adapter.perp_B, found, strict=True):
+        A.weight.copy_(V)
+        B.weight.copy_(torch.randn(B.weight.shape) / len(B.weight) ** 0.5)
+
+
+def _some(prompts: Split) -> Split:
+    """Up to 256 of them, evenly spread."""
+    return prompts.select(range(0, len(prompts), -(-len(prompts) // _PROMPTS)))
 
 
 @torch.no_grad()
@@ -128,7 +168,7 @@ def _of_activations(adapter: SubspaceAdapter, prompts: Split | None) -> list[Ten
         )
     if prompts is None:
         raise ValueError("subspace is 'activations': give prompts, a split of training examples")
-    some = prompts.select(range(0, len(prompts), -(-len(prompts) // _PROMPTS)))
+    some = _some(prompts)
     found = []
     for name, C in second_moments(adapter, some).items():
         values, V = _leading(C, adapter.rank)

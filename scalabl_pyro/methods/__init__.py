@@ -17,6 +17,7 @@ from .scalabl import ScalaBL
 from .swag import SWAG
 from .temperature import TemperatureScaling
 from .tfb import TFB
+from .zero_shot import ZeroShot
 
 __all__ = [
     "IVON",
@@ -39,11 +40,13 @@ __all__ = [
     "Reference",
     "ScalaBL",
     "TemperatureScaling",
+    "ZeroShot",
 ]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        ZeroShot,
         MLE,
         MAP,
         TemperatureScaling,

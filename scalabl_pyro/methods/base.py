@@ -16,8 +16,8 @@ from ..infer.checkpoints import Checkpoints
 from ..infer.svi import FitConfig, FitResult, fit, no_guide
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..models.model import LoRAModel, ScalaBLModel
-from ..prediction.metrics import evaluate
-from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict
+from ..prediction.assessment import assess
+from ..prediction.predictor import Predictor, Predicts, RunPredictor
 from ..prediction.weight_draws import WeightAverage
 
 __all__ = ["DrawsWeights", "Fitted", "Method", "PointMethod"]
@@ -52,6 +52,8 @@ class Method(ABC):
     name: ClassVar[str]
     #: whether the method works on the subspace form of the adapter
     svd: ClassVar[bool] = False
+    #: whether it can learn texts too, and not answers among choices alone
+    reads_texts: ClassVar[bool] = True
 
     config: FitConfig = FitConfig()  # noqa: RUF009  (frozen)
     eval_batch_size: int = 64
@@ -62,6 +64,14 @@ class Method(ABC):
         """What is trained beside s, as in :class:`~scalabl_pyro.lora.SubspaceAdapter`; a
         setting of the methods that leave a choice."""
         return "free"
+
+    def form(self) -> dict[str, Any]:
+        """The options of :class:`~scalabl_pyro.lora.SubspaceAdapter` that the method decides."""
+        return {"svd": self.svd, "projections": self.projections}
+
+    def start(self, adapter: SubspaceAdapter, train: Split) -> None:
+        """What a fresh adapter takes from the training data, before there is a model."""
+        adapter.start_readout(train)
 
     def fit(
         self,
@@ -80,8 +90,8 @@ class Method(ABC):
         :param checkpoints: what :func:`~scalabl_pyro.infer.fit` writes, and goes on from.
         """
         pyro.set_rng_seed(seed)
-        adapter = make_adapter(svd=self.svd, projections=self.projections)
-        adapter.start_readout(train)
+        adapter = make_adapter(**self.form())
+        self.start(adapter, train)
         model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
         validate = None
@@ -109,9 +119,9 @@ class Method(ABC):
         return fitted
 
     def nll(self, predictor: Predicts, split: Split) -> float:
-        """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats."""
-        found = predict(predictor, split, batch_size=self.eval_batch_size)
-        return evaluate(found.logits, found.labels)["nll"]
+        """Mean −log p̄(y_n) of the averaged predictions of a labelled split, in nats; of texts y_n
+        is a whole completion."""
+        return assess(predictor, split, batch_size=self.eval_batch_size).metrics["nll"]
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> Any:
         """The probabilistic model of these settings."""

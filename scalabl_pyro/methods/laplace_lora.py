@@ -88,6 +88,7 @@ class LaplaceLoRA(PointMethod):
     """
 
     name: ClassVar[str] = "laplace_lora"
+    reads_texts: ClassVar[bool] = False
 
     rank: int = 10
     prior_precision: float | None = None

@@ -118,6 +118,7 @@ class LastLayerLaplace(PointMethod):
     """
 
     name: ClassVar[str] = "last_layer_laplace"
+    reads_texts: ClassVar[bool] = False
 
     prior_precision: float | None = None
     draws: int = 100

@@ -102,6 +102,7 @@ class Reference(Method):
     """
 
     name: ClassVar[str] = "reference"
+    reads_texts: ClassVar[bool] = False
     svd: ClassVar[bool] = True
 
     config: FitConfig = FitConfig(  # noqa: RUF009  (frozen)

@@ -10,6 +10,7 @@ from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
 from ..infer.elbos import make_elbo
 from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
+from ..lora.subspace import set_perp
 from ..models.model import ScalaBLModel
 from ..models.priors import make_prior
 from ..prediction.draws import draw
@@ -32,6 +33,9 @@ class ScalaBL(Method):
         out, is 0, or 1 where the adapter starts from trained weights, at s = 1.
     :param scale_B: standard deviation of a normal prior on the entries of B; none if left out. The
         KL weight does not multiply it.
+    :param perp: k, coordinates s_perp of each module in directions that the training data hardly
+        excite (see :func:`~scalabl_pyro.lora.set_perp`), which stay at their prior.
+    :param perp_scale: τ, the standard deviation of that prior.
     :param elbo: ``name``, a key of ``ELBOS``, and that ELBO's own options.
     :param draws: S of the bank that predicts; 0 predicts at the posterior's median.
     """
@@ -44,6 +48,8 @@ class ScalaBL(Method):
     guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal", "init_scale": 0.05})
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
     scale_B: float | None = None
+    perp: int = 0
+    perp_scale: float = 1.0
     elbo: dict[str, Any] = field(default_factory=lambda: {"name": "trace", "num_particles": 1})
     draws: int = 10
 
@@ -54,8 +60,18 @@ class ScalaBL(Method):
         check_guide(**self.guide)
         if self.guide.get("name") == "delta" and self.config.kl_budget is not None:
             raise ValueError("kl_budget needs a density q(s), and guide delta is a point")
+        if self.perp < 0:
+            raise ValueError(f"perp is {self.perp}: expected a number of coordinates, 0 or more")
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
+
+    def form(self) -> dict[str, Any]:
+        return super().form() | ({"perp": self.perp} if self.perp else {})
+
+    def start(self, adapter: SubspaceAdapter, train: Split) -> None:
+        super().start(adapter, train)
+        if self.perp:
+            set_perp(adapter, train)
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
         """The probabilistic model of these settings."""
@@ -64,7 +80,13 @@ class ScalaBL(Method):
             options.setdefault("loc", 1.0)
         with adapter.device:
             prior = make_prior(adapter.shape, **options)
-        return ScalaBLModel(adapter, num_data=num_data, prior=prior, scale_B=self.scale_B)
+        return ScalaBLModel(
+            adapter,
+            num_data=num_data,
+            prior=prior,
+            scale_B=self.scale_B,
+            perp_scale=self.perp_scale,
+        )
 
     def make_guide(self, model: ScalaBLModel) -> AutoSubspace:
         """The untrained guide of these settings."""

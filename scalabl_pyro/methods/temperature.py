@@ -43,6 +43,7 @@ class TemperatureScaling(PointMethod):
     """MLE, whose logits are divided by the temperature with the lowest validation NLL."""
 
     name: ClassVar[str] = "temperature"
+    reads_texts: ClassVar[bool] = False
 
     def fit(
         self,

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from ..data import Split
-from ..prediction.metrics import average
-from ..prediction.predictor import Predictions, Predictor, predict
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import LoRAModel
+from ..prediction.predictor import Predictor, predict
 from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Fitted, PointMethod
 
@@ -60,6 +61,18 @@ class TFB(DrawsWeights, PointMethod):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
 
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
+        """The likelihood.
+
+        :raises ValueError: if there would have to be pseudo-labels of texts.
+        """
+        if self.pseudo_labels and adapter.readout.reads_texts:
+            raise ValueError(
+                "pseudo_labels is true, and the readout reads texts, among which there is no most"
+                " probable one to be had: set method.pseudo_labels=false"
+            )
+        return super().make_model(adapter, num_data=num_data)
+
     def finish(
         self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
@@ -72,14 +85,10 @@ class TFB(DrawsWeights, PointMethod):
         chosen = torch.randperm(len(train), generator=generator)[: self.examples].tolist()
         anchor = train.select(chosen)
         adapter = fitted.model.adapter
-        found = predict(Predictor(adapter), anchor, batch_size=self.eval_batch_size)
-        labels = found.probabilities.argmax(-1) if self.pseudo_labels else found.labels
-        assert labels is not None
-
-        def nll(found: Predictions) -> float:
-            return float(torch.nn.functional.nll_loss(average(found.logits), labels))
-
-        plain = nll(found)
+        if self.pseudo_labels:
+            found = predict(Predictor(adapter), anchor, batch_size=self.eval_batch_size)
+            anchor = anchor.relabelled(found.probabilities.argmax(-1).tolist())
+        plain = self.nll(Predictor(adapter), anchor)
         matrices = adapter.matrices
         d = matrices.decompose_product()
         d = d.clamp(min=1e-6 * float(d.max()))  # a direction that is not used has no scale
@@ -95,7 +104,7 @@ class TFB(DrawsWeights, PointMethod):
         low, high = 0.0, self.max_scale
         for _ in range(self.bisections):
             sigma = (low + high) / 2
-            change = abs(nll(predict(at(sigma), anchor, batch_size=self.eval_batch_size)) - plain)
+            change = abs(self.nll(at(sigma), anchor) - plain)
             low, high = (sigma, high) if change <= self.tolerance * plain else (low, sigma)
         if not low:
             log.warning(

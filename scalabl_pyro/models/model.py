@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 from ..data import Batch
 from ..lora.adapter import SubspaceAdapter
+from ..readouts.completion_tokens import NO_TOKEN
 from .priors import FixedPrior, Prior
 
 __all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
@@ -84,6 +85,14 @@ class LoRAModel(PyroModule):
 
     .. math:: y_n \sim \mathrm{Categorical}(\mathrm{softmax} f(x_n)), \quad n = 1, …, N
 
+    Where the readout gives logits for the tokens of a text, y_n is its T_n tokens, one event of the
+    plate over the N texts:
+
+    .. math:: y_{nt} \mid x_n, y_{n,<t} \sim \mathrm{Categorical}(\mathrm{softmax} f_t(x_n, y_n)),
+              \quad t = 1, …, T_n
+
+    −ELBO/N and the ``nll`` that ``fit`` records are then nats a text, not a token.
+
     Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
     same ``fit`` trains point estimates and posteriors.
 
@@ -113,11 +122,15 @@ class LoRAModel(PyroModule):
     def observe(self, batch: Batch, logits: Tensor) -> Tensor:
         """The likelihood: ``"label"`` in the plate ``"data"``; override it for another one.
 
-        :param logits: (\\*draws, B, C), returned as they are.
+        :param logits: (\\*draws, B, C), or of texts (\\*draws, B, K, C); returned as they are.
         """
         batch = batch.to(logits.device)
+        y, labels = dist.Categorical(logits=logits), batch.labels
+        if labels is not None and labels.dim() == 2:  # (B, K) tokens
+            y = y.mask(labels != NO_TOKEN).to_event(1)
+            labels = labels.clamp(min=0)
         with self.data_plate(batch):
-            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+            pyro.sample("label", y, obs=labels)
         return logits
 
     def data_plate(self, batch: Batch) -> pyro.plate:
@@ -136,7 +149,9 @@ class ScalaBLModel(LoRAModel):
         y_n \mid x_n, s &\sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; s)) && n = 1, …, N
 
     with :math:`ΔW_m(s) = (α/r) \, B_m \, \mathrm{diag}(s_m) \, V_m`. All M vectors are one stacked
-    site ``"s"`` of shape (M, r); V, B and any head are learned points.
+    site ``"s"`` of shape (M, r); V, B and any head are learned points. An adapter with ``perp`` has
+    a second site ``"s_perp"`` ~ Normal(0, τ²) of shape (M, k), which the package's guides draw from
+    its prior: it adds noise to the likelihood, and its KL is 0.
 
     :param adapter: in the subspace form.
     :param num_data: N.
@@ -146,9 +161,10 @@ class ScalaBLModel(LoRAModel):
         same is computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
         density joins the objective, not weighted by the KL weight; none if left out.
-    :raises ValueError: if the prior is none or of another shape, ``scale_B`` is not above 0,
-        nothing depends on s nor will, or the start has to move and the adapter has been trained
-        since it was made.
+    :param perp_scale: τ, for an adapter with ``perp``.
+    :raises ValueError: if the prior is none or of another shape, ``scale_B`` or ``perp_scale`` is
+        not above 0, nothing depends on s nor will, or the start has to move and the adapter has
+        been trained since it was made.
 
     Usage::
 
@@ -165,6 +181,7 @@ class ScalaBLModel(LoRAModel):
         num_data: int,
         prior: TorchDistribution | Prior | None = None,
         scale_B: float | None = None,
+        perp_scale: float = 1.0,
     ) -> None:
         super().__init__(adapter, num_data=num_data)
         if prior is None:
@@ -181,6 +198,8 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
         if scale_B is not None and not scale_B > 0:
             raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
+        if not perp_scale > 0:
+            raise ValueError(f"perp_scale is {perp_scale}: expected a number above 0")
         # Any function of s may stand for the adapter; that of LoRA is constant while B is 0.
         if (
             isinstance(adapter, SubspaceAdapter)
@@ -193,6 +212,11 @@ class ScalaBLModel(LoRAModel):
             )
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
+        #: of ``"s_perp"``, with event shape (M, k); ``None`` where the adapter has none
+        self.prior_perp: TorchDistribution | None = None
+        if k := getattr(adapter, "perp", 0):
+            zeros = torch.zeros(adapter.shape[0], k, device=adapter.device)
+            self.prior_perp = dist.Normal(zeros, perp_scale).to_event(2)
         if prior.support is not constraints.real:
             self._move_inside(prior.support)
 
@@ -223,9 +247,12 @@ class ScalaBLModel(LoRAModel):
         return self.init_loc if site["name"] == "s" else init_to_median(site)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (\\*draws, B, C); samples ``"s"`` and observes ``"label"`` if there are labels."""
+        """Logits (\\*draws, B, C); samples ``"s"``, and ``"s_perp"`` if there is one, and observes
+        ``"label"`` if there are labels."""
         self.projections()
         s = pyro.sample("s", self.prior())  # (*draws, M, r)
+        if self.prior_perp is not None:
+            s = torch.cat([s, pyro.sample("s_perp", self.prior_perp)], -1)  # (*draws, M, r + k)
         if self.scale_B is not None:
             pyro.factor("prior_B", self.log_prior_B())
         logits = self.adapter(batch, s)  # (*draws, B, C)

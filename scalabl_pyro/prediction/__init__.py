@@ -1,6 +1,7 @@
 """Prediction from draws of s, its metrics, distillation and generation."""
 
 from .abstention import AbstentionThreshold, abstains, threshold_at_risk
+from .assessment import Assessment, assess
 from .calibration import CalibrationFloor, adaptive_ece, ece, ece_floor
 from .conformal import (
     CONFORMAL_SCORES,
@@ -11,8 +12,14 @@ from .conformal import (
 from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
-from .generation import Decoding, ScoredText, generate, score
-from .intervals import Interval, crossed_interval, paired_difference, per_question
+from .generation import Decoding, generate
+from .intervals import (
+    Interval,
+    auroc_per_question,
+    crossed_interval,
+    paired_difference,
+    per_question,
+)
 from .linearised import Linearised
 from .mahalanobis import mahalanobis, pooled_features
 from .metrics import (
@@ -39,20 +46,23 @@ from .predictor import (
     predict_proba,
 )
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
-from .selection import SELECTION_SCORES, Selection, select
+from .selection import SELECTION_SCORES, Pool, Selection, select
 from .text_scores import semantic_entropy, sequence_rmi, token_scores
+from .texts import ScoredText, evaluate_texts, score, score_split
 from .weight_draws import WeightAverage
 
 __all__ = [
     "CONFORMAL_SCORES",
     "SELECTION_SCORES",
     "AbstentionThreshold",
+    "Assessment",
     "Averaged",
     "CalibrationFloor",
     "Decoding",
     "Interval",
     "Linearised",
     "NonFinitePredictionsError",
+    "Pool",
     "Predictions",
     "Predictor",
     "Predicts",
@@ -62,10 +72,12 @@ __all__ = [
     "WeightAverage",
     "abstains",
     "adaptive_ece",
+    "assess",
     "aupr",
     "aurc",
     "auroc",
     "auroc_at_equal_length",
+    "auroc_per_question",
     "average",
     "conformal_sets",
     "conformal_threshold",
@@ -76,6 +88,7 @@ __all__ = [
     "ece_floor",
     "entropy",
     "evaluate",
+    "evaluate_texts",
     "fold_into",
     "fpr_at_tpr",
     "generate",
@@ -95,6 +108,7 @@ __all__ = [
     "risk_at_coverage",
     "risk_coverage_curve",
     "score",
+    "score_split",
     "select",
     "semantic_entropy",
     "sequence_rmi",

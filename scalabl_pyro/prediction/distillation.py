@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data import Batch, Split
 from ..infer.svi import FitConfig, FitResult, fit, no_guide
 from ..lora.adapter import SubspaceAdapter
+from ..lora.layers import PERP
 from ..models.model import LoRAModel
 from .predictor import Predictor
 
@@ -29,7 +30,9 @@ def fold_into(adapter: SubspaceAdapter, s: Tensor, student: SubspaceAdapter) -> 
     if student.unit:
         raise ValueError("the student has projections='unit', which rescales A: make it 'free'")
     with adapter.folded(s):
-        source, target = adapter.state(), student.state()
+        # The rows of s_perp are at its mean, 0, and a student has none.
+        source = {n: p for n, p in adapter.state().items() if f".{PERP}." not in n}
+        target = student.state()
         shapes = {n: tuple(p.shape) for n, p in source.items()}
         wrong = shapes.items() ^ {n: tuple(p.shape) for n, p in target.items()}.items()
         if wrong:

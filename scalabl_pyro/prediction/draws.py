@@ -26,7 +26,8 @@ def draw(
     kind: str = "independent",
     batch: Batch | None = None,
 ) -> Tensor:
-    r"""A bank of S draws of s, (S, M, r), independent of the global random state.
+    r"""A bank of S draws of s, (S, M, r), independent of the global random state; of s and s_perp,
+    (S, M, r + k), for a model that has both.
 
     Each draw has the distribution q(s) whatever the kind; together they may cover it better. With
     s = t(ε) for a standard normal ε,
@@ -36,6 +37,8 @@ def draw(
       linear in ε;
     * ``sobol``: ε = Φ⁻¹(u) at a scrambled Sobol sequence u in the unit cube (Owen 1998). Every
       prefix of the bank covers the cube evenly, best where S is a power of 2.
+
+    Draws of s_perp are independent ones from its prior, whatever the kind.
 
     :param guide: any guide that samples ``"s"``, ours or Pyro's.
     :param seed: fixes the bank.
@@ -51,7 +54,8 @@ def draw(
     # Seeding touches every device, wherever the guide lives.
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
-        return KINDS[kind](guide, num_draws, seed, batch)
+        draws = KINDS[kind](guide, num_draws, seed, batch)
+        return guide.with_perp(draws) if isinstance(guide, AutoSubspace) else draws
 
 
 def _independent(
@@ -64,7 +68,13 @@ def _independent(
             f"{type(guide).__name__} is made at its first call, with what the model is called"
             " with: give batch=, a batch of the training split"
         )
-    return torch.stack([guide(batch)["s"] for _ in range(num_draws)])
+    found = [guide(batch) for _ in range(num_draws)]
+    parts = [
+        torch.stack([sites[name] for sites in found])
+        for name in ("s", "s_perp")
+        if name in found[0]
+    ]
+    return torch.cat(parts, -1)
 
 
 def _antithetic(

@@ -26,7 +26,7 @@ class Linearised:
     paid once; a draw more costs C·M·r products.
 
     :param loc: μ (M, r), the posterior's mean.
-    :param draws: (S, M, r), of any posterior.
+    :param draws: (S, M, r), of any posterior, or (S, M, r + k) with s_perp, whose mean is 0.
     """
 
     adapter: SubspaceAdapter
@@ -40,6 +40,7 @@ class Linearised:
 
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
-        f, J = jacobian(self.adapter, batch, self.loc)
-        steps = (self.draws - self.loc).flatten(1)  # (S, M·r)
+        loc, draws = self.adapter.with_perp(self.loc), self.adapter.with_perp(self.draws)
+        f, J = jacobian(self.adapter, batch, loc)
+        steps = (draws - loc).flatten(1)  # (S, D)
         return f + torch.einsum("bcd,sd->sbc", J.flatten(2), steps)

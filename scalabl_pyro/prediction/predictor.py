@@ -66,7 +66,8 @@ class Predictor:
     """What every method ends as: logits for a batch, one set per draw.
 
     :param adapter: the trained model.
-    :param draws: (S, M, r), or ``None`` for a deterministic plain LoRA.
+    :param draws: (S, M, r), or (S, M, r + k) with s_perp, or ``None`` for a deterministic plain
+        LoRA.
     :param temperature: divides the logits.
     :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
         ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
@@ -88,12 +89,14 @@ class Predictor:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.draws is not None and (
-            self.draws.dim() != 3 or self.draws.shape[1:] != self.adapter.shape
-        ):
+        M, r = self.adapter.shape
+        k = getattr(self.adapter, "perp", 0)  # any function of s may stand for the adapter
+        shapes = ((M, r), (M, r + k))
+        if self.draws is not None and (self.draws.dim() != 3 or self.draws.shape[1:] not in shapes):
             raise ValueError(
-                f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) ="
-                f" (S, {self.adapter.shape[0]}, {self.adapter.shape[1]}); one s (M, r) is s[None]"
+                f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) = (S, {M}, {r})"
+                + (f", or (S, {M}, {r + k}) with s_perp" if k else "")
+                + "; one s (M, r) is s[None]"
             )
         if self.draws is not None and not len(self.draws):
             raise ValueError("draws holds no draw: expected (S, M, r), S of 1 or more")

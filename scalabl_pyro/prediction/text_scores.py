@@ -33,6 +33,7 @@ from .metrics import average
 __all__ = [
     "WEIGHTS",
     "TokenScores",
+    "check_weights",
     "equal_weights",
     "posterior_weights",
     "semantic_entropy",
@@ -59,6 +60,12 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "equal": equal_weights,
     "posterior": posterior_weights,
 }
+
+
+def check_weights(name: str) -> None:
+    """:raises ValueError: if there are no such weights."""
+    if name not in WEIGHTS:
+        raise ValueError(f"weights is {name!r}: expected one of {sorted(WEIGHTS)}")
 
 
 class TokenScores(NamedTuple):

@@ -25,4 +25,5 @@ READOUTS: dict[str, type[Readout]] = {
     "sequence_classification": SequenceClassification,
     "multiple_choice": MultipleChoice,
     "choice_likelihood": ChoiceLikelihood,
+    "completion_tokens": CompletionTokens,
 }

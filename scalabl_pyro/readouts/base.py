@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, DataError, Example, Record, Split
+from ..data import Batch, Completion, DataError, Example, Record, Split
 from ..data.records import is_text
 from .config import ReadoutConfig
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Classes:
     """The C classes of a run: what its data fixes about the readout.
 
-    :param count: C.
+    :param count: C; 0 where it is the model's vocabulary.
     :param words: the word of each class for label tokens, its name for sequence classification.
     :param form: for label tokens, whether a space leads the words; found when the readout is built.
     :param shots: the records that prompts show with their answers.
@@ -83,6 +83,10 @@ class Readout(ABC):
     #: whether an example is a row of tokens for each of its choices, of which each gives one logit,
     #: instead of one row
     row_per_choice: ClassVar[bool] = False
+    #: whether it reads texts, each token of which is one of C, instead of one answer of C
+    reads_texts: ClassVar[bool] = False
+    #: whether prompts are put through the tokenizer's chat template
+    chat: bool = False
     #: what was found when the readout was built, and a saved run gives back by ``Classes.form``
     form: str | None = None
     #: the choices that all records share, where the readout knows them
@@ -123,6 +127,12 @@ class Readout(ABC):
         """
         if not records:
             raise DataError("records is empty: expected one or more, which fix the classes")
+        for record in records:
+            if isinstance(record, Completion):
+                raise DataError(
+                    f"record {record.id!r} is a text without choices, and {cls.__name__} reads"
+                    " questions with choices: set model.readout=completion_tokens"
+                )
         count = max(len(record.choices) for record in records)
         return Classes(count, cls.words(records, prompt=prompt))
 
@@ -146,6 +156,11 @@ class Readout(ABC):
         readout = cls.__new__(cls)
         readout.num_classes = num_classes
         return readout
+
+    @property
+    def fitted(self) -> bool:
+        """Whether :meth:`start` needs labelled examples."""
+        return False
 
     def llm_options(self) -> dict[str, Any]:
         """Entries of config.json that the model is loaded with."""

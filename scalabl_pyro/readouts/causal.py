@@ -18,6 +18,7 @@ from .base import Readout
 
 __all__ = [
     "CausalReadout",
+    "in_template",
     "keeps_logits",
     "last_logits",
     "left_padded",
@@ -129,8 +130,8 @@ def _check_system(tokenizer: PreTrainedTokenizerBase, system: str, *, chat: bool
             f"system is {system!r}, but chat is false: a system message is part of a chat template;"
             " set chat=true, or write it into the template"
         )
-    found, reasons = _in_template(tokenizer, [("system", system), ("user", "Why?")])
-    if found is None and _in_template(tokenizer, [("user", "Why?")])[0] is not None:
+    found, reasons = in_template(tokenizer, [("system", system), ("user", "Why?")])
+    if found is None and in_template(tokenizer, [("user", "Why?")])[0] is not None:
         raise ValueError(
             f"system is {system!r}, but the tokenizer's chat template does not write it"
             f" ({reasons[0]}): leave system out, or write it into the template"
@@ -162,8 +163,8 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(whole) - begin - len(bare) if begin < len(whole) else 0
 
 
-# Some chat templates write today's date, and the same record would be another prompt tomorrow.
-_DATE = "26 Jul 2024"
+#: some chat templates write today's date, and the same record would be another prompt tomorrow.
+DATE = "26 Jul 2024"
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> str:
@@ -172,7 +173,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, 
     :param messages: role, such as ``user``, and text.
     :raises DataError: if the template leaves a text out.
     """
-    found, reasons = _in_template(tokenizer, messages)
+    found, reasons = in_template(tokenizer, messages)
     if found is None:
         shots = " or what is shown before it" if len(messages) > 1 else ""
         raise DataError(
@@ -183,10 +184,16 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, 
     return found
 
 
-def _in_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]
+def in_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[tuple[str, str]],
+    *,
+    answered: bool = False,
 ) -> tuple[str | None, list[str]]:
-    """Messages in the chat template, or why not."""
+    """Messages in the chat template, or why not: as texts, and as lists of parts.
+
+    :param answered: the last one is the answer; else the assistant's turn begins behind it.
+    """
     # Templates of models that also see pictures take a list of parts, and leave out a text.
     forms: list[Callable[[str], Any]] = [str, lambda text: [{"type": "text", "text": text}]]
     reasons = []
@@ -195,30 +202,31 @@ def _in_template(
             found = str(
                 tokenizer.apply_chat_template(
                     [{"role": role, "content": form(text)} for role, text in messages],
-                    add_generation_prompt=True,
+                    add_generation_prompt=not answered,
                     tokenize=False,
-                    date_string=_DATE,
+                    date_string=DATE,
                 )
             )
         except (TemplateError, TypeError, AttributeError, LookupError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        if _holds(found, messages):
+        absent = _absent(found, messages)
+        if absent is None:
             return found, []
-        reasons.append(f"gave {found[:80]!r}")
+        reasons.append(f"gave {found[:80]!r}, where {absent[:40]!r} is left out")
     return None, reasons
 
 
-def _holds(found: str, messages: Sequence[tuple[str, str]]) -> bool:
-    """Whether a text holds all messages: turns in their order, the system's wherever it may be."""
+def _absent(found: str, messages: Sequence[tuple[str, str]]) -> str | None:
+    """The first message that a text does not hold: turns in their order, the system's anywhere."""
     place = 0
     for role, text in messages:
         start = found.find(text.strip(), 0 if role == "system" else place)
         if start < 0:
-            return False
+            return text
         if role != "system":
             place = start + len(text.strip())
-    return True
+    return None
 
 
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:

@@ -120,6 +120,11 @@ class ChoiceLikelihood(CausalReadout):
         readout.class_names = classes.words
         return readout
 
+    @property
+    def fitted(self) -> bool:
+        """Whether κ is a parameter."""
+        return self.temperature == "trained"
+
     @classmethod
     def untokenized(cls, num_classes: int) -> Self:
         readout = super().untokenized(num_classes)
@@ -228,7 +233,7 @@ class ChoiceLikelihood(CausalReadout):
             if why_not is not None:
                 self.packed = False
                 log.info("%s reads a row for each choice: %s", type(llm).__name__, why_not)
-        if self.temperature == "none":
+        if not self.fitted:
             return {}
         # A module of its own, behind all others: a model takes its type from its first parameter.
         scale = nn.ParameterDict({"log_kappa": nn.Parameter(torch.zeros((), device=llm.device))})
@@ -239,7 +244,7 @@ class ChoiceLikelihood(CausalReadout):
         self, llm: PreTrainedModel, logits: Callable[[Batch], Tensor], train: Split
     ) -> dict[str, float]:
         """κ with the lowest NLL on up to 200 of the examples, evenly spread."""
-        if self.temperature == "none" or train.labels is None:
+        if not self.fitted or train.labels is None:
             return {}
         apart = -(-len(train) // _QUESTIONS)
         chosen = train.examples[::apart]
@@ -253,7 +258,7 @@ class ChoiceLikelihood(CausalReadout):
 
     def kappa(self, llm: PreTrainedModel) -> Tensor:
         """κ of a model that was attached."""
-        if self.temperature == "none":
+        if not self.fitted:
             return torch.ones((), device=llm.device)
         return _log_kappa(llm).exp()
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, DataError, Example, Record, Split
-from ..data.completions import Completion
-from .base import Readout
+from ..data import Batch, Completion, DataError, Example, Record, Split
+from .base import Classes, Readout
 from .causal import last_logits, prompt_ids
+from .config import ReadoutConfig
+from .conversations import answer_text, given_text
 
 __all__ = ["NO_TOKEN", "CompletionTokens"]
 
@@ -26,14 +28,22 @@ class CompletionTokens(Readout):
     K is the number of tokens of the batch's longest completion; only there is the head run. A token
     that holds the end of the prompt and the start of the completion belongs to the completion.
 
+    Of a conversation the assistant's last turn is the completion. This is the turn that a model is
+    asked for, and its prompt is then exactly what it is asked by; templates may write earlier
+    turns in another way, for instance without the thoughts before an answer. To learn earlier turns
+    too, give a record for each of them.
+
     :param num_classes: C, the size of the model's vocabulary.
     :param end_token: let every completion end with the tokenizer's end token, so that the model
-        learns where to stop.
-    :raises ValueError: if there is no such token.
+        learns where to stop; or, in the chat template, with the special token that ends a turn
+        there, if there is one.
+    :param chat: put each prompt through the tokenizer's chat template. Conversations need it.
+    :raises ValueError: if there is no such token or template.
     """
 
     padding_side = "left"
     auto_class = "AutoModelForCausalLM"
+    reads_texts = True
 
     def __init__(
         self,
@@ -43,13 +53,54 @@ class CompletionTokens(Readout):
         max_length: int,
         truncate: bool = False,
         end_token: bool = True,
+        chat: bool = False,
     ) -> None:
         super().__init__(
             tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
         )
         if end_token and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token: set one, or pass end_token=False")
-        self._end = [tokenizer.eos_token_id] if end_token else []
+        if chat and tokenizer.chat_template is None:
+            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
+        self.end_token = end_token
+        self.chat = chat
+
+    @classmethod
+    def classes(cls, records: Sequence[Record], *, prompt: str) -> Classes:
+        """None that records could fix: the classes are the model's vocabulary."""
+        if not records:
+            raise DataError("records is empty: expected one or more")
+        return Classes(0)
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Classes,
+        config: ReadoutConfig,
+        *,
+        max_length: int,
+    ) -> Self:
+        # The model's own vocabulary, which may be padded, is known when it is attached.
+        return cls(
+            tokenizer,
+            num_classes=len(tokenizer),
+            max_length=max_length,
+            truncate=config.truncate,
+            chat=config.chat,
+        )
+
+    @classmethod
+    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+        """Rows of which half are completions, where nobody knows better."""
+        inputs = super().blank_inputs(size, num_classes, tokens)
+        positions = torch.arange(tokens).expand(size, -1)
+        return inputs | {"completion_mask": (positions >= tokens // 2).long()}
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """As :meth:`Readout.attach`; C is the size of the model's vocabulary."""
+        self.num_classes = llm.config.get_text_config().vocab_size
+        return {}
 
     def encode(self, records: Sequence[Record | Completion]) -> Split:
         """Tokenise completions; a multiple-choice record becomes one by :meth:`Completion.of`.
@@ -61,27 +112,36 @@ class CompletionTokens(Readout):
         return super().encode(texts)  # type: ignore[arg-type]  # id, choices, label alike
 
     def _tokenize(self, record: Completion) -> dict[str, list[list[int]]]:  # type: ignore[override]
-        if record.completion is None:
-            raise DataError(f"record {record.id!r} has no completion, and its tokens are needed")
-        prompt = prompt_ids(self.tokenizer, record.prompt)
-        whole = prompt_ids(self.tokenizer, record.prompt + record.completion)
-        given = len(
+        record.known()
+        try:
+            given = given_text(self.tokenizer, record, chat=self.chat)
+            answer = answer_text(self.tokenizer, record, chat=self.chat, end=self.end_token)
+        except DataError as error:
+            raise DataError(f"record {record.id!r}: {error}") from error
+        prompt, whole = self._ids(given), self._ids(given + answer)
+        start = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         )
-        if not prompt_ids(self.tokenizer, record.prompt, add_special_tokens=False):
-            given = 0  # what remains are tokens that begin any text
-        if not 0 < given < len(whole):
+        if not prompt_ids(self.tokenizer, record.messages[-1].content, add_special_tokens=False):
+            start = 0  # what remains are tokens that begin any text
+        if not 0 < start < len(whole):
             raise DataError(
-                f"record {record.id!r}: prompt {record.prompt!r} and completion"
-                f" {record.completion!r} are {given} and {len(whole) - given} tokens: expected one"
+                f"record {record.id!r}: prompt {record.question!r} and completion"
+                f" {record.completion!r} are {start} and {len(whole) - start} tokens: expected one"
                 " or more of each"
             )
-        whole += self._end
+        special = self.tokenizer.all_special_ids
+        if self.end_token and not (self.chat and whole[-1] in special):
+            whole.append(self.tokenizer.eos_token_id)
         return {
             "input_ids": [whole],
             "attention_mask": [[1] * len(whole)],
-            "completion_mask": [[0] * given + [1] * (len(whole) - given)],
+            "completion_mask": [[0] * start + [1] * (len(whole) - start)],
         }
+
+    def _ids(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        return prompt_ids(self.tokenizer, text, add_special_tokens=not self.chat)
 
     def _truncate(self, record: Completion) -> dict[str, list[list[int]]]:  # type: ignore[override]
         # Of the prompt: a completion that is cut is no completion.
@@ -93,6 +153,15 @@ class CompletionTokens(Readout):
                 f" prompt in the context of {self.max_length}; shorten it"
             )
         return self._cut_left(rows)
+
+    def scoring(self) -> str:
+        return "log p of each token"
+
+    def _prompt_and_answers(
+        self, record: Record, rows: dict[str, list[list[int]]]
+    ) -> tuple[str, list[tuple[str, str]]]:
+        row, start = rows["input_ids"][0], rows["completion_mask"][0].index(1)
+        return self._decode(row[:start]), [("", self._decode(row[start:], behind=row[:start]))]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack B examples, padded to the longest; labels are (B, K) tokens, −100 where none is."""

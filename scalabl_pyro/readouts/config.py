@@ -30,7 +30,7 @@ class ReadoutConfig:
     :param shots: how many records of the training split are shown with their answers before each
         question.
     :param system: a message that stands before all others in the chat template.
-    :param chat: for label tokens and choice likelihood, put prompts through the chat template.
+    :param chat: for causal language models, put prompts through the chat template.
     :param normalise: for choice likelihood, what log p of a choice is divided by: its
         ``characters``, its ``tokens``, or ``none``.
     :param temperature: for choice likelihood, whether κ is ``trained``, or 1 with ``none`` (see

@@ -5,6 +5,7 @@ from .exports import export, merge, push_to_hub
 from .folder import Run, RunFolderError, load_run, save_run
 from .memory import MemoryConfig, estimate
 from .predictors import PredictionConfig, make_predictor
+from .serving import ServedAverage, ServerError
 
 __all__ = [
     "ConfigError",
@@ -14,6 +15,8 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunFolderError",
+    "ServedAverage",
+    "ServerError",
     "build",
     "estimate",
     "export",

@@ -13,13 +13,22 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..data import DataError, DataSource, Record, check_split, disjoint, draw_shots, hold_out
+from ..data import (
+    Completion,
+    DataError,
+    DataSource,
+    Record,
+    check_split,
+    disjoint,
+    draw_shots,
+    hold_out,
+)
 from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
 from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method
-from ..readouts import Classes
+from ..readouts import READOUTS, Classes
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 
@@ -78,7 +87,9 @@ class DataConfig(DataSource):
         splits = self.limited(disjoint(splits))
         for name, records in splits.items():
             for record in records:
-                if record.label is None:
+                if isinstance(record, Completion):
+                    record.known()
+                elif record.label is None:
                     raise DataError(
                         f"the record {record.id!r} of the split {name} has no label; where a column"
                         " of another name has it, give data.columns.label, and leave out a split"
@@ -129,6 +140,12 @@ class RunConfig:
             raise ConfigError(
                 "method.projections is 'fixed', which trains s alone, and B starts at 0, where"
                 " nothing depends on s: give lora.start, a trained adapter"
+            )
+        if READOUTS[self.model.readout].reads_texts and not method.reads_texts:
+            able = [name for name, other in METHODS.items() if other.reads_texts]
+            raise ConfigError(
+                f"method {method.name} learns answers among choices, and model.readout is"
+                f" {self.model.readout!r}, which reads texts: expected one of {able}"
             )
         object.__setattr__(self, "fit", method.config)
         own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]

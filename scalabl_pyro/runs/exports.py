@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -49,6 +50,8 @@ def export(
     r"""Write the mean and the draws as PEFT adapters of the run's own rank.
 
     .. math:: ΔW_m = (α/r) \, B_m A_m, \quad A_m = \mathrm{diag}(s_m) \, V_m
+
+    With s_perp they have k more rows, and rank r + k.
 
     A server that adapts blocks but no output layer needs that layer's adapter out of the way:
     ``drop`` leaves it out of every adapter; ``merge`` also folds its mean into ``base/``, a copy of
@@ -157,26 +160,38 @@ def save_adapter(
 ) -> None:
     """Write one ordinary PEFT adapter, A = diag(s)·V and B.
 
-    :param s: (M, r).
+    :param s: (M, r), or (M, r + k) with s_perp; the adapter then has rank r + k.
     :param drop: adapted modules to leave out.
     """
     with adapter.folded(s) as peft_model:
         # The base model's own embeddings are never part of an adapter.
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        weights = folder / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        for part, more, dim in (("A", adapter.perp_A, 0), ("B", adapter.perp_B, 1)):
+            for module, matrix in zip(adapter.layers, more, strict=bool(more)):
+                name = f"base_model.model.{module}.lora_{part}.weight"
+                tensors[name] = torch.cat([tensors[name], matrix.weight.detach().cpu()], dim)
     (folder / "README.md").unlink()  # PEFT's template; the exported folder has a card of its own
-    if not drop:
+    if not (drop or adapter.perp):
         return
-    weights = folder / "adapter_model.safetensors"
     kept = {
         name: value
-        for name, value in load_file(weights).items()
+        for name, value in tensors.items()
         if not any(name.startswith(f"base_model.model.{module}.lora_") for module in drop)
     }
     save_file(kept, weights, metadata={"format": "pt"})
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text())
-    names = {module.rpartition(".")[2] for module in adapter.layers if module not in drop}
-    config.write_text(json.dumps(values | {"target_modules": sorted(names)}, indent=2) + "\n")
+    if drop:
+        names = {module.rpartition(".")[2] for module in adapter.layers if module not in drop}
+        values["target_modules"] = sorted(names)
+    if adapter.perp:
+        # PEFT divides α by the rank, or its root, and the scaling is to stay what it was.
+        rank = adapter.rank + adapter.perp
+        values["r"] = rank
+        values["lora_alpha"] = adapter.scaling * (rank**0.5 if values["use_rslora"] else rank)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _untie(llm: PreTrainedModel) -> None:
@@ -204,7 +219,7 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
             "dtype": model.dtype,
             "quantization": model.quantization,
         },
-        "rank": adapter.rank,
+        "rank": adapter.rank + adapter.perp,
         "scaling": adapter.scaling,
         "output_layer": output_layer,
         "draws": names[1:],

@@ -6,7 +6,8 @@
   guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more
-* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one
+* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
+  of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``trials.json`` if there were some, ``history.csv``, ``environment.json``
 """
 
@@ -32,18 +33,13 @@ from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
-from ..prediction.predictor import (
-    Predictions,
-    Predictor,
-    Predicts,
-    RunPredictor,
-    predict_proba,
-)
+from ..prediction.assessment import Assessment
+from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict_proba
 from ..readouts import Classes, Readout
 from .config import ConfigError, RunConfig, build
-from .reading import RunFolderError, read_json, read_settings, read_tensors
+from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
-__all__ = ["Run", "RunFolderError", "load_run", "save_run"]
+__all__ = ["Run", "RunFolderError", "load_run", "read_meaning", "save_run"]
 
 FORMAT = 4
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
@@ -83,11 +79,13 @@ class Meaning:
 class Run:
     """A run folder, loaded.
 
+    :param folder: where it is, of one from the Hub in the local cache.
     :param predictor: gives the logits that it gave before saving.
     :param model: the probabilistic model, with what its prior learned.
     :param guide: the posterior q(s), or ``None`` without one.
     """
 
+    folder: Path
     config: RunConfig
     classes: Classes
     predictor: RunPredictor
@@ -146,8 +144,7 @@ def save_run(
     config: RunConfig,
     classes: Classes,
     fitted: Fitted,
-    metrics: Mapping[str, Any],
-    predictions: Mapping[str, Predictions],
+    assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
@@ -155,7 +152,7 @@ def save_run(
     :raises FileExistsError: if the folder exists.
     """
     with whole_folder(config.check_run_dir()) as part:
-        _write_run(part, config, classes, fitted, metrics, predictions, trials)
+        _write_run(part, config, classes, fitted, assessed, trials)
 
 
 def _write_run(
@@ -163,11 +160,11 @@ def _write_run(
     config: RunConfig,
     classes: Classes,
     fitted: Fitted,
-    metrics: Mapping[str, Any],
-    predictions: Mapping[str, Predictions],
+    assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]],
 ) -> None:
     predictor, adapter = fitted.predictor, fitted.predictor.adapter
+    history = fitted.result.history  # empty where nothing was trained
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
     mean = posterior_mean(predictor, fitted.guide)
     with adapter.folded(mean) as peft_model:
@@ -187,7 +184,7 @@ def _write_run(
         modules=adapter.module_names,
         rank=adapter.rank,
         scaling=adapter.scaling,
-        kl_weight=fitted.result.history[-1]["kl_weight"],
+        kl_weight=history[-1]["kl_weight"] if history else None,
         num_data=fitted.model.num_data,
         seed=config.seed,
         temperature=predictor.temperature if isinstance(predictor, Predictor) else 1.0,
@@ -195,26 +192,30 @@ def _write_run(
         base_model=BaseModel(config.model.name, adapter.base_fingerprint()),
     )
     _write_json(part / "posterior.json", asdict(meaning))
-    logits = {f"{split}.logits": found.logits for split, found in predictions.items()}
-    labels = {f"{split}.labels": found.labels for split, found in predictions.items()}
-    known = {name: value for name, value in labels.items() if value is not None}
-    save_file(_tensors(logits | known), part / "predictions.safetensors")
+    tensors = {
+        f"{split}.{name}": value
+        for split, found in assessed.items()
+        for name, value in found.tensors.items()
+    }
+    save_file(_tensors(tensors), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
-    _write_json(part / "metrics.json", metrics)
+    _write_json(part / "metrics.json", {name: found.metrics for name, found in assessed.items()})
     if trials:
         _write_json(part / "trials.json", list(trials))
-    _write_history(part / "history.csv", fitted.result.history)
+    _write_history(part / "history.csv", history)
     _write_json(part / "environment.json", _environment())
 
 
 def load_run(folder: str | Path) -> Run:
     """Read a run folder and the base model it names.
 
-    :raises RunFolderError: if it is incomplete, damaged, or of another format version, was made on
-        other base weights, or its ``config.yaml`` has been changed since.
+    :param folder: or ``owner/name`` on the Hub, where ``hf upload owner/name FOLDER`` puts one;
+        with ``@`` and a branch, tag or commit behind it, if not the latest is wanted.
+    :raises RunFolderError: if it cannot be had, is incomplete, damaged, or of another format
+        version, was made on other base weights, or its ``config.yaml`` has been changed since.
     """
-    folder = Path(folder)
-    meaning = _meaning(folder / "posterior.json")
+    folder = find_run(folder)
+    meaning = read_meaning(folder)
     config = read_settings(folder)
     _check_settings(config, meaning, folder)
     config = replace(config, model=replace(config.model, shard=False))  # one process reads it
@@ -227,8 +228,7 @@ def load_run(folder: str | Path) -> Run:
         config.model,
         replace(config.lora, start=start, subspace="random"),
         load_readout(config.model, classes),
-        svd=False,
-        projections=method.projections,
+        **method.form() | {"svd": False},
     )
     if adapter.module_names != meaning.modules:
         raise RunFolderError(
@@ -261,7 +261,7 @@ def load_run(folder: str | Path) -> Run:
         )
     except ValueError as error:
         raise RunFolderError.damaged(posterior, error) from error
-    return Run(config, classes, predictor, model, guide)
+    return Run(folder, config, classes, predictor, model, guide)
 
 
 def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
@@ -273,7 +273,12 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 
 
-def _meaning(path: Path) -> Meaning:
+def read_meaning(folder: Path) -> Meaning:
+    """What ``posterior.json`` says.
+
+    :raises RunFolderError: if it is missing, damaged, or of another format version.
+    """
+    path = folder / "posterior.json"
     values = read_json(path)
     if values.get("format") != FORMAT:
         raise RunFolderError(

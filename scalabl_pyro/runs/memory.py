@@ -203,7 +203,8 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
 def _batch(config: MemoryConfig, size: int) -> Batch:
     kind = READOUTS[config.model.readout]
     inputs = kind.blank_inputs(size, config.classes, config.tokens)
-    return Batch(inputs, torch.ones(size, config.classes, dtype=torch.bool))
+    shape = (1, 1) if kind.reads_texts else (config.classes,)  # any token may follow
+    return Batch(inputs, torch.ones(size, *shape, dtype=torch.bool))
 
 
 class _Alive(TorchDispatchMode):

@@ -72,8 +72,15 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         return run.predictor
     if run.guide is None:
         raise ValueError("the run has no posterior over s: leave prediction as it is")
-    predictor, median = run.subspace_predictor(), run.guide.median()["s"]
+    only_choices = config.name == "linearised" or config.tolerance is not None
+    if only_choices and run.readout.reads_texts:
+        raise ValueError(
+            f"prediction.name is {config.name!r} and prediction.tolerance {config.tolerance}, of a"
+            " run that reads texts: expected average or mean, without a tolerance"
+        )
+    predictor = run.subspace_predictor()
     adapter, draws = predictor.adapter, predictor.draws
+    median = adapter.with_perp(run.guide.median()["s"])
     if config.draws is not None:
         draws = draw(run.guide, config.draws, seed=config.seed, kind=config.kind)
     assert draws is not None
@@ -98,7 +105,7 @@ def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
 
 
 #: ways to predict by name: functions of the run's predictor, the posterior's median (M, r) and the
-#: draws (S, M, r) that the other settings ask for
+#: draws (S, M, r), both with s_perp where there is one, that the other settings ask for
 WAYS: dict[str, Callable[[Predictor, Tensor, Tensor], Predicts]] = {
     "average": _average,
     "linearised": _linearised,

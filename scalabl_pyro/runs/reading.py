@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -15,8 +17,10 @@ from yaml import YAMLError
 
 from .config import ConfigError, RunConfig, build
 
-__all__ = ["RunFolderError", "read_json", "read_settings", "read_tensors"]
+__all__ = ["RunFolderError", "find_run", "read_json", "read_settings", "read_tensors"]
 
+#: owner/name on the Hub, with a branch, tag or commit behind an @
+_ON_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
 _ADVICE = "copy the run folder again from where it was made, or train the run again"
 
 
@@ -27,6 +31,25 @@ class RunFolderError(ValueError):
     def damaged(cls, path: Path, why: object) -> RunFolderError:
         """:param why: what is wrong with the file."""
         return cls(f"{path} is damaged: {' '.join(str(why).split())}; {_ADVICE}")
+
+
+def find_run(name: str | Path) -> Path:
+    """The folder of a run: a folder, or what the Hub has as ``owner/name`` or
+    ``owner/name@revision``, which is then in the local cache.
+
+    :raises RunFolderError: if there is neither.
+    """
+    folder, on_the_hub = Path(name), _ON_THE_HUB.fullmatch(str(name))
+    if folder.exists() or on_the_hub is None:
+        return folder
+    repo, revision = on_the_hub.groups()
+    try:
+        return Path(snapshot_download(repo, revision=revision))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"there is no folder {name}, and no run to be had from the Hub by this name:"
+            f" {' '.join(str(error).split())}"
+        ) from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

@@ -35,6 +35,7 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
         "methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]",
         "~methods.map",
         "~methods.mle_tempered",
+        "~methods.zero_shot",
     ]
     assert compare("seeds=[0]", *methods) == 0
     first = {
@@ -96,7 +97,7 @@ def test_a_run_that_fails_is_named(compare, capsys):
 
 
 def test_predictions_of_a_run_are_kept(compare, tmp_path):
-    others = ["~methods.map", "~methods.mle", "~methods.mle_tempered"]
+    others = ["~methods.map", "~methods.mle", "~methods.mle_tempered", "~methods.zero_shot"]
     words = ["methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]", *others]
     assert compare("seeds=[0]", *words) == 0
     (folder,) = (tmp_path / "out/runs").iterdir()
@@ -106,6 +107,31 @@ def test_predictions_of_a_run_are_kept(compare, tmp_path):
     assert found["test"].logits.shape == (3, 9, 4)
     assert torch.equal(found["unseen"].labels, torch.arange(7) % 4)
     assert math.isfinite(float(found["test"].logits.sum()))
+
+
+def test_the_base_model_is_the_first_row(compare, tmp_path, local_model, capsys):
+    """With the figures that evaluate gives of it."""
+    rest = [f"~methods.{name}" for name in ("map", "mle_tempered", "scalabl")]
+    assert compare("seeds=[0]", "methods.mle=[{method:{name:mle}}]", *rest) == 0
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert list(table["metrics"]) == ["zero_shot", "mle"]
+    assert "zero_shot − mle" in (tmp_path / "out/table.txt").read_text()
+    capsys.readouterr()
+    words = [f"model.name={local_model}", "data.root=data", "progress=false"]
+    assert scalabl("evaluate", *words) == 0
+    alone = json.loads(capsys.readouterr().out)
+    for metric in ("acc", "nll", "brier", "ece"):
+        found = table["metrics"]["zero_shot"]["test"][metric]["mean"]
+        assert found == pytest.approx(alone[metric], abs=1e-6)
+
+
+def test_a_base_model_without_a_head_is_left_out(compare, capsys):
+    words = ["model.readout=sequence_classification", "lora.heads=[score]", "seeds=[0]"]
+    others = [f"~methods.{name}" for name in ("map", "mle", "mle_tempered", "scalabl")]
+    assert compare(*words, *others) == 1
+    error = capsys.readouterr().err
+    assert "the row zero_shot is left out: the heads ['score'] are untrained" in error
+    assert "methods is {}: expected one trial or more" in error
 
 
 @pytest.mark.parametrize(
@@ -128,7 +154,8 @@ def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):
 
 
 def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
-    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "seeds=[0]"]
+    rest = [f"~methods.{name}" for name in ("map", "mle_tempered", "scalabl", "zero_shot")]
+    rest.append("seeds=[0]")
     diverge = "{method:{name:mle},fit:{lr:1.0e+30}}"
     assert compare(f"methods.mle=[{diverge},{{method:{{name:mle}}}}]", *rest) == 0
     trials = json.loads((tmp_path / "out/table.json").read_text())["trials"]["mle"]

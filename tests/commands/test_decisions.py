@@ -14,6 +14,7 @@ from conftest import make_records, scalabl, write_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import scalabl_pyro as sp
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.predict import PredictConfig
@@ -218,6 +219,35 @@ def test_records_to_label_are_written_as_records(run, capsys):
     assert all(record == pool[record.id] for record in chosen)
     assert scalabl("select", *words) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_novelty_reads_the_training_data_of_the_run(run, data, capsys):
+    words = ["run=run", "input=in.jsonl", "count=3", "by=novelty"]
+    assert scalabl("select", *words, "output=chosen.jsonl") == 0
+    said = json.loads(capsys.readouterr().out)
+    trained = sp.load_run(run)
+    train, pool = (trained.encode(read_records(f)) for f in (data / "train.jsonl", "in.jsonl"))
+    loc = trained.guide.median()["s"]
+    scores = sp.novelty(trained.model, train, pool, loc=loc)
+    best = scores.topk(3)
+    assert [r.id for r in read_records("chosen.jsonl")] == [f"q{n}" for n in best.indices.tolist()]
+    assert said["highest"] == pytest.approx(float(best.values[0]), rel=1e-4)
+
+    write_jsonl(data / "train.jsonl", make_records(16)[:15])
+    assert scalabl("select", *words, "output=o.jsonl") == 1
+    assert "hold 15 records now, of 16 that it was trained on" in capsys.readouterr().err
+    (data / "train.jsonl").unlink()
+    assert scalabl("select", *words, "output=o.jsonl") == 1
+    assert "the training data of the run cannot be read" in capsys.readouterr().err
+    assert not Path("o.jsonl").exists()
+
+
+def test_a_run_without_s_has_no_novelty(local_model, data, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=mle", "method=mle"]
+    assert scalabl("train", *where, *FAST, "model.dtype=float32") == 0
+    words = ["run=mle", "input=in.jsonl", "output=o.jsonl", "count=3", "by=novelty"]
+    assert scalabl("select", *words) == 1
+    assert "method mle has no posterior over s: use by=entropy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def train(make_causal, records):
     model = ScalaBLModel(adapter, num_data=len(split))
 
     def run(*callbacks, steps=4, **options):
-        config = FitConfig(steps=steps, batch_size=4, eval_every=options.pop("eval_every", 0))
+        every = options.pop("eval_every", 0)
+        config = FitConfig(steps=steps, batch_size=4, lr_guide=1.0, eval_every=every)
         guide = AutoSubspaceNormal(model)
         options = {"progress": False} | options
         return fit(model, guide, split, config, callbacks=callbacks, **options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_records, whole
 from numpy.polynomial.hermite_e import hermegauss
+from omegaconf import OmegaConf
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroParam
@@ -23,6 +24,7 @@ from scalabl_pyro import (
     Split,
     fit,
 )
+from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
 from scalabl_pyro.infer import KLBudget, NonFiniteLossError
 from scalabl_pyro.infer.svi import no_guide
@@ -546,3 +548,48 @@ def test_a_model_that_observes_nothing_in_a_plate_is_refused(make_causal, record
     model = Bare(adapter, num_data=len(split))
     with pytest.raises(ValueError, match="observes nothing in a plate"):
         fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=1), progress=False)
+
+
+@pytest.mark.parametrize("guide_class", [AutoSubspaceNormal, AutoNormal])
+def test_a_run_too_short_for_sigma_says_so(make_causal, records, caplog, guide_class):
+    """Adam moves log σ by about lr_guide a step: by 0.2 in 20 steps, a factor of 1.22."""
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = guide_class(model, init_scale=0.05)
+    short = dict(steps=20, warmup=0.0, decay="constant", batch_size=4)
+    fit(model, guide, split, FitConfig(**short, lr_guide=0.01), progress=False)
+    (line,) = [r.getMessage() for r in caplog.records if "lr_guide" in r.getMessage()]
+    assert "20 steps at lr_guide 0.01" in line
+    assert "a factor of about 1.22 at most" in line
+    assert "raise fit.steps or fit.lr_guide" in line
+
+    def moved():
+        sigma = guide.scale if guide_class is AutoSubspaceNormal else guide.scales.s
+        return float((sigma.detach() / 0.05).log().abs().max())
+
+    assert 0.1 < moved() < 0.2 * 1.05
+    caplog.clear()
+    fit(model, guide, split, FitConfig(**short, lr_guide=0.06), progress=False)
+    assert not caplog.records
+    assert moved() > 0.5
+
+
+def test_a_point_has_no_sigma_to_move(make_causal, records, caplog):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    for guide in (AutoSubspaceDelta(model), no_guide):
+        plain = model if guide is not no_guide else LoRAModel(adapter, num_data=len(split))
+        fit(plain, guide, split, FitConfig(steps=2), progress=False)
+    assert not caplog.records
+
+
+def test_the_defaults_are_long_enough_for_sigma():
+    """Up for a while and down for the rest: half of the steps count."""
+    assert FitConfig().reach == pytest.approx(0.01 * 1000 / 2, rel=0.01)
+    assert FitConfig(decay="constant", warmup=0.0).reach == pytest.approx(0.01 * 1000)
+    for name in ("base", "compare", "tune"):
+        settings = OmegaConf.load(CONFIGS / f"{name}.yaml").fit
+        steps = dict(steps=settings.steps, lr_guide=settings.get("lr_guide", 1e-2))
+        assert FitConfig(**steps).reach > 1, name

@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_llama
 
 from scalabl_pyro import FitConfig, KLSchedule, evaluate, predict
 from scalabl_pyro.guides import GUIDES
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints
-from scalabl_pyro.methods import MAP, METHODS, MLE, LaplaceLoRA, ScalaBL, TemperatureScaling
+from scalabl_pyro.methods import (
+    MAP,
+    METHODS,
+    MLE,
+    LaplaceLoRA,
+    ScalaBL,
+    TemperatureScaling,
+    ZeroShot,
+)
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
 DRAWS = {
@@ -28,7 +37,9 @@ NOT_THE_BEST = ("checkpoint_ensemble", "swag", "ivon")
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("validated", [False, True])
-def test_every_method_fits_predicts_and_repeats(make_choice, records, name, validated):
+def test_every_method_fits_predicts_and_repeats(make_choice, make_causal, records, name, validated):
+    # Without training there is no head to answer by.
+    make = make_causal if name == "zero_shot" else make_choice
     options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
     if validated:
         options["config"] = FitConfig(
@@ -38,15 +49,40 @@ def test_every_method_fits_predicts_and_repeats(make_choice, records, name, vali
             keep="last" if name in NOT_THE_BEST else "best",
             weight_decay=options["config"].weight_decay,
         )
-    split = make_choice().readout.encode(records)
+    split = make().readout.encode(records)
     found = []
     for _ in range(2):
-        fitted = METHODS[name](**options).fit(make_choice, split, split, seed=3)
+        fitted = METHODS[name](**options).fit(make, split, split, seed=3)
         assert fitted.predictor.num_draws == DRAWS.get(name, 1)
         found.append(predict(fitted.predictor, split).logits)
     assert torch.equal(*found)
     assert set(evaluate(found[0], split.labels)) >= {"acc", "ece", "nll", "brier"}
-    assert ("validation_nll" in fitted.result.history[1]) == validated
+    if name == "zero_shot":
+        assert fitted.result.history == []
+    else:
+        assert ("validation_nll" in fitted.result.history[1]) == validated
+
+
+def test_zero_shot_is_the_base_model(make_causal, records):
+    """Letters by plain transformers; the adapter is there, and changes nothing."""
+    adapter = make_causal(filled=False)
+    split = adapter.readout.encode(records)
+    fitted = ZeroShot(progress=False).fit(lambda **_: adapter, split, None, seed=0)
+    found = predict(fitted.predictor, split).logits[0]
+    llm, tokenizer = tiny_llama(), adapter.readout.tokenizer
+    for record, logits in zip(records, found, strict=True):
+        ids = tokenizer(adapter.readout.prompt.render(record), return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = llm(ids).logits[0, -1, adapter.readout.label_ids]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", ["make_choice", "make_classifier"])
+def test_zero_shot_refuses_heads_that_wait_for_training(make, records, request):
+    make = request.getfixturevalue(make)
+    split = make().readout.encode(records)
+    with pytest.raises(ValueError, match=r"the heads \['classifier.*'\] are untrained"):
+        ZeroShot(progress=False).fit(make, split, None, seed=0)
 
 
 class Unplugged(RuntimeError):
@@ -65,7 +101,7 @@ class PlugPulled(Checkpoints):
             raise Unplugged
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"zero_shot"}))  # which has no step
 def test_every_method_goes_on_to_the_bit(make_choice, records, tmp_path, name):
     options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
     split = make_choice().readout.encode(records)

@@ -14,9 +14,8 @@ import scalabl_pyro.commands.generate as command
 from scalabl_pyro import Predictor, SubspaceAdapter
 from scalabl_pyro.commands._jsonl import ResumableJsonl
 from scalabl_pyro.commands.generate import GenerateConfig, generate_file
-from scalabl_pyro.data import PROMPTS, DataError
-from scalabl_pyro.data.completions import read_completions
-from scalabl_pyro.prediction.generation import Decoding, generate, score
+from scalabl_pyro.data import PROMPTS, DataError, read_completions
+from scalabl_pyro.prediction import Decoding, generate, score
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.config import ConfigError, build
 
@@ -260,7 +259,7 @@ def test_bad_decodings_are_refused(settings, message):
 def test_bad_prompts_are_refused_before_any_work(predictor, monkeypatch):
     llm = predictor.adapter.peft_model.get_base_model()
     monkeypatch.setattr(llm, "forward", None)
-    with pytest.raises(ValueError, match="prompt 1 is ' '"):
+    with pytest.raises(ValueError, match="prompt 1: prompt is ' '"):
         generate(predictor, ["the", " "], GREEDY)
     for words, new in ((64, 1), (70, 1), (60, 5)):
         with pytest.raises(ValueError, match=f"prompt 1, .* has {words} tokens, .* lower max_new"):
@@ -392,7 +391,7 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
 
     def config(name):
         path = str(tmp_path / name)
-        return GenerateConfig("run", str(prompts_file), path, SAMPLED, progress=False)
+        return GenerateConfig("run", str(prompts_file), path, decoding=SAMPLED, progress=False)
 
     assert generate_file(config("whole.jsonl"))["records"] == 4
 

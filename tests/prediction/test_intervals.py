@@ -5,9 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from scalabl_pyro import evaluate
-from scalabl_pyro.prediction import crossed_interval, paired_difference, per_question
+from scalabl_pyro.prediction import (
+    auroc_at_equal_length,
+    auroc_per_question,
+    crossed_interval,
+    paired_difference,
+    per_question,
+)
 
 
 def crossed(seeds, questions, rest, *, K=5, N=500, generator):
@@ -96,3 +104,58 @@ def test_one_number_has_no_interval():
     found = crossed_interval(torch.tensor([[3.0]]))
     assert found.mean == 3
     assert all(math.isnan(x) for x in found[1:])
+
+
+def scores_and_kinds(*, shift=1.0, N=60, generator):
+    """Scores of which a third is positive, and so much higher."""
+    positive = torch.rand(N, generator=generator) < 1 / 3
+    positive[:2] = torch.tensor([True, False])
+    return torch.randn(N, generator=generator) + shift * positive, positive
+
+
+def test_the_variance_of_an_auroc_is_delongs():
+    """By his structural components, one pair at a time; with ties."""
+    scores, positive = scores_and_kinds(generator=torch.Generator().manual_seed(0))
+    scores = (2 * scores).round()
+    found = auroc_per_question(scores, positive)
+    assert float(found.mean()) == pytest.approx(roc_auc_score(positive, scores))
+    known, others = scores[positive].tolist(), scores[~positive].tolist()
+    pairs = np.array([[(a > b) + 0.5 * (a == b) for b in others] for a in known])
+    m, n = pairs.shape
+    delong = pairs.mean(1).var(ddof=1) / m + pairs.mean(0).var(ddof=1) / n
+    assert float(found.var()) / (m + n) == pytest.approx(delong, rel=0.05)  # of order 1 / n alike
+
+
+def test_an_auroc_at_equal_length_is_the_mean_of_what_questions_add():
+    generator = torch.Generator().manual_seed(0)
+    scores, positive = scores_and_kinds(generator=generator)
+    lengths = torch.randint(5, 30, (60,), generator=generator)
+    found = auroc_per_question(scores, positive, lengths)
+    expected = auroc_at_equal_length(scores, positive, lengths)
+    assert float(found.mean()) == pytest.approx(expected)
+    everyone = auroc_per_question(scores, positive, lengths, apart=100)
+    torch.testing.assert_close(everyone, auroc_per_question(scores, positive))
+
+
+def test_without_a_pair_there_is_no_auroc_to_add_to():
+    with pytest.raises(ValueError, match="no pair of a positive and a negative"):
+        auroc_per_question(torch.rand(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_intervals_of_an_auroc_cover_it(lengths):
+    """Five seeds whose scores share the questions, of normals at a known distance."""
+    generator = torch.Generator().manual_seed(0)
+    truth = stats.norm.cdf(1 / math.sqrt(2))
+    hits = 0
+    for _ in range(300):
+        shared, positive = scores_and_kinds(shift=0, N=150, generator=generator)
+        where = torch.randint(10, 13, (150,), generator=generator) if lengths else None
+        values = []
+        for _ in range(5):
+            own = torch.randn(150, generator=generator)
+            scores = (shared + own) / math.sqrt(2) + positive
+            values.append(auroc_per_question(scores, positive, where, apart=1))
+        found = crossed_interval(torch.stack(values))
+        hits += found.low <= truth <= found.high
+    assert hits / 300 >= 0.92

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_records
+from torch.autograd.functional import jacobian
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import DataError
@@ -41,6 +43,54 @@ def test_the_highest_scores_come_first(predictor, by):
     assert list(sp.select(predictor, POOL, 12, by=by).records) == order
 
 
+def test_novelty_is_that_of_dense_matrices(make_causal):
+    """Derivatives by autograd, one output at a time; matrices over all D coordinates."""
+    adapter = make_causal(projections="frozen_v")
+    train = adapter.encode(make_records(5))
+    model = sp.ScalaBLModel(adapter, num_data=5, prior=dist.Normal(0.0, 0.7))
+    guide = sp.AutoSubspaceNormal(model, init_loc=torch.randn(adapter.shape))
+    loc = guide.median()["s"]
+
+    def derivatives(record):
+        split = adapter.readout.encode([record])
+        batch = split.collate(list(split))
+        J = jacobian(lambda s: adapter(batch, s.view_as(loc))[0], loc.flatten())
+        return adapter(batch, loc)[0].detach().double(), J.double()
+
+    precision = torch.eye(loc.numel()).double() / 0.7**2
+    after = precision.clone()
+    for record in train.records:
+        f, J = derivatives(record)
+        p = f.softmax(-1)
+        after += J.mT @ (p.diag() - torch.outer(p, p)) @ J
+    P = torch.eye(4).double() - 0.25
+    expected = {}
+    for record in POOL:
+        contrasts = P @ derivatives(record)[1]
+        left, all_ = (
+            (contrasts @ matrix.inverse() @ contrasts.mT).trace() for matrix in (after, precision)
+        )
+        expected[record.id] = float(left / all_)
+    order = sorted(POOL, key=lambda r: -expected[r.id])
+    predictor = Predictor(adapter, sp.draw(guide, 2, seed=0))
+    given = {"model": model, "guide": guide, "train": train}
+    found = sp.select(predictor, POOL, 5, by="novelty", batch_size=3, **given)
+    assert list(found.records) == order[:5]
+    assert found.scores.tolist() == pytest.approx([expected[r.id] for r in order[:5]], abs=1e-4)
+    for name in given:
+        with pytest.raises(ValueError, match="give model, guide and train"):
+            sp.select(predictor, POOL, 5, by="novelty", **given | {name: None})
+
+
+def test_where_nothing_depends_on_s_nothing_is_novel(make_causal):
+    adapter = make_causal(filled=False)
+    model = sp.ScalaBLModel(adapter, num_data=5)
+    given = {"guide": sp.AutoSubspaceNormal(model), "train": adapter.encode(make_records(5))}
+    found = sp.select(Predictor(adapter), POOL, 2, by="novelty", model=model, **given)
+    assert found.records == tuple(POOL[:2])
+    assert found.scores.tolist() == [0, 0]
+
+
 def test_random_follows_its_seed(predictor):
     first, again, other = (sp.select(predictor, POOL, 12, by="random", seed=s) for s in (0, 0, 1))
     assert first.records == again.records
@@ -58,7 +108,7 @@ def test_labelled_records_are_left_out(predictor):
 
 def test_a_score_is_a_function_and_an_entry(predictor, monkeypatch):
     monkeypatch.setitem(
-        SELECTION_SCORES, "longest", lambda p, split, seed, size: torch.tensor(split.lengths) * 1.0
+        SELECTION_SCORES, "longest", lambda pool: torch.tensor(pool.split.lengths) * 1.0
     )
     found = sp.select(predictor, POOL, 3, by="longest")
     lengths = predictor.adapter.readout.encode(POOL).lengths

@@ -11,8 +11,8 @@ from conftest import fill_lora_B, lora, tiny_llama
 
 from scalabl_pyro import Predictor, SubspaceAdapter, generate
 from scalabl_pyro.data import PROMPTS
-from scalabl_pyro.prediction import semantic_entropy, sequence_rmi, token_scores
-from scalabl_pyro.prediction.generation import Decoding, score
+from scalabl_pyro.prediction import score, semantic_entropy, sequence_rmi, token_scores
+from scalabl_pyro.prediction.generation import Decoding
 from scalabl_pyro.prediction.text_scores import equal_weights, posterior_weights
 from scalabl_pyro.readouts import LabelTokens
 

@@ -10,10 +10,15 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scalabl_pyro import AutoSubspaceNormal, FitConfig, Record, SubspaceAdapter, fit
-from scalabl_pyro.data import DataError
-from scalabl_pyro.data.completions import Completion, read_completions
-from scalabl_pyro.models.completion import CompletionModel
+from scalabl_pyro import (
+    AutoSubspaceNormal,
+    FitConfig,
+    Record,
+    ScalaBLModel,
+    SubspaceAdapter,
+    fit,
+)
+from scalabl_pyro.data import Completion, DataError, read_completions
 from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 
 TEXTS = [
@@ -53,7 +58,7 @@ def by_hand(adapter, s, text):
 
 def test_the_likelihood_is_the_cross_entropy_of_the_answer_tokens(adapter):
     split = adapter.readout.encode(TEXTS)
-    model = CompletionModel(adapter, num_data=len(split))
+    model = ScalaBLModel(adapter, num_data=len(split))
     s = torch.randn(adapter.shape)
     trace = pyro.poutine.trace(pyro.condition(model, {"s": s})).get_trace(whole(split))
     trace.compute_log_prob()
@@ -76,7 +81,7 @@ def test_the_loss_is_the_negative_elbo_also_for_one_text(adapter, vectorized):
     """At a posterior without width the ELBO is known: −KL − Σ_n cross entropy."""
     for texts in (TEXTS, TEXTS[:1]):
         split = adapter.readout.encode(texts)
-        model = CompletionModel(adapter, num_data=len(split))
+        model = ScalaBLModel(adapter, num_data=len(split))
         guide = AutoSubspaceNormal(model, init_scale=1e-6)
         elbo = TraceMeanField_ELBO(2, max_plate_nesting=1, vectorize_particles=vectorized)
         q, p = guide.get_posterior(), model.prior()
@@ -108,7 +113,7 @@ def test_one_token_of_a_completion_is_what_label_tokens_read(make_causal):
 
 def test_fit_lowers_the_loss_and_records_nats_a_completion(adapter):
     split = adapter.readout.encode(TEXTS)
-    model = CompletionModel(adapter, num_data=len(split))
+    model = ScalaBLModel(adapter, num_data=len(split))
     guide = AutoSubspaceNormal(model)
     before = sum(by_hand(adapter, adapter.init_loc, text) for text in TEXTS) / len(TEXTS)
     config = FitConfig(steps=60, batch_size=4, lr=1e-2)
@@ -121,7 +126,7 @@ def test_fit_lowers_the_loss_and_records_nats_a_completion(adapter):
 
 def test_stock_svi_steps_it_too(adapter):
     split = adapter.readout.encode(TEXTS)
-    model = CompletionModel(adapter, num_data=len(split))
+    model = ScalaBLModel(adapter, num_data=len(split))
     guide = AutoSubspaceNormal(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     losses = [svi.step(whole(split)) for _ in range(20)]
@@ -179,13 +184,16 @@ def test_completions_are_read_from_json_lines(tmp_path):
         Completion("1", "the", " cat"),
         Completion("x", "a"),
     ]
-    with pytest.raises(DataError, match=r"line 2: found .*'promt'"):
-        read_completions(written(rows[0], {"promt": "a"}))
+    with pytest.raises(DataError, match=r"line 2: found the fields .*'promt'"):
+        read_completions(written(rows[0], rows[1] | {"promt": "a"}))
+    question = {"id": "q", "question": "the?", "choices": ["cat", "dog"]}
+    with pytest.raises(DataError, match="record 'q' is a question with choices"):
+        read_completions(written(rows[0], question))
     with pytest.raises(DataError, match="line 2: the id '1' occurs twice"):
         read_completions(written(rows[0], rows[1] | {"id": "1"}))
     with pytest.raises(DataError, match="line 1: prompt is ''"):
         read_completions(written({"prompt": ""}))
-    with pytest.raises(DataError, match="holds no prompts"):
+    with pytest.raises(DataError, match="holds no records"):
         read_completions(written())
     with pytest.raises(DataError, match="no such file"):
         read_completions(tmp_path / "none.jsonl")

@@ -9,7 +9,7 @@ from tokenizers import Regex, normalizers, processors
 
 from scalabl_pyro import Predictor, Record, SubspaceAdapter, predict
 from scalabl_pyro.data import PROMPTS, Completion, DataError
-from scalabl_pyro.prediction.generation import Decoding, generate, score
+from scalabl_pyro.prediction import Decoding, generate, score
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.causal import prompt_ids
 from scalabl_pyro.readouts.completion_tokens import CompletionTokens

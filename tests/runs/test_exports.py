@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import lora, make_records, tiny_bert_config, tiny_llama, whole, write_jsonl
+from conftest import blocks, lora, make_records, tiny_bert_config, tiny_llama, whole, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
@@ -122,10 +122,9 @@ def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
     run = make_run(stored=stored)
     export(run, tmp_path / "exported")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
-    assert len(blocks) == 1
+    code = blocks(ROOT / "docs" / "serving.md", "python")[0]
     names: dict = {}
-    exec(compile(blocks[0], "serving.md", "exec"), names)
+    exec(compile(code, "serving.md", "exec"), names)
     records = make_records(6)
     found = names["answer"]([PROMPTS["letters"].render(record) for record in records])
     logits = predict(run.predictor, run.readout.encode(records)).logits

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from scalabl_pyro import load_run, predict
+from scalabl_pyro.runs.reading import RunFolderError
 
 SETTINGS = ["fit.steps=3", "fit.batch_size=4", "progress=false"]
 
@@ -234,3 +235,42 @@ def test_a_model_that_was_moved_is_found_again(trained, run, tmp_path):
     edit(run, "model.name", str(tmp_path / "moved"))
     split = load_run(run).encode(make_records(5))
     assert predict(load_run(run).predictor, split).logits.isfinite().all()
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(trained, run, tmp_path, monkeypatch) -> Path:
+    """The local cache of the Hub, in which ``me/mine`` has a branch and a tag."""
+    repo = tmp_path / "cache" / "models--me--mine"
+    shutil.copytree(run, repo / "snapshots" / REVISION)
+    (repo / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repo / "refs" / name).write_text(REVISION)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(trained)
+    return repo / "snapshots" / REVISION
+
+
+@pytest.mark.parametrize("name", ["me/mine", "me/mine@v1", f"me/mine@{REVISION}"])
+def test_a_run_is_found_on_the_hub(hub, run, name, tmp_path):
+    found, records = load_run(name), make_records(9)
+    assert found.folder == hub
+    logits = [predict(r.predictor, r.encode(records)).logits for r in (found, load_run(run))]
+    assert torch.equal(*logits)
+    assert torch.equal(logits[0], load_file(run / "predictions.safetensors")["test.logits"])
+    assert scalabl("export", f"run={name}", f"output={tmp_path / 'out'}") == 0
+
+
+@pytest.mark.parametrize("name", ["me/other", "me/mine@v2", "me/mi..ne"])
+def test_a_run_that_is_nowhere_is_told_in_one_line(hub, name):
+    with pytest.raises(RunFolderError, match=f"there is no folder {name}, and no run to be had"):
+        load_run(name)
+
+
+def test_a_folder_comes_before_the_hub(hub, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    run.rename(tmp_path / "me" / "mine")
+    assert load_run("me/mine").folder == Path("me/mine")

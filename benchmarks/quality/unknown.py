@@ -1,0 +1,407 @@
+"""Which score tells wrong answers, and which tells other subjects? A real encoder, 5 seeds.
+
+    python -m benchmarks.quality.unknown --model FOLDER --data FOLDER --runs FOLDER --save
+
+The set-up of :mod:`benchmarks.quality.calibration` at 400 steps, each row at what was chosen there;
+the prior's scale of s_perp has three trials, chosen by validation NLL on a seed of their own. Five
+further seeds are tested. Each score is high for what it calls unknown. Positives are the wrong
+answers among the test questions, or the questions of another subject beside them: chemistry and
+physics of MMLU, all their splits, and ARC-Challenge. Other subjects are told apart at equal length
+(``auroc``) and at any (``auroc_any_length``). Intervals are of a bootstrap over questions and
+seeds. Finished runs are kept in ``--runs``, a folder, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks._report import RESULTS, report
+from benchmarks.quality._openbookqa import Bench
+from benchmarks.quality.calibration import (
+    SEEDS,
+    STEPS,
+    TUNING_SEED,
+    baseline,
+    mle,
+    scalabl,
+    tempered,
+)
+from scalabl_pyro.data import Split, read_folder
+from scalabl_pyro.files import whole_file
+from scalabl_pyro.lora.adapter import SubspaceAdapter
+from scalabl_pyro.lora.loading import make_adapter
+from scalabl_pyro.methods import Ensemble, Fitted, LaplaceLoRA, Method
+from scalabl_pyro.models.model import ScalaBLModel
+from scalabl_pyro.prediction.detection import fpr_at_tpr
+from scalabl_pyro.prediction.mahalanobis import mahalanobis, pooled_features
+from scalabl_pyro.prediction.metrics import (
+    average,
+    entropy,
+    max_probability,
+    mutual_information,
+    noise_to_signal,
+)
+from scalabl_pyro.prediction.novelty import novelty, weight_novelty
+from scalabl_pyro.prediction.predictor import Predicts, predict
+from scalabl_pyro.prediction.rejection import aurc
+
+#: other subjects, and how many of their questions at most
+OTHERS = {"chemistry": "mmlu/college_chemistry", "physics": "mmlu/college_physics"}
+ARC = 300
+#: of the prior on A and B in ``weight_novelty``, and of how many training questions it knows
+PRECISION, KNOWN = 1e3, 250
+#: k of s_perp
+PERP = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, and the further rows that its training runs give.
+
+    :param trials: label → what it trains; with several, the one of lowest validation NLL.
+    :param subspace: where V comes from.
+    :param derive: name of a row → (bench, fitted) → what predicts.
+    :param features: whether the adapter has one function, whose features and derivatives are
+        looked at.
+    """
+
+    trials: dict[str, Callable[[int], Method]]
+    subspace: str = "random"
+    derive: dict[str, Callable[[Bench, Fitted], Predicts]] = field(default_factory=dict)
+    features: bool = True
+
+
+def frozen_v(**settings: Any) -> Callable[[int], Method]:
+    return scalabl(5e-3, 10, projections="frozen_v", **settings)
+
+
+def noisy() -> dict[str, Callable[[int], Method]]:
+    return {f"perp_scale={x:g}": frozen_v(perp=PERP, perp_scale=x) for x in (0.3, 1.0, 3.0)}
+
+
+ROWS: dict[str, Row] = {
+    "MLE": Row({"lr=0.0003": mle(3e-4)}, derive={"MLE tempered": tempered}),
+    "V random": Row({"lr=0.005 kl_weight=10": frozen_v()}),
+    "V activations": Row({"lr=0.005 kl_weight=10": frozen_v()}, subspace="activations"),
+    "V activations, s_perp": Row(noisy(), subspace="activations"),
+    "V random, s_perp": Row(noisy()),
+    "V free": Row({"lr=0.002 kl_weight=30": scalabl(2e-3, 30)}),
+    "Laplace-LoRA": Row({"lr=0.0003": baseline(LaplaceLoRA, 3e-4)}, features=False),
+    "ensemble of 5": Row({"lr=0.0003": baseline(Ensemble, 3e-4, members=5)}, features=False),
+}
+
+
+# ---------------------------------------------------------------------- scores
+
+
+def add_others(bench: Bench, data: str) -> None:
+    """Questions of other subjects with four choices, as further splits; ``all`` has the test
+    questions and these, one after another."""
+    for name, place in OTHERS.items():
+        splits = read_folder(Path(data) / place)
+        records = [record for split in splits.values() for record in split]
+        bench.splits[name] = bench.readout.encode(records)
+    arc = Path(data) / "arc_challenge"
+    if arc.exists():
+        four = [r for r in read_folder(arc)["test"] if len(r.choices) == 4]
+        bench.splits["arc"] = bench.readout.encode(four[:ARC])
+    parts = [bench.splits[name].records for name in ("test", *subjects(bench))]
+    bench.splits["all"] = bench.readout.encode([record for part in parts for record in part])
+
+
+def subjects(bench: Bench) -> list[str]:
+    return [name for name in bench.splits if name in (*OTHERS, "arc")]
+
+
+def scores(bench: Bench, predictor: Predicts, fitted: Fitted | None) -> dict[str, Tensor]:
+    """Scores of the questions of ``all``, (N,), and log p̄ (N, C).
+
+    :param fitted: where the adapter has one function.
+    """
+    logits = predict(predictor, bench.splits["all"]).logits
+    found = {
+        "log_probs": average(logits).contiguous(),
+        "max_probability": -max_probability(logits),
+        "entropy": entropy(logits),
+    }
+    if len(logits) > 1:
+        found["mutual_information"] = mutual_information(logits)
+        found["noise_to_signal"] = noise_to_signal(logits)
+    return found if fitted is None else found | of_features(bench, fitted)
+
+
+def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
+    """Scores that compare with the training questions."""
+    train, new = bench.splits["train"], bench.splits["all"]
+    adapter = fitted.model.adapter
+    loc = None if fitted.guide is None else fitted.guide.median()["s"]
+    features = (pooled_features(adapter, each, loc) for each in (train, new))
+    found = {"mahalanobis": mahalanobis(*features)}
+    if loc is not None:
+        found["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
+    some = train.select(range(0, len(train), max(1, len(train) // KNOWN)))
+    found["weight_novelty"] = weight_novelty(adapter, some, new, precision=PRECISION, s=loc)
+    return found
+
+
+def controls(bench: Bench) -> dict[str, Tensor]:
+    """Scores that know nothing of what was trained: tokens, and how alike the choices are to the
+    encoder before training."""
+    adapter = make_adapter(bench.config, bench.adapter, bench.readout, svd=False)
+    split = bench.splits["all"]
+    return {"tokens": torch.tensor(split.lengths).float(), "alike": -contrast(adapter, split)}
+
+
+@torch.no_grad()
+def contrast(adapter: SubspaceAdapter, split: Split) -> Tensor:
+    """(N,), the mean squared distance of a question's choices from their mean, each as the mean of
+    its row's last hidden states."""
+    adapter.eval()
+    backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
+    found, hidden = [], []
+    handle = backbone.register_forward_hook(lambda _, args, output: hidden.append(output[0]))
+    try:
+        for some in split.batches(32):
+            batch = some.collate(some.examples)
+            adapter(batch)
+            mask = batch.inputs["attention_mask"][..., None].float()  # (B, C, T, 1)
+            states = hidden.pop().float().view(*mask.shape[:3], -1)
+            rows = (states * mask).sum(2) / mask.sum(2)  # (B, C, H)
+            found.append((rows - rows.mean(1, keepdim=True)).square().sum(-1).mean(1))
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def trial(bench: Bench, name: str, label: str) -> float:
+    """Validation NLL of one trial."""
+    row = ROWS[name]
+
+    def run() -> dict:
+        fitted = bench.fit(row.trials[label](STEPS), TUNING_SEED, subspace=row.subspace)
+        return bench.validate(fitted.predictor)
+
+    return bench.cached(f"{name} {label} trial", run)["nll"]
+
+
+def tested(bench: Bench, name: str, label: str, seed: int) -> dict[str, dict[str, Tensor]]:
+    """The scores of each question, by the rows that one training run gives."""
+    row = ROWS[name]
+    files = {
+        other: run_file(bench, f"{other} {label} seed {seed}") for other in (name, *row.derive)
+    }
+    if not all(file.exists() for file in files.values()):
+        print(f"running {name} {label} seed {seed}", flush=True)
+        fitted = bench.fit(row.trials[label](STEPS), seed, subspace=row.subspace)
+        # The row's own file is the last, so that what is there is whole.
+        for other, derive in row.derive.items():
+            write(files[other], scores(bench, derive(bench, fitted), None))
+        write(files[name], scores(bench, fitted.predictor, fitted if row.features else None))
+    return {other: load_file(file) for other, file in files.items()}
+
+
+def known(bench: Bench) -> dict[str, Tensor]:
+    """:func:`controls`, kept as a run is."""
+    file = run_file(bench, "controls")
+    if not file.exists():
+        write(file, controls(bench))
+    return load_file(file)
+
+
+def run_file(bench: Bench, name: str) -> Path:
+    return bench.runs.parent / (name.replace(",", "").replace(" ", "_") + ".safetensors")
+
+
+def write(file: Path, tensors: dict[str, Tensor]) -> None:
+    with whole_file(file) as part:
+        save_file(tensors, part)
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def figures(
+    bench: Bench, runs: Sequence[dict[str, Tensor]], fixed: dict[str, Tensor], resamples: int
+) -> dict[str, Any]:
+    """Score → positives → metric, from one run a seed.
+
+    :param fixed: :func:`controls`, the same for all seeds.
+    """
+    labels = bench.splits["test"].labels
+    assert labels is not None
+    names = ("test", *subjects(bench))
+    parts = [len(bench.splits[name]) for name in names]
+    each = [
+        {score: dict(zip(names, values.split(parts), strict=True)) for score, values in run.items()}
+        for run in (run | fixed for run in runs)
+    ]
+    wrong = [run["log_probs"]["test"].argmax(-1) != labels for run in each]
+    lengths = [torch.tensor(bench.splits[name].lengths) for name in names]
+    found: dict[str, Any] = {}
+    for score in each[0]:
+        if score == "log_probs":
+            continue
+        here = [run[score]["test"] for run in each]
+        found[score] = {"wrong": of_wrong(here, wrong, resamples)}
+        for other, theirs in zip(names[1:], lengths[1:], strict=True):
+            there = [run[score][other] for run in each]
+            apart = (theirs[:, None] - lengths[0]).abs() <= 2
+            found[score][other] = of_other(here, there, apart, resamples)
+    return found
+
+
+def of_wrong(scores: Sequence[Tensor], wrong: Sequence[Tensor], resamples: int) -> dict[str, Any]:
+    """How well a score finds wrong answers, of one run a seed: scores and ``wrong`` are (N,)."""
+    N = len(scores[0])
+    every = torch.ones(())
+    return {
+        "auroc": bootstrapped(
+            lambda k, i: area(scores[k][i][wrong[k][i]], scores[k][i][~wrong[k][i]], every),
+            len(scores),
+            [N],
+            resamples,
+        ),
+        "fpr95": bootstrapped(
+            lambda k, i: fpr_at_tpr(scores[k][i], wrong[k][i]), len(scores), [N], resamples
+        ),
+        "aurc": bootstrapped(
+            lambda k, i: aurc(scores[k][i], wrong[k][i]), len(scores), [N], resamples
+        ),
+    }
+
+
+def of_other(
+    here: Sequence[Tensor], there: Sequence[Tensor], apart: Tensor, resamples: int
+) -> dict[str, Any]:
+    """How well a score tells another subject from the test questions.
+
+    :param here: scores (N,) of a seed's test questions; ``there`` (N',) of the others.
+    :param apart: (N', N), the pairs of about the same length.
+    """
+    sizes = [len(there[0]), len(here[0])]
+    every = torch.ones(())
+
+    def fpr95(k: int, i: Tensor, j: Tensor) -> float:
+        both = torch.cat([there[k][i], here[k][j]])
+        return fpr_at_tpr(both, torch.arange(len(both)) < len(i))
+
+    return {
+        "auroc": bootstrapped(
+            lambda k, i, j: area(there[k][i], here[k][j], apart[i][:, j]),
+            len(here),
+            sizes,
+            resamples,
+        ),
+        "auroc_any_length": bootstrapped(
+            lambda k, i, j: area(there[k][i], here[k][j], every), len(here), sizes, resamples
+        ),
+        "fpr95": bootstrapped(fpr95, len(here), sizes, resamples),
+    }
+
+
+def area(positive: Tensor, negative: Tensor, pairs: Tensor) -> float:
+    """The share of pairs in which the positive has the higher score, ties at one half: ``auroc``
+    and ``auroc_at_equal_length`` of the package, as matrices, for thousands of resamples.
+
+    :param positive: (n,); ``negative`` (m,).
+    :param pairs: (n, m) or one number, which pairs count.
+    """
+    x, y = positive[:, None], negative
+    won = (x > y).float() + 0.5 * (x == y).float()
+    pairs = pairs.float().expand_as(won)
+    return float((won * pairs).sum() / pairs.sum())
+
+
+def bootstrapped(
+    metric: Callable[..., float], seeds: int, sizes: Sequence[int], resamples: int
+) -> dict[str, float]:
+    """Mean over seeds, and a 95 % interval from resampled seeds and questions, the same questions
+    for all seeds.
+
+    :param metric: of a seed's number, and indices into each group of questions.
+    :param sizes: of these groups.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(size: int) -> Tensor:
+        return torch.randint(size, (size,), generator=generator)
+
+    whole = [torch.arange(size) for size in sizes]
+    each = torch.tensor([metric(k, *whole) for k in range(seeds)], dtype=torch.float64)
+    again = []
+    for _ in range(resamples):
+        some = [drawn(size) for size in sizes]
+        again.append(sum(metric(k, *some) for k in drawn(seeds).tolist()) / seeds)
+    low, high = torch.tensor(again, dtype=torch.float64).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    return {"mean": float(each.mean()), "low": float(low), "high": float(high)}
+
+
+def table(bench: Bench, names: Sequence[str], seeds: int, resamples: int) -> dict[str, Any]:
+    """All figures of some rows; seed by seed, so that what an interruption leaves can be
+    compared."""
+    trials: dict[str, dict[str, float]] = {}
+    chosen: dict[str, str] = {}
+    fixed = known(bench)
+    runs: dict[str, list[dict[str, Tensor]]] = {}
+    for seed in SEEDS[:seeds]:
+        for name in names:
+            labels = list(ROWS[name].trials)
+            if name not in chosen and len(labels) > 1:
+                trials[name] = {label: trial(bench, name, label) for label in labels}
+            if name not in chosen:
+                found = trials.get(name, {})
+                chosen[name] = min(found, key=found.__getitem__) if found else labels[0]
+            for other, run in tested(bench, name, chosen[name], seed).items():
+                runs.setdefault(other, []).append(run)
+    return {
+        "trials": trials,
+        "chosen": chosen,
+        "rows": {name: figures(bench, each, fixed, resamples) for name, each in runs.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--data", required=True, help="folder with openbookqa/, mmlu/ and more")
+    parser.add_argument("--runs", type=Path, default=RESULTS / "unknown", help="finished runs")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first so many")
+    parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap")
+    parser.add_argument("--save", action="store_true", help="write results/unknown.json")
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.model, args.data, args.runs / "runs.jsonl")
+    add_others(bench, args.data)
+    found = table(bench, args.rows, args.seeds, args.resamples)
+    print_table(found["rows"])
+    report("quality.unknown", found, save=args.save)
+
+
+def print_table(rows: dict[str, Any]) -> None:
+    """AUROC of each score; rows one after another."""
+    for row, by_score in rows.items():
+        print(f"{row:24s}" + "".join(f"{of:>24s}" for of in next(iter(by_score.values()))))
+        for score, by_positive in by_score.items():
+            cells = [found["auroc"] for found in by_positive.values()]
+            print(
+                f"  {score:22s}"
+                + "".join(f"{c['mean']:10.3f} ({c['low']:.3f}, {c['high']:.3f})" for c in cells)
+            )
+
+
+if __name__ == "__main__":
+    main()

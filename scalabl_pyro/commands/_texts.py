@@ -1,0 +1,37 @@
+"""What generate and predict write of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..data import Completion
+from ..prediction.texts import ScoredText
+
+__all__ = ["given", "scored"]
+
+
+def given(record: Completion) -> dict[str, Any]:
+    """The prompt or the messages, as they were read."""
+    if isinstance(record.prompt, str):
+        return {"id": record.id, "prompt": record.prompt}
+    return {"id": record.id, "messages": [message._asdict() for message in record.prompt]}
+
+
+def scored(text: ScoredText) -> dict[str, Any]:
+    """The text that follows, with its tokens."""
+    return {
+        "completion": text.text,
+        "tokens": list(_tokens(text)),
+        "log_prob": round(text.log_prob, 6),
+        "spread": round(text.spread, 6),
+        "token_mutual_information": round(text.token_mutual_information, 6),
+        "token_epkl": round(text.token_epkl, 6),
+    }
+
+
+def _tokens(text: ScoredText) -> Iterator[dict[str, Any]]:
+    columns = (text.log_probs.exp(), text.entropy, text.mutual_information)
+    for token, *values in zip(text.tokens, *(c.tolist() for c in columns), strict=True):
+        names = ("probability", "entropy", "mutual_information")
+        yield {"token": token} | {n: round(v, 6) for n, v in zip(names, values, strict=True)}

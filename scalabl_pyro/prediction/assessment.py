@@ -1,0 +1,57 @@
+"""A labelled split, predicted and measured: answers among choices, or texts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import Split
+from .metrics import evaluate
+from .predictor import Predicts, predict
+from .texts import evaluate_texts, score_split
+
+__all__ = ["Assessment", "assess"]
+
+
+class Assessment(NamedTuple):
+    """What is told of a split.
+
+    :param metrics: see :func:`evaluate`, and of texts :func:`evaluate_texts`; ``nll`` is in both.
+    :param tensors: ``logits`` (S, N, C) and ``labels`` (N,); of texts with T tokens in all
+        ``log_probs`` (S, T), ``entropy`` and ``mutual_information`` (T,) and ``lengths`` (N,).
+    """
+
+    metrics: dict[str, float]
+    tensors: dict[str, Tensor]
+
+
+def assess(
+    predictor: Predicts,
+    split: Split,
+    *,
+    batch_size: int = 64,
+    tolerance: float | None = None,
+    progress: bool = False,
+) -> Assessment:
+    """Predict a split by any method, and measure it.
+
+    :param batch_size: and ``tolerance``: as in :func:`predict`; of no effect on texts, of which as
+        many run at once as have few logits.
+    :raises ValueError: if a record has no label.
+    :raises NonFinitePredictionsError: if a logit is NaN or infinite.
+    """
+    if predictor.adapter.readout.reads_texts:
+        texts = score_split(predictor, split, progress=progress)
+        rows = {
+            "log_probs": torch.cat([text.draw_log_probs for text in texts], dim=-1),
+            "entropy": torch.cat([text.entropy for text in texts]),
+            "mutual_information": torch.cat([text.mutual_information for text in texts]),
+            "lengths": torch.tensor([len(text.ids) for text in texts]),
+        }
+        return Assessment(evaluate_texts(texts), rows)
+    found = predict(predictor, split, batch_size=batch_size, tolerance=tolerance, progress=progress)
+    metrics = evaluate(found.logits, found.labels)
+    assert found.labels is not None
+    return Assessment(metrics, {"logits": found.logits, "labels": found.labels})

@@ -1,0 +1,129 @@
+"""benchmarks/quality/unknown.py without its training runs: areas, intervals, controls, resuming."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_records, tiny_bert_config
+from safetensors.torch import save_file
+from transformers import BertForMultipleChoice
+
+from scalabl_pyro.prediction import aurc, auroc, auroc_at_equal_length, fpr_at_tpr
+
+
+@pytest.fixture
+def unknown():
+    from benchmarks.quality import unknown
+
+    return unknown
+
+
+def test_labels_say_what_a_trial_trains(unknown):
+    for row in unknown.ROWS.values():
+        for label, make in row.trials.items():
+            method = make(10)
+            for part in label.split():
+                name, value = part.split("=")
+                places = (method, method.config, getattr(method.config.kl, "weight", None))
+                found = places[2] if name == "kl_weight" else None
+                for place in places[:2]:
+                    found = getattr(place, name, found)
+                assert found == float(value), label
+
+
+def test_an_area_over_pairs_is_that_of_the_package(unknown):
+    scores = torch.randint(6, (40,)).float()  # with ties
+    positive = torch.arange(40) % 3 == 0
+    lengths = torch.randint(20, (40,))
+    above, below = scores[positive], scores[~positive]
+    every = unknown.area(above, below, torch.ones(()))
+    assert every == pytest.approx(auroc(scores, positive))
+    near = (lengths[positive][:, None] - lengths[~positive]).abs() <= 2
+    expected = auroc_at_equal_length(scores, positive, lengths)
+    assert unknown.area(above, below, near) == pytest.approx(expected)
+
+
+def test_the_interval_of_a_mean_is_the_known_one(unknown):
+    x = torch.randn(400, dtype=torch.float64)
+    found = unknown.bootstrapped(lambda k, i: float(x[i].mean()), 1, [400], 2000)
+    half = 1.96 * float(x.std()) / 20
+    assert found["mean"] == pytest.approx(float(x.mean()))
+    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.1)
+    # Seeds that differ make it wider: here nothing else does.
+    by_seed = unknown.bootstrapped(lambda k, i: float(k), 5, [3], 2000)
+    assert by_seed["mean"] == 2
+    assert by_seed["high"] - by_seed["low"] == pytest.approx(2 * 1.96 * (2 / 5) ** 0.5, rel=0.15)
+    assert unknown.bootstrapped(lambda k, i: 7.0, 5, [3], 10) == {"mean": 7, "low": 7, "high": 7}
+
+
+def test_how_far_the_choices_are_apart(unknown, make_choice, tokenizer):
+    adapter = make_choice(svd=False)
+    with torch.no_grad():
+        for B in adapter.matrices.B.values():
+            B.weight.zero_()
+    records = make_records(5)
+    torch.manual_seed(1)
+    plain = BertForMultipleChoice(tiny_bert_config()).eval()
+    found = unknown.contrast(adapter, adapter.encode(records))
+    for value, example in zip(found, adapter.encode(records), strict=True):
+        means = []
+        for c in range(4):
+            rows = {n: torch.tensor([ids[c]]) for n, ids in example.rows.items()}
+            with torch.no_grad():
+                means.append(plain.bert(**rows).last_hidden_state[0].mean(0))
+        center = sum(means) / 4
+        expected = sum(float((m - center).square().sum()) for m in means) / 4
+        assert float(value) == pytest.approx(expected, rel=1e-4)
+
+
+class Questions:
+    def __init__(self, lengths, labels=None) -> None:
+        self.lengths, self.labels = lengths, labels
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Bench:
+    """Ten test questions, of which the first four are answered wrong, and six of physics."""
+
+    def __init__(self, folder) -> None:
+        self.runs = folder / "runs.jsonl"
+        test = Questions([5] * 10, torch.tensor([1] * 4 + [0] * 6))
+        self.splits = {"test": test, "physics": Questions([6] * 6)}
+
+    def cached(self, name, run):
+        return {"nll": 0.0 if "perp_scale=1 " in name else 1.0}
+
+    def fit(self, method, seed, **options):
+        raise AssertionError(f"seed {seed} was run again")
+
+
+def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path):
+    bench = Bench(tmp_path)
+    log_probs = torch.tensor([[0.8, 0.2]]).log().expand(16, -1)
+    high_for_wrong = torch.tensor([0.9, 0.8, 0.7, 0.2, *[0.1] * 3, *[0.3] * 3])
+    high_for_physics = torch.cat([high_for_wrong, torch.full((6,), 0.75)])
+    for seed in range(2):
+        file = unknown.run_file(bench, f"V random, s_perp perp_scale=1 seed {seed}")
+        scores = {"log_probs": log_probs.contiguous(), "novelty": high_for_physics}
+        save_file(scores, file)
+    save_file({"tokens": torch.ones(16)}, unknown.run_file(bench, "controls"))
+    found = unknown.table(bench, ["V random, s_perp"], 2, 10)
+    assert found["chosen"] == {"V random, s_perp": "perp_scale=1"}
+    row = found["rows"]["V random, s_perp"]
+    wrong = torch.arange(10) < 4
+    assert row["novelty"]["wrong"]["auroc"]["mean"] == pytest.approx(auroc(high_for_wrong, wrong))
+    assert row["novelty"]["wrong"]["aurc"]["mean"] == pytest.approx(
+        aurc(high_for_wrong, wrong.float())
+    )
+    other = torch.arange(16) >= 10
+    assert row["novelty"]["physics"]["auroc"]["mean"] == pytest.approx(
+        auroc(high_for_physics, other)
+    )
+    assert row["novelty"]["physics"]["fpr95"]["mean"] == pytest.approx(
+        fpr_at_tpr(high_for_physics, other)
+    )
+    assert row["tokens"]["wrong"]["auroc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    with pytest.raises(AssertionError, match="seed 2 was run again"):
+        unknown.table(bench, ["V random, s_perp"], 3, 10)

@@ -1,0 +1,131 @@
+"""The path of a stranger: a table, a prompt and class names of one's own, one command each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyro.infer
+import pytest
+import torch
+from conftest import FAST, WORDS, scalabl, tiny_llama, whole
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scalabl_pyro import Predictor, ScalaBLModel, load_run
+from scalabl_pyro.data import Columns, read_records
+from scalabl_pyro.infer.chains import mcmc
+
+CLASSES = ["red", "the dog sleeps", "a tree"]  # one, three and two tokens
+TEMPLATE = "{choices} : {question}"
+
+
+def reviews(count: int) -> list[dict]:
+    return [
+        {
+            "review_text": f"{WORDS[n % 5 + 2]} {WORDS[n // 5]}",
+            "about": {"key": f"r{n}", "kind": WORDS[n % 4 + 8]},
+            "stars": CLASSES[n % 3],
+        }
+        for n in range(count)
+    ]
+
+
+def shown(row: dict) -> str:
+    """The template, filled by hand."""
+    return f"{', '.join(sorted(CLASSES))} : {row['about']['kind']} . {row['review_text']}"
+
+
+@pytest.fixture
+def run(tmp_path, chat_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("model")
+    chat_tokenizer.save_pretrained("model")
+    datasets.Dataset.from_list(reviews(30)).to_parquet("reviews.parquet")
+    words = [
+        "model.name=model",
+        "model.readout=choice_likelihood",
+        "model.prompt=classes",
+        f"model.template={TEMPLATE}",
+        "model.shots=2",
+        "model.chat=true",
+        "data.path=reviews.parquet",
+        'data.columns.question="{about.kind} . {review_text}"',
+        "data.columns.label=stars",
+        "data.columns.id=about.key",
+        "lora.targets=[q_proj,v_proj]",
+        "run_dir=run",
+    ]
+    assert scalabl("train", *words, *FAST) == 0
+    return load_run("run")
+
+
+def test_it_trains_predicts_and_generates(run, capsys):
+    """Probabilities are those of plain PEFT: the adapter, the chat template, a cross entropy."""
+    asked = [{k: v for k, v in row.items() if k != "stars"} for row in reviews(34)[30:]]
+    datasets.Dataset.from_list(asked).to_parquet("new.parquet")
+    words = ["run=run", "input=new.parquet", "output=answers.jsonl", "progress=false"]
+    columns = ['columns.question="{about.kind} . {review_text}"', "columns.id=about.key"]
+    assert scalabl("predict", *words, *columns, "prediction.name=mean") == 0
+    answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["r30", "r31", "r32", "r33"]
+
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    llm = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    llm = PeftModel.from_pretrained(llm, "run/adapter").eval()
+    kappa = float(run.readout.kappa(run.predictor.adapter.peft_model.get_base_model()).detach())
+    shots = run.readout.prompt.shots
+    by_id = {row["about"]["key"]: row for row in reviews(30)}
+    turns = []
+    for shot in shots:
+        row = by_id[shot.id]
+        turns += [
+            {"role": "user", "content": shown(row)},
+            {"role": "assistant", "content": row["stars"]},
+        ]
+    assert len(turns) == 4
+    for row, answer in zip(asked, answers, strict=True):
+        messages = [*turns, {"role": "user", "content": shown(row)}]
+        given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        scores = [log_prob(llm, tokenizer, given, name) / len(name) for name in sorted(CLASSES)]
+        expected = (kappa * torch.tensor(scores)).softmax(-1).tolist()
+        assert answer["probabilities"] == pytest.approx(expected, abs=1e-5)
+
+    capsys.readouterr()
+    settings = ["decoding.max_new_tokens=4", "progress=false"]
+    assert scalabl("generate", "run=run", "prompt=the cat runs", *settings) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "the cat runs"
+
+
+@torch.no_grad()
+def log_prob(llm, tokenizer, given: str, answer: str) -> float:
+    start = tokenizer(given, add_special_tokens=False).input_ids
+    ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids]
+    logits = llm(torch.tensor([ids])).logits[0]
+    targets = torch.tensor(ids[len(start) :])
+    return -float(cross_entropy(logits[len(start) - 1 : -1], targets, reduction="sum"))
+
+
+def run_records():
+    columns = Columns(question="{about.kind} . {review_text}", label="stars", id="about.key")
+    return read_records("reviews.parquet", tuple(sorted(CLASSES)), columns)[:8]
+
+
+def test_nuts_predictive_and_predictor_agree(run):
+    """The draws of a chain give the same logits by Pyro's Predictive and by ours."""
+    adapter = run.predictor.adapter
+    split = run.encode(run_records())
+    model = ScalaBLModel(adapter, num_data=len(split))
+    chains = mcmc(
+        model, split, num_samples=6, warmup=12, chains=1, progress=False, max_tree_depth=4
+    )
+    s = chains.draws.flatten(0, 1)
+    batch = replace(whole(split), labels=None)
+    predictive = pyro.infer.Predictive(model, {"s": s}, return_sites=["_RETURN"])
+    with torch.no_grad():
+        found = predictive(batch)["_RETURN"]
+    torch.testing.assert_close(found, Predictor(adapter, s).logits(batch), atol=1e-5, rtol=1e-5)
+    assert len(torch.unique(s, dim=0)) > 1

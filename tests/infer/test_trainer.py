@@ -1,0 +1,125 @@
+"""Trainer of transformers on the ELBO, against ``fit`` on the same batches and draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, blocks, make_records
+
+from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
+from scalabl_pyro.infer import Callback, no_guide
+from scalabl_pyro.infer.trainer import ELBOTrainer
+from scalabl_pyro.models.model import LoRAModel
+
+STEPS = 20
+
+
+class SeedEach(transformers.TrainerCallback):
+    """The draws of each step by its number, as below."""
+
+    def on_step_begin(self, args, state, control, **options):
+        torch.manual_seed(state.global_step)
+
+
+class SeedNext(Callback):
+    def on_step(self, row):
+        torch.manual_seed(row["step"])
+
+
+def arguments(folder, **options) -> transformers.TrainingArguments:
+    settings = dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        seed=3,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    return transformers.TrainingArguments(str(folder), **settings | options)
+
+
+@pytest.mark.parametrize("readout", ["make_causal", "make_choice"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_it_trains_as_fit_does(request, readout, tmp_path, accumulation):
+    make = request.getfixturevalue(readout)
+    found = []
+    for way in ("trainer", "fit"):
+        torch.manual_seed(0)
+        adapter = make()
+        split = adapter.readout.encode(make_records(12))
+        model = ScalaBLModel(adapter, num_data=len(split))
+        guide = AutoSubspaceNormal(model, init_scale=0.3)
+        kl = KLSchedule(2.0, fraction=0.5)
+        if way == "trainer":
+            options = {"gradient_accumulation_steps": accumulation}
+            trainer = ELBOTrainer(
+                model,
+                guide,
+                arguments(tmp_path, **options),
+                split,
+                lr_guide=0.05,
+                kl=kl,
+                callbacks=[SeedEach()],
+            )
+            trainer.train()
+        else:
+            torch.manual_seed(0)
+            config = FitConfig(
+                steps=STEPS,
+                batch_size=4,
+                lr=0.01,
+                lr_guide=0.05,
+                warmup=0.0,
+                accumulation=accumulation,
+                kl=kl,
+            )
+            fit(model, guide, split, config, seed=3, callbacks=[SeedNext()], progress=False)
+        state = {**adapter.state(), **dict(guide.named_parameters())}
+        found.append({name: value.detach().clone() for name, value in state.items()})
+    assert (guide.median()["s"] - adapter.init_loc).abs().max() > 0.1
+    for name, value in found[0].items():
+        # The bias of a head that scores each choice adds the same to all: Adam follows rounding.
+        if readout == "make_choice" and name.endswith("default.bias"):
+            continue
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_point_estimate_lowers_its_loss(make_causal, records, tmp_path):
+    adapter = make_causal(svd=False)
+    split = adapter.readout.encode(records)
+    model = LoRAModel(adapter, num_data=len(split))
+    trainer = ELBOTrainer(
+        model, no_guide, arguments(tmp_path, logging_strategy="steps", logging_steps=5), split
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == STEPS // 5
+    assert losses[-1] < losses[0]
+
+
+def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    with pytest.raises(ValueError, match="max_steps is -1: expected the number of steps"):
+        ELBOTrainer(model, guide, arguments(tmp_path, max_steps=-1), split)
+    unlabelled = adapter.readout.encode(make_records(4, labelled=False))
+    with pytest.raises(ValueError, match="needs a label in every record"):
+        ELBOTrainer(model, guide, arguments(tmp_path), unlabelled)
+
+
+def test_the_snippet_of_the_documentation_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(ROOT / "docs" / "callbacks.md", "python")[-1]
+    assert "max_steps=200" in code
+    names: dict = {}
+    short = code.replace("max_steps=200", "max_steps=3, use_cpu=True, report_to='none'")
+    exec(compile(short, "callbacks.md", "exec"), names)
+    assert names["predictor"].num_draws == 10
