@@ -36,7 +36,7 @@ def _markdown(text: str) -> str:
 def _block(match: re.Match[str]) -> str:
     latex = " ".join(dedent(match[2]).split())
     if "&" in latex or r"\\" in latex:
-        latex = rf"\begin{{aligned}} {latex} \end{{aligned}}"
+        latex = rf"\begin{{align*}} {latex} \end{{align*}}"
     return f"\n{match[1]}{convert(latex, display='block')}\n\n"
 
 

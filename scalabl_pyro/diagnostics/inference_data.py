@@ -16,9 +16,10 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..arviz_versions import az, dataset
+from ..arviz_versions import groups as to_groups
 from ..data import Split
 from ..guides import AutoSubspace
-from ..infer._arviz import az
 from ..models.model import ScalaBLModel
 from ..prediction.predictor import Predictor, predict
 
@@ -36,7 +37,8 @@ def to_inference_data(
     seed: int = 0,
     batch_size: int = 64,
 ) -> az.InferenceData:
-    """The draws of a posterior, and what is known about them, as arviz's ``InferenceData``.
+    """The draws of a posterior, and what is known about them, as arviz's ``InferenceData``
+    (with arviz 1.x an xarray ``DataTree`` of the same groups).
 
     ======================== =========================== ==================================
     group                    variable (dimensions)       comes with
@@ -128,15 +130,13 @@ def to_inference_data(
         "posterior": _dataset(sites, chains, coords, dims),
     }
     if observed:
-        groups["observed_data"] = az.dict_to_dataset(
-            observed, coords=coords, dims=dims, default_dims=[]
-        )
+        groups["observed_data"] = dataset(observed, coords=coords, dims=dims, first=())
     if history:
         curves = _curves(history)
         groups["sample_stats"] = xr.merge([groups.get("sample_stats", xr.Dataset()), curves])
     if model is not None:
         groups["prior"].attrs["num_data"] = model.num_data
-    return az.InferenceData(**groups)  # type: ignore[arg-type]  # of its one keyword
+    return to_groups(groups)
 
 
 def _predictions(
@@ -212,7 +212,7 @@ def _dataset(
     arrays = {
         name: value.unflatten(0, (chains, -1)).cpu().numpy() for name, value in variables.items()
     }
-    found = az.dict_to_dataset(arrays, library=pyro, coords=coords, dims=dims)
+    found = dataset(arrays, coords=coords, dims=dims)
     return found.isel(module_1=0, rank_1=0, drop=True, missing_dims="ignore")
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..infer._arviz import az
+from ..arviz_versions import az, density, group
 
 __all__ = [
     "plot_correlation",
@@ -108,7 +108,7 @@ def plot_history(data: az.InferenceData) -> Figure:
     :param data: with the training history in ``sample_stats``.
     :raises ValueError: if there is none.
     """
-    curves = data["sample_stats"] if "sample_stats" in data.groups() else xr.Dataset()
+    curves = group(data, "sample_stats") if "sample_stats" in data else xr.Dataset()
     if "step" not in curves:
         raise ValueError("there is no history in the data: to_inference_data(..., history=history)")
     titles = {
@@ -180,7 +180,7 @@ def plot_prior_posterior(
     :param panels: how many, if ``modules`` is left out.
     :raises ValueError: if there is no prior, or no module of that name.
     """
-    if "prior" not in data.groups():
+    if "prior" not in data:
         raise ValueError("there is no prior in the data: to_inference_data(..., model=model)")
     places, names = _places(data), list(data["posterior"]["module"].values)
     if modules is None:
@@ -256,5 +256,5 @@ def _colours(places: Sequence[Place]) -> dict[str, str]:
 def _density(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A kernel density estimate of the middle 99 % of the draws, with a peak of 1."""
     low, high = np.quantile(draws, [0.005, 0.995])
-    grid, density = az.kde(draws[(draws >= low) & (draws <= high)])
-    return grid, density / density.max()
+    grid, values = density(draws[(draws >= low) & (draws <= high)])
+    return grid, values / values.max()

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from scipy.special import logsumexp
 
-from ..infer._arviz import az
+from ..arviz_versions import az, elpd_data, group, psis
 
 __all__ = ["loo", "pareto_k"]
 
@@ -27,16 +27,16 @@ def loo(data: az.InferenceData) -> az.ELPDData:
 
     :param data: of :func:`to_inference_data` with training split, model and guide; S of 1,000 or
         more.
-    :returns: as ``az.loo(data, pointwise=True)``; ``pareto_k`` (N,) above ``good_k`` says which
-        terms are not to be trusted, and ``warning`` that there are some.
+    :returns: as ``az.loo(data, pointwise=True)`` of the installed version; ``pareto_k`` (N,) above
+        ``good_k`` says which terms are not to be trusted, and ``warning`` that there are some.
     :raises ValueError: if a group is missing, examples are, or there are fewer than 25 draws.
     """
     log_ratio = _log_ratio(data)  # (S,)
-    log_likelihood = data["log_likelihood"]["label"].stack(draws=("chain", "draw"))  # (N, S)
+    log_likelihood = group(data, "log_likelihood")["label"].stack(draws=("chain", "draw"))  # (N, S)
     terms = log_likelihood.values.astype(float)
-    log_weights, pareto_shape = az.psislw(log_ratio - terms)
+    log_weights, pareto_shape = psis(log_ratio - terms)
     elpd = logsumexp(log_weights + terms, axis=-1)  # (N,)
-    posterior_weights, _ = az.psislw(log_ratio[None])
+    posterior_weights, _ = psis(log_ratio[None])
     lppd = logsumexp(posterior_weights + terms, axis=-1)
     good_k = _good_k(len(log_ratio))
     trusted = bool((pareto_shape <= good_k).all())
@@ -48,19 +48,13 @@ def loo(data: az.InferenceData) -> az.ELPDData:
             stacklevel=2,
         )
     pointwise = log_likelihood.isel(draws=0, drop=True)
-    return az.ELPDData(
-        {
-            "elpd_loo": elpd.sum(),
-            "se": (len(elpd) * elpd.var()) ** 0.5,
-            "p_loo": (lppd - elpd).sum(),
-            "n_samples": len(log_ratio),
-            "n_data_points": len(elpd),
-            "warning": not trusted,
-            "loo_i": pointwise.copy(data=elpd).rename("loo_i"),
-            "pareto_k": pointwise.copy(data=pareto_shape).rename("pareto_k"),
-            "scale": "log",
-            "good_k": good_k,
-        }
+    return elpd_data(
+        pointwise.copy(data=elpd),
+        pointwise.copy(data=pareto_shape),
+        p_loo=float((lppd - elpd).sum()),
+        num_draws=len(log_ratio),
+        warning=not trusted,
+        good_k=good_k,
     )
 
 
@@ -77,28 +71,30 @@ def pareto_k(data: az.InferenceData) -> float:
         more.
     :raises ValueError: if a group is missing, examples are, or there are fewer than 25 draws.
     """
-    _, shape = az.psislw(_log_ratio(data)[None])
+    _, shape = psis(_log_ratio(data)[None])
     return float(shape[0])
 
 
 def _log_ratio(data: az.InferenceData) -> np.ndarray:
     """log p(y, s_k) − log q(s_k), (S,), in float64."""
-    missing = {"log_likelihood", "log_prior", "sample_stats"} - set(data.groups())
-    if missing or "log_q" not in data["sample_stats"]:
+    missing = {name for name in ("log_likelihood", "log_prior", "sample_stats") if name not in data}
+    if missing or "log_q" not in group(data, "sample_stats"):
         raise ValueError(
             f"there is no {', '.join(sorted(missing)) or 'log_q'} in the data: build it by"
             " to_inference_data(predictor, train, model=model, guide=guide); for a sampler's draws"
             " use az.loo"
         )
-    log_likelihood, num_data = data["log_likelihood"]["label"], data["prior"].attrs["num_data"]
+    log_likelihood = group(data, "log_likelihood")["label"]
+    num_data = group(data, "prior").attrs["num_data"]
     if log_likelihood.sizes["example"] != num_data:
         raise ValueError(
             f"log_likelihood holds {log_likelihood.sizes['example']} examples, but the posterior is"
             f" that of N = {num_data}: build the data with the training split"
         )
     log_p = log_likelihood.astype(float).sum("example")
-    log_p = log_p + data["log_prior"].astype(float).to_dataarray().sum("variable")
-    log_ratio = (log_p - data["sample_stats"]["log_q"]).stack(draws=("chain", "draw")).values
+    log_p = log_p + group(data, "log_prior").astype(float).to_dataarray().sum("variable")
+    log_q = group(data, "sample_stats")["log_q"]
+    log_ratio = (log_p - log_q).stack(draws=("chain", "draw")).values
     if len(log_ratio) < 25:
         raise ValueError(
             f"there are {len(log_ratio)} draws: a Pareto tail needs 25 or more, better 1,000"

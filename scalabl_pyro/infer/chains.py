@@ -67,7 +67,7 @@ class Chains:
         ``r_hat`` (rank-normalised, split; below 1.01), ``ess_bulk`` and ``ess_tail`` (Vehtari et
         al. 2021, arXiv 1903.08008), ``divergences`` (0) and mean ``acceptance``.
         """
-        from ._arviz import az  # slow to import, and sampling does not need it
+        from ..arviz_versions import az  # slow to import, and sampling does not need it
 
         data = self.to_inference_data()
         return {
@@ -81,15 +81,14 @@ class Chains:
     def to_inference_data(self) -> az.InferenceData:
         """``posterior``: ``s`` (chain, draw, module, rank) and the prior's other sites;
         ``sample_stats``: ``diverging`` (chain, draw)."""
-        from ._arviz import az
+        from ..arviz_versions import dataset, groups
 
         sites = {"s": self.draws, **self.latents}
-        return az.from_dict(
-            posterior={name: draws.cpu().numpy() for name, draws in sites.items()},
-            sample_stats={"diverging": self.diverging.numpy()},
-            coords={"module": list(self.module_names), "rank": range(self.draws.shape[-1])},
-            dims={"s": ["module", "rank"]},
-        )
+        coords = {"module": list(self.module_names), "rank": range(self.draws.shape[-1])}
+        draws = {name: values.cpu().numpy() for name, values in sites.items()}
+        posterior = dataset(draws, coords=coords, dims={"s": ["module", "rank"]})
+        diverging = dataset({"diverging": self.diverging.numpy()})
+        return groups({"posterior": posterior, "sample_stats": diverging})
 
 
 def mcmc(
