@@ -51,7 +51,10 @@ def dataset(
 
 def groups(data: Mapping[str, xr.Dataset]) -> az.InferenceData:
     """Data sets by the name of their group, as arviz wants them: a ``DataTree`` with 1.x."""
-    return xr.DataTree.from_dict(dict(data)) if MODULAR else az.InferenceData(**data)
+    if MODULAR:
+        tree: Any = xr.DataTree.from_dict(dict(data))
+        return tree
+    return az.InferenceData(**data)  # type: ignore[arg-type]  # of its one keyword
 
 
 def group(data: az.InferenceData, name: str) -> xr.Dataset:
@@ -108,7 +111,9 @@ def elpd_data(
         figures |= {"elpd_loo": total, "p_loo": p_loo, "loo_i": elpd.rename("loo_i")}
         order = ("elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning", "loo_i")
         return az.ELPDData({name: figures[name] for name in dict.fromkeys((*order, *figures))})
-    return az.ELPDDataLOO(elpd=total, p=p_loo, elpd_i=elpd.rename("elpd_i"), **figures)
+    return az.ELPDDataLOO(  # type: ignore[attr-defined]  # of 1.x
+        elpd=total, p=p_loo, elpd_i=elpd.rename("elpd_i"), **figures
+    )
 
 
 def density(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
