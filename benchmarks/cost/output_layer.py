@@ -70,17 +70,8 @@ def measure(adapter: SubspaceAdapter, batch: Batch, pairs: int, draws: int) -> d
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a folder")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--save", action="store_true", help="write results/output_layer.json")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+def in_dtype(args: argparse.Namespace, dtype: str) -> dict:
+    llm = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=512)
     lora = AdapterConfig(targets=("q_proj", "v_proj")).lora()
@@ -91,7 +82,22 @@ def main() -> None:
     ]
     split = readout.encode(records)
     figures = measure(adapter, split.collate(list(split)), args.pairs, args.draws)
-    report("cost.output_layer", figures | {"tokens": max(split.lengths)}, save=args.save)
+    return figures | {"tokens": max(split.lengths)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a folder")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--save", action="store_true", help="write results/output_layer.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    report(
+        "cost.output_layer", {dtype: in_dtype(args, dtype) for dtype in args.dtype}, save=args.save
+    )
 
 
 if __name__ == "__main__":
