@@ -719,3 +719,43 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     nll = figures["minus MLE, tempered"]["V frozen"]["nll"]
     assert nll["low"] < 0 < nll["high"]
     assert f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−") in section
+
+
+def test_costs_on_a_real_model_are_those_measured():
+    """Those of docs/results.md, against real_step.json, output_layer.json and choices.json."""
+    results = ROOT / "benchmarks" / "results"
+    step, layer, choices = (
+        json.loads((results / f"{name}.json").read_text())["figures"]
+        for name in ("real_step", "output_layer", "choices")
+    )
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+    def ratio(value, interval) -> str:
+        return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
+    frozen, free = step["frozen_v"], step["free"]
+    low, high = frozen["ratio_95"]
+    assert (
+        f"{frozen['ratio']:.2f} of its time with V frozen (95 %: {low:.2f} to {high:.2f})" in text
+    )
+    low, high = free["ratio_95"]
+    assert f"{free['ratio']:.2f} with V free ({low:.2f} to {high:.2f})" in text
+    cached = step["cached, 8 upper blocks"]
+    found = ratio(cached["ratio"], cached["ratio_95"]).replace(" (", " of a full one (")
+    assert f"a step on the cached trunk takes {found}" in text
+    bf16, f32 = (
+        [layer[dtype][name]["times_faster"]["contiguous"] for name in ("pass", "pass of 10 draws")]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert "a pass is {:.1f} times faster, and one of ten draws {:.1f} times".format(*bf16) in text
+    assert "in float32 {:.2f} and {:.2f}".format(*f32) in text
+    for tokens in ("40", "400"):
+        cells = [
+            ratio(
+                choices[tokens][kind][f"packed / {other}"],
+                choices[tokens][kind][f"packed / {other}, 95 %"],
+            )
+            for kind in ("pass", "step")
+            for other in ("letters", "separate")
+        ]
+        assert f"| {tokens} tokens | {' | '.join(cells)} |" in text
