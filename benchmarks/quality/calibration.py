@@ -5,9 +5,9 @@
 Fine-tunes an encoder (made for all-MiniLM-L6-v2) for multiple choice with LoRA r = 8 on query and
 value, on 1,000 questions of OpenBookQA in batches of 16, last checkpoint unless a row says other.
 Each row has at most five trials (V frozen eight), chosen by validation NLL on a seed of their own;
-the chosen one runs on five further seeds, which are tested. At 800 steps the trials are what was chosen
-at 400 and what is slower or more regularised beside it. Finished runs are kept in ``--runs`` and
-not run again, so that rows may be run apart (``--steps``, ``--rows``) and put together without
+the chosen one runs on five further seeds, which are tested. At 800 steps the trials are what was
+chosen at 400 and what is slower or more regularised beside it. Finished runs are kept in ``--runs``
+and not run again, so that rows may be run apart (``--steps``, ``--rows``) and put together without
 either.
 """
 

@@ -35,7 +35,7 @@ from transformers import (
 
 from ..data import Completion, DataError, Message
 from ..readouts import Readout
-from ..readouts.causal import prompt_ids
+from ..readouts.causal import last_logits, prompt_ids
 from ..readouts.conversations import given_text, turn_end_ids
 from .predictor import Predictor
 from .text_scores import WEIGHTS, check_weights, token_scores
@@ -43,6 +43,8 @@ from .texts import ScoredText, chunk_size, in_chunks, language_model, log_probs_
 
 __all__ = ["Decoding", "generate"]
 
+#: tokens of the first text that are read again
+_CHECKED = 4
 #: a text, or the messages of a conversation
 Prompted = str | Sequence[Mapping[str, str] | Message]
 
@@ -178,18 +180,23 @@ def generate(
     :param decoding: greedy if left out.
     :param start: the number of the first prompt to continue, for going on after an interruption.
     :raises ValueError: before any work, if the model cannot generate, or a prompt is empty or
-        leaves too little of the context, or the template does not take it.
+        leaves too little of the context, or the template does not take it; at the first text, if
+        the model generates otherwise than it reads.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the text {prompts[:40]!r}: expected a list of texts")
     decoding = Decoding() if decoding is None else decoding
     rows = _encode(predictor, prompts, decoding)
 
-    def run(numbers: Sequence[int]) -> list[ScoredText]:
-        return _generate(predictor, [rows[n] for n in numbers], numbers, decoding)
-
     # Chunks begin where they began before an interruption, so that the numbers are the same.
     first = start - start % chunk_size(predictor)
+
+    def run(numbers: Sequence[int]) -> list[ScoredText]:
+        texts = _generate(predictor, [rows[n] for n in numbers], numbers, decoding)
+        if numbers[0] == first:
+            _check_cache(predictor, rows[first], texts[0])
+        return texts
+
     return islice(in_chunks(predictor, range(first, len(rows)), run), start - first, None)
 
 
@@ -271,6 +278,30 @@ def _generate(
             )
         )
     return found
+
+
+@torch.no_grad()
+def _check_cache(predictor: Predictor, prompt: list[int], text: ScoredText) -> None:
+    """Refuse a model whose cache leads elsewhere than a pass over the finished text, by which it
+    was trained: for instance one whose first position is not 0, which ``generate`` does not know.
+    """
+    adapter = predictor.adapter
+    ids = text.ids[:_CHECKED]
+    row = torch.tensor([*prompt, *ids.tolist()], device=adapter.device)
+    rows = row.repeat(predictor.num_draws, 1)
+    with adapter.bound(predictor.draws) as llm:
+        inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+        logits = last_logits(llm, inputs, len(ids) + 1)[:, :-1].float()  # (S, T, C)
+    own = (logits / predictor.temperature).log_softmax(-1)
+    own = own.gather(-1, rows[:, -len(ids) :, None])[..., 0].cpu()
+    off = float((own - text.draw_log_probs[:, : len(ids)]).abs().max() / logits.abs().max())
+    exact = llm.dtype in (torch.float32, torch.float64) and not hasattr(llm, "hf_quantizer")
+    if off > (1e-3 if exact else 32 * torch.finfo(torch.bfloat16).eps):
+        raise ValueError(
+            f"{type(llm).__name__} generates otherwise than it reads a finished text: its"
+            f" log-probabilities of the first tokens differ by {off:.1g} of the largest logit;"
+            " expected a model whose cache agrees with its own forward pass"
+        )
 
 
 def _ends(llm: PreTrainedModel, readout: Readout) -> list[int]:

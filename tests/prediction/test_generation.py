@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import fill_lora_B, lora, tiny_llama
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 import scalabl_pyro.commands.generate as command
 from scalabl_pyro import Predictor, SubspaceAdapter
@@ -450,3 +457,17 @@ def test_the_configuration_holds_the_defaults():
     values["decoding"]["num_beams"] = 4
     with pytest.raises(ConfigError, match="num_beams is 4: expected 1"):
         build(GenerateConfig, values)
+
+
+def test_a_model_that_generates_otherwise_than_it_reads_is_refused(tokenizer):
+    """RoBERTa's positions begin behind its padding index; transformers' generate begins at 0."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = RobertaConfig(vocab_size=32, is_decoder=True, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    llm = RobertaForCausalLM(config).eval()
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    adapter = SubspaceAdapter(llm, lora("query", "value"), readout)
+    fill_lora_B(adapter)
+    texts = generate(Predictor(adapter, torch.randn(2, *adapter.shape)), ["the cat"], GREEDY)
+    with pytest.raises(ValueError, match=r"RobertaForCausalLM generates otherwise than it reads"):
+        next(texts)
