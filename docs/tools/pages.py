@@ -43,6 +43,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "notebooks/01_quickstart.ipynb": "quickstart.md",
     "notebooks/02_guides_and_priors.ipynb": "guides_and_priors.md",
+    "notebooks/03_is_it_right.ipynb": "is_it_right.md",
+    "notebooks/04_what_prediction_costs.ipynb": "what_prediction_costs.md",
 }
 #: the sections of a run's settings, and what they are as Python classes
 SECTIONS = {
