@@ -714,8 +714,15 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
             "{:.1f} ({:.1f})".format(*errors),
             shown(found["nll"], 1, 3),
             shown(found["brier"], 1, 3),
-            f"{found['auroc_wrong_entropy']['mean']:.2f}",
+            shown(found["auroc_wrong_entropy"], 1, 2),
         ]
+    scores = [
+        f"{score}_{of}"
+        for score in ("auroc_wrong", "auroc_other")
+        for of in ("entropy", "noise_to_signal", "mutual_information")
+    ]
+    for score in (*scores, "auroc_other_tokens"):
+        assert shown(figures["test"]["V frozen"][score], 1, 2) in section
     nll = figures["minus MLE, tempered"]["V frozen"]["nll"]
     assert nll["low"] < 0 < nll["high"]
     assert f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−") in section
