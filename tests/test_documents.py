@@ -690,6 +690,8 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     figures = json.loads(path.read_text())["figures"]["arc_easy"]
     names = {
         "zero-shot": "zero-shot",
+        "MLE, fixed recipe (1,000 steps)": "MLE, fixed recipe",
+        "the same, tempered": "MLE, fixed recipe, tempered",
         "MLE (lr 1e-3)": "MLE",
         "MLE, tempered": "MLE, tempered",
         "MLE, early-stopped, tempered": "MLE, early-stopped, tempered",
@@ -723,6 +725,10 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     ]
     for score in (*scores, "auroc_other_tokens"):
         assert shown(figures["test"]["V frozen"][score], 1, 2) in section
+    for name, digits in (("MLE, fixed recipe", 2), ("MLE, fixed recipe, tempered", 3)):
+        nll = figures["minus MLE, tempered"][name]["nll"]
+        mean, low, high = (f"{nll[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        assert f"{mean} ({low} to {high})" in section
     nll = figures["minus MLE, tempered"]["V frozen"]["nll"]
     assert nll["low"] < 0 < nll["high"]
     assert f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−") in section
