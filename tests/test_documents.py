@@ -519,7 +519,7 @@ def test_make_targets_in_the_readme_exist():
 
 
 #: what notebooks are run with, for the sake of time
-SMALL = {"STEPS": 4, "DRAWS": 30, "REPLICATES": 2, "SEEDS": 1}
+SMALL = {"STEPS": 4, "DRAWS": 32, "REPLICATES": 2, "SEEDS": 1}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: the first two run with every change, the others with ``-m slow``
 RUN_NOTEBOOKS = [
