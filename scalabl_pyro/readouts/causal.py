@@ -18,6 +18,7 @@ from .base import Readout
 
 __all__ = [
     "CausalReadout",
+    "check_chat",
     "in_template",
     "keeps_logits",
     "last_logits",
@@ -53,8 +54,8 @@ class CausalReadout(Readout):
         super().__init__(
             tokenizer, num_classes=num_classes, max_length=max_length, truncate=truncate
         )
-        if chat and tokenizer.chat_template is None:
-            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
+        if chat:
+            check_chat(tokenizer)
         if prompt.system is not None:
             _check_system(tokenizer, prompt.system, chat=chat)
         self.prompt = prompt
@@ -227,6 +228,12 @@ def _absent(found: str, messages: Sequence[tuple[str, str]]) -> str | None:
         if role != "system":
             place = start + len(text.strip())
     return None
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """:raises ValueError: if there is no chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
 
 
 def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, Completion, DataError, Example, Record, Split
 from .base import Classes, Readout
-from .causal import last_logits, prompt_ids
+from .causal import check_chat, last_logits, prompt_ids
 from .config import ReadoutConfig
 from .conversations import answer_text, given_text
 
@@ -60,8 +60,8 @@ class CompletionTokens(Readout):
         )
         if end_token and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token: set one, or pass end_token=False")
-        if chat and tokenizer.chat_template is None:
-            raise ValueError("chat=true, but the tokenizer has no chat template; set chat=false")
+        if chat:
+            check_chat(tokenizer)
         self.end_token = end_token
         self.chat = chat
 

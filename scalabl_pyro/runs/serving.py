@@ -115,13 +115,9 @@ class ServedAverage:
         ids = self.readout.label_ids.tolist()
         names = [(f"token_id:{i}", self.readout.tokenizer.decode([i])) for i in ids]
         values = [top.get(by_id, top.get(text)) for by_id, text in names]
-        missing = [
-            word
-            for word, value in zip(self.readout.label_words, values, strict=True)
-            if value is None
-        ]
-        # A label that a record does not offer is not needed.
-        if any(value is None for value in values[: len(record.choices)]):
+        offered = zip(self.readout.label_words, values[: len(record.choices)], strict=False)
+        missing = [word for word, value in offered if value is None]
+        if missing:
             raise ServerError(
                 f"record {record.id!r}: the label words {missing} are not among the {len(top)} most"
                 f" probable tokens at {draw}, and do not count as 0; raise logprobs above"
