@@ -89,6 +89,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct: that of SCALABL_SMOLLM2, or beside the checkout."""
+    folder = Path(os.environ.get("SCALABL_SMOLLM2", ROOT.parent / "models" / "smollm2"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder} (SCALABL_SMOLLM2) with SmolLM2-135M-Instruct")
+    return folder
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; punctuation apart."""

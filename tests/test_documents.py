@@ -529,8 +529,11 @@ RUN_NOTEBOOKS = [
 
 
 @pytest.mark.parametrize("path", RUN_NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_run(path, tmp_path):
+def test_notebooks_run(path, tmp_path, request, monkeypatch):
     """As a stranger runs them, but with little training."""
+    if path.stem == "06_a_real_model":
+        monkeypatch.setenv("SMOLLM2", str(request.getfixturevalue("smollm2")))
+        monkeypatch.setenv("ARC_EASY", str(request.getfixturevalue("shared") / "data/arc_easy"))
     notebook = nbformat.read(path, as_version=4)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         for name, value in SMALL.items():

@@ -46,6 +46,7 @@ PAGES = {
     "notebooks/03_is_it_right.ipynb": "is_it_right.md",
     "notebooks/04_what_prediction_costs.ipynb": "what_prediction_costs.md",
     "notebooks/05_what_it_does_not_know.ipynb": "what_it_does_not_know.md",
+    "notebooks/06_a_real_model.ipynb": "a_real_model.md",
     "notebooks/07_your_own.ipynb": "your_own.md",
 }
 #: the sections of a run's settings, and what they are as Python classes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +27,6 @@ from scalabl_pyro import Record, SubspaceAdapter
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.readouts import LabelTokens, SequenceClassification
 
-SMOLLM = Path(__file__).resolve().parents[3] / "models" / "smollm2"
-if not SMOLLM.is_dir():  # a worktree lies deeper
-    SMOLLM = Path(__file__).resolve().parents[4] / "models" / "smollm2"
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=2, max_position_embeddings=64, pad_token_id=0)
 KV = dict(num_key_value_heads=2, head_dim=8)
@@ -202,19 +198,17 @@ QUESTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [28, 29])
-def test_mutual_information_of_a_real_model_is_that_of_float32(block):
+def test_mutual_information_of_a_real_model_is_that_of_float32(block, smollm2):
     """Draws of the upper blocks, whose logits near 18 are rounded to steps of 1/8. (Below, the
     rounding of the hidden states of thirty blocks is larger than what draws differ by.)"""
-    if not SMOLLM.is_dir():
-        pytest.skip(f"no folder {SMOLLM}")
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=512)
     records = [Record(q, q, choices, 0) for q, choices in QUESTIONS.items()]
     batch = whole(readout.encode(records))
     layers = lora("q_proj", "v_proj", r=8, layers_to_transform=list(range(block, 30)))
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        llm = AutoModelForCausalLM.from_pretrained(SMOLLM, dtype=dtype)
+        llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
         torch.manual_seed(0)
         adapter = SubspaceAdapter(llm, layers, readout)
         generator = torch.Generator().manual_seed(3)

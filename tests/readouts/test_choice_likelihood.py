@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pyro
 import pytest
@@ -59,9 +57,6 @@ from scalabl_pyro.readouts.choice_likelihood import fit_kappa
 from scalabl_pyro.runs.exports import export
 from scalabl_pyro.runs.memory import MemoryConfig, estimate
 
-SMOLLM2 = Path(
-    os.environ.get("SCALABL_SMOLLM2", Path(__file__).resolve().parents[3] / "models" / "smollm2")
-)
 RECORDS = [
     Record("a", "the cat", ("runs", "sings the red tree"), 0),
     Record("b", "a bird sings in the red tree", ("blue", "green dog", "the dog sleeps"), 2),
@@ -599,19 +594,17 @@ def test_memory_is_estimated(local_model):
 
 
 @pytest.mark.slow
-def test_a_real_model_scores_as_a_loop_over_plain_transformers(shared):
-    if not SMOLLM2.is_dir():
-        pytest.skip(f"no folder {SMOLLM2} (SCALABL_SMOLLM2) with SmolLM2-135M-Instruct")
+def test_a_real_model_scores_as_a_loop_over_plain_transformers(shared, smollm2):
     lines = (shared / "data" / "arc_easy" / "test.jsonl").read_text().splitlines()[:50]
     records = [Record.from_mapping(json.loads(line)) for line in lines]
-    config = ModelConfig(str(SMOLLM2), readout="choice_likelihood", dtype="float32")
+    config = ModelConfig(str(smollm2), readout="choice_likelihood", dtype="float32")
     readout = load_readout(config, config.classes(records))
     lora_config = AdapterConfig(targets=("q_proj", "v_proj"), layers=(28, 29))
     adapter = make_adapter(config, lora_config, readout, svd=True)
     assert readout.packed
     found = predict(Predictor(adapter), readout.encode(records), batch_size=10).logits[0]
-    llm = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = scores_by_hand(llm, tokenizer, records, classes=readout.num_classes)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     right = torch.tensor([record.label for record in records])
