@@ -699,7 +699,9 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         "MLE, tempered": "MLE, tempered",
         "MLE, early-stopped, tempered": "MLE, early-stopped, tempered",
         "ScalaBL, V frozen (lr 5e-3, β 1)": "V frozen",
-        "its posterior mean": "V frozen, posterior mean",
+        "posterior mean of V frozen": "V frozen, posterior mean",
+        "ScalaBL, V free (lr 1e-3, β 1)": "V free",
+        "posterior mean of V free": "V free, posterior mean",
     }
     text = (ROOT / "docs" / "results.md").read_text()
     section = text.partition("## A real causal model")[2].partition("\n## ")[0]
@@ -732,9 +734,17 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         nll = figures["minus MLE, tempered"][name]["nll"]
         mean, low, high = (f"{nll[key]:.{digits}f}" for key in ("mean", "low", "high"))
         assert f"{mean} ({low} to {high})" in section
-    nll = figures["minus MLE, tempered"]["V frozen"]["nll"]
-    assert nll["low"] < 0 < nll["high"]
-    assert f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−") in section
+    for name in ("V frozen", "V free"):
+        nll = figures["minus MLE, tempered"][name]["nll"]
+        assert nll["low"] < 0 < nll["high"]
+        said = f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−")
+        assert said in section
+    for other in ("MLE, tempered", "MLE, early-stopped, tempered"):
+        brier = figures[f"minus {other}"]["V free"]["brier"]
+        said = f"{-brier['mean']:.3f} ({-brier['high']:.3f} to {-brier['low']:.3f})"
+        assert said in " ".join(section.split())
+    for name, digits in (("V free", "0.6"), ("MLE, tempered", "4.6")):
+        assert f"{-100 * figures['test'][name]['confidence_minus_acc']['mean']:.1f}" == digits
 
 
 def test_costs_on_a_real_model_are_those_measured():
