@@ -423,7 +423,8 @@ RUN_BY = {
     ("prompts.md", "from peft"): "test_python_about_prompts_runs",
     ("text.md", "# the base model"): "test_commands_about_texts_run",
     ("text.md", "from peft"): "test_python_about_texts_runs",
-    ("method.md", "import scalabl_pyro"): "test_the_snippet_of_a_second_task_runs",
+    ("method.md", "scalabl train"): "test_the_commands_and_the_snippet_of_a_second_task_run",
+    ("method.md", "import scalabl_pyro"): "test_the_commands_and_the_snippet_of_a_second_task_run",
     ("serving.md", "from scalabl_pyro.data"): "test_the_client_of_the_documentation_asks_a_server",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }

@@ -311,7 +311,11 @@ def trained_parameters(
     # A readout's few numbers, such as κ, have as far to go as the guide's.
     numbers = {name: p for name, p in trained.items() if id(p) in own}
     # A prior's own parameters are variational ones.
-    numbers |= {f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known}
+    numbers |= {
+        f"model.{name}": p
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in known
+    }
     if isinstance(guide, nn.Module):
         numbers |= {f"guide.{name}": p for name, p in guide.named_parameters()}
     if not (matrices or numbers):
