@@ -115,6 +115,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
                 config.model,
                 config.lora,
                 method.projections if attempt.prior_run is None else "fixed",
+                method.form().get("perp", 0),
                 batch_size=attempt.fit.batch_size,
                 eval_batch_size=config.eval_batch_size,
                 tokens=max(train.lengths),
