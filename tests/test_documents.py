@@ -413,6 +413,7 @@ RUN_BY = {
     ): "test_the_data_set_of_contributing_is_read",
     ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
     ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
+    ("comparison.md", "scalabl train protocol"): "test_the_commands_of_the_documentation_train",
     ("faq.md", "import pyro"): "test_the_answers_to_questions_are_true",
     ("faq.md", "elbo ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "draws ="): "test_the_answers_to_questions_are_true",
