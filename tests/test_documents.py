@@ -413,6 +413,7 @@ RUN_BY = {
     ): "test_the_data_set_of_contributing_is_read",
     ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
     ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
+    ("comparison.md", "scalabl train protocol"): "test_the_commands_of_the_documentation_train",
     ("faq.md", "import pyro"): "test_the_answers_to_questions_are_true",
     ("faq.md", "elbo ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "draws ="): "test_the_answers_to_questions_are_true",
@@ -423,7 +424,8 @@ RUN_BY = {
     ("prompts.md", "from peft"): "test_python_about_prompts_runs",
     ("text.md", "# the base model"): "test_commands_about_texts_run",
     ("text.md", "from peft"): "test_python_about_texts_runs",
-    ("method.md", "import scalabl_pyro"): "test_the_snippet_of_a_second_task_runs",
+    ("method.md", "scalabl train"): "test_the_commands_and_the_snippet_of_a_second_task_run",
+    ("method.md", "import scalabl_pyro"): "test_the_commands_and_the_snippet_of_a_second_task_run",
     ("serving.md", "from scalabl_pyro.data"): "test_the_client_of_the_documentation_asks_a_server",
     ("serving.md", "import json"): "test_the_snippet_of_the_documentation_serves_the_average",
 }

@@ -106,7 +106,9 @@ def posterior(method: str, count: int, labels: str, seeds: int, steps: int) -> d
         guide = AutoSubspaceNormal(model)
         fit(model, guide, train, config, progress=False)
     else:
-        config = FitConfig(steps=steps, batch_size=4, lr_guide=1e-4, clip_norm=float("inf"))
+        config = FitConfig(
+            steps=steps, batch_size=4, lr_guide=1e-4, eps=1e-6, clip_norm=float("inf")
+        )
         reference = Reference(config, progress=False)
         guide = reference.make_guide(model)
         reference._train(model, guide, train, seed=0)

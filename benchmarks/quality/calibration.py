@@ -112,7 +112,7 @@ def baseline(method: type[Method], lr: float, **settings: Any) -> Callable[[int]
 
 def reference(lr: float) -> Callable[[int], Method]:
     return lambda steps: Reference(
-        fit_config(steps, lr=lr, lr_guide=lr), draws=DRAWS, progress=False
+        fit_config(steps, lr=lr, lr_guide=lr, eps=1e-6), draws=DRAWS, progress=False
     )
 
 

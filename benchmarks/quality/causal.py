@@ -284,7 +284,7 @@ def scalabl(lr: float, weight: float, steps: int = STEPS, **settings: Any) -> Me
 
 
 def reference(lr: float) -> Method:
-    config = FitConfig(steps=STEPS, batch_size=BATCH, lr=lr, lr_guide=lr)
+    config = FitConfig(steps=STEPS, batch_size=BATCH, lr=lr, lr_guide=lr, eps=1e-6)
     return Reference(config, eval_batch_size=BATCH, draws=DRAWS, progress=False)
 
 

@@ -37,10 +37,16 @@ def _sections(name: str, chosen: str | None) -> Iterator[str]:
         if entry in ("base", "compare", "model", "train"):
             yield from _sections(entry, chosen)
         elif isinstance(entry, DictConfig) and "method" in entry:
-            others = sorted(path.name for path in (CONFIGS / "method").iterdir())
-            names = ", ".join(name.removesuffix(".yaml") for name in others)
             method = _settings(f"method/{chosen or entry.method}.yaml").rstrip()
-            yield f"method:                    # {names}\n{indent(method, '  ')}\n"
+            yield f"method:                    # {_files('method')}\n{indent(method, '  ')}\n"
+        elif isinstance(entry, DictConfig) and "protocol" in entry:
+            files = f"{_files('protocol')}; ours, the default, sets nothing"
+            yield f"protocol=…                 # {files}\n"
+
+
+def _files(group: str) -> str:
+    """The names of a group of files, one of which is chosen."""
+    return ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
 
 
 def _text(name: str) -> str:

@@ -9,6 +9,7 @@ from ..data import Record, check_split
 from ..lora.loading import load_readout
 from ..readouts import Readout
 from ..runs.config import RunConfig
+from ..runs.prior import read_data
 
 __all__ = ["ShowPromptsConfig", "show_prompts"]
 
@@ -25,9 +26,8 @@ def show_prompts(config: ShowPromptsConfig) -> str:
 
     :raises DataError: if the data cannot be read, have no such split, or cannot be put.
     """
-    splits = config.data.splits(seed=config.seed)
+    splits, classes = read_data(config)
     records = check_split(splits, config.split)
-    classes = config.classes(splits)
     readout = load_readout(config.model, classes)
     longest = max(records, key=lambda record: len(record.question))
     chosen = dict.fromkeys([*records[:2], longest, *records[2:3]])

@@ -23,11 +23,12 @@ from ..infer.svi import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
-from ..methods import Fitted
+from ..methods import Fitted, ScalaBL
 from ..prediction.assessment import assess
 from ..runs.config import ConfigError, RunConfig
 from ..runs.folder import save_run
 from ..runs.memory import MemoryConfig, explain_out_of_memory
+from ..runs.prior import load_prior_run, prior_fingerprint, read_data
 from ..runs.reading import read_json, read_settings
 
 __all__ = ["RunConfig", "run", "train", "unfinished_folder"]
@@ -81,9 +82,8 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
-    splits = config.data.splits(seed=config.seed)
-    _check_data(splits, checkpoints)
-    classes = config.classes(splits)
+    splits, classes = read_data(config)
+    _check_inputs(config, splits, checkpoints)
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     train = encoded.pop("train")
@@ -99,19 +99,23 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     def fit(attempt: RunConfig, name: str) -> Fitted:
         method = attempt.make_method()
         counter.reset()
+        data = train, encoded["validation"]
+        options: dict[str, Any] = {"seed": config.seed, "checkpoints": checkpoints.part(name)}
         try:
-            fitted = method.fit(
-                make,
-                train,
-                encoded["validation"],
-                seed=config.seed,
-                checkpoints=checkpoints.part(name),
-            )
+            if isinstance(method, ScalaBL) and attempt.prior_run is not None:
+                before = load_prior_run(attempt)
+                assert before.guide is not None  # as every run of the method has one
+                adapter = before.predictor.adapter
+                counter.watch(adapter)
+                fitted = method.fit_next(adapter, before.guide, *data, **options)
+            else:
+                fitted = method.fit(make, *data, **options)
         except torch.OutOfMemoryError as error:
             sizes = MemoryConfig(
                 config.model,
                 config.lora,
-                method.projections,
+                method.projections if attempt.prior_run is None else "fixed",
+                method.form().get("perp", 0),
                 batch_size=attempt.fit.batch_size,
                 eval_batch_size=config.eval_batch_size,
                 tokens=max(train.lengths),
@@ -189,17 +193,23 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
     write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
-def _check_data(splits: Mapping[str, Sequence[Record]], checkpoints: Checkpoints) -> None:
-    """The same for the records themselves, which a path does not pin down."""
-    path = checkpoints.folder / "data.sha256"
-    found = fingerprint(splits)
-    if checkpoints.exist and path.exists() and path.read_text() != found:
-        raise ConfigError(
-            f"the unfinished run in {checkpoints.folder} began with other records than those that"
-            " its data settings name now: put them back, or choose another run_dir"
-        )
-    if is_main():
-        write_whole(path, found)
+def _check_inputs(
+    config: RunConfig, splits: Mapping[str, Sequence[Record]], checkpoints: Checkpoints
+) -> None:
+    """The same for the records themselves and the prior, which a path does not pin down."""
+    inputs = {
+        "data.sha256": (fingerprint(splits), "records than those that its data settings name"),
+        "prior.sha256": (prior_fingerprint(config), "tensors than those of its prior_run"),
+    }
+    for name, (found, others) in inputs.items():
+        path = checkpoints.folder / name
+        if checkpoints.exist and path.exists() and path.read_text() != found:
+            raise ConfigError(
+                f"the unfinished run in {checkpoints.folder} began with other {others} now: put"
+                " them back, or choose another run_dir"
+            )
+        if is_main():
+            write_whole(path, found)
 
 
 def unfinished_folder(run_dir: Path) -> Path:

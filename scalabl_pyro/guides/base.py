@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..models.model import ScalaBLModel, require_module_local_params
-from ..models.priors import GivenPrior, Prior
+from ..models.priors import Prior
 
-__all__ = ["AutoSubspace", "JointNormal"]
+__all__ = ["AutoSubspace", "JointNormal", "PosteriorPrior"]
 
 
 class AutoSubspace(PyroModule):
@@ -117,17 +117,22 @@ class AutoSubspace(PyroModule):
             return draws
         return torch.cat([draws, self._prior_perp.sample(draws.shape[:1])], -1)
 
-    @torch.no_grad()
-    def as_prior(self) -> Prior:
+    def as_prior(self) -> PosteriorPrior:
         """q(s) as it is now, for the model of a further task with the same V and B.
 
         This is variational continual learning (Nguyen et al. 2018, arXiv 1710.10628): with exact
         posteriors, the last one is that of all tasks' data together.
         """
-        support = Prior.support if self._to_support is None else self._to_support.codomain
-        shape = (self._init_loc.shape[0], self._init_loc.shape[1])
-        frozen = deepcopy(self).requires_grad_(False)  # whatever becomes of this one
-        return GivenPrior(shape, frozen.get_posterior(), support)
+        return PosteriorPrior(self)
+
+    def of_s_alone(self) -> AutoSubspace:
+        """A copy without the further latent sites of the prior."""
+        copy = deepcopy(self)
+        for name in self._latents:
+            delattr(copy, f"{name}_loc")
+            delattr(copy, f"{name}_scale")
+        copy._latents = {}
+        return copy
 
     @torch.no_grad()
     def median(self) -> dict[str, Tensor]:
@@ -176,6 +181,27 @@ class AutoSubspace(PyroModule):
 
     def _unconstrained(self, s: Tensor) -> Tensor:
         return s.clone() if self._to_support is None else self._to_support.inv(s)
+
+
+class PosteriorPrior(Prior):
+    """The posterior q(s) of an earlier task.
+
+    Further latent sites of that task's prior, such as a scale, are no part of it.
+
+    :param guide: as it is now; whatever becomes of it later is of no effect.
+    """
+
+    def __init__(self, guide: AutoSubspace) -> None:
+        shape = guide._init_loc.shape
+        super().__init__((shape[0], shape[1]))
+        if guide._to_support is not None:
+            self.support = guide._to_support.codomain
+        # A module, so that run folders keep its parameters.
+        self.posterior = guide.of_s_alone().requires_grad_(False)
+
+    def forward(self) -> TorchDistribution:
+        with pyro.poutine.block():  # its parameters are no sites: nothing trains them
+            return self.posterior.get_posterior()
 
 
 class JointNormal(AutoSubspace):

@@ -11,8 +11,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from ..models.model import ScalaBLModel
-from ..models.priors import Prior
-from .base import AutoSubspace
+from .base import AutoSubspace, PosteriorPrior
 
 __all__ = ["AutoSubspaceDelta"]
 
@@ -43,7 +42,7 @@ class AutoSubspaceDelta(AutoSubspace):
     def get_posterior(self) -> TorchDistribution:
         return dist.Delta(self.loc, event_dim=2)
 
-    def as_prior(self) -> Prior:
+    def as_prior(self) -> PosteriorPrior:
         """:raises ValueError: always: no other value than this point would be possible."""
         raise ValueError("AutoSubspaceDelta is a point, and no prior: nothing could move from it")
 

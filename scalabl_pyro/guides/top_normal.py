@@ -11,8 +11,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from ..models.model import ScalaBLModel
-from ..models.priors import Prior
-from .base import AutoSubspace
+from .base import AutoSubspace, PosteriorPrior
 
 __all__ = ["AutoSubspaceTopNormal"]
 
@@ -71,7 +70,7 @@ class AutoSubspaceTopNormal(AutoSubspace):
         """Those of the random modules, (M', r)."""
         return dist.Normal(self.loc[self.random], self.scale)
 
-    def as_prior(self) -> Prior:
+    def as_prior(self) -> PosteriorPrior:
         """:raises ValueError: always: below, no other value than the point would be possible."""
         raise ValueError(
             "AutoSubspaceTopNormal is a point in the lower blocks, and no prior: nothing could move"

@@ -65,7 +65,7 @@ class AllSites(Messenger):
     def _pyro_post_param(self, msg: Message) -> None:
         value: Any = msg["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        if id(leaf) not in self._known:
+        if leaf.requires_grad and id(leaf) not in self._known:
             raise ValueError(
                 f"the parameter {msg['name']!r} belongs to no module that fit trains, and would"
                 " never move: write the guide as a PyroModule that holds it as a PyroParam"

@@ -59,6 +59,7 @@ class FitConfig:
     :param lr_guide: learning rate of the guide, and of what a readout trains of its own.
     :param weight_decay: AdamW's decoupled decay of the projections and heads. It is no Gaussian
         prior: the share it takes depends neither on N nor on the gradient's scaling.
+    :param eps: AdamW's ε, beside the root of the second moment.
     :param warmup: share of the steps over which learning rates rise linearly from 0.
     :param decay: how they fall afterwards: to 0 (``linear``, ``cosine``) or not (``constant``).
     :param clip_norm: largest norm of the gradient of −ELBO/N.
@@ -78,6 +79,7 @@ class FitConfig:
     lr: float = 1e-3
     lr_guide: float = 1e-2
     weight_decay: float = 0.0
+    eps: float = 1e-8
     warmup: float = 0.06
     decay: str = "linear"
     clip_norm: float = 1.0
@@ -94,6 +96,7 @@ class FitConfig:
             "lr": (0, math.inf),
             "lr_guide": (0, math.inf),
             "weight_decay": (0, math.inf),
+            "eps": (0, math.inf),
             "warmup": (0, 1),
             "accumulation": (1, math.inf),
             "eval_every": (0, math.inf),
@@ -180,8 +183,8 @@ def fit(
     :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
     :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
     :param optimizer: another one of torch over the same parameters, whose learning rates follow
-        ``config.warmup`` and ``config.decay``; ``config.lr``, ``lr_guide`` and ``weight_decay`` are
-        AdamW's alone.
+        ``config.warmup`` and ``config.decay``; ``config.lr``, ``lr_guide``, ``weight_decay`` and
+        ``eps`` are AdamW's alone.
     :param validate: returns the validation NLL, called every ``config.eval_every`` steps.
     :param checkpoints: written on the way; where there is one already, training goes on from it,
         and ends as it would have ended without the interruption, to the bit.
@@ -311,7 +314,11 @@ def trained_parameters(
     # A readout's few numbers, such as κ, have as far to go as the guide's.
     numbers = {name: p for name, p in trained.items() if id(p) in own}
     # A prior's own parameters are variational ones.
-    numbers |= {f"model.{name}": p for name, p in model.named_parameters() if id(p) not in known}
+    numbers |= {
+        f"model.{name}": p
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in known
+    }
     if isinstance(guide, nn.Module):
         numbers |= {f"guide.{name}": p for name, p in guide.named_parameters()}
     if not (matrices or numbers):
@@ -345,7 +352,9 @@ class _Run:
             },
             {"params": list(numbers.values()), "lr": config.lr_guide, "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups) if optimizer is None else optimizer
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(groups, eps=config.eps)
+        self._optimizer = optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         if moved != {id(parameter) for parameter in self._parameters}:
             raise ValueError(

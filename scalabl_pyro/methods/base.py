@@ -94,6 +94,19 @@ class Method(ABC):
         self.start(adapter, train)
         model = self.make_model(adapter, num_data=len(train))
         guide = self.make_guide(model)
+        return self._fit(model, guide, train, validation, seed=seed, checkpoints=checkpoints)
+
+    def _fit(
+        self,
+        model: Any,
+        guide: Any,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None,
+    ) -> Fitted:
+        """Train a model and a guide that are made, and what follows."""
         validate = None
         if validation is not None:
 

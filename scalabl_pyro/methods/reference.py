@@ -91,9 +91,10 @@ class Reference(Method):
     all but a few of the weights are close to 0. Both rates warm up and decay alike. A
     re-implementation: see the choices in :mod:`scalabl_pyro.methods.reference`. It does not
     maximise an ELBO, and its q(s) is no posterior. The published settings are 5,000 steps, batch
-    size 4, ``lr`` and ``lr_guide`` 1e-4, ``warmup`` 0.06 and linear decay. ``config.kl`` has no
-    effect here. In ``history`` ``loss`` and ``nll`` are both the first objective, ``kl`` is the
-    KL(q‖p) that every method reports, and ``kl_weight`` is SGD's weight at its rate's factor.
+    size 4, ``lr`` and ``lr_guide`` 1e-4, ``eps`` 1e-6, ``warmup`` 0.06 and linear decay.
+    ``config.kl`` has no effect here. In ``history`` ``loss`` and ``nll`` are both the first
+    objective, ``kl`` is the KL(q‖p) that every method reports, and ``kl_weight`` is SGD's weight at
+    its rate's factor.
 
     :param init_scale: initial σ, drawn from U(init_scale/√2, init_scale).
     :param prior_scale: standard deviation of the prior, Normal(0, prior_scale²).
@@ -106,7 +107,7 @@ class Reference(Method):
     svd: ClassVar[bool] = True
 
     config: FitConfig = FitConfig(  # noqa: RUF009  (frozen)
-        steps=5000, batch_size=4, lr=1e-4, lr_guide=1e-4, clip_norm=math.inf
+        steps=5000, batch_size=4, lr=1e-4, lr_guide=1e-4, eps=1e-6, clip_norm=math.inf
     )
     init_scale: float = 0.05
     prior_scale: float = 1.0
@@ -134,22 +135,12 @@ class Reference(Method):
         return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
-        config = self.config
-        groups = [
-            {
-                "params": [*model.adapter.named_parameters().values()],
-                "lr": config.lr,
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [*guide.parameters()], "lr": config.lr_guide, "weight_decay": 0.0},
-        ]
         return fit(
             model,
             guide,
             train,
-            in_bursts(config, len(train)),
+            in_bursts(self.config, len(train)),
             elbo=TwoObjectives(reversed_kl, self.lr_kl),
-            optimizer=torch.optim.AdamW(groups, eps=1e-6),
             progress=self.progress,
             **options,
         )

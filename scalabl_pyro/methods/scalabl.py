@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pyro
+
 from ..data import Split
 from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
+from ..infer.checkpoints import Checkpoints
 from ..infer.elbos import make_elbo
 from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.subspace import set_perp
 from ..models.model import ScalaBLModel
-from ..models.priors import make_prior
+from ..models.priors import Prior, make_prior
 from ..prediction.draws import draw
 from ..prediction.predictor import Predictor
-from .base import Method
+from .base import Fitted, Method
 
 __all__ = ["ScalaBL"]
 
@@ -73,13 +76,45 @@ class ScalaBL(Method):
         if self.perp:
             set_perp(adapter, train)
 
-    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> ScalaBLModel:
-        """The probabilistic model of these settings."""
+    def fit_next(
+        self,
+        adapter: SubspaceAdapter,
+        posterior: AutoSubspace,
+        train: Split,
+        validation: Split | None,
+        *,
+        seed: int,
+        checkpoints: Checkpoints | None = None,
+    ) -> Fitted:
+        """Infer s from the data of a further task, with the posterior of the last one as its prior
+        (see :meth:`~scalabl_pyro.guides.AutoSubspace.as_prior`), which is where q starts too.
+
+        :param adapter: of the last task; V, B, heads and what the readout trained stay as they are.
+        :param posterior: of the last task, of these settings.
+        :param seed: and ``checkpoints``: those of :meth:`fit`.
+        :raises ValueError: if the posterior is a point somewhere.
+        """
+        pyro.set_rng_seed(seed)
+        adapter.freeze()
+        prior = posterior.as_prior()
+        model = self.make_model(adapter, num_data=len(train), prior=prior)
+        guide = self.make_guide(model)
+        guide.load_state_dict(prior.posterior.state_dict())
+        return self._fit(model, guide, train, validation, seed=seed, checkpoints=checkpoints)
+
+    def make_model(
+        self, adapter: SubspaceAdapter, *, num_data: int, prior: Prior | None = None
+    ) -> ScalaBLModel:
+        """The probabilistic model of these settings.
+
+        :param prior: in place of theirs.
+        """
         options = dict(self.prior)
         if adapter.trained and options.get("name", "normal") == "normal":
             options.setdefault("loc", 1.0)
-        with adapter.device:
-            prior = make_prior(adapter.shape, **options)
+        if prior is None:
+            with adapter.device:
+                prior = make_prior(adapter.shape, **options)
         return ScalaBLModel(
             adapter,
             num_data=num_data,

@@ -22,7 +22,6 @@ pyro.settings.set(module_local_params=True)
 __all__ = [
     "PRIORS",
     "FixedPrior",
-    "GivenPrior",
     "HierarchicalNormal",
     "Horseshoe",
     "Latent",
@@ -95,33 +94,6 @@ class FixedPrior(Prior):
 
     def forward(self) -> TorchDistribution:
         return self._coordinate.to_event(2)
-
-
-class GivenPrior(Prior):
-    """A distribution of all of s at once, such as the posterior of an earlier task.
-
-    :param joint: with event shape (M, r); nothing trains its parameters.
-    :param support: where s may lie.
-    :raises ValueError: if the event shape is another one.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        joint: TorchDistribution,
-        support: constraints.Constraint = Prior.support,
-    ) -> None:
-        super().__init__(shape)
-        if joint.event_shape != torch.Size(shape) or joint.batch_shape:
-            raise ValueError(
-                f"the prior has event shape {tuple(joint.event_shape)} and batch shape"
-                f" {tuple(joint.batch_shape)}: expected the event shape (M, r) = {tuple(shape)}"
-            )
-        self.support = support
-        self._joint = joint
-
-    def forward(self) -> TorchDistribution:
-        return self._joint
 
 
 class LearnedNormal(Prior):

@@ -27,7 +27,7 @@ from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
 from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
-from ..methods import METHODS, Method
+from ..methods import METHODS, Method, ScalaBL
 from ..readouts import READOUTS, Classes
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
@@ -111,6 +111,9 @@ class RunConfig:
         it.
     :param seed: of the starting weights, the order of the data, noise and draws.
     :param progress: show a bar.
+    :param prior_run: a run folder, or ``owner/name`` on the Hub, with the same settings of model,
+        lora and method. Its posterior is the prior of s, and where q starts; its V, B, heads and
+        classes stay as they are, and s alone moves. ``method.prior`` is that of the first run.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
         finished one as it is.
     :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
@@ -129,6 +132,7 @@ class RunConfig:
     eval_batch_size: int = 64
     seed: int = 0
     progress: bool = True
+    prior_run: str | None = None
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
@@ -140,6 +144,12 @@ class RunConfig:
             raise ConfigError(
                 "method.projections is 'fixed', which trains s alone, and B starts at 0, where"
                 " nothing depends on s: give lora.start, a trained adapter"
+            )
+        if self.prior_run is not None and not isinstance(method, ScalaBL):
+            able = [name for name, other in METHODS.items() if issubclass(other, ScalaBL)]
+            raise ConfigError(
+                f"prior_run is {self.prior_run!r}, and method {method.name} has no posterior that"
+                f" could be a prior: expected one of {able}, as that run has"
             )
         if READOUTS[self.model.readout].reads_texts and not method.reads_texts:
             able = [name for name, other in METHODS.items() if other.reads_texts]

@@ -3,7 +3,8 @@
 * ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
   member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
-  guide's parameters and the bank of draws ``s`` (S, M, r), or draws ``weights.*`` of projections
+  parameters of the guide and of the prior, such as the posterior of ``prior_run``, and the bank of
+  draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
@@ -43,7 +44,7 @@ from .config import ConfigError, RunConfig, build
 from .cost import Cost
 from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
-__all__ = ["Run", "RunFolderError", "load_run", "read_meaning", "save_run"]
+__all__ = ["Meaning", "Run", "RunFolderError", "load_run", "read_meaning", "restore", "save_run"]
 
 FORMAT = 4
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
@@ -248,7 +249,15 @@ def load_run(folder: str | Path) -> Run:
     meaning = read_meaning(folder)
     config = read_settings(folder)
     _check_settings(config, meaning, folder)
-    config = replace(config, model=replace(config.model, shard=False))  # one process reads it
+    # One process reads it.
+    return restore(folder, replace(config, model=replace(config.model, shard=False)), meaning)
+
+
+def restore(folder: Path, config: RunConfig, meaning: Meaning) -> Run:
+    """The run in a folder, whose two kinds of settings agree.
+
+    :raises RunFolderError: as :func:`load_run` does.
+    """
     classes = meaning.classes
     method = config.make_method()
     # V comes with the projections, whatever it was before training; the adapter that training
@@ -268,9 +277,13 @@ def load_run(folder: str | Path) -> Run:
     if adapter.base_fingerprint() != meaning.base_model.fingerprint:
         raise RunFolderError(
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
-            " model.name in its config.yaml to the model it was trained on"
+            f" model.name to the model it was trained on, {meaning.base_model.name!r} or a copy of"
+            " it: in its config.yaml, or on the command line where prior_run names this folder"
         )
     model = method.make_model(adapter, num_data=meaning.num_data)
+    if config.prior_run is not None:
+        # Of the same family as q; its parameters are read below, and that run may be gone.
+        model.prior = method.make_guide(model).as_prior()
     # After the model, which may move the start of an adapter.
     projections = folder / "projections.safetensors"
     _load_into(adapter.state(), _finite_tensors(projections), projections)

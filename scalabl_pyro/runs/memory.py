@@ -42,17 +42,19 @@ class MemoryConfig:
     """What is to be trained, and how much of it at once.
 
     :param projections: what is trained beside s, as in :class:`SubspaceAdapter`.
+    :param perp: k, coordinates of each module that nothing trains, as there.
     :param batch_size: B of a minibatch.
     :param eval_batch_size: B in prediction, before draws multiply it.
     :param tokens: T of the longest row, padding included.
     :param classes: C.
     :param draws: S.
-    :raises ValueError: if a number is below 1.
+    :raises ValueError: if ``perp`` is below 0, or another number below 1.
     """
 
     model: ModelConfig
     lora: AdapterConfig
     projections: ProjectionMode = "free"
+    perp: int = 0
     batch_size: int = 16
     eval_batch_size: int = 64
     tokens: int = 256
@@ -63,6 +65,8 @@ class MemoryConfig:
         for name in ("batch_size", "eval_batch_size", "tokens", "classes", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if self.perp < 0:
+            raise ValueError(f"perp is {self.perp}: expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class Memory:
     :param weights: the frozen model.
     :param loading: the most while it is read, on the host: the weights, and the file's pages where
         they are another number format; the system can take such pages back.
-    :param adapters: the projections A (or V) and B, and heads.
+    :param adapters: the projections A (or V) and B, those of s_perp, and heads.
     :param optimizer: AdamW's two moments, and the two copies that ``fit`` can go back to.
     :param activations: the most that a forward and backward pass holds at once, gradients included.
     :param prediction: the most that a forward pass holds at once, with all rows of a batch × draws.
@@ -132,6 +136,7 @@ def estimate(config: MemoryConfig) -> Memory:
             readout,
             svd=False,
             projections=config.projections,
+            perp=config.perp,
             base_dropout=lora.base_dropout,
             gradient_checkpointing=lora.gradient_checkpointing,
         )
@@ -182,16 +187,18 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
         adapter.trunk.depth_for = lambda s: adapter.trunk.depth  # type: ignore[method-assign]
         resident = [*adapter.peft_model.parameters(), *adapter.peft_model.buffers()]
 
+        M, r = adapter.shape
+        width = r + config.perp
         adapter.train()
         with _Alive(resident) as training:
-            s = torch.ones(adapter.shape, requires_grad=True)
+            s = torch.ones(M, width, requires_grad=True)
             adapter(_batch(config, config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
         for parameter in resident:
             parameter.grad = None
 
         adapter.eval()
         with _Alive(resident) as predicting:
-            draws = torch.ones(config.draws, *adapter.shape)
+            draws = torch.ones(config.draws, M, width)
             # Where the model will run, and not on the CPU where the estimate is made.
             rows = None if config.model.device == "cpu" else MAX_ROWS
             predictor = Predictor(adapter, max_rows=rows)

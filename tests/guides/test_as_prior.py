@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -11,7 +13,6 @@ from benchmarks.correctness._linear import LinearAdapter, LinearGaussian, make_s
 from scalabl_pyro import FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.guides import make_guide
 from scalabl_pyro.infer.chains import _potential, whole_split
-from scalabl_pyro.models.priors import GivenPrior
 
 
 def halves(*, correlated: bool, count: int = 40):
@@ -116,21 +117,16 @@ def test_a_point_is_no_prior(make_causal, options):
         make_guide(model, **options).as_prior()
 
 
-@pytest.mark.parametrize(
-    "joint", [dist.Normal(torch.zeros(2, 2), 1.0), dist.Normal(torch.zeros(3, 2), 1.0).to_event(2)]
-)
-def test_a_joint_prior_of_another_shape_is_refused(joint):
-    with pytest.raises(ValueError, match=r"expected the event shape \(M, r\) = \(2, 2\)"):
-        GivenPrior((2, 2), joint)
-
-
-def test_the_snippet_of_a_second_task_runs(tmp_path, local_model, monkeypatch):
+def test_the_commands_and_the_snippet_of_a_second_task_run(tmp_path, local_model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "data" / "train.jsonl", make_records(12))
-    write_jsonl(tmp_path / "data" / "test.jsonl", make_records(6))
+    for folder, records in (("FIRST", make_records(18)), ("SECOND", make_records(15))):
+        write_jsonl(tmp_path / folder / "train.jsonl", records[6:])
+        write_jsonl(tmp_path / folder / "test.jsonl", records[:6])
+    (block,) = blocks(ROOT / "docs" / "method.md", "bash")
+    for command in block.splitlines():
+        words = shlex.split(command.replace("Qwen/Qwen2.5-0.5B", str(local_model)))
+        assert scalabl(*words[1:], "lora.targets=[q_proj]", *FAST) == 0, command
     write_jsonl(tmp_path / "second.jsonl", make_records(9))
-    words = [f"model.name={local_model}", "data.root=data", "lora.targets=[q_proj]"]
-    assert scalabl("train", *words, "run_dir=runs/first", *FAST) == 0
     (code,) = blocks(ROOT / "docs" / "method.md", "python")
     names: dict = {}
     exec(compile(code.replace("steps=200", "steps=20, lr_guide=0.1"), "method.md", "exec"), names)

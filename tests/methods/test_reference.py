@@ -22,7 +22,7 @@ from scalabl_pyro.methods.reference import LogNormalParameters, Reference
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 from scalabl_pyro.runs.folder import load_run
 
-CONFIG = FitConfig(steps=4, batch_size=4, lr=1e-2, lr_guide=1e-2)
+CONFIG = FitConfig(steps=4, batch_size=4, lr=1e-2, lr_guide=1e-2, eps=1e-6)
 
 
 @pytest.fixture

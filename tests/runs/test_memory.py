@@ -38,12 +38,13 @@ def folder(tmp_path, tokenizer) -> Path:
 
 def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryConfig:
     options = dict(lora or {})
-    projections = options.pop("projections", "free")
+    projections, perp = options.pop("projections", "free"), options.pop("perp", 0)
     adapter = AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head"), **options)
     return MemoryConfig(
         ModelConfig(str(folder), device="cpu", **model),
         adapter,
         projections,
+        perp,
         batch_size=4,
         eval_batch_size=2,
         tokens=96,
@@ -53,9 +54,8 @@ def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryC
 
 def load(config: MemoryConfig):
     readout = load_readout(config.model, LETTERS)
-    return make_adapter(
-        config.model, config.lora, readout, svd=False, projections=config.projections
-    )
+    form = {"projections": config.projections, "perp": config.perp}
+    return make_adapter(config.model, config.lora, readout, svd=False, **form)
 
 
 def batch_of(config: MemoryConfig, size: int) -> Batch:
@@ -74,7 +74,7 @@ def allocated(run) -> int:
 
 def most_in_training(adapter: SubspaceAdapter, config: MemoryConfig) -> int:
     def step():
-        s = torch.ones(adapter.shape, requires_grad=True)
+        s = torch.ones(len(adapter.layers), adapter.rank + adapter.perp, requires_grad=True)
         adapter(batch_of(config, config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
 
     adapter.train()
@@ -102,6 +102,7 @@ CASES = {
     "upper blocks": ({"layers": (1,)}, {}),
     "V frozen": ({"projections": "frozen_v"}, {}),
     "s alone": ({"projections": "fixed"}, {}),
+    "s_perp": ({"projections": "frozen_v", "perp": 3}, {}),
     "4bit": ({}, {"quantization": "4bit"}),
 }
 
@@ -115,12 +116,23 @@ def test_estimates_are_within_15_percent_of_what_is_allocated(folder, case):
     assert found.weights + found.adapters == pytest.approx(held(model), rel=0.005)
 
     def predict():
-        draws = torch.randn(config.draws, *adapter.shape)
+        M, r = adapter.shape
+        draws = torch.randn(config.draws, M, r + config.perp)
         Predictor(adapter, draws).logits(batch_of(config, config.eval_batch_size))
 
     assert found.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
     adapter.eval()
     assert found.prediction == pytest.approx(allocated(predict), rel=0.15)
+
+
+def test_rows_of_s_perp_count_and_nothing_trains_them(folder):
+    """k rows of V⊥ and k columns of B⊥ more in each module."""
+    without, found = (estimate(settings(folder, {"perp": k})) for k in (0, 3))
+    adapter = load(settings(folder, {"perp": 3}))
+    more = [A.weight for A in adapter.perp_A] + [B.weight for B in adapter.perp_B]
+    assert found.adapters - without.adapters == sum(weight.nbytes for weight in more) > 0
+    assert found.adapters == sum(value.nbytes for value in adapter.state().values())
+    assert found.optimizer == without.optimizer
 
 
 def test_8_bit_layers_keep_their_inputs_for_the_backward_pass(folder):
@@ -207,3 +219,5 @@ def test_defaults_of_the_command_are_those_of_the_class():
 def test_bad_numbers_are_refused(folder):
     with pytest.raises(ValueError, match="tokens is 0: expected 1 or more"):
         replace(settings(folder), tokens=0)
+    with pytest.raises(ValueError, match="perp is -1: expected 0 or more"):
+        replace(settings(folder), perp=-1)

@@ -1,0 +1,82 @@
+"""One run after another: the posterior of a finished run is the prior of s in the next.
+
+The function of s stays as the first run left it: the base model, V, B and heads, and the classes
+and shots of the readout. The new run folder holds all of it, and the parameters of the prior too,
+so that it is read without the first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from ..data import Record
+from ..lora.loading import load_readout
+from ..readouts import Classes
+from .config import ConfigError, RunConfig
+from .folder import Meaning, Run, read_meaning, restore
+from .reading import find_run, read_settings
+
+__all__ = ["load_prior_run", "prior_fingerprint", "read_data"]
+
+
+def read_data(config: RunConfig) -> tuple[dict[str, list[Record]], Classes]:
+    """The labelled records of a run by split, and what they, or its ``prior_run``, fix about the
+    readout.
+
+    :raises ConfigError: if the settings contradict those of ``prior_run``.
+    :raises DataError: if a file is missing or bad, or the prompt cannot put the records.
+    :raises RunFolderError: if ``prior_run`` is no complete run folder.
+    """
+    if config.prior_run is None:
+        splits = config.data.splits(seed=config.seed)
+        return splits, config.classes(splits)
+    _, meaning = _checked(config)
+    classes = meaning.classes
+    names = config.data.classes or load_readout(config.model, classes).class_names
+    return replace(config.data, classes=names).splits(seed=config.seed), classes
+
+
+def load_prior_run(config: RunConfig) -> Run:
+    """The run ``prior_run``, its model loaded as ``config.model`` says.
+
+    :raises ConfigError: if the settings contradict those of the run.
+    :raises RunFolderError: if it is no complete run folder, or was made on other base weights.
+    """
+    folder, meaning = _checked(config)
+    settings = replace(read_settings(folder), model=config.model, lora=config.lora)
+    return restore(folder, settings, meaning)
+
+
+def prior_fingerprint(config: RunConfig) -> str:
+    """A hash of the tensors of ``prior_run``, which a path does not pin down; ``""`` without it.
+
+    :raises RunFolderError: if it is neither a folder nor on the Hub.
+    """
+    if config.prior_run is None:
+        return ""
+    folder, found = find_run(config.prior_run), hashlib.sha256()
+    for name in ("projections.safetensors", "posterior.safetensors"):
+        found.update((folder / name).read_bytes())
+    return found.hexdigest()
+
+
+def _checked(config: RunConfig) -> tuple[Path, Meaning]:
+    """The folder of ``prior_run`` and what it says of itself, which the settings must not
+    contradict."""
+    folder = find_run(str(config.prior_run))
+    meaning = read_meaning(folder)
+    for attempt in config.attempts():
+        mine = attempt.function_settings()
+        wrong = [
+            f"{key} is {mine.get(key)!r}, expected {meaning.settings.get(key)!r}"
+            for key in sorted(mine.keys() | meaning.settings.keys())
+            if mine.get(key) != meaning.settings.get(key)
+        ]
+        if wrong:
+            raise ConfigError(
+                f"prior_run is {config.prior_run!r}, whose model stays as it is:"
+                f" {'; '.join(wrong)}; give these settings as that run's config.yaml has them"
+            )
+    return folder, meaning
