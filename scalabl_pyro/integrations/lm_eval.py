@@ -27,6 +27,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from ..prediction.continuations import average_log_prob, score_tokens
 from ..prediction.generation import Decoding, continue_tokens
@@ -62,11 +63,11 @@ class ModelAverageLM(TemplateLM):
     :param draws: S new draws of the posterior, or those that the run saved if left out.
     :param seed: of new draws, and of tasks that sample.
     :param batch_size: texts at once, before draws multiply them.
-    :param max_batch_size: unused: where memory runs out, fewer texts run at once anyway.
-    :param device: where the model is, if given: the setting ``model.device`` of the run decides.
+    :param device: unused, as the harness's command line always names one: the setting
+        ``model.device`` of the run decides.
     :raises ValueError: if the model is no causal language model, new draws are asked of a
-        predictor, the run predicts by something else than vectors s, the tokenizer has no token
-        that begins or ends a text, or the device is another.
+        predictor, the run predicts by something else than vectors s, or the tokenizer has no token
+        that begins or ends a text.
     """
 
     def __init__(
@@ -76,7 +77,6 @@ class ModelAverageLM(TemplateLM):
         draws: int | None = None,
         seed: int = 0,
         batch_size: int | str = 16,
-        max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
         super().__init__()
@@ -96,11 +96,6 @@ class ModelAverageLM(TemplateLM):
                 " before a text without a context: set its bos_token or eos_token"
             )
         self._device = predictor.adapter.device
-        if device is not None and not str(self._device).startswith(device):
-            raise ValueError(
-                f"device is {device!r}, but the model is on {self._device}: set model.device in the"
-                " run's config.yaml, or leave device out"
-            )
 
     # ------------------------------------------------------------------ tokens
 
@@ -149,7 +144,8 @@ class ModelAverageLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        read = score_tokens(self.predictor, [(context, own) for _, context, own in requests])
+        pairs = [(context, own) for _, context, own in requests]
+        read = score_tokens(self.predictor, pairs, progress=not disable_tqdm)
         found = [(each.log_prob, each.greedy) for each in read]
         for (texts, *_), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -166,7 +162,8 @@ class ModelAverageLM(TemplateLM):
             for text in texts
         ]
         pairs = [[make_disjoint_window(pair) for pair in some] for some in windows]
-        read = iter(score_tokens(self.predictor, [pair for some in pairs for pair in some]))
+        every = [pair for some in pairs for pair in some]
+        read = iter(score_tokens(self.predictor, every, progress=not disable_tqdm))
         found = []
         for text, some in zip(texts, pairs, strict=True):
             parts = (part.draw_log_probs for part in islice(read, len(some)))
@@ -191,9 +188,8 @@ class ModelAverageLM(TemplateLM):
                     f" in the context of {self.max_length}: lower it"
                 )
             rows = [self.tok_encode(requests[n].args[0])[-room:] for n in numbers]
-            for number, text in zip(
-                numbers, continue_tokens(self.predictor, rows, decoding), strict=True
-            ):
+            texts = continue_tokens(self.predictor, rows, decoding)
+            for number, text in zip(tqdm(numbers, disable=disable_tqdm), texts, strict=True):
                 whole = self.tokenizer.decode(text.ids, skip_special_tokens=True)
                 found[number] = postprocess_generated_text(whole, list(decoding.stop), None)
                 self.cache_hook.add_partial("generate_until", requests[number].args, found[number])

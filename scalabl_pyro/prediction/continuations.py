@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from ..readouts.causal import last_logits
 from .predictor import NonFinitePredictionsError, Predictor
@@ -49,7 +50,10 @@ def average_log_prob(draw_log_probs: Tensor) -> float:
 
 
 def score_tokens(
-    predictor: Predictor, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    predictor: Predictor,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    progress: bool = False,
 ) -> list[Continuation]:
     """Read N continuations, each in one pass a draw.
 
@@ -76,7 +80,8 @@ def score_tokens(
 
     # In the order of their length, so that little is padded.
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    found = dict(zip(order, in_chunks(predictor, order, run), strict=True))
+    read = tqdm(in_chunks(predictor, order, run), total=len(order), disable=not progress)
+    found = dict(zip(order, read, strict=True))
     return [found[n] for n in range(len(rows))]
 
 

@@ -232,3 +232,52 @@ def test_accuracies_are_those_of_evaluate_where_there_is_one_draw(run, normalise
     assert len(set(found)) > 1
     right = sum(p == r.label for p, r in zip(predictions, records, strict=True))
     assert metrics[metric] == pytest.approx(right / 40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(batch_size=0), "batch_size is 0: expected a number, 1 or more"),
+        (dict(batch_size="auto"), "batch_size is 'auto': expected a number"),
+        (dict(draws=4), "draws is 4, but a predictor has its own"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(base, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ModelAverageLM(base.predictor, **settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            dict(num_beams=4),
+            r"a task asks for \['num_beams'\] in generation_kwargs: expected until",
+        ),
+        (dict(max_gen_toks=512), "max_gen_toks is 512, which leaves no room for a prompt"),
+    ],
+)
+def test_decodings_that_we_have_not_are_refused(base, asked, message):
+    with pytest.raises(ValueError, match=message):
+        ask(base, "generate_until", ("Tom", {"until": ["."], **asked}))
+
+
+def test_models_and_tokenizers_that_the_harness_cannot_use_are_refused(make_choice, make_causal):
+    with pytest.raises(ValueError, match="MultipleChoice, cannot continue a text"):
+        ModelAverageLM(Predictor(make_choice()))
+    with pytest.raises(ValueError, match="no token that begins or ends a text"):
+        ModelAverageLM(Predictor(make_causal()))
+
+
+def test_new_draws_are_made_of_a_run(run):
+    found, again = (ModelAverageLM(run, draws=5, seed=7).predictor.draws for _ in range(2))
+    assert found.shape[0] == 5
+    assert torch.equal(found, again)
+    assert torch.equal(ModelAverageLM(run).predictor.draws, run.predictor.draws)
+
+
+def test_sampled_texts_differ_and_are_fixed_by_the_seed(base):
+    request = ("Once upon a time", {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0})
+    found = ask(base, "generate_until", *[request] * 3)
+    assert len(set(found)) == 3
+    assert ask(base, "generate_until", *[request] * 3) == found
