@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -74,10 +75,21 @@ def test_its_command_and_python_evaluate_a_run(folder):
     task = yaml.safe_load((folder / "tasks" / "arc_easy.yaml").read_text())
     names: dict = {"task": task}
     assert 'tasks=["arc_easy"]' in code
-    exec(compile(code.replace('["arc_easy"]', "[task]"), "harnesses.md", "exec"), names)
+    local = code.replace('tasks=["arc_easy"]', "tasks=[task]")
+    exec(compile(local, "harnesses.md", "exec"), names)
     assert names["average"].predictor.num_draws == 20
     assert 0 <= names["found"]["results"]["arc_easy"]["acc,none"] <= 1
     assert lm_eval.__version__
+
+
+def test_what_it_says_of_equal_predictions_is_measured():
+    path = ROOT / "benchmarks" / "results" / "harness.json"
+    figures = json.loads(path.read_text())["figures"]
+    text = " ".join(PAGE.read_text().split())
+    assert f"On the first {figures['n']} test questions of ARC-Easy" in text
+    assert f"in {figures['dtype']}," in text
+    equal = (figures[metric]["predictions_equal"] for metric in ("acc", "acc_norm"))
+    assert "the same in {} by `acc` and in {} by `acc_norm`".format(*equal) in text
 
 
 def test_its_python_estimates_uncertainty(folder):
