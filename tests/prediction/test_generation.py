@@ -207,8 +207,9 @@ def test_texts_end_with_the_token_that_completes_a_stop(predictor, decoding):
     prompts = [*TEXTS, "the cat red"]
     tokenizer = predictor.adapter.readout.tokenizer
     whole = list(generate(predictor, prompts, decoding))
-    words = [tokenizer.decode(text.ids) for text in whole]
-    stops = (words[0].split()[2], " ".join(words[-1].split()[1:3]), "the cat red")
+    longest = max(whole, key=lambda text: len(text.ids))
+    assert len(longest.ids) > 6
+    stops = ("the cat red", tokenizer.decode(longest.ids[3:5]))
     cut = 0
     found = generate(predictor, prompts, replace(decoding, stop=stops))
     for full, text in zip(whole, found, strict=True):
@@ -220,7 +221,7 @@ def test_texts_end_with_the_token_that_completes_a_stop(predictor, decoding):
             text.draw_log_probs, full.draw_log_probs[:, :length], atol=1e-5, rtol=1e-5
         )
         cut += length < T
-    assert cut >= 2
+    assert cut
 
 
 def test_every_prompt_has_draws_of_its_own(predictor):
