@@ -414,6 +414,13 @@ RUN_BY = {
     ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
     ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
     ("comparison.md", "scalabl train protocol"): "test_the_commands_of_the_documentation_train",
+    (
+        "harnesses.md",
+        "python -m scalabl_pyro",
+    ): "test_its_command_and_python_evaluate_a_run",
+    ("harnesses.md", "import lm_eval"): "test_its_command_and_python_evaluate_a_run",
+    ("harnesses.md", "from lm_polygraph.est"): "test_its_python_estimates_uncertainty",
+    ("harnesses.md", "from lm_polygraph import"): "test_its_python_estimates_uncertainty",
     ("faq.md", "import pyro"): "test_the_answers_to_questions_are_true",
     ("faq.md", "elbo ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "draws ="): "test_the_answers_to_questions_are_true",

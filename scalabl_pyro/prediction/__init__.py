@@ -9,6 +9,7 @@ from .conformal import (
     conformal_threshold,
     uniform_of,
 )
+from .continuations import Continuation, score_tokens
 from .detection import aupr, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
@@ -58,6 +59,7 @@ __all__ = [
     "Assessment",
     "Averaged",
     "CalibrationFloor",
+    "Continuation",
     "Decoding",
     "Interval",
     "Linearised",
@@ -110,6 +112,7 @@ __all__ = [
     "risk_coverage_curve",
     "score",
     "score_split",
+    "score_tokens",
     "select",
     "semantic_entropy",
     "sequence_rmi",

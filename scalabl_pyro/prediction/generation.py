@@ -28,6 +28,9 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -41,7 +44,7 @@ from .predictor import Predictor
 from .text_scores import WEIGHTS, check_weights, token_scores
 from .texts import ScoredText, chunk_size, in_chunks, language_model, log_probs_of
 
-__all__ = ["Decoding", "generate"]
+__all__ = ["Decoding", "continue_tokens", "encode_prompts", "generate", "read_again"]
 
 #: tokens of the first text that are read again
 _CHECKED = 4
@@ -59,6 +62,7 @@ class Decoding:
     :param top_k: draw from the so many most probable tokens; 0 is off.
     :param top_p: draw from the fewest most probable tokens that hold this probability; 1 is off.
     :param num_beams: 1; beam search is not offered.
+    :param stop: texts that end a text, which then ends with the token that completes one of them.
     :param weights: of the draws, ``equal`` or ``posterior``: by what they gave the text so far.
     :param seed: fixes the draws, of each prompt by its number, whatever else is generated with it.
     :raises ValueError: if a value is out of range, or beam search is asked for.
@@ -70,6 +74,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
+    stop: tuple[str, ...] = ()
     weights: str = "equal"
     seed: int = 0
 
@@ -91,6 +96,8 @@ class Decoding:
             raise ValueError(f"top_k is {self.top_k}: expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a number above 0, up to 1")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop is {self.stop!r}: expected a list of texts that are not empty")
 
     def warpers(self) -> LogitsProcessorList:
         """What changes log-probabilities before a draw, in the order of ``transformers``."""
@@ -160,6 +167,42 @@ class ModelAverage(LogitsProcessor):
         return cast(torch.FloatTensor, only.repeat(self.num_draws, 1))
 
 
+class StopsAt(StoppingCriteria):
+    """Ends a row when its text behind the prompt contains one of these.
+
+    ``transformers``' own criterion also takes one that begins in the prompt.
+
+    :param width: tokens of a padded prompt.
+    :param num_draws: S, for which the rows of a prompt hold the same tokens.
+    """
+
+    def __init__(
+        self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int, num_draws: int
+    ) -> None:
+        self.stop = stop
+        self.tokenizer = tokenizer
+        self.width = width
+        self.num_draws = num_draws
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        own = input_ids[: len(input_ids) // self.num_draws, self.width :].tolist()
+        ended = torch.tensor([self._holds(row) for row in own], device=input_ids.device)
+        return cast(torch.BoolTensor, ended.repeat(self.num_draws))
+
+    def lengths(self, ids: Tensor) -> Tensor:
+        """(B,), how many of T tokens it takes until a text contains one, or T; from (B, T)."""
+        T = ids.shape[1]
+        return torch.tensor(
+            [next((t for t in range(1, T) if self._holds(row[:t])), T) for row in ids.tolist()]
+        )
+
+    def _holds(self, row: list[int]) -> bool:
+        text = str(self.tokenizer.decode(row))
+        return any(stop in text for stop in self.stop)
+
+
 def generate(
     predictor: Predictor,
     prompts: Sequence[Prompted],
@@ -186,8 +229,22 @@ def generate(
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the text {prompts[:40]!r}: expected a list of texts")
     decoding = Decoding() if decoding is None else decoding
-    rows = _encode(predictor, prompts, decoding)
+    return continue_tokens(
+        predictor, encode_prompts(predictor, prompts, decoding), decoding, start=start
+    )
 
+
+def continue_tokens(
+    predictor: Predictor,
+    rows: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    start: int = 0,
+) -> Iterator[ScoredText]:
+    """:func:`generate` for prompts that are tokens already, each with room for its text.
+
+    :raises ValueError: at the first text, if the model generates otherwise than it reads.
+    """
     # Chunks begin where they began before an interruption, so that the numbers are the same.
     first = start - start % chunk_size(predictor)
 
@@ -200,9 +257,13 @@ def generate(
     return islice(in_chunks(predictor, range(first, len(rows)), run), start - first, None)
 
 
-def _encode(
+def encode_prompts(
     predictor: Predictor, prompts: Sequence[Prompted], decoding: Decoding
 ) -> list[list[int]]:
+    """The tokens that :func:`generate` continues.
+
+    :raises ValueError: as it says there.
+    """
     language_model(predictor)
     readout = predictor.adapter.readout
     tokenizer, chat = readout.tokenizer, readout.chat
@@ -253,17 +314,22 @@ def _generate(
             eos_token_id=end or None,
             pad_token_id=tokenizer.pad_token_id,
         )
+        width = padded["input_ids"].shape[1]
+        stops = [StopsAt(decoding.stop, tokenizer, width, picks.num_draws)] if decoding.stop else []
         with _without_defaults(llm):
             cast(Any, llm).generate(
                 **{k: v.to(adapter.device).repeat(picks.num_draws, 1) for k, v in padded.items()},
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([picks]),
+                stopping_criteria=StoppingCriteriaList(stops),
             )
     ids = torch.stack(picks.tokens, dim=-1).cpu()  # (B, T)
     measured = [torch.stack(x, dim=-1).cpu() for x in zip(*picks.measured, strict=True)]
     ends = torch.isin(ids, torch.tensor(end, dtype=torch.long))
     # What follows a prompt's end token only waits for the others.
-    lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, decoding.max_new_tokens)
+    lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ids.shape[1])
+    for stop in stops:
+        lengths = torch.minimum(lengths, stop.lengths(ids))
     found = []
     for b, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
         kept = ids[b, :length]
@@ -281,19 +347,24 @@ def _generate(
 
 
 @torch.no_grad()
+def read_again(predictor: Predictor, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """(S, T, C), the logits of the T tokens of a text by one pass over it, without a cache."""
+    adapter = predictor.adapter
+    rows = torch.tensor([*prompt, *ids], device=adapter.device).repeat(predictor.num_draws, 1)
+    with adapter.bound(predictor.draws) as llm:
+        inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+        logits = last_logits(llm, inputs, len(ids) + 1)[:, :-1].float()
+    return logits / predictor.temperature
+
+
 def _check_cache(predictor: Predictor, prompt: list[int], text: ScoredText) -> None:
     """Refuse a model whose cache leads elsewhere than a pass over the finished text, by which it
     was trained: for instance one whose first position is not 0, which ``generate`` does not know.
     """
-    adapter = predictor.adapter
+    llm = language_model(predictor)
     ids = text.ids[:_CHECKED]
-    row = torch.tensor([*prompt, *ids.tolist()], device=adapter.device)
-    rows = row.repeat(predictor.num_draws, 1)
-    with adapter.bound(predictor.draws) as llm:
-        inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-        logits = last_logits(llm, inputs, len(ids) + 1)[:, :-1].float()  # (S, T, C)
-    own = (logits / predictor.temperature).log_softmax(-1)
-    own = own.gather(-1, rows[:, -len(ids) :, None])[..., 0].cpu()
+    logits = read_again(predictor, prompt, ids.tolist())
+    own = log_probs_of(ids.to(logits.device), logits).cpu()
     off = float((own - text.draw_log_probs[:, : len(ids)]).abs().max() / logits.abs().max())
     exact = llm.dtype in (torch.float32, torch.float64) and not hasattr(llm, "hf_quantizer")
     if off > (1e-3 if exact else 32 * torch.finfo(torch.bfloat16).eps):

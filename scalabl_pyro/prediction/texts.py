@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .predictor import MAX_ROWS, NonFinitePredictionsError, Predictor, Predicts
 from .text_scores import WEIGHTS, check_weights, token_scores
 
 __all__ = [
+    "MOST_LOGITS",
     "ScoredText",
     "chunk_size",
     "evaluate_texts",
@@ -36,8 +37,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: logits at once, S·B·K·C, of which a few copies are made
-_NUMBERS = 2**25
+MOST_LOGITS = 2**25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +210,7 @@ def _few_logits(lengths: Sequence[int], each: int) -> Iterator[list[int]]:
     """
     chunk: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        many = (len(chunk) + 1) * lengths[number] * each > _NUMBERS
+        many = (len(chunk) + 1) * lengths[number] * each > MOST_LOGITS
         if (chunk and many) or len(chunk) == MAX_ROWS:
             yield chunk
             chunk = []
@@ -271,8 +274,8 @@ def chunk_size(predictor: Predictor) -> int:
 def in_chunks(
     predictor: Predictor,
     numbers: Sequence[int],
-    run: Callable[[Sequence[int]], list[ScoredText]],
-) -> Iterator[ScoredText]:
+    run: Callable[[Sequence[int]], list[T]],
+) -> Iterator[T]:
     """As many texts at once as ``most_rows`` allows; where memory runs out, half as many."""
     predictor.adapter.eval()
     done = 0

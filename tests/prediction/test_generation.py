@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +201,29 @@ def test_less_runs_at_once_where_memory_runs_out(predictor, monkeypatch, caplog)
         list(generate(predictor, TEXTS, GREEDY))
 
 
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_texts_end_with_the_token_that_completes_a_stop(predictor, decoding):
+    """The same texts cut by hand; what stands in a prompt ends nothing."""
+    prompts = [*TEXTS, "the cat red"]
+    tokenizer = predictor.adapter.readout.tokenizer
+    whole = list(generate(predictor, prompts, decoding))
+    longest = max(whole, key=lambda text: len(text.ids))
+    assert len(longest.ids) > 6
+    stops = ("the cat red", tokenizer.decode(longest.ids[3:5]))
+    cut = 0
+    found = generate(predictor, prompts, replace(decoding, stop=stops))
+    for full, text in zip(whole, found, strict=True):
+        T = len(full.ids)
+        starts = (t for t in range(1, T) if any(s in tokenizer.decode(full.ids[:t]) for s in stops))
+        length = next(starts, T)
+        assert torch.equal(text.ids, full.ids[:length])
+        torch.testing.assert_close(
+            text.draw_log_probs, full.draw_log_probs[:, :length], atol=1e-5, rtol=1e-5
+        )
+        cut += length < T
+    assert cut
+
+
 def test_every_prompt_has_draws_of_its_own(predictor):
     texts = list(generate(predictor, ["the cat"] * 3, SAMPLED))
     assert len({text.text for text in texts}) == 3
@@ -256,6 +280,11 @@ def test_decoding_defaults_of_the_checkpoint_are_not_used(predictor):
         (dict(temperature=0.0), "temperature is 0.0: .*do_sample=false"),
         (dict(top_k=-1), "top_k is -1"),
         (dict(top_p=0.0), "top_p is 0.0"),
+        (dict(stop="."), r"stop is '\.': expected a list of texts"),
+        (
+            dict(stop=(".", "")),
+            r"stop is \('\.', ''\): expected a list of texts that are not empty",
+        ),
     ],
 )
 def test_bad_decodings_are_refused(settings, message):
