@@ -82,6 +82,8 @@ class Hooks:
             s = torch.ones(len(self._A), self.rank, device=first.device)
         each = self.effective(s)
         self.bound = Bound(each.reshape(-1, *each.shape[-2:]).unbind(1))
+        # Of a tensor that Pyro tracks through a model, as ``pyro.infer.inspect`` does, the shape is
+        # a tuple.
         return torch.Size(s.shape[:-2])
 
     @property
