@@ -31,7 +31,9 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
     text = message(error)
     foreseen = _is_foreseen(error)
     if unknown := _UNKNOWN_SETTING.match(text):
-        near = _similar(unknown[1], command[1])
+        from ._settings import similar_settings
+
+        near = " or ".join(similar_settings(unknown[1], command[1]))
         text = f"there is no setting {unknown[1]}; did you mean {near}?" if near else text
     if foreseen and not _DUMP.search(str(error)):
         return f"error: {text}"
@@ -49,12 +51,6 @@ def message(error: BaseException) -> str:
     text = _DUMP.split(whole)[0]
     ours = _raised_here(error)
     return (text if ours else " ".join(text.split())) or "no message"
-
-
-def _similar(name: str, command: str) -> str:
-    from ._help import similar_settings
-
-    return " or ".join(similar_settings(name, command))
 
 
 def _is_foreseen(error: BaseException) -> bool:

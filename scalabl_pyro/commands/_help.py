@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from textwrap import indent
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from ._configs import CONFIGS
 
-__all__ = ["explain", "similar_settings"]
+__all__ = ["explain"]
 
 
 def explain(command: str, config: str | None = None, method: str | None = None) -> str:
@@ -26,61 +25,22 @@ def explain(command: str, config: str | None = None, method: str | None = None) 
         f"usage: scalabl {command}{named} KEY=VALUE GROUP.KEY=VALUE …; what is ??? must be given\n"
         "Hydra's own options, such as --multirun and --cfg job: --hydra-help"
     )
-    return "\n".join([*map(_section, _files(_file(command, config), method)), usage])
+    file = command.replace("-", "_") if config is None else config
+    return "\n".join([*_sections(file, method), usage])
 
 
-def similar_settings(wrong: str, command: str, config: str | None = None) -> list[str]:
-    """The settings of a command that someone may have meant who wrote another one.
-
-    :param wrong: a setting that does not exist, ``group.name``.
-    :param config: as for :func:`explain`.
-    :returns: those of the same name in another group; or else the one of the nearest spelling, in
-        its own group if there is one.
-    """
-    names = [
-        name
-        for file in _files(_file(command, config), None)
-        for name in _names(OmegaConf.to_container(OmegaConf.create(_text(file))))
-    ]
-    moved = {n for n in names if n.endswith(f".{wrong}") or wrong.endswith(f".{n}")}
-    if moved:
-        return sorted(moved)
-    group, dot, name = wrong.rpartition(".")
-    beside = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[:2] == (group, dot)}
-    near = difflib.get_close_matches(name, beside, n=1)
-    return [beside[n] for n in near] or difflib.get_close_matches(wrong, names, n=1, cutoff=0.8)
-
-
-def _file(command: str, config: str | None) -> str:
-    return command.replace("-", "_") if config is None else config
-
-
-def _files(name: str, chosen: str | None) -> Iterator[str]:
+def _sections(name: str, chosen: str | None) -> Iterator[str]:
     """A file and those that it builds on, each of which it changes."""
-    yield f"{name}.yaml"
+    yield _settings(f"{name}.yaml")
     settings = cast(DictConfig, OmegaConf.create(_text(f"{name}.yaml")))
     for entry in settings.get("defaults", []):
         if entry in ("base", "compare", "model", "train"):
-            yield from _files(entry, chosen)
+            yield from _sections(entry, chosen)
         elif isinstance(entry, DictConfig) and "method" in entry:
-            yield f"method/{chosen or entry.method}.yaml"
-
-
-def _names(values: Any, group: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _names(value, f"{group}{name}.")
-        elif name != "defaults":
-            yield f"{group}{name}"
-
-
-def _section(file: str) -> str:
-    if not file.startswith("method/"):
-        return _settings(file)
-    others = sorted(path.name for path in (CONFIGS / "method").iterdir())
-    names = ", ".join(name.removesuffix(".yaml") for name in others)
-    method = _settings(file).rstrip()
-    return f"method:                    # {names}\n{indent(method, '  ')}\n"
+            others = sorted(path.name for path in (CONFIGS / "method").iterdir())
+            names = ", ".join(name.removesuffix(".yaml") for name in others)
+            method = _settings(f"method/{chosen or entry.method}.yaml").rstrip()
+            yield f"method:                    # {names}\n{indent(method, '  ')}\n"
 
 
 def _text(name: str) -> str:
