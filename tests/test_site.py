@@ -36,6 +36,9 @@ def test_the_answers_to_questions_are_true():
     assert names["trace"].stochastic_nodes == ["s", "data"]
     assert names["trace"].observation_nodes == ["label"]
     assert names["loss"].isfinite()
+    labels = names["labels"]
+    assert labels.shape == (50, 32)
+    assert set(labels.unique().tolist()) <= {0, 1, 2, 3}
     assert names["draws"].shape == (50, *names["adapter"].shape)
     likelihood = names["data"].log_likelihood["label"]
     assert dict(likelihood.sizes) == {"chain": 1, "draw": 50, "example": 32}

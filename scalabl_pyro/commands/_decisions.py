@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import DataError, Record, read_records
+from ..data import Columns, DataError, Record, read_records
 from ..prediction.abstention import abstains, threshold_at_risk
 from ..prediction.conformal import (
     CONFORMAL_SCORES,
@@ -104,17 +104,24 @@ class Decisions:
 
 
 def calibrate(
-    config: DecisionConfig, run: Run, predictor: Predicts, *, seed: int, batch_size: int
+    config: DecisionConfig,
+    run: Run,
+    predictor: Predicts,
+    columns: Columns,
+    *,
+    seed: int,
+    batch_size: int,
 ) -> Decisions:
     """The thresholds, from labelled records where they need some.
 
+    :param columns: which columns of the file ``config.calibration`` make a record.
     :raises ValueError: if no threshold does what is asked, see
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
         :func:`~scalabl_pyro.prediction.conformal_threshold`; or a record is bad or has no label.
     """
     if config.risk is None and config.conformal is None:
         return Decisions(config.abstain_below)
-    records = _labelled(config, run)
+    records = _labelled(config, run, columns)
     found = predict(predictor, run.encode(records), batch_size=batch_size)
     assert found.labels is not None
     answers = summarise(found.logits)
@@ -135,7 +142,7 @@ def calibrate(
     return Decisions(**decided, calibration=report)
 
 
-def _labelled(config: DecisionConfig, run: Run) -> list[Record]:
+def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:
     if config.calibration is None:
         try:
             return run.config.data.splits(seed=run.config.seed)["validation"]
@@ -144,7 +151,7 @@ def _labelled(config: DecisionConfig, run: Run) -> list[Record]:
                 f"the validation split of the run cannot be read: {error}; give calibration=FILE,"
                 " labelled records that trained nothing"
             ) from error
-    records = read_records(config.calibration, run.class_names)
+    records = read_records(config.calibration, run.class_names, columns)
     for record in records:
         if record.label is None:
             raise DataError(f"{config.calibration}: record {record.id!r} has no label")

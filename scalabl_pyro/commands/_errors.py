@@ -15,6 +15,8 @@ __all__ = ["explain_error", "message"]
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 #: what Pyro adds to an error inside a model: the shapes of every site so far
 _DUMP = re.compile(r"\n\s*Trace Shapes:")
+#: how Hydra says that an override names no setting; it then advises a +, as some options need
+_UNKNOWN_SETTING = re.compile(r"Could not override '([^']+)'")
 
 
 def explain_error(error: BaseException, command: Sequence[str]) -> str:
@@ -28,6 +30,11 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
     """
     text = message(error)
     foreseen = _is_foreseen(error)
+    if unknown := _UNKNOWN_SETTING.match(text):
+        from ._settings import similar_settings
+
+        near = " or ".join(similar_settings(unknown[1], command[1]))
+        text = f"there is no setting {unknown[1]}; did you mean {near}?" if near else text
     if foreseen and not _DUMP.search(str(error)):
         return f"error: {text}"
     kind = "" if foreseen else f"{type(error).__name__}: "

@@ -59,7 +59,12 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
     decisions = calibrate(
-        config, run, predictor, seed=config.prediction.seed, batch_size=config.batch_size
+        config,
+        run,
+        predictor,
+        config.columns,
+        seed=config.prediction.seed,
+        batch_size=config.batch_size,
     )
     settings = {
         "run": config.run,

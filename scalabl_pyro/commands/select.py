@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DataError, Split, read_records
+from ..data import Columns, DataError, Split, read_records
 from ..files import json_text, new_path, write_whole
 from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
@@ -25,6 +25,7 @@ class SelectConfig:
     output: str
     count: int
     by: str = "bald"
+    columns: Columns = field(default_factory=Columns)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     seed: int = 0
     batch_size: int = 64
@@ -50,7 +51,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
         posterior = {"model": run.model, "guide": run.guide, "train": _train(run)}
     found = select(
         make_predictor(run, config.prediction),
-        read_records(config.input, run.class_names),
+        read_records(config.input, run.class_names, config.columns),
         config.count,
         by=config.by,
         seed=config.seed,

@@ -36,7 +36,10 @@ def check_split(splits: Mapping[str, list[Record]], name: str) -> list[Record]:
     :raises DataError: if it does not exist; the message lists those that do.
     """
     if name not in splits:
-        raise DataError(f"there is no split {name!r}; the data set has {sorted(splits)}")
+        raise DataError(
+            f"there is no split {name!r}; the data set has {sorted(splits)}: give a folder with a"
+            f" file for each split (data.root), or data.split_names.{name}, the one to take for it"
+        )
     return splits[name]
 
 

@@ -82,7 +82,9 @@ class Hooks:
             s = torch.ones(len(self._A), self.rank, device=first.device)
         each = self.effective(s)
         self.bound = Bound(each.reshape(-1, *each.shape[-2:]).unbind(1))
-        return s.shape[:-2]
+        # Of a tensor that Pyro tracks through a model, as ``pyro.infer.inspect`` does, the shape is
+        # a tuple.
+        return torch.Size(s.shape[:-2])
 
     @property
     def rank(self) -> int:

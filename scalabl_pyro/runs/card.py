@@ -61,7 +61,7 @@ def run_card(
     mean = (
         "An ordinary PEFT adapter: `PeftModel.from_pretrained(llm, FOLDER)` puts it on the base"
         " model. Where the method has a posterior it is at the posterior's mean, and in one pass it"
-        " predicts other probabilities than the average below."
+        " predicts other probabilities than the average, which the results are of."
     )
     lines = [*head(base), f"# {plain(config.method['name'])} on {plain(config.model.name)}", ""]
     if adapter:
@@ -147,11 +147,15 @@ def _loading(config: RunConfig) -> list[str]:
         if texts
         else "run.predict_proba(records)  # (N, C), the average over the draws"
     )
+    read = [] if texts else ["from scalabl_pyro.data import read_records"]
+    records = [] if texts else ['records = read_records("FILE")  # .jsonl, .csv or .parquet']
     return [
         "```python",
+        *read,
         "from scalabl_pyro.runs import load_run",
         "",
         'run = load_run("FOLDER")',
+        *records,
         use,
         "```",
     ]

@@ -180,6 +180,12 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
         (["seed=4294967296"], "seed is 4294967296: expected 0 to 2^32 − 1"),
         ([f"run_dir={'x' * 250}"], "of 250 characters is too long"),
         (["run_dir=${nope}"], "nope"),
+        (["fit.stepz=1"], "error: there is no setting fit.stepz; did you mean fit.steps?"),
+        (
+            ["columns.question=q"],
+            "no setting columns.question; did you mean data.columns.question?",
+        ),
+        (["method.guide.blocks=1"], "use +method.guide.blocks=1"),
         (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
         (["fit.steps=many"], "fit.steps is 'many'"),
         (["model.name=???"], "model.name is needed"),

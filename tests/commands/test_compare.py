@@ -100,7 +100,9 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
 def test_a_comparison_without_a_test_split_is_refused_before_any_run(compare, tmp_path, capsys):
     (tmp_path / "data/test.jsonl").unlink()
     assert compare("seeds=[0]") == 1
-    assert "there is no split 'test'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "there is no split 'test'" in message
+    assert "a folder with a file for each split (data.root)" in message
     assert not (tmp_path / "out").exists()
 
 

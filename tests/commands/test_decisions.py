@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import make_records, scalabl, write_jsonl
@@ -219,6 +220,35 @@ def test_records_to_label_are_written_as_records(run, capsys):
     assert all(record == pool[record.id] for record in chosen)
     assert scalabl("select", *words) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_files_in_another_layout_are_read_by_their_columns(run, data, capsys):
+    """The same records in both layouts give the same choice of records."""
+    columns = ["columns.question=stem", "columns.choices=options.text", "columns.label=gold"]
+    columns += ["columns.id=ref"]
+    for old, new in ((Path("in.jsonl"), "in.parquet"), (data / "test.jsonl", "known.parquet")):
+        rows = [
+            {
+                "ref": record.id,
+                "stem": record.question,
+                "options": [{"text": choice} for choice in record.choices],
+                "gold": None if record.label is None else "ABCD"[record.label],
+            }
+            for record in read_records(old)
+        ]
+        datasets.Dataset.from_list(rows).to_parquet(new)
+    for words in (["in.parquet", "a.jsonl", *columns], ["in.jsonl", "b.jsonl"]):
+        given = ["run=run", f"input={words[0]}", f"output={words[1]}", *words[2:], "count=3"]
+        assert scalabl("select", *given) == 0
+    assert read_records("a.jsonl") == read_records("b.jsonl")
+    capsys.readouterr()
+    given = ["run=run", "input=in.parquet", "output=p.jsonl", "risk=0.9", *columns]
+    assert scalabl("predict", *given, "calibration=known.parquet", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out)["calibration"]["records"] == 60
+    asked = ["run=run", "input=in.parquet", "output=o.jsonl", f"data.{columns[0]}"]
+    capsys.readouterr()
+    assert scalabl("predict", *asked) == 1
+    assert "did you mean columns.question?" in capsys.readouterr().err
 
 
 def test_novelty_reads_the_training_data_of_the_run(run, data, capsys):

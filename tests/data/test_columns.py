@@ -330,6 +330,11 @@ ROW = {"question": "q", "choices": ["x", "y"], "label": 0}
         (ROW, {"choices": "choices.text"}, "no column 'choices.text'; found"),
         (ROW, {"label": "answer"}, "no column 'answer'; found .*; data.columns.label says"),
         (ROW, {"id": "nr"}, "no column 'nr'; found"),
+        (
+            {"question": "q", "options": [{"key": "A", "txt": "x"}, {"key": "B", "txt": "y"}]},
+            {"choices": "options"},
+            "as by data.columns.choices=options.key or options.txt",
+        ),
         (ROW, {"keys": "choices.label"}, "no column 'choices.label'; found"),
         (ROW | {"k": ["A"]}, {"keys": "k"}, r"k is \['A'\]: expected a list of 2 names"),
         (ROW | {"k": ["A", "B"]}, {"keys": "k"}, r"label is 0: expected one of \['A', 'B'\]"),

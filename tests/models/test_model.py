@@ -13,8 +13,10 @@ from pyro.infer.autoguide import (
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoStructured,
     init_to_value,
 )
+from pyro.infer.inspect import get_dependencies
 from pyro.poutine import trace
 
 from scalabl_pyro import (
@@ -39,6 +41,7 @@ STOCK = [
     AutoLowRankMultivariateNormal,
     AutoIAFNormal,
     AutoLaplaceApproximation,
+    AutoStructured,
 ]
 
 
@@ -46,6 +49,13 @@ def build_guide(guide_class, model):
     if issubclass(guide_class, AutoSubspace):
         return guide_class(model)
     return guide_class(model, init_loc_fn=model.init_loc_fn)
+
+
+def test_pyro_finds_what_depends_on_what(model, split):
+    """It follows tensors through the whole language model."""
+    found = get_dependencies(model, (whole(split),))
+    assert found["prior_dependencies"] == {"s": {"s": set()}, "label": {"label": set(), "s": set()}}
+    assert found["posterior_dependencies"] == {"s": {"s": set(), "label": set()}}
 
 
 class ConstantLikelihood(ScalaBLModel):

@@ -55,8 +55,10 @@ def test_a_run_folder_has_a_card_with_intervals_by_hand(train, tmp_path):
     assert settings["method"]["draws"] == 3
     assert settings["data"]["root"] == str(tmp_path / "data")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    names = {"records": make_records(2)}
-    exec(compile(code.replace("FOLDER", str(folder)), "README.md", "exec"), names)
+    write_jsonl(tmp_path / "two.jsonl", make_records(2))
+    code = code.replace("FOLDER", str(folder)).replace("FILE", str(tmp_path / "two.jsonl"))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
     assert names["run"].predict_proba(names["records"]).shape == (2, 4)
     adapter = (folder / "adapter" / "README.md").read_text()
     assert f"| nll | {row} |" in adapter
