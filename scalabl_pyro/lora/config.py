@@ -34,8 +34,7 @@ class ModelConfig(ReadoutConfig):
     :param device_map: spreads the layers over several GPUs instead: ``auto``, ``balanced``,
         ``balanced_low_0`` or ``sequential``.
     :param attention: implementation in ``transformers``, such as ``sdpa`` or ``eager``.
-    :param revision: branch, tag or commit of a name on the Hub; a folder has none, and is read as it
-        is.
+    :param revision: branch, tag or commit of a name on the Hub; a folder is read as it is.
     :param shard: where several processes train together, spread the frozen weights over them.
     :raises ValueError: if a value is not one of those listed, or the readout takes no such setting.
     """
