@@ -795,3 +795,40 @@ def test_costs_on_a_real_model_are_those_measured():
             for other in ("letters", "separate")
         ]
         assert f"| {tokens} tokens | {' | '.join(cells)} |" in text
+
+
+def test_the_scores_of_what_is_unknown_are_those_measured():
+    """docs/results.md says what results/unknown.json says."""
+    path = ROOT / "benchmarks" / "results" / "unknown.json"
+    figures = json.loads(path.read_text())["figures"]
+    scores = {
+        "largest probability": "max_probability",
+        "entropy": "entropy",
+        "mutual information": "mutual_information",
+        "noise to signal": "noise_to_signal",
+        "novelty in s": "novelty",
+        "novelty in A and B": "weight_novelty",
+        "Mahalanobis": "mahalanobis",
+        "number of tokens": "tokens",
+        "likeness of the choices, untrained": "alike",
+    }
+    text = (ROOT / "docs" / "results.md").read_text()
+    section = text.partition("## What it does not know")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
+    rows = [row for row in rows if row[0] in ("MLE", "V random", "V activations", "control")]
+    assert len(rows) == 20
+
+    def shown(value, digits):
+        numbers = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return "{} ({} to {})".format(*numbers).replace("-", "−")
+
+    for row, score, *cells in rows:
+        found = figures["rows"]["MLE" if row == "control" else row][scores[score]]
+        kinds = ("wrong", "physics", "chemistry", "arc")
+        assert cells == [shown(found[kind]["auroc"], 2) for kind in kinds]
+    for row in ("V activations", "V random", "MLE tempered"):
+        assert shown(figures["nll"]["rows"][row], 3) in " ".join(section.split())
+    for other in ("MLE tempered", "V random"):
+        assert shown(figures["nll"]["minus"]["V activations"][other], 3) in section
+    tokens = figures["rows"]["MLE"]["tokens"]["physics"]["auroc_any_length"]["mean"]
+    assert f"with {tokens:.2f}" in section

@@ -8,7 +8,8 @@ further seeds are tested. Each score is high for what it calls unknown. Positive
 answers among the test questions, or the questions of another subject beside them: chemistry and
 physics of MMLU, all their splits, and ARC-Challenge. Other subjects are told apart at equal length
 (``auroc``) and at any (``auroc_any_length``). Intervals are of a bootstrap over questions and
-seeds. Finished runs are kept in ``--runs``, a folder, and not run again.
+seeds; the NLL stands beside them. Finished runs are kept in ``--runs``, a folder, and not run
+again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ from scalabl_pyro.lora.loading import make_adapter
 from scalabl_pyro.methods import Ensemble, Fitted, LaplaceLoRA, Method
 from scalabl_pyro.models.model import ScalaBLModel
 from scalabl_pyro.prediction.detection import fpr_at_tpr
+from scalabl_pyro.prediction.intervals import (
+    crossed_interval,
+    paired_difference,
+    per_question,
+    stacked,
+)
 from scalabl_pyro.prediction.mahalanobis import mahalanobis, pooled_features
 from scalabl_pyro.prediction.metrics import (
     average,
@@ -371,6 +378,30 @@ def table(bench: Bench, names: Sequence[str], seeds: int, resamples: int) -> dic
         "trials": trials,
         "chosen": chosen,
         "rows": {name: figures(bench, each, fixed, resamples) for name, each in runs.items()},
+        "nll": likelihoods(bench, runs),
+    }
+
+
+def likelihoods(bench: Bench, runs: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
+    """NLL of the test questions by row, and its paired differences, with 95 % intervals over
+    questions and seeds."""
+    labels = bench.splits["test"].labels
+    assert labels is not None
+    nll = {
+        name: stacked([per_question(run["log_probs"][None, : len(labels)], labels) for run in each])
+        for name, each in runs.items()
+    }
+    values = {name: each["nll"] for name, each in nll.items()}
+    return {
+        "rows": {name: crossed_interval(each)._asdict() for name, each in values.items()},
+        "minus": {
+            name: {
+                other: paired_difference(each, values[other])._asdict()
+                for other in values
+                if other != name
+            }
+            for name, each in values.items()
+        },
     }
 
 
