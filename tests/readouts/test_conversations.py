@@ -84,7 +84,7 @@ def test_one_draw_has_no_mutual_information(predictor):
 def test_the_size_of_a_batch_changes_nothing(predictor, monkeypatch):
     split = predictor.adapter.readout.encode([Completion.from_mapping(row) for row in ROWS * 2])
     together = score_split(predictor, split)
-    monkeypatch.setattr("scalabl_pyro.prediction.texts._NUMBERS", 1)
+    monkeypatch.setattr("scalabl_pyro.prediction.texts.MOST_LOGITS", 1)
     for a, b in zip(together, score_split(predictor, split), strict=True):
         assert a.tokens == b.tokens
         torch.testing.assert_close(a.draw_log_probs, b.draw_log_probs, atol=1e-5, rtol=1e-5)
