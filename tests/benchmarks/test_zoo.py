@@ -21,11 +21,10 @@ PASS = [
 @pytest.mark.parametrize(("kind", "model_type"), PASS)
 def test_an_architecture_passes_every_check(kind, model_type):
     found = zoo.examine(kind, model_type)
-    assert list(found) == ["build", *CHECKS]
-    own = {name: value for name, value in found.items() if value != "ok"}
-    if kind != "causal":
-        assert "does not continue texts" in own.pop("generation")
-    assert own == {}
+    # Of the others nobody expects that they continue texts.
+    expected = [name for name in CHECKS if kind == "causal" or name != "generation"]
+    assert list(found) == ["build", *expected]
+    assert set(found.values()) == {"ok"}
 
 
 @pytest.mark.slow
