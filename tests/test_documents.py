@@ -710,6 +710,7 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         "MLE, early-stopped, tempered": "MLE, early-stopped, tempered",
         "ScalaBL, V frozen (lr 5e-3, β 1)": "V frozen",
         "posterior mean of V frozen": "V frozen, posterior mean",
+        "ScalaBL, V from activations (lr 5e-3, β 1)": "V activations",
         "ScalaBL, V free (lr 1e-3, β 1)": "V free",
         "posterior mean of V free": "V free, posterior mean",
     }
@@ -744,7 +745,7 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         nll = figures["minus MLE, tempered"][name]["nll"]
         mean, low, high = (f"{nll[key]:.{digits}f}" for key in ("mean", "low", "high"))
         assert f"{mean} ({low} to {high})" in section
-    for name in ("V frozen", "V free"):
+    for name in ("V frozen", "V activations", "V free"):
         nll = figures["minus MLE, tempered"][name]["nll"]
         assert nll["low"] < 0 < nll["high"]
         said = f"{nll['mean']:.4f} ({nll['low']:.4f} to {nll['high']:.4f})".replace("-", "−")
