@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scalabl_pyro import Record, ScalaBLModel, Split, SubspaceAdapter
+from scalabl_pyro import Predictor, Record, ScalaBLModel, Split, SubspaceAdapter
 from scalabl_pyro.commands.cli import main
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.guides import AutoSubspace
@@ -305,3 +305,14 @@ def run_snippet(start: str, names: dict[str, object]) -> None:
     """Run the block of CONTRIBUTING that begins so, among the names of the file it is meant for."""
     (code,) = [b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if b.startswith(start)]
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+
+
+@pytest.fixture
+def predictor(tokenizer) -> Predictor:
+    """Draws that disagree, on a causal model in which frequent tokens end a text."""
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    llm = tiny_llama(vocab_size=len(tokenizer))
+    llm.generation_config.eos_token_id = [8, 13]
+    adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head"), readout)
+    fill_lora_B(adapter)
+    return Predictor(adapter, adapter.init_loc + 2 * torch.randn(5, *adapter.shape))

@@ -6,27 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import fill_lora_B, lora, tiny_llama
 
 import scalabl_pyro.prediction.continuations as module
-from scalabl_pyro import Predictor, SubspaceAdapter, generate
-from scalabl_pyro.data import PROMPTS
+from scalabl_pyro import Predictor, generate
 from scalabl_pyro.prediction import Decoding, NonFinitePredictionsError, score, score_tokens
-from scalabl_pyro.readouts import LabelTokens
 
 PROMPT_TEXTS = ["the cat", "a bird sings the red tree", "green", "the dog sleeps . Answer : A"]
 PAIRS = [([2, 3], [4, 5, 6]), ([7], [8]), ([2, 9, 4, 4, 8, 3], [5, 5]), ([3, 3, 3], [9, 2, 7, 4])]
-
-
-@pytest.fixture
-def predictor(tokenizer):
-    """Draws that disagree, on a model in which frequent tokens end a text."""
-    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
-    llm = tiny_llama(vocab_size=len(tokenizer))
-    llm.generation_config.eos_token_id = [8, 13]
-    adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head"), readout)
-    fill_lora_B(adapter)
-    return Predictor(adapter, adapter.init_loc + 2 * torch.randn(5, *adapter.shape))
 
 
 @torch.no_grad()

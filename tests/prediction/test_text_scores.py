@@ -7,14 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import fill_lora_B, lora, tiny_llama
 
-from scalabl_pyro import Predictor, SubspaceAdapter, generate
-from scalabl_pyro.data import PROMPTS
+from scalabl_pyro import generate
 from scalabl_pyro.prediction import score, semantic_entropy, sequence_rmi, token_scores
 from scalabl_pyro.prediction.generation import Decoding
 from scalabl_pyro.prediction.text_scores import equal_weights, posterior_weights
-from scalabl_pyro.readouts import LabelTokens
 
 S, C, T = 3, 3, 4
 TEXTS = list(itertools.product(range(C), repeat=T))
@@ -118,17 +115,6 @@ def test_the_rmi_of_sampled_texts_goes_to_that_of_all_texts():
     found = sequence_rmi(each.log()[:, drawn])
     assert found == pytest.approx(float(terms.mean()))
     assert abs(found - expected) <= 3 * float(terms.std()) / 20_000**0.5
-
-
-@pytest.fixture
-def predictor(tokenizer):
-    """Draws that disagree, on a model in which frequent tokens end a text."""
-    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
-    llm = tiny_llama(vocab_size=len(tokenizer))
-    llm.generation_config.eos_token_id = [8, 13]
-    adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head"), readout)
-    fill_lora_B(adapter)
-    return Predictor(adapter, adapter.init_loc + 2 * torch.randn(5, *adapter.shape))
 
 
 def test_posterior_weights_follow_the_text(predictor):
