@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         runs,
     )
     from .data import Record, Split
-    from .diagnostics import loo, pareto_k, to_inference_data
+    from .diagnostics import from_pyro_svi, loo, pareto_k, to_inference_data
     from .guides import (
         AutoSubspaceDelta,
         AutoSubspaceLowRankMultivariateNormal,
@@ -74,6 +74,7 @@ __all__ = [
     "evaluate",
     "fit",
     "from_pretrained",
+    "from_pyro_svi",
     "generate",
     "guides",
     "infer",
@@ -103,7 +104,7 @@ __all__ = [
 
 _HOMES = {
     "data": ["Record", "Split"],
-    "diagnostics": ["loo", "pareto_k", "to_inference_data"],
+    "diagnostics": ["from_pyro_svi", "loo", "pareto_k", "to_inference_data"],
     "guides": [
         "AutoSubspaceDelta",
         "AutoSubspaceLowRankMultivariateNormal",

@@ -424,6 +424,7 @@ RUN_BY = {
     ("faq.md", "import pyro"): "test_the_answers_to_questions_are_true",
     ("faq.md", "elbo ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "draws ="): "test_the_answers_to_questions_are_true",
+    ("faq.md", "svi ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "from dataclasses"): "test_the_answers_to_questions_are_true",
     ("faq.md", "at_mean ="): "test_the_answers_to_questions_are_true",
     ("scaling.md", "# what a run needs"): "test_the_commands_about_scaling_run",

@@ -42,6 +42,8 @@ def test_the_answers_to_questions_are_true():
     assert names["draws"].shape == (50, *names["adapter"].shape)
     likelihood = names["data"].log_likelihood["label"]
     assert dict(likelihood.sizes) == {"chain": 1, "draw": 50, "example": 32}
+    converted = names["found"].log_likelihood["label"]
+    assert dict(converted.sizes) == {"chain": 1, "draw": 50, "data": 32}
     one, adapter = names["one"], names["adapter"]
     assert one.mutual_information.abs().max() < 1e-6
     test = adapter.encode(names["questions"]["test"][:5])
