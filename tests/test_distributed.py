@@ -14,7 +14,7 @@ from conftest import make_records, scalabl, write_jsonl
 from safetensors.torch import load_file
 
 from scalabl_pyro import distributed, load_run
-from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands._runs import load_predictions
 
 
 def free_port() -> int:

@@ -7,28 +7,29 @@ and takes the one with the lowest validation NLL on a seed of their own; that on
 further seeds, which are tested. What a method does after training it does to the same runs as the
 others: one run of maximum likelihood serves the temperature, the checkpoint ensemble, both kinds
 of Laplace and TFB, each with the learning rate that is best for itself. Finished runs are kept in
-``--runs`` and not run again, so that rows may be run apart (``--rows``) and put together later.
+``--runs``, a folder, and not run again, so that rows may be run apart (``--rows``) and put together
+later. ``--save`` writes the page and tables of ``scalabl compare`` beside the figures.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks._report import RESULTS, report
 from benchmarks.quality._openbookqa import Bench
-from benchmarks.quality.calibration import (
-    DRAWS,
-    SEEDS,
-    STEPS,
-    TUNING_SEED,
-    fit_config,
-    known,
-    mean_and_error,
-    summary,
-)
+from benchmarks.quality.calibration import DRAWS, SEEDS, STEPS, TUNING_SEED, fit_config, tempered
+from benchmarks.quality.unknown import add_others, subjects
+from scalabl_pyro.commands._report import write_report
+from scalabl_pyro.commands._runs import Run
+from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.methods import (
     IVON,
@@ -47,9 +48,10 @@ from scalabl_pyro.methods import (
     Method,
     Reference,
     ScalaBL,
-    TemperatureScaling,
 )
-from scalabl_pyro.prediction.predictor import Predictor, Predicts
+from scalabl_pyro.prediction.intervals import auroc_per_question, crossed_interval, stacked
+from scalabl_pyro.prediction.metrics import average, entropy, mutual_information
+from scalabl_pyro.prediction.predictor import Predictions, Predictor, Predicts, predict
 
 #: what a row predicts with, of a training run
 Derive = Callable[[Bench, Fitted], Predicts]
@@ -71,9 +73,8 @@ def posterior_mean(bench: Bench, fitted: Fitted) -> Predictor:
     return Predictor(fitted.model.adapter, fitted.guide.median()["s"][None])
 
 
-def tempered(bench: Bench, fitted: Fitted) -> Predicts:
-    at_point = replace(fitted, predictor=point(bench, fitted))
-    return TemperatureScaling(**PLAIN).temper(at_point, bench.splits["validation"]).predictor
+def point_tempered(bench: Bench, fitted: Fitted) -> Predicts:
+    return tempered(bench, replace(fitted, predictor=point(bench, fitted)))
 
 
 def then(method: Method) -> Derive:
@@ -186,8 +187,8 @@ ALL = {family: tuple(settings) for family, settings in FAMILIES.items()}
 HIGH = ALL["MLE"][1:]
 
 ROWS: dict[str, Row] = {
-    "MLE": Row("MLE", ALL["MLE"], {"": point}),
-    "MLE, temperature": Row("MLE", ALL["MLE"], {"": tempered}),
+    "mle": Row("MLE", ALL["MLE"], {"": point}),
+    "MLE, temperature": Row("MLE", ALL["MLE"], {"": point_tempered}),
     "MLE, checkpoint ensemble": Row("MLE", ALL["MLE"]),
     "MLE, last-layer Laplace": Row("MLE", HIGH, {"": then(LastLayerLaplace(**PLAIN))}),
     "MLE, Laplace-LoRA": Row("MLE", HIGH, {"": then(LaplaceLoRA(**PLAIN))}),
@@ -197,7 +198,7 @@ ROWS: dict[str, Row] = {
     "MLE, TFB": Row("MLE", HIGH[-2:], tfb(0.003, 0.03)),  # the last of its runs: it changes A and B
     "MLE early-stopped": Row("MLE early-stopped", ALL["MLE early-stopped"], {"": point}),
     "MLE early-stopped, temperature": Row(
-        "MLE early-stopped", ALL["MLE early-stopped"], {"": tempered}
+        "MLE early-stopped", ALL["MLE early-stopped"], {"": point_tempered}
     ),
     "MAP": Row("MAP", ALL["MAP"], {"": point}),
     "MAP, TFB": Row("MAP", ALL["MAP"], tfb(0.003, 0.03)),
@@ -219,67 +220,148 @@ ROWS: dict[str, Row] = {
 }
 
 
-def run(bench: Bench, family: str, label: str, seed: int) -> dict[str, dict[str, float]]:
-    """Figures of one training run, by row and variant: the validation NLL of the seed that chooses,
-    and those on test of the others."""
+# ---------------------------------------------------------------------- runs
 
-    def measured() -> dict[str, dict[str, float]]:
+
+def trial(bench: Bench, family: str, label: str) -> dict[str, float]:
+    """Validation NLL of each row and variant that a training run gives."""
+
+    def run() -> dict[str, float]:
+        fitted = bench.fit(FAMILIES[family][label](), TUNING_SEED)
+        return {
+            f"{name}|{variant}": bench.validate(derive(bench, fitted))["nll"]
+            for name, row in ROWS.items()
+            if row.family == family and label in row.labels
+            for variant, derive in row.derive.items()
+        }
+
+    return bench.cached(f"{family} {label} trial", run)
+
+
+def trials_of(bench: Bench, name: str) -> dict[tuple[str, str], float]:
+    """(label, variant) → validation NLL."""
+    row = ROWS[name]
+    return {
+        (label, variant): trial(bench, row.family, label)[f"{name}|{variant}"]
+        for label in row.labels
+        for variant in row.derive
+    }
+
+
+def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Path:
+    words = " ".join(filter(None, (name, *choice, f"seed {seed}")))
+    return bench.runs.parent / (words.replace(",", "").replace(" ", "_") + ".safetensors")
+
+
+def run_missing(bench: Bench, chosen: Mapping[str, tuple[str, str]], seed: int) -> None:
+    """Train what no row has of this seed yet, and keep log p̄ (N, C) and mutual information (N,) of
+    the questions of ``all``."""
+    todo: dict[tuple[str, str], dict[str, str]] = {}
+    for name in ROWS:  # in their order: what changes the matrices comes last
+        if name in chosen and not run_file(bench, name, chosen[name], seed).exists():
+            label, variant = chosen[name]
+            todo.setdefault((ROWS[name].family, label), {})[name] = variant
+    for (family, label), names in todo.items():
+        print(f"running {family} {label} seed {seed}: {', '.join(names)}", flush=True)
         fitted = bench.fit(FAMILIES[family][label](), seed)
-        found = {}
-        for name, row in ROWS.items():
-            for variant, derive in row.derive.items():
-                if row.family == family and label in row.labels:
-                    predictor: Any = derive(bench, fitted)
-                    if seed == TUNING_SEED:
-                        figures = {"validation_nll": bench.validate(predictor)["nll"]}
-                    else:
-                        figures = bench.test(predictor)
-                    found[f"{name}|{variant}"] = figures | summary(fitted)
-        return found
-
-    return bench.cached(f"{family} {label} seed {seed}", measured)
+        for name, variant in names.items():
+            predictor = ROWS[name].derive[variant](bench, fitted)
+            logits = predict(predictor, bench.splits["all"]).logits
+            kept = {
+                "log_probs": average(logits).contiguous(),
+                "mutual_information": mutual_information(logits).contiguous(),
+            }
+            with whole_file(run_file(bench, name, chosen[name], seed)) as part:
+                save_file(kept, part)
 
 
-def table(bench: Bench, names: list[str]) -> dict[str, Any]:
-    """All figures: trials, the chosen ones, those at an edge of their grid, and the rows."""
-    figures: dict[str, Any] = {"trials": {}, "chosen": {}, "edges": [], "test": {}}
+def by_split(bench: Bench, values: Tensor) -> dict[str, Tensor]:
+    """What is known of each question of ``all``, by split."""
+    names = ("test", *subjects(bench))
+    parts = values.split([len(bench.splits[name]) for name in names])
+    return dict(zip(names, parts, strict=True))
+
+
+def predictions(bench: Bench, run: Mapping[str, Tensor]) -> dict[str, Predictions]:
+    return {
+        name: Predictions(part[None], bench.splits[name].labels)
+        for name, part in by_split(bench, run["log_probs"]).items()
+    }
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """How well entropy and mutual information find wrong answers and, at equal length, other
+    subjects."""
+    labels = bench.splits["test"].labels
+    assert labels is not None
+    lengths = {n: torch.tensor(bench.splits[n].lengths) for n in ("test", *subjects(bench))}
+    each: list[dict[str, Tensor]] = []
+    for run in runs:
+        found: dict[str, Tensor] = {}
+        log_probs = by_split(bench, run["log_probs"])
+        wrong = log_probs["test"].argmax(-1) != labels
+        scores = {"entropy": entropy(run["log_probs"][None])}
+        if run["mutual_information"].max() > 1e-6:  # of one draw it is rounding
+            scores["mutual information"] = run["mutual_information"]
+        for score, values in scores.items():
+            of = by_split(bench, values)
+            found[f"wrong by {score}"] = auroc_per_question(of["test"], wrong)
+            for other in subjects(bench):
+                both = torch.cat([of["test"], of[other]])
+                is_other = torch.arange(len(both)) >= len(of["test"])
+                length = torch.cat([lengths["test"], lengths[other]])
+                found[f"{other} by {score}"] = auroc_per_question(both, is_other, length)
+        each.append(found)
+    return {name: crossed_interval(values)._asdict() for name, values in stacked(each).items()}
+
+
+def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Run]]]:
+    """Trials, choices, those at an edge of their grid, AUROCs; and the runs of each row."""
+    trials = {name: trials_of(bench, name) for name in names}
+    chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
+    for seed in SEEDS:
+        run_missing(bench, chosen, seed)
+    runs: dict[str, list[Run]] = {}
+    figures: dict[str, Any] = {"trials": {}, "chosen": {}, "edges": [], "auroc": {}}
     for name in names:
-        row = ROWS[name]
-        trials = {
-            (label, variant): run(bench, row.family, label, TUNING_SEED)[f"{name}|{variant}"]
-            for label in row.labels
-            for variant in row.derive
-        }
-        label, variant = min(trials, key=lambda trial: trials[trial]["validation_nll"])
+        labels, choice = ROWS[name].labels, chosen[name]
+        settings = {"training": ROWS[name].family, "settings": " ".join(filter(None, choice))}
+        kept = [load_file(run_file(bench, name, choice, seed)) for seed in SEEDS]
+        figures["auroc"][name] = aurocs(bench, kept)
         figures["trials"][name] = {
-            " ".join(filter(None, trial)): found["validation_nll"]
-            for trial, found in trials.items()
+            " ".join(filter(None, tried)): nll for tried, nll in trials[name].items()
         }
-        figures["chosen"][name] = " ".join(filter(None, (label, variant)))
-        if len(row.labels) > 1 and label in (row.labels[0], row.labels[-1]):
+        figures["chosen"][name] = " ".join(filter(None, choice))
+        if len(labels) > 1 and choice[0] in (labels[0], labels[-1]):
             figures["edges"].append(name)
-        runs = [run(bench, row.family, label, seed)[f"{name}|{variant}"] for seed in SEEDS]
-        figures["test"][name] = {key: mean_and_error([r[key] for r in runs]) for key in known(runs)}
-        _print(name, figures)
-    return figures
-
-
-def _print(name: str, figures: dict[str, Any]) -> None:
-    row = figures["test"][name]
-    cells = (f"{key} {row[key][0]:.4f} ± {row[key][1]:.4f}" for key in ("acc", "ece", "nll"))
-    edge = " (edge of its grid)" if name in figures["edges"] else ""
-    print(f"{name:34s} {'  '.join(cells)}  {figures['chosen'][name]}{edge}", flush=True)
+        runs[name] = [
+            Run(f"{name} seed {seed}", predictions(bench, run), settings, seed)
+            for run, seed in zip(kept, SEEDS, strict=True)
+        ]
+    return figures, runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--data", required=True, help="folder with openbookqa/ and mmlu/")
-    parser.add_argument("--runs", default=str(RESULTS / "methods_runs.jsonl"), help="finished runs")
+    parser.add_argument("--data", required=True, help="folder with openbookqa/, mmlu/ and more")
+    parser.add_argument("--runs", type=Path, default=RESULTS / "methods", help="finished runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--save", action="store_true", help="write results/methods.json")
+    parser.add_argument("--save", action="store_true", help="write results/methods.json, and more")
     args = parser.parse_args()
-    figures = table(Bench(args.model, args.data, args.runs), args.rows)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.model, args.data, args.runs / "runs.jsonl")
+    add_others(bench, args.data)
+    figures, runs = table(bench, args.rows)
+    trials = {
+        name: [{"trial": {"settings": t}, "validation_nll": nll} for t, nll in found.items()]
+        for name, found in figures["trials"].items()
+    }
+    out = RESULTS / "methods_report" if args.save else args.runs / "report"
+    figures |= write_report(out, runs, chosen=figures["chosen"], trials=trials)
     report("quality.methods", figures, save=args.save)
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 from ..prediction.rejection import risk_coverage_curve
-from ..runs.config import NO_MATTER, RunConfig, flat
-from ..runs.reading import read_settings
+from ..runs.config import flat
 from ._formats import (
     AUROC,
     BEST,
@@ -42,6 +41,7 @@ from ._formats import (
     p_value,
 )
 from ._plots import plot_cost, plot_entropy, plot_reliability, plot_risk_coverage
+from ._runs import Run
 
 __all__ = ["to_html"]
 
@@ -66,18 +66,16 @@ class Picture(NamedTuple):
 
 def to_html(
     table: Mapping[str, Any],
-    folders: Mapping[str, Sequence[Path]],
-    predictions: Mapping[str, Runs],
+    runs: Mapping[str, Sequence[Run]],
     out: Path,
 ) -> str:
     """The page of a table.
 
     :param table: as in ``table.json``.
-    :param folders: a row's name → its run folders.
-    :param predictions: a row's name → its runs' predictions by split.
+    :param runs: a row's name → its runs, one a seed.
     :param out: the folder that the page is for, from which its links go.
     """
-    settings = {name: [read_settings(folder) for folder in row] for name, row in folders.items()}
+    predictions = {name: [run.predictions for run in row] for name, row in runs.items()}
     splits = sorted(next(iter(table["metrics"].values())), key=lambda split: split != "test")
     # Of what users call their rows, splits, choices and settings nothing is HTML.
     template = Environment(
@@ -85,13 +83,10 @@ def to_html(
     ).from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     return template.render(
         version=version("scalabl_pyro"),
-        rows=list(folders),
+        rows=list(runs),
         links={
-            name: [
-                (str(found.seed), _link(folder, out))
-                for folder, found in zip(row, settings[name], strict=True)
-            ]
-            for name, row in folders.items()
+            name: [(str(run.seed), run.folder and _link(run.folder, out)) for run in row]
+            for name, row in runs.items()
         },
         splits=splits,
         others=[split for split in splits if split != "test"],
@@ -101,13 +96,13 @@ def to_html(
         auroc=AUROC,
         columns=[*TITLES.values(), "AURC"],
         cost_columns=COST_TITLES,
-        cells={split: {name: _cells(table, split, name) for name in folders} for split in splits},
-        costs={name: cost_cells(table, name) for name in folders},
+        cells={split: {name: _cells(table, split, name) for name in runs} for split in splits},
+        costs={name: cost_cells(table, name) for name in runs},
         reference=REFERENCE,
         differences=_differences(table),
-        pictures={name: _pictures(table, predictions, name, splits) for name in folders},
+        pictures={name: _pictures(table, predictions, name, splits) for name in runs},
         cost_pictures=_cost_pictures(table),
-        settings=_settings({name: row[0] for name, row in settings.items()}),
+        settings=_settings({name: row[0].settings for name, row in runs.items()}),
         trials={name: _trials(table, name, row) for name, row in table["trials"].items()},
     )
 
@@ -256,14 +251,10 @@ def _cost_pictures(table: Mapping[str, Any]) -> list[Picture]:
 
 
 def _settings(
-    runs: Mapping[str, RunConfig],
+    runs: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
     """Those that all rows share, and what each has of its own."""
-    leave = (*NO_MATTER, "seed", "trials")
-    each = {
-        name: {k: _value(v) for k, v in run.flat().items() if k.split(".")[0] not in leave}
-        for name, run in runs.items()
-    }
+    each = {name: {k: _value(v) for k, v in run.items()} for name, run in runs.items()}
     first = next(iter(each.values()))
     shared = {
         key: value

@@ -23,22 +23,13 @@ from ..prediction.intervals import (
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 from ..prediction.rejection import aurc
-from ..runs.cost import Cost, read_cost
-from ..runs.reading import read_json, read_predictions
+from ..runs.cost import Cost
 from ._formats import METRICS, REFERENCE, format_table, to_csv, to_markdown
 from ._page import to_html
 from ._plots import plot_comparison
+from ._runs import Run
 
-__all__ = ["load_predictions", "write_report", "written"]
-
-
-def load_predictions(folder: Path) -> dict[str, Predictions]:
-    """The predictions of a run folder, by split.
-
-    :raises RunFolderError: if they are missing or damaged.
-    """
-    found = read_predictions(folder)
-    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in found.items()}
+__all__ = ["write_report", "written"]
 
 
 def written(out: Path) -> str:
@@ -48,7 +39,7 @@ def written(out: Path) -> str:
 
 def write_report(
     out: Path,
-    folders: Mapping[str, list[Path]],
+    rows: Mapping[str, Sequence[Run]],
     *,
     chosen: Mapping[str, Any],
     trials: Mapping[str, Any],
@@ -56,7 +47,7 @@ def write_report(
     """Write ``report.html``, its table as ``table.json``, ``.csv``, ``.md`` and ``.txt``, and
     ``comparison.png``.
 
-    :param folders: a row's name → its run folders, one a seed, in the same order in each row.
+    :param rows: a row's name → its runs, one a seed, in the same order in each row.
     :param chosen: the settings of each row.
     :param trials: those that were tried: mappings with ``trial``, ``validation_nll`` and, where it
         is not that of the others, ``seed``.
@@ -70,13 +61,12 @@ def write_report(
         the mean over seeds of what runs cost, ``None`` where one of them does not say.
     :raises ValueError: if runs answer other questions than the first.
     """
-    predictions = {name: [load_predictions(f) for f in row] for name, row in folders.items()}
-    first = next(iter(folders.values()))[0]
-    names = read_json(first / "metrics.json")
-    splits = [s for s in names if s != "validation"]
-    for name, row in predictions.items():
-        for folder, run in zip(folders[name], row, strict=True):
-            _check_labels(folder, run, first, predictions, splits)
+    first = next(iter(rows.values()))[0]
+    splits = list(first.predictions)
+    for row in rows.values():
+        for run in row:
+            _check_labels(run, first)
+    predictions = {name: [run.predictions for run in row] for name, row in rows.items()}
     values = {
         name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
         for name, row in predictions.items()
@@ -110,7 +100,7 @@ def write_report(
             s: {m: _best({n: row[s][m] for n, row in values.items()}, m) for m in METRICS}
             for s in splits
         },
-        "cost": {name: _cost([read_cost(f) for f in row]) for name, row in folders.items()},
+        "cost": {name: _cost([run.cost for run in row]) for name, row in rows.items()},
         "chosen": dict(chosen),
         "trials": dict(trials),
     }
@@ -126,7 +116,7 @@ def write_report(
             for name, row in values.items()
             if name != REFERENCE
         }
-    page = to_html(table, folders, predictions, out)
+    page = to_html(table, rows, out)
     write_whole(out / "table.json", json_text(table, indent=1) + "\n")
     write_whole(out / "table.csv", to_csv(table))
     write_whole(out / "table.md", to_markdown(table))
@@ -197,19 +187,13 @@ def _known(run: Predictions) -> tuple[Tensor, Tensor]:
     return run.logits, run.labels
 
 
-def _check_labels(
-    folder: Path,
-    run: Mapping[str, Predictions],
-    first: Path,
-    predictions: Mapping[str, Sequence[Mapping[str, Predictions]]],
-    splits: Sequence[str],
-) -> None:
-    wanted = next(iter(predictions.values()))[0]
-    for split in splits:
-        if split not in run or not torch.equal(_known(run[split])[1], _known(wanted[split])[1]):
+def _check_labels(run: Run, first: Run) -> None:
+    for split, wanted in first.predictions.items():
+        found = run.predictions.get(split)
+        if found is None or not torch.equal(_known(found)[1], _known(wanted)[1]):
             raise ValueError(
-                f"{folder} answers other questions of {split!r} than {first}: expected the same, in"
-                " the same order; make a table of each"
+                f"{run.name} answers other questions of {split!r} than {first.name}: expected the"
+                " same, in the same order; make a table of each"
             )
 
 

@@ -14,6 +14,7 @@ from ..runs.config import ConfigError, RunConfig
 from ..runs.reading import read_json, read_settings
 from ._formats import format_table
 from ._report import write_report, written
+from ._runs import Run
 
 __all__ = ["ReportConfig", "report_runs", "tabulate"]
 
@@ -85,7 +86,8 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         for name, row in folders.items()
     }
     trials = {name: row for name, row in trials.items() if row}
-    return write_report(Path(config.out), folders, chosen=chosen, trials=trials)
+    found = {name: [Run.read(folder) for folder in row] for name, row in folders.items()}
+    return write_report(Path(config.out), found, chosen=chosen, trials=trials)
 
 
 def _trials(folder: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import make_records, tiny_bert_config, write_jsonl
+from safetensors.torch import load_file
 from transformers import BertForMultipleChoice
 
 
@@ -26,22 +27,22 @@ def test_every_row_has_four_trials_at_most_and_its_methods_exist(methods):
         assert all(build().config.steps == methods.STEPS for build in settings.values()), family
 
 
-def test_each_row_of_a_run_takes_what_is_best_for_itself(methods):
-    class Bench:
-        def cached(self, name, run):
-            label, seed = name.removeprefix("MLE ").split(" seed ")
-            rank = methods.ALL["MLE"].index(label)
-            found = {}
-            for row, best in (("MLE|", 1), ("MLE, temperature|", 3)):
-                figures = dict.fromkeys(("acc", "ece", "nll", "mutual_information"), float(seed))
-                found[row] = figures | {"validation_nll": abs(rank - best)}
-            return found
+def test_each_row_takes_the_trial_that_is_best_for_itself(methods, monkeypatch):
+    def trial(bench, family, label):
+        rank = methods.ALL["MLE"].index(label)
+        best = {"mle": 1, "MLE, temperature": 3}
+        return {f"{name}|": abs(rank - at) for name, at in best.items()}
 
-    figures = methods.table(Bench(), ["MLE", "MLE, temperature"])
+    trained = []
+    monkeypatch.setattr(methods, "trial", trial)
+    monkeypatch.setattr(methods, "run_missing", lambda bench, chosen, seed: trained.append(chosen))
+    monkeypatch.setattr(methods, "SEEDS", ())
+    monkeypatch.setattr(methods, "aurocs", lambda bench, runs: {})
+    figures, runs = methods.table(None, ["mle", "MLE, temperature"])
     labels = methods.ALL["MLE"]
-    assert figures["chosen"] == {"MLE": labels[1], "MLE, temperature": labels[3]}
+    assert figures["chosen"] == {"mle": labels[1], "MLE, temperature": labels[3]}
     assert figures["edges"] == ["MLE, temperature"]
-    assert figures["test"]["MLE"]["nll"][0] == pytest.approx(2.0)
+    assert runs == {"mle": [], "MLE, temperature": []}
 
 
 def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tokenizer):
@@ -51,7 +52,9 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
     tokenizer.save_pretrained(tmp_path / "model")
     for split, count in (("train", 16), ("validation", 4), ("test", 6)):
         write_jsonl(tmp_path / "data" / "openbookqa" / f"{split}.jsonl", make_records(count))
-    write_jsonl(tmp_path / "data" / "mmlu" / "college_physics" / "test.jsonl", make_records(5))
+    for subject in ("physics", "chemistry"):
+        place = tmp_path / "data" / "mmlu" / f"college_{subject}" / "test.jsonl"
+        write_jsonl(place, make_records(5))
     monkeypatch.setattr(methods, "STEPS", 20)
     monkeypatch.setattr(methods, "SEEDS", range(2))
     rows = [name for name, row in methods.ROWS.items() if row.family == "MLE"]
@@ -63,6 +66,20 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
         outputs.append(capsys.readouterr().out.splitlines())
     found = [json.loads(lines[-1])["figures"] for lines in outputs]
     assert found[0] == found[1]
-    assert list(found[0]["test"]) == rows
-    assert any(line.startswith("running") for line in outputs[0])
+    assert list(found[0]["metrics"]) == rows
+    assert all(line.startswith("running") for line in outputs[0][:1])
     assert not any(line.startswith("running") for line in outputs[1])
+    # Against a loop over the files that the runs left.
+    labels = torch.tensor([record.label for record in make_records(6)])
+    row = "MLE, checkpoint ensemble"
+    label = found[0]["chosen"][row]
+    nll = [
+        -load_file(path)["log_probs"][torch.arange(6), labels].mean()
+        for path in (tmp_path / "runs").glob(f"MLE_checkpoint_ensemble_{label}_seed_*.safetensors")
+    ]
+    assert len(nll) == 2
+    assert found[0]["metrics"][row]["test"]["nll"]["mean"] == pytest.approx(float(sum(nll) / 2))
+    assert {f"{what} by entropy" for what in ("wrong", "physics", "chemistry")} <= set(
+        found[0]["auroc"][row]
+    )
+    assert (tmp_path / "runs" / "report" / "report.html").exists()

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Be
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import FitConfig, KLSchedule, Record, load_run, predict
 from scalabl_pyro.commands._configs import CONFIGS
-from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.commands.cli import COMMANDS
 from scalabl_pyro.data import read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig

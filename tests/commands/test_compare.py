@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from scalabl_pyro import Predictions
 from scalabl_pyro.commands._configs import CONFIGS
-from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.commands.compare import CompareConfig
 from scalabl_pyro.methods import METHODS
 from scalabl_pyro.runs.config import build

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -20,7 +20,8 @@ from conftest import ROOT, scalabl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from scalabl_pyro.commands._report import load_predictions, write_report
+from scalabl_pyro.commands._report import write_report
+from scalabl_pyro.commands._runs import Run, load_predictions
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.prediction import paired_difference
 from scalabl_pyro.runs import DataConfig, RunConfig
@@ -91,6 +92,10 @@ def rows(tmp_path_factory):
     }
 
 
+def read(rows: dict[str, list[Path]]) -> dict[str, list[Run]]:
+    return {name: [Run.read(folder) for folder in row] for name, row in rows.items()}
+
+
 class Page(HTMLParser):
     """The elements of a page with their attributes, and the texts of its cells."""
 
@@ -129,7 +134,7 @@ def written(rows, tmp_path_factory):
     """The table and the page of these rows."""
     trials = {"mle": [{"trial": {"fit": {"lr": 0.5}}, "validation_nll": None, "seed": 7}]}
     out = tmp_path_factory.mktemp("out")
-    table = write_report(out, rows, chosen={}, trials=trials)
+    table = write_report(out, read(rows), chosen={}, trials=trials)
     return table, Page(out / "report.html"), out
 
 
@@ -221,7 +226,7 @@ def test_where_passes_are_not_known_there_are_seconds(tmp_path):
         name: [make_run(tmp_path / name, seed=0, cost=cost(passes, passes))]
         for name, passes in (("mle", 100.0), ("unknown", None))
     }
-    write_report(tmp_path / "out", row, chosen={}, trials={})
+    write_report(tmp_path / "out", read(row), chosen={}, trials={})
     rows = {row[0]: row for row in Page(tmp_path / "out" / "report.html").rows if len(row) == 11}
     assert rows["unknown"][8:10] == ["3 s", "4 s"]
     assert rows["mle"][8:10] == ["1×", "1×"]
@@ -237,6 +242,17 @@ def of_test(folder: Path) -> float:
     return sum(sum(wrong[:k]) / k for k in range(1, N + 1)) / N
 
 
+def test_runs_that_are_kept_nowhere_have_no_links(tmp_path, rows):
+    runs = {name: [replace(run, folder=None) for run in row] for name, row in read(rows).items()}
+    table = write_report(tmp_path, runs, chosen={}, trials={})
+    page = Page(tmp_path / "report.html")
+    files = {link for link in page.all("a", "href") if not link.startswith("#")}
+    assert files == {"table.csv", "table.json", "table.md"}
+    cells = [row for row in page.rows if len(row) == 11 and row[0] == "mle"]
+    assert cells[0][-1] == "0 1"
+    assert table["metrics"].keys() == rows.keys()
+
+
 def test_settings_and_trials_are_listed(written):
     _, page, out = written
     assert ["mle", "fit.lr=0.5", "7", "diverged"] in page.rows
@@ -246,7 +262,7 @@ def test_settings_and_trials_are_listed(written):
 
 def test_without_other_data_there_are_no_histograms_of_them(tmp_path):
     row = {"mle": [make_run(tmp_path / "a", seed=0)]}
-    write_report(tmp_path / "out", row, chosen={}, trials={})
+    write_report(tmp_path / "out", read(row), chosen={}, trials={})
     page = Page(tmp_path / "out" / "report.html")
     texts = page.all("img", "alt")
     assert [text.split(" of ")[0] for text in texts] == ["Reliability", "Risk and coverage"]

@@ -16,7 +16,7 @@ from filelock import FileLock
 from pyro.infer import Trace_ELBO
 
 from scalabl_pyro import ScalaBLModel, fit, load_run
-from scalabl_pyro.commands._report import load_predictions
+from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.guides import make_guide
 from scalabl_pyro.infer import checkpoints as module
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints, Interrupted, TrainingState

@@ -1,0 +1,61 @@
+"""What a report tells of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..prediction.predictor import Predictions
+from ..runs.config import NO_MATTER
+from ..runs.cost import Cost, read_cost
+from ..runs.reading import read_json, read_predictions, read_settings
+
+__all__ = ["Run", "load_predictions"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of one row and seed.
+
+    :param name: in messages.
+    :param predictions: by split, ``test`` among them, with labels.
+    :param settings: by full names.
+    :param cost: ``None`` where nobody knows it.
+    :param folder: where it is kept, which the page links to.
+    """
+
+    name: str
+    predictions: Mapping[str, Predictions]
+    settings: Mapping[str, Any]
+    seed: int
+    cost: Cost | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Of a run folder, without its validation split.
+
+        :raises RunFolderError: if a file is missing or damaged.
+        """
+        config, found = read_settings(folder), load_predictions(folder)
+        splits = [name for name in read_json(folder / "metrics.json") if name != "validation"]
+        leave = (*NO_MATTER, "seed", "trials")
+        return cls(
+            str(folder),
+            {name: found[name] for name in splits if name in found},
+            {k: v for k, v in config.flat().items() if k.split(".")[0] not in leave},
+            config.seed,
+            read_cost(folder),
+            folder,
+        )
+
+
+def load_predictions(folder: Path) -> dict[str, Predictions]:
+    """The predictions of a run folder, by split.
+
+    :raises RunFolderError: if they are missing or damaged.
+    """
+    found = read_predictions(folder)
+    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in found.items()}
