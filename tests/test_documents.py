@@ -479,6 +479,8 @@ def test_the_data_of_the_documentation_are_read(tmp_path, local_model, monkeypat
         ",".join([r.question, *r.choices, "ABCD"[r.label]]) for r in records if r.label is not None
     ]
     (tmp_path / "quiz.csv").write_text("\n".join(["Question,a,b,c,d,Answer", *lines]) + "\n")
+    others = [",".join([r.question, *r.choices]) for r in records[:7]]
+    (tmp_path / "other.csv").write_text("\n".join(["Stem,a,b,c,d", *others]) + "\n")
     rows = [
         {
             "id": r.id,
@@ -500,6 +502,7 @@ def test_the_data_of_the_documentation_are_read(tmp_path, local_model, monkeypat
             words += ["fit.steps=2", "fit.batch_size=4", "lora.targets=[q_proj,v_proj]"]
         assert scalabl(*words, "progress=false") == 0, line
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 60
+    assert len((tmp_path / "others.jsonl").read_text().splitlines()) == 7
     assert (tmp_path / "runs/openbookqa/metrics.json").exists()
     (snippet,) = blocks(ROOT / "docs" / "data.md", "python")
     names: dict[str, object] = {}

@@ -81,16 +81,21 @@ class Bench:
 
     def cached(self, name: str, run: Callable[[], dict]) -> dict:
         """The result of an earlier run, or run now."""
-        finished = {}
-        if self.runs.exists():
-            for line in self.runs.read_text().splitlines():
-                finished |= json.loads(line)
+        finished = self.finished()
         if name not in finished:
             print(f"running {name}", flush=True)
             finished[name] = run()
-            with self.runs.open("a") as file:  # one write, so that two processes may share it
-                file.write(json.dumps({name: finished[name]}) + "\n")
+            self.keep(name, finished[name])
         return finished[name]
+
+    def finished(self) -> dict[str, Any]:
+        """What is known of each run, by name."""
+        lines = self.runs.read_text().splitlines() if self.runs.exists() else []
+        return {name: found for line in lines for name, found in json.loads(line).items()}
+
+    def keep(self, name: str, found: dict) -> None:
+        with self.runs.open("a") as file:  # one write, so that two processes may share it
+            file.write(json.dumps({name: found}) + "\n")
 
 
 def auroc_between(known: torch.Tensor, other: torch.Tensor) -> float:

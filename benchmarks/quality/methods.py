@@ -223,29 +223,37 @@ ROWS: dict[str, Row] = {
 # ---------------------------------------------------------------------- runs
 
 
-def trial(bench: Bench, family: str, label: str) -> dict[str, float]:
-    """Validation NLL of each row and variant that a training run gives."""
-
-    def run() -> dict[str, float]:
-        fitted = bench.fit(FAMILIES[family][label](), TUNING_SEED)
-        return {
-            f"{name}|{variant}": bench.validate(derive(bench, fitted))["nll"]
-            for name, row in ROWS.items()
-            if row.family == family and label in row.labels
-            for variant, derive in row.derive.items()
-        }
-
-    return bench.cached(f"{family} {label} trial", run)
-
-
-def trials_of(bench: Bench, name: str) -> dict[tuple[str, str], float]:
-    """(label, variant) → validation NLL."""
-    row = ROWS[name]
+def trials_of(bench: Bench, names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
+    """Row → (label, variant) → validation NLL. One training run serves all rows of its family."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name in ROWS if name in names):
+        for label in ROWS[name].labels:
+            wanted.setdefault((ROWS[name].family, label), []).append(name)
+    found = {run: trial(bench, *run, rows) for run, rows in wanted.items()}
     return {
-        (label, variant): trial(bench, row.family, label)[f"{name}|{variant}"]
-        for label in row.labels
-        for variant in row.derive
+        name: {
+            (label, variant): found[ROWS[name].family, label][f"{name}|{variant}"]
+            for label in ROWS[name].labels
+            for variant in ROWS[name].derive
+        }
+        for name in names
     }
+
+
+def trial(bench: Bench, family: str, label: str, names: Sequence[str]) -> dict[str, float]:
+    """Validation NLL of these rows' variants, as ``name|variant``, of one training run."""
+    run = f"{family} {label} trial"
+    found = bench.finished().get(run, {})
+    todo = [(name, v) for name in names for v in ROWS[name].derive if f"{name}|{v}" not in found]
+    if todo:
+        print(f"running {run}", flush=True)
+        fitted = bench.fit(FAMILIES[family][label](), TUNING_SEED)
+        found = found | {
+            f"{name}|{v}": bench.validate(ROWS[name].derive[v](bench, fitted))["nll"]
+            for name, v in todo
+        }
+        bench.keep(run, found)
+    return found
 
 
 def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Path:
@@ -320,7 +328,7 @@ def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]
 
 def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Run]]]:
     """Trials, choices, those at an edge of their grid, AUROCs; and the runs of each row."""
-    trials = {name: trials_of(bench, name) for name in names}
+    trials = trials_of(bench, names)
     chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
     for seed in SEEDS:
         run_missing(bench, chosen, seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import Columns, DataError, Record, read_records
+from ..data import Columns, DataError, Record
 from ..prediction.abstention import abstains, threshold_at_risk
 from ..prediction.conformal import (
     CONFORMAL_SCORES,
@@ -17,8 +18,11 @@ from ..prediction.conformal import (
 from ..prediction.metrics import Averaged, summarise
 from ..prediction.predictor import Predicts, predict
 from ..runs.folder import Run
+from ._input import read_input
 
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,15 @@ def calibrate(
     if config.risk is not None:
         chosen = threshold_at_risk(answers.probabilities, found.labels, config.risk)
         decided["abstain_below"] = chosen.abstain_below
+        if chosen.risk_up_to > 2 * config.risk:
+            log.warning(
+                "risk is %g, and %.0f labelled records were answered to find its threshold: an"
+                " error rate of up to %.2g is as well possible (95 %%); give more records by"
+                " calibration=FILE",
+                config.risk,
+                chosen.coverage * len(records),
+                chosen.risk_up_to,
+            )
         report |= chosen._asdict()
     if config.conformal is not None:
         # Not the u of an answered record that happens to have the same id.
@@ -151,7 +164,7 @@ def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record
                 f"the validation split of the run cannot be read: {error}; give calibration=FILE,"
                 " labelled records that trained nothing"
             ) from error
-    records = read_records(config.calibration, run.class_names, columns)
+    records = read_input(config.calibration, run, columns)
     for record in records:
         if record.label is None:
             raise DataError(f"{config.calibration}: record {record.id!r} has no label")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import Columns, Split, read_records
+from ..data import Columns, Split
 from ..files import new_path, whole_folder
 from ..infer.svi import FitConfig
 from ..lora.loading import make_adapter
@@ -22,6 +22,7 @@ from ..prediction.predictor import Predictor, predict
 from ..readouts.choice_likelihood import ChoiceLikelihood
 from ..runs.exports import save_adapter
 from ..runs.folder import load_run
+from ._input import read_input
 
 __all__ = ["DistillConfig", "distill_run"]
 
@@ -61,7 +62,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     run = load_run(config.run)
     if run.predictor.num_draws == 1:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
-    split = run.encode(read_records(config.input, run.class_names, config.columns))
+    split = run.encode(read_input(config.input, run, config.columns))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
     mean = str(run.folder / "adapter")
     lora = replace(run.config.lora, start=mean, subspace="random")

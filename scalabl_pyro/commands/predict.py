@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Columns, Record, read_completions, read_records
+from ..data import Columns, Record, read_completions
 from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
@@ -19,6 +19,7 @@ from ..runs.config import ConfigError
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
+from ._input import read_input
 from ._jsonl import ResumableJsonl
 from ._texts import given, scored
 
@@ -55,7 +56,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     run = load_run(config.run)
     if run.readout.reads_texts:
         return _score_file(config, run)
-    records = read_records(config.input, run.class_names, config.columns)
+    records = read_input(config.input, run, config.columns)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # every record is checked before the first is predicted
     decisions = calibrate(

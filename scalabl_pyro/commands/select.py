@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import Columns, DataError, Split, read_records
+from ..data import Columns, DataError, Split
 from ..files import json_text, new_path, write_whole
 from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
+from ._input import read_input
 
 __all__ = ["SelectConfig", "select_records"]
 
@@ -51,7 +52,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
         posterior = {"model": run.model, "guide": run.guide, "train": _train(run)}
     found = select(
         make_predictor(run, config.prediction),
-        read_records(config.input, run.class_names, config.columns),
+        read_input(config.input, run, config.columns),
         config.count,
         by=config.by,
         seed=config.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .labels import READINGS
@@ -73,6 +73,22 @@ class Columns:
 
         return re.sub(r"\{([^{}]+)\}", fill, template)
 
+    def within(self, cells: Cells) -> Columns | None:
+        """These columns for a row that may lack those of the label, of its keys and of the id;
+        ``None`` if it lacks another of them."""
+        missing: dict[str, Any] = {
+            name: None
+            for name in ("label", "keys", "id")
+            if (column := getattr(self, name)) is not None and not _has(cells, column)
+        }
+        try:
+            self.question_of(cells)
+            if self.choices:
+                self.choices_of(cells)
+        except DataError:
+            return None
+        return replace(self, **missing)
+
     def has_choices(self, cells: Cells) -> bool:
         """Whether rows have choices of their own."""
         return bool(self.choices) or "choices" in cells
@@ -116,6 +132,14 @@ class Columns:
 def _optional(cells: Cells, name: str, column: str | None) -> Any:
     """The cell of a column; ``None`` where the one called as its field is missing."""
     return cells.get(name) if column is None else _cell(cells, column, name)
+
+
+def _has(cells: Cells, column: str) -> bool:
+    try:
+        _cell(cells, column, "")
+    except DataError:
+        return False
+    return True
 
 
 def _cell(cells: Cells, column: str, name: str) -> Any:

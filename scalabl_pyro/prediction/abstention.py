@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from .calibration import check_labels, check_probabilities
@@ -23,11 +24,15 @@ class AbstentionThreshold(NamedTuple):
     :param abstain_below: in [0, 1]; answers below it are not given.
     :param coverage: the share of the examples that were answered.
     :param risk: the share of these answers that were wrong.
+    :param risk_up_to: the largest error rate that so many errors in so many answers leave possible:
+        the 95 % upper confidence limit of Clopper and Pearson 1934. It holds for a threshold that
+        is given beforehand, and so is a little low for one that was chosen here.
     """
 
     abstain_below: float
     coverage: float
     risk: float
+    risk_up_to: float
 
 
 def abstains(probabilities: Tensor, abstain_below: float) -> Tensor:
@@ -71,8 +76,11 @@ def threshold_at_risk(probabilities: Tensor, labels: Tensor, risk: float) -> Abs
             f" {int(wrong[best] + right[best])} answers; allow a higher risk, or give more examples"
         )
     last = int(passing[-1])
+    answers = int(wrong[last] + right[last])
+    of_errors = binomtest(int(wrong[last]), answers, alternative="less")
     return AbstentionThreshold(
         float(confidence.unique().flip(0)[last]),
-        float(wrong[last] + right[last]) / len(labels),
+        answers / len(labels),
         float(errors[last]),
+        float(of_errors.proportion_ci(0.95, method="exact").high),
     )

@@ -28,7 +28,7 @@ def test_every_row_has_four_trials_at_most_and_its_methods_exist(methods):
 
 
 def test_each_row_takes_the_trial_that_is_best_for_itself(methods, monkeypatch):
-    def trial(bench, family, label):
+    def trial(bench, family, label, names):
         rank = methods.ALL["MLE"].index(label)
         best = {"mle": 1, "MLE, temperature": 3}
         return {f"{name}|": abs(rank - at) for name, at in best.items()}

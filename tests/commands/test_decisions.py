@@ -96,6 +96,25 @@ def test_a_risk_takes_its_threshold_from_the_validation_split(run, capsys):
             assert row["abstained"] == (largest < found["abstain_below"])
 
 
+def test_a_risk_from_few_answers_is_doubted(run, data, capsys):
+    """Three errors in ten answers leave more than twice of it possible; none in 60 do not."""
+    _, rows = predicted(capsys, output="plain.jsonl")
+    lines = [json.loads(line) for line in Path("in.jsonl").read_text().splitlines()]
+    answers = [max(range(4), key=row["probabilities"].__getitem__) for row in rows]
+    order = sorted(range(60), key=lambda n: -max(rows[n]["probabilities"]))
+    lines, answers = [lines[n] for n in order], [answers[n] for n in order]
+    for count, errors, doubted in ((10, 3, True), (60, 0, False)):
+        labels = [(c + 1) % 4 if count - n <= errors else c for n, c in enumerate(answers[:count])]
+        known = [line | {"label": c} for line, c in zip(lines, labels, strict=False)]
+        Path("known.jsonl").write_text("".join(json.dumps(line) + "\n" for line in known))
+        words = ["risk=0.301", "calibration=known.jsonl", f"output={count}.jsonl", "progress=false"]
+        assert scalabl("predict", "run=run", "input=in.jsonl", *words) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["calibration"]["coverage"] == 1.0
+        assert ("10 labelled records were answered" in err) == doubted
+        assert ("up to 0.61" in err) == doubted
+
+
 def test_a_risk_that_no_threshold_has_is_refused(run, data, capsys):
     """All labels wrong: of the records, the least probable choice."""
     words = ["run=run", "input=in.jsonl", "output=o.jsonl", "progress=false"]

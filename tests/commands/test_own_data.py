@@ -68,8 +68,7 @@ def test_it_trains_predicts_and_generates(run, capsys):
     asked = [{k: v for k, v in row.items() if k != "stars"} for row in reviews(34)[30:]]
     datasets.Dataset.from_list(asked).to_parquet("new.parquet")
     words = ["run=run", "input=new.parquet", "output=answers.jsonl", "progress=false"]
-    columns = ['columns.question="{about.kind} . {review_text}"', "columns.id=about.key"]
-    assert scalabl("predict", *words, *columns, "prediction.name=mean") == 0
+    assert scalabl("predict", *words, "prediction.name=mean") == 0  # by the run's columns
     answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == ["r30", "r31", "r32", "r33"]
 
@@ -107,6 +106,32 @@ def log_prob(llm, tokenizer, given: str, answer: str) -> float:
     logits = llm(torch.tensor([ids])).logits[0]
     targets = torch.tensor(ids[len(start) :])
     return -float(cross_entropy(logits[len(start) - 1 : -1], targets, reduction="sum"))
+
+
+def test_files_are_read_by_the_runs_columns_if_they_have_them_and_else_as_they_are(run, capsys):
+    row = reviews(31)[30]
+    text = f"{row['about']['kind']} . {row['review_text']}"
+    files = {
+        "as_trained": {k: v for k, v in row.items() if k != "stars"},
+        "labelled": row,
+        "of_the_package": {"id": "r30", "question": text, "choices": sorted(CLASSES)},
+        "named": {"Text": text, "Number": "r30"},
+    }
+    own = {"named": ["columns.question=Text", "columns.id=Number"]}
+    answers = []
+    for name, cells in files.items():
+        Path(f"{name}.jsonl").write_text(json.dumps(cells) + "\n")
+        words = [f"input={name}.jsonl", f"output={name}.answers", "progress=false"]
+        assert scalabl("predict", "run=run", *words, *own.get(name, [])) == 0, name
+        answers.append(json.loads(Path(f"{name}.answers").read_text()))
+    assert all(answer == answers[0] for answer in answers[1:])
+    assert answers[0]["id"] == "r30"
+    capsys.readouterr()
+    Path("other.jsonl").write_text(json.dumps({"Text": text, "Number": 1}) + "\n")
+    assert scalabl("predict", "run=run", "input=other.jsonl", "output=none") != 0
+    said = capsys.readouterr().err
+    assert "Text" in said
+    assert "data.columns" not in said
 
 
 def run_records():
