@@ -11,9 +11,11 @@ from typing import Any
 from ..runs.card import plain
 
 __all__ = [
+    "AURC",
     "BEST",
     "COST",
     "COST_TITLES",
+    "DIFFERENCES",
     "HEADER",
     "METRICS",
     "REFERENCE",
@@ -29,16 +31,20 @@ __all__ = [
     "to_markdown",
 ]
 
-METRICS = ("acc", "ece", "nll", "brier")
+METRICS = ("acc", "ece", "nll", "brier", "aurc")
+#: those that a terminal has room for
+NARROW = METRICS[:4]
 REFERENCE = "mle"
 
 HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
 ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
 """
+AURC = "AURC: area under the risk–coverage curve, lower is better"
 AUROC = "AUROC: entropy of this split against test"
-UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3)}
-TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier"}
+UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3), "aurc": (1, 3)}
+TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier", "aurc": "AURC"}
+DIFFERENCES = tuple(title.removesuffix(" (floor)") for title in TITLES.values())
 COST_TITLES = ("trained", "stored", "training", "prediction")
 BEST = "★ best mean; ≈ not told apart from it: the 95 % interval of their paired difference holds 0"
 COST = (
@@ -65,7 +71,7 @@ def format_table(table: Mapping[str, Any]) -> str:
     for name, row in differences.items():
         for split, cells in row.items():
             lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)}")
-            p = {m: p_value(cells[m]["p"]) for m in METRICS}
+            p = {m: p_value(cells[m]["p"]) for m in NARROW}
             lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -74,7 +80,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     """The table for a document: a section a split, with marks and costs."""
     lines = [*HEADER.splitlines(), BEST, ""]
     for split in next(iter(table["metrics"].values())):
-        heads = ["", *TITLES.values(), "AURC", *COST_TITLES]
+        heads = ["", *TITLES.values(), *COST_TITLES]
         lines += [f"## {plain(split)}", "", _line(heads), "|---" * len(heads) + "|"]
         for name, row in table["metrics"].items():
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
@@ -84,13 +90,12 @@ def to_markdown(table: Mapping[str, Any]) -> str:
                 + mark(table, split, m, name)
                 for m in METRICS
             ]
-            risk = cell(table["aurc"][name][split], 1, 3)
-            lines.append(_line([plain(name), *cells, risk, *cost_cells(table, name).values()]))
+            lines.append(_line([plain(name), *cells, *cost_cells(table, name).values()]))
         lines.append("")
-    lines += ["AURC: area under the risk-coverage curve, ± over seeds alone.", f"{COST}."]
+    lines += [f"{AURC}.", f"{COST}."]
     differences = table.get(f"minus_{REFERENCE}", {})
     if differences:
-        heads = ["", "split", "ACC %", "ECE %", "NLL", "Brier"]
+        heads = ["", "split", *DIFFERENCES]
         lines += ["", f"## Differences to {REFERENCE}, paired by seed and question", ""]
         lines += ["In brackets p of none (two-sided).", "", _line(heads)]
         lines.append("|---" * len(heads) + "|")

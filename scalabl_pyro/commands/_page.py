@@ -25,10 +25,12 @@ from ..prediction.predictor import Predictions
 from ..prediction.rejection import risk_coverage_curve
 from ..runs.config import flat
 from ._formats import (
+    AURC,
     AUROC,
     BEST,
     COST,
     COST_TITLES,
+    DIFFERENCES,
     HEADER,
     METRICS,
     REFERENCE,
@@ -94,7 +96,9 @@ def to_html(
         best=BEST,
         cost=COST,
         auroc=AUROC,
-        columns=[*TITLES.values(), "AURC"],
+        columns=list(TITLES.values()),
+        difference_columns=DIFFERENCES,
+        aurc=AURC,
         cost_columns=COST_TITLES,
         cells={split: {name: _cells(table, split, name) for name in runs} for split in splits},
         costs={name: cost_cells(table, name) for name in runs},
@@ -118,7 +122,6 @@ def _cells(table: Mapping[str, Any], split: str, name: str) -> list[tuple[str, s
         floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})" if metric == "ece" else ""
         text = cell(table["metrics"][name][split][metric], *UNITS[metric]) + floor
         found.append((text, mark(table, split, metric, name).strip()))
-    found.append((cell(table["aurc"][name][split], 1, 3), ""))
     if split != "test":
         found.append((cell(table["auroc_of_entropy"][name][split], 1, 3), ""))
     return found

@@ -22,7 +22,6 @@ from ..prediction.intervals import (
 )
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
-from ..prediction.rejection import aurc
 from ..runs.cost import Cost
 from ._formats import METRICS, REFERENCE, format_table, to_csv, to_markdown
 from ._page import to_html
@@ -55,7 +54,7 @@ def write_report(
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
         of calibrated models with the same probabilities; and the AUROC of entropy for telling the
-        examples of a further split from ``test``; and ``aurc``, with an interval over seeds alone.
+        examples of a further split from ``test``.
         ``best`` has for each split and metric the ``row`` with the best mean, and those that are
         ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
         the mean over seeds of what runs cost, ``None`` where one of them does not say.
@@ -90,10 +89,6 @@ def write_report(
                 for s in splits
                 if s != "test"
             }
-            for name, row in predictions.items()
-        },
-        "aurc": {
-            name: {s: _mean(torch.tensor([_aurc(run[s]) for run in row])[:, None]) for s in splits}
             for name, row in predictions.items()
         },
         "best": {
@@ -202,10 +197,3 @@ def _auroc(run: Mapping[str, Predictions], split: str) -> Tensor:
     known, other = entropy(run["test"].logits), entropy(run[split].logits)
     is_other = torch.arange(len(known) + len(other)) >= len(known)
     return auroc_per_question(torch.cat([known, other]), is_other)
-
-
-def _aurc(run: Predictions) -> float:
-    """With the largest probability as confidence, as in ``evaluate``."""
-    logits, labels = _known(run)
-    confidence, answer = average(logits).exp().max(-1)
-    return aurc(-confidence, answer != labels)

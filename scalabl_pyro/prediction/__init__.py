@@ -16,6 +16,7 @@ from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, generate
 from .intervals import (
     Interval,
+    aurc_per_question,
     auroc_per_question,
     crossed_interval,
     paired_difference,
@@ -77,6 +78,7 @@ __all__ = [
     "assess",
     "aupr",
     "aurc",
+    "aurc_per_question",
     "auroc",
     "auroc_at_equal_length",
     "auroc_per_question",

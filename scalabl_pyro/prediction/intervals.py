@@ -18,11 +18,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .calibration import calibration_gaps, check_labels
+from .calibration import calibration_gaps, check_labels, mean_by_value
 from .metrics import auroc, auroc_at_equal_length, average
+from .rejection import risk_coverage_curve
 
 __all__ = [
     "Interval",
+    "aurc_per_question",
     "auroc_per_question",
     "crossed_interval",
     "paired_difference",
@@ -111,10 +113,12 @@ def paired_difference(first: Tensor, second: Tensor, *, level: float = 0.95) -> 
 
 
 def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, Tensor]:
-    """What each question adds to ``acc``, ``ece``, ``nll`` and ``brier``, whose mean each is; (N,).
+    """What each question adds to ``acc``, ``ece``, ``nll``, ``brier`` and ``aurc``, whose mean each
+    is; (N,).
 
     For ``ece`` the sign of a bin's gap is taken as known, which makes an interval rather too
-    wide where that gap is within its noise.
+    wide where that gap is within its noise. For ``aurc`` answers are left out by their largest
+    probability, see :func:`aurc_per_question`.
 
     :param logits: (S, N, C).
     :param labels: (N,).
@@ -123,12 +127,38 @@ def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str,
     probs = log_probs.exp()
     check_labels(probs, labels)
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
+    confidence, answer = probs.max(-1)
     return {
-        "acc": (probs.argmax(-1) == labels).double(),
+        "acc": (answer == labels).double(),
         "ece": calibration_gaps(average(logits).exp(), labels, bins),
         "nll": torch.nn.functional.nll_loss(log_probs, labels, reduction="none"),
         "brier": (probs - one_hot).square().sum(-1),
+        "aurc": aurc_per_question(-confidence, answer != labels),
     }
+
+
+def aurc_per_question(uncertainty: Tensor, losses: Tensor) -> Tensor:
+    r"""What each question adds to an :func:`~scalabl_pyro.prediction.aurc`, whose mean it is; (N,).
+
+    .. math:: x_q = R_{k(q)} + \sum_{k \ge k(q)} \frac{\ell_q - R_k}{k}
+
+    with k(q) the place of q in the order of uncertainty. It is the area plus the influence of q on
+    it, as in :func:`auroc_per_question`; questions of one uncertainty share their places.
+
+    :param uncertainty: (N,); ``losses`` likewise.
+    :raises ValueError: as :func:`~scalabl_pyro.prediction.risk_coverage_curve`.
+    """
+    risk = risk_coverage_curve(uncertainty, losses)  # R_k
+    counts = torch.arange(1, len(risk) + 1, dtype=torch.float64, device=risk.device)
+    of_own, of_all = (_from_here(each / counts) for each in (torch.ones_like(risk), risk))
+    place = uncertainty.argsort().argsort()
+    of_loss, rest = (mean_by_value(uncertainty, each[place]) for each in (of_own, risk - of_all))
+    return losses.double() * of_loss + rest
+
+
+def _from_here(values: Tensor) -> Tensor:
+    """Σ of the values from each place to the end."""
+    return values.flip(0).cumsum(0).flip(0)
 
 
 def auroc_per_question(

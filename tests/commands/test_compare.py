@@ -84,7 +84,7 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
     assert f"({100 * floor['mean']:.1f})" in shown
     assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "out/table.csv").open() as file:
-        assert len([line for line in csv.DictReader(file) if line["split"]]) == 2 * 2 * 4
+        assert len([line for line in csv.DictReader(file) if line["split"]]) == 2 * 2 * 5
     # Three steps of four questions; three draws.
     assert table["cost"]["mle"]["training"]["backward"] == 3 * 4
     assert table["cost"]["scalabl"]["prediction"]["forward"] == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 
 from scalabl_pyro import evaluate
 from scalabl_pyro.prediction import (
+    aurc_per_question,
     auroc_at_equal_length,
     auroc_per_question,
     crossed_interval,
@@ -97,6 +99,60 @@ def test_the_means_of_what_questions_add_are_the_metrics():
     for name, values in per_question(logits, labels).items():
         assert values.shape == (50,)
         assert float(values.mean()) == pytest.approx(metrics[name], abs=1e-6)
+
+
+def weighted_aurc(uncertainty, losses, weights):
+    """The area with each example as often as its weight says, by a loop; no two uncertainties are
+    the same."""
+    area, seen, lost = 0.0, 0.0, 0.0
+    for n in uncertainty.argsort().tolist():
+        seen, lost = seen + weights[n], lost + weights[n] * losses[n]
+        area = area + weights[n] * lost / seen
+    return area / weights.sum()
+
+
+def test_what_a_question_adds_to_an_aurc_is_its_influence():
+    """By automatic differentiation: the area, and how it moves as a question weighs more."""
+    uncertainty, losses = torch.randn(40).double(), (torch.rand(40) < 0.3).double()
+    weights = torch.ones(40, dtype=torch.float64, requires_grad=True)
+    area = weighted_aurc(uncertainty, losses, weights)
+    (slope,) = torch.autograd.grad(area, weights)
+    torch.testing.assert_close(
+        aurc_per_question(uncertainty, losses), area.detach() + len(losses) * slope
+    )
+
+
+def test_questions_of_one_uncertainty_share_their_places():
+    """All orders of the tied ones, one by one."""
+    uncertainty = torch.tensor([0.1, 0.5, 0.5, 0.5, 0.9]).double()
+    losses = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double()
+    found = []
+    for order in permutations(range(3)):
+        moved = uncertainty + 1e-6 * torch.tensor([0, *order, 0])
+        weights = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        area = weighted_aurc(moved, losses, weights)
+        (slope,) = torch.autograd.grad(area, weights)
+        found.append(area.detach() + 5 * slope)
+    torch.testing.assert_close(
+        aurc_per_question(uncertainty, losses).mean(), torch.stack(found).mean()
+    )
+
+
+def test_intervals_of_an_aurc_cover_it():
+    """Errors that are likelier the more uncertain an answer is: the area of many examples is known,
+    and about 95 % of the intervals of 500 hold it."""
+
+    def examples(count, generator):
+        uncertainty = torch.rand(count, generator=generator)
+        return uncertainty, torch.rand(count, generator=generator) < 0.6 * uncertainty
+
+    # P(wrong, U ≤ u) = 0.3 u², so that R(u) = 0.3 u, and the area is 0.15.
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(400):
+        found = crossed_interval(aurc_per_question(*examples(500, generator))[None])
+        inside += found.low <= 0.15 <= found.high
+    assert 0.92 <= inside / 400 <= 0.98
 
 
 def test_one_number_has_no_interval():
