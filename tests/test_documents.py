@@ -342,6 +342,18 @@ def test_the_table_of_objectives_is_that_of_the_benchmark():
             assert cell.split(" / ") == expected, (title, key)
 
 
+def test_the_table_of_contraction_is_that_of_the_benchmark():
+    path = ROOT / "benchmarks" / "results" / "contraction.json"
+    figures = json.loads(path.read_text())["figures"]
+    methods = {"ELBO, β = 1": "scalabl", "`reference`": "reference"}
+    rows = table("| | labels | N = 160 |")
+    assert len(rows) == 4
+    for method, labels, *cells in rows:
+        sigma = [each["sigma"] for each in figures[methods[method]][labels].values()]
+        assert cells == [f"{mean:.2f}" for mean, _ in sigma]
+        assert all(error < 0.01 for _, error in sigma)
+
+
 def test_the_ranges_of_auroc_are_those_of_the_benchmark():
     """Over the rows of the table of objectives, at both lengths."""
     rows = [
