@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,7 @@ from scalabl_pyro.commands.cli import main
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.guides import AutoSubspace
 from scalabl_pyro.readouts import LabelTokens
+from scalabl_pyro.readouts.choice_likelihood import ChoiceLikelihood
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +153,22 @@ def records() -> list[Record]:
     return make_records(12)
 
 
+def longer_and_longer(records: list[Record]) -> list[Record]:
+    """The same with choices of one word, two words, and so on, from another end in each."""
+    return [
+        replace(
+            record,
+            choices=tuple(
+                " ".join(
+                    [*record.choices, *record.choices][c : c + 1 + (c + n) % len(record.choices)]
+                )
+                for c in range(len(record.choices))
+            ),
+        )
+        for n, record in enumerate(records)
+    ]
+
+
 def tiny_llama(**overrides: object) -> LlamaForCausalLM:
     sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
     heads = dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
@@ -187,6 +205,22 @@ def make_causal(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAda
         adapter = SubspaceAdapter(tiny_llama(), lora(*targets), readout, **options)
         if filled:
             fill_lora_B(adapter)
+        return adapter
+
+    return make
+
+
+@pytest.fixture
+def make_likelihood(tokenizer: PreTrainedTokenizerFast) -> Callable[..., SubspaceAdapter]:
+    """Adapters on a tiny Llama, its output layer too, read by the likelihood of the choices."""
+
+    def make(**options):
+        options = {"projections": "free"} | options
+        readout = ChoiceLikelihood(tokenizer, PROMPTS["question"], num_classes=4, max_length=64)
+        adapter = SubspaceAdapter(
+            tiny_llama(), lora("q_proj", "v_proj", "lm_head"), readout, **options
+        )
+        fill_lora_B(adapter)
         return adapter
 
     return make

@@ -56,7 +56,8 @@ from scalabl_pyro.prediction.metrics import (
     summarise,
 )
 from scalabl_pyro.prediction.predictor import Predictor, predict
-from scalabl_pyro.readouts.choice_likelihood import NORMALISE, fit_kappa
+from scalabl_pyro.readouts.choice_likelihood import NORMALISE
+from scalabl_pyro.readouts.kappa import fit_kappa
 
 STEPS, BATCH, DRAWS = 400, 8, 10
 #: questions of each split at most: more would cost more than they tell

@@ -155,6 +155,7 @@ class Checkpoints:
         def ask(signum: int, frame: FrameType | None) -> None:
             self._asked = signum
 
+        self._asked = None  # what stopped an earlier run
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return

@@ -13,6 +13,7 @@ from torch.autograd import grad
 
 from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
+from ..lora.padding import real_tokens
 
 __all__ = ["Kronecker", "kfac", "logit_moments", "weight_jacobian"]
 
@@ -77,17 +78,16 @@ def kfac(
     counts: dict[str, int] = {}
     for some in split.batches(batch_size):
         batch = some.collate(some.examples).to(adapter.device)
-        mask = batch.inputs["attention_mask"].flatten(0, -2).bool()  # (R, T)
         f, seen = _run(adapter, batch)
         p = f.detach().softmax(-1)
         columns = p.sqrt()[:, :, None] * (torch.eye(p.shape[1], device=p.device) - p[:, None])
         for name, (x, _) in seen.items():
-            rows = _tokens(x, mask)
+            rows = real_tokens(x, batch)
             counts[name] = counts.get(name, 0) + len(rows)
             inputs[name] = _extended(inputs.get(name), rows, rank)
         for slopes in _slopes(f, batch, columns.unbind(1), seen):
             for name, slope in zip(seen, slopes, strict=True):
-                outputs[name] = _extended(outputs.get(name), _tokens(slope, mask), rank)
+                outputs[name] = _extended(outputs.get(name), real_tokens(slope, batch), rank)
     return {name: Kronecker(inputs[name] / counts[name] ** 0.5, outputs[name]) for name in counts}
 
 
@@ -173,11 +173,6 @@ def _slopes(
         return
     for direction in directions:  # one at a time: each holds as much as a forward pass
         yield grad((direction * f).sum(), outputs, retain_graph=True)
-
-
-def _tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """(n, d) of what is no padding; a layer behind the last token's choice has no padding."""
-    return values[mask] if values.shape[:-1] == mask.shape else values.flatten(0, -2)
 
 
 def _extended(root: Tensor | None, rows: Tensor, rank: int) -> Tensor:

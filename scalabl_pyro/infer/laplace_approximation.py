@@ -66,10 +66,12 @@ def laplace(
     :param loc: (M, r), s*: the ``loc`` of an ``AutoSubspaceDelta`` fitted to the split;
         ``model.init_loc`` if left out, for a trained LoRA.
     :param curvature: ``ggn`` or ``hessian``.
-    :param by_evidence: choose the prior's precision, in place of that of the model's prior.
+    :param by_evidence: choose the prior's precision, in place of that of the model's prior. There
+        is none to choose where s* is the prior's mean.
     :param batch_size: B of a pass.
     :raises ValueError: if the prior is not normal, labels are missing, the split does not hold
-        ``model.num_data`` examples, or the curvature at ``loc`` is not that of a mode.
+        ``model.num_data`` examples, the curvature at ``loc`` is not that of a mode, a choice is to
+        be made by evidence that has no maximum, or ``ggn`` is asked of a readout of texts.
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature is {curvature!r}: expected one of {sorted(CURVATURES)}")
@@ -92,6 +94,12 @@ def laplace(
     precision = None
     if by_evidence:
         distance = float((loc - prior_loc).square().sum())
+        if not distance:
+            raise ValueError(
+                "by_evidence is true, and loc is the prior's mean: the narrower the prior, the"
+                " higher the evidence; take a prior with another mean, such as Normal(0, 1), or"
+                " leave by_evidence out"
+            )
         precision = best_precision(torch.linalg.eigvalsh(H), distance)
         scale = torch.full_like(scale, precision**-0.5)
     tril, info = torch.linalg.cholesky_ex(H + scale.flatten().pow(-2).diag())
@@ -132,7 +140,15 @@ def ggn(model: ScalaBLModel, batch: Batch, loc: Tensor) -> Tensor:
 
     where Λ_n = diag(p_n) − p_n p_nᵀ for classes. Never negative; the Hessian without the curvature
     of f (Schraudolph 2002). The passes of :func:`~scalabl_pyro.lora.jacobian`.
+
+    :raises ValueError: if the readout reads texts, which have a logit for each token and word.
     """
+    readout = getattr(model.adapter, "readout", None)  # any function of s may stand in its place
+    if readout is not None and readout.reads_texts:
+        raise ValueError(
+            f"the readout {type(readout).__name__} reads texts, for which ggn would take a backward"
+            " pass for each word of the vocabulary at each token: use curvature='hessian'"
+        )
     f, J = jacobian(model.adapter, batch, loc)
     f.requires_grad_()
     (slope,) = grad(-_log_likelihood(model, batch, f), f, create_graph=True)

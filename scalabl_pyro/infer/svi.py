@@ -38,6 +38,7 @@ __all__ = [
     "NonFiniteLossError",
     "fit",
     "no_guide",
+    "parameter_groups",
     "trained_parameters",
 ]
 
@@ -229,6 +230,7 @@ def fit(
         checkpoints.interruptible() if checkpoints else nullcontext(),
         ExitStack() as ends,
     ):
+        ends.callback(model.adapter.eval)  # however training ends
         for callback in callbacks:
             ends.callback(callback.on_end, run.history)
         while run.step < config.steps:
@@ -242,7 +244,6 @@ def fit(
             run.tell(callbacks)
             if checkpoints is not None:
                 run.save(checkpoints, stop)
-    model.adapter.eval()
     return run.result()
 
 
@@ -326,6 +327,18 @@ def trained_parameters(
     return matrices, numbers
 
 
+def parameter_groups(
+    model: LoRAModel, guide: Callable[..., Any], config: FitConfig
+) -> list[dict[str, Any]]:
+    """Those of :func:`trained_parameters` for an optimizer of torch, with their rates and decay."""
+    matrices, numbers = trained_parameters(model, guide)
+    decayed = {"lr": config.lr, "weight_decay": config.weight_decay}
+    return [
+        {"params": list(matrices.values()), **decayed},
+        {"params": list(numbers.values()), "lr": config.lr_guide, "weight_decay": 0.0},
+    ]
+
+
 class _Run:
     """What training carries from step to step, and a checkpoint holds; and the parts of a step.
 
@@ -344,15 +357,8 @@ class _Run:
         matrices, numbers = trained_parameters(model, guide)
         self._named = matrices | numbers
         self._parameters = list(self._named.values())
-        groups = [
-            {
-                "params": list(matrices.values()),
-                "lr": config.lr,
-                "weight_decay": config.weight_decay,
-            },
-            {"params": list(numbers.values()), "lr": config.lr_guide, "weight_decay": 0.0},
-        ]
         if optimizer is None:
+            groups = parameter_groups(model, guide, config)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
         self._optimizer = optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -421,7 +427,6 @@ class _Run:
         norm = float(nn.utils.get_total_norm(gradients)) * self._per_example
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._good.restore()
-            self._model.adapter.eval()
             raise NonFiniteLossError(
                 f"at step {self.step + 1} of {self._config.steps} the loss is {loss} and the norm"
                 f" of its gradient {norm}; the parameters are those of step"
@@ -465,9 +470,10 @@ class _Run:
         validation_nll = self.history[-1]["validation_nll"] = validate()
         self._model.adapter.train()
         if math.isnan(validation_nll):
+            self._good.restore()
             raise NonFiniteLossError(
-                f"the validation NLL is {validation_nll} after step {self.step}; lower lr or"
-                " lr_guide"
+                f"the validation NLL is {validation_nll} after step {self.step}; the parameters are"
+                f" those of step {self.step - 1}; lower lr or lr_guide"
             )
         if validation_nll < self.best_nll or math.isinf(self.best_nll):
             self.best_nll, self.best_step = validation_nll, self.step
@@ -492,7 +498,6 @@ class _Run:
             checkpoints.save(self.state())
         wait()  # before any process may go on from it
         if stop:
-            self._model.adapter.eval()
             raise Interrupted(f"stopped by a signal after step {self.step}; go on with resume=true")
 
     def result(self) -> FitResult:

@@ -70,10 +70,17 @@ class ELBOTrainer(transformers.Trainer):
                 " the same device"
             )
         self._parts = trained_parameters(model, guide)
-        self._lr_guide, self._train = lr_guide, train
+        self._lr_guide, self._train, self._adapter = lr_guide, train, model.adapter
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
         super().__init__(_Objective(model, guide, elbo), args, **options)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As :meth:`transformers.Trainer.train`; leaves the adapter in evaluation mode."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            self._adapter.eval()
 
     def get_train_dataloader(self) -> DataLoader:
         """Endless, in the order of :meth:`~scalabl_pyro.data.Split.minibatches`."""

@@ -25,9 +25,10 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..data import Split
+from ..data import Batch, Split
 from ..distributed import copy_from_main
 from .adapter import SubspaceAdapter
+from .padding import real_tokens
 
 __all__ = ["SUBSPACES", "second_moments", "set_perp", "set_subspace"]
 
@@ -117,22 +118,18 @@ def second_moments(adapter: SubspaceAdapter, prompts: Split) -> dict[str, Tensor
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(adapter.module_names, 0)
 
-    def add(name: str, mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = _tokens(args[0], mask.to(args[0].device)).double()
+    def add(name: str, batch: Batch, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = real_tokens(args[0], batch).double()
         sums[name] = sums.get(name, 0) + x.mT @ x
         counts[name] += len(x)
 
     inputs = dict(zip(adapter.module_names, adapter.matrices.A.values(), strict=True))
     for example in prompts.examples:
-        # One at a time: rows differ in length between the choices of one example alone, and what
-        # an output layer sees of them, without their padding, would not be known in a batch.
+        # One at a time: which of a batch's tokens are padding would not be known of an expert's.
         batch = prompts.collate([example])
-        mask = batch.inputs["attention_mask"].bool()  # (1, [C,] T)
-        if mask.dim() == 3:
-            mask = mask & batch.choices[..., None]
         with ExitStack() as hooks:
             for name, A in inputs.items():
-                hook = partial(add, name, mask.flatten(0, -2))
+                hook = partial(add, name, batch)
                 hooks.enter_context(A.register_forward_pre_hook(hook))
             adapter(batch)
     missed = [name for name, count in counts.items() if not count]
@@ -142,16 +139,6 @@ def second_moments(adapter: SubspaceAdapter, prompts: Split) -> dict[str, Tensor
             " of target_modules"
         )
     return {name: sums[name] / count for name, count in counts.items()}
-
-
-def _tokens(x: Tensor, mask: Tensor) -> Tensor:
-    """(n, d) of what is no padding.
-
-    :param x: (R, T, d), or (R·T, d) of an expert, or (R, K, d) of an output layer.
-    :param mask: (R, T).
-    """
-    x = x.flatten(0, -2)
-    return x[mask.flatten()] if len(x) == mask.numel() else x
 
 
 def _leading(C: Tensor, r: int) -> tuple[Tensor, Tensor]:

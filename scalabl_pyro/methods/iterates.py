@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import Split
-from ..infer.svi import FitConfig, FitResult, fit, no_guide
-from ..lora.adapter import SubspaceAdapter
+from ..infer.svi import FitConfig, FitResult, fit, no_guide, parameter_groups
 from ..models.model import LoRAModel
 from .base import DrawsWeights, PointMethod
 
@@ -22,16 +21,14 @@ class Iterates(torch.optim.AdamW):
     """AdamW that keeps K copies of its parameters from the last steps, evenly spaced, up to the
     end. They are part of its state, so that a checkpoint holds them.
 
-    :param adapter: whose parameters are trained.
-    :param config: steps, learning rate and weight decay.
+    :param model: whose parameters are trained, with the rates and decay that ``fit`` gives them.
+    :param config: of the training.
     :param count: K, 2 or more.
     :param share: of the steps, at the end, over which the K are spread.
     :raises ValueError: if these are fewer steps than K.
     """
 
-    def __init__(
-        self, adapter: SubspaceAdapter, config: FitConfig, *, count: int, share: float
-    ) -> None:
+    def __init__(self, model: LoRAModel, config: FitConfig, *, count: int, share: float) -> None:
         spread = torch.linspace(config.steps * (1 - share), config.steps, count).round().int()
         self._due = set(spread.clamp(min=1).tolist())
         if len(self._due) < count:
@@ -39,9 +36,8 @@ class Iterates(torch.optim.AdamW):
                 f"there are no {count} different iterates in the last {share:g} of {config.steps}"
                 " steps: take fewer, of a larger share, or train longer"
             )
-        self._named = adapter.named_parameters()
-        parameters = list(self._named.values())
-        super().__init__(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self._named = model.adapter.named_parameters()
+        super().__init__(parameter_groups(model, no_guide, config), eps=config.eps)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """AdamW's step, and a copy if one is due."""
@@ -83,7 +79,7 @@ class OfOneRun(DrawsWeights, PointMethod):
 
     def make_guide(self, model: LoRAModel) -> Iterates:
         """The optimizer, in whose state the iterates are."""
-        return Iterates(model.adapter, self.config, count=self.members, share=self.share)
+        return Iterates(model, self.config, count=self.members, share=self.share)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         return fit(

@@ -127,8 +127,9 @@ class _AtADraw:
 class IVON(PointMethod):
     r"""Variational inference over every entry of A, B and heads, by its own optimizer.
 
-    See :class:`VariationalOnlineNewton`. The published settings for Llama-2-7B have λ far above N,
-    which is a cold posterior, and β₂ = 0.99999, with which h stays near its start in a short run.
+    See :class:`VariationalOnlineNewton`. What a readout trains, such as log κ, is random too. The
+    published settings for Llama-2-7B have λ far above N, which is a cold posterior, and
+    β₂ = 0.99999, with which h stays near its start in a short run.
 
     :param ess: λ; N, with which it is the ELBO, if ``None``.
     :param prior_scale: standard deviation of the prior, (λδ)^(−1/2).

@@ -113,8 +113,7 @@ class ScalaBL(Method):
         if adapter.trained and options.get("name", "normal") == "normal":
             options.setdefault("loc", 1.0)
         if prior is None:
-            with adapter.device:
-                prior = make_prior(adapter.shape, **options)
+            prior = make_prior(adapter.shape, **options)
         return ScalaBLModel(
             adapter,
             num_data=num_data,

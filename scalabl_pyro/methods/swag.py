@@ -65,11 +65,11 @@ class SWAG(OfOneRun):
         found = guide.iterates()
         if not found or len(next(iter(found.values()))) < 2:
             return Predictor(model.adapter)
-        flat = torch.cat([value.flatten(1) for value in found.values()], 1)
+        flat = torch.cat([value.reshape(len(value), -1) for value in found.values()], 1)
         draws = swag_draws(flat, self.draws, torch.Generator().manual_seed(seed))
         parts = draws.split([value[0].numel() for value in found.values()], 1)
         weights = {
-            name: part.unflatten(1, value.shape[1:])
+            name: part.reshape(-1, *value.shape[1:])
             for (name, value), part in zip(found.items(), parts, strict=True)
         }
         return WeightAverage(model.adapter, weights)

@@ -6,36 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..data import Split
 from ..lora.adapter import SubspaceAdapter
 from ..prediction.predictor import Predictor, predict
+from ..readouts.kappa import fit_kappa
 from .base import Fitted, PointMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T > 0 that minimises the NLL of softmax(logits / T).
+    """The T > 0 that minimises the NLL of softmax(logits / T), within the bounds of
+    :func:`~scalabl_pyro.readouts.kappa.fit_kappa` for 1/T.
 
-    :param logits: (N, C) of one point estimate.
+    :param logits: (N, C) of one point estimate, −inf where a choice does not exist.
     :param labels: (N,).
     """
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
-    # A missing choice has probability 0 at any temperature, and −inf has no gradient.
-    finite = logits.double().masked_fill(logits.isinf(), -1e30)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(finite / log_temperature.exp(), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(log_temperature.detach().exp())
+    return 1 / fit_kappa(logits, labels)
 
 
 @dataclass(frozen=True)

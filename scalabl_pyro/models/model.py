@@ -193,7 +193,6 @@ class ScalaBLModel(LoRAModel):
             )
         if not isinstance(prior, Prior):
             prior = FixedPrior(adapter.shape, prior)
-            prior.to_device(adapter.device)
         if prior.shape != adapter.shape:
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
         if scale_B is not None and not scale_B > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -87,10 +88,14 @@ class FixedPrior(Prior):
                 f" to (M, r) = {tuple(shape)}"
             ) from error
 
-    def to_device(self, device: torch.device) -> None:
-        """Move the distribution's parameters, which belong to no module."""
-        if _device(self._coordinate) != device:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPrior:
+        """As of any module; the distribution's parameters, which belong to none, move too."""
+        super()._apply(fn, recurse)
+        here = _device(self._coordinate)
+        device = fn(torch.empty(0, device=here)).device
+        if device != here:
             self._coordinate = _on(device, self._coordinate)
+        return self
 
     def forward(self) -> TorchDistribution:
         return self._coordinate.to_event(2)
@@ -231,13 +236,14 @@ def _device(distribution: TorchDistribution) -> torch.device:
         return distribution.sample().device
 
 
-def _on(device: torch.device, distribution: TorchDistribution) -> TorchDistribution:
-    """The same distribution with its parameters on ``device``."""
-    parameters = {
-        name: getattr(distribution, name).to(device) for name in distribution.arg_constraints
-    }
-    try:
-        # The values were checked when the distribution was built.
-        return type(distribution)(**parameters, validate_args=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the prior {distribution} is not on {device}: build it there") from error
+def _on(device: torch.device, value: Any) -> Any:
+    """The same distribution with every tensor that it or a part of it holds on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list):
+        return [_on(device, part) for part in value]
+    if not isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
+        return value
+    moved = copy(value)
+    moved.__dict__.update({name: _on(device, part) for name, part in vars(value).items()})
+    return moved

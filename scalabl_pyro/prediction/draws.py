@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
 from ..data import Batch
@@ -137,11 +138,13 @@ def hold(draws: Tensor, loc: Tensor, random: Tensor) -> Tensor:
 
     cost less. They are draws of another, narrower posterior.
 
-    :param draws: (S, M, r).
+    :param draws: (S, M, r), or (S, M, r + k) with those of s_perp, which is then 0 where a module
+        stays.
     :param loc: (M, r), where the other modules stay.
     :param random: (M,), true for the modules that stay random.
     """
-    return torch.where(random.to(draws.device)[:, None], draws, loc)
+    perp = draws.shape[-1] - loc.shape[-1]
+    return torch.where(random.to(draws.device)[:, None], draws, pad(loc, (0, perp)))
 
 
 def _sobol(num_draws: int, dimensions: int, seed: int) -> Tensor:

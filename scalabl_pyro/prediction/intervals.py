@@ -126,6 +126,7 @@ def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str,
     log_probs = average(logits).double()
     probs = log_probs.exp()
     check_labels(probs, labels)
+    labels = labels.long()
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     confidence, answer = probs.max(-1)
     return {
@@ -162,7 +163,11 @@ def _from_here(values: Tensor) -> Tensor:
 
 
 def auroc_per_question(
-    scores: Tensor, positive: Tensor, lengths: Tensor | None = None, *, apart: int = 2
+    scores: Tensor,
+    positive: Tensor,
+    lengths: Tensor | Sequence[int] | None = None,
+    *,
+    apart: int = 2,
 ) -> Tensor:
     r"""What each question adds to an :func:`auroc`, whose mean it is; (N,).
 
@@ -183,6 +188,7 @@ def auroc_per_question(
     if lengths is None:
         area, pairs = auroc(scores, positive), int(held.sum() * (~held).sum())
     else:
+        lengths = torch.as_tensor(lengths)
         area = auroc_at_equal_length(scores, positive, lengths, apart=apart)
     if math.isnan(area):
         raise ValueError("there is no pair of a positive and a negative example to compare")

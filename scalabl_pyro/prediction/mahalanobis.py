@@ -45,7 +45,8 @@ def ledoit_wolf(x: Tensor) -> Tensor:
     .. math:: (1 - ρ) S + ρ m I, \quad m = \frac{\mathrm{tr} S}{H}, \quad
               ρ = \min\Big(1, \frac{\sum_k ‖x_k x_k^⊤ - S‖^2 / N^2}{‖S - m I‖^2}\Big)
 
-    with the centred rows x_k and S their covariance, divided by N (Ledoit and Wolf 2004).
+    with the centred rows x_k and S their covariance, divided by N (Ledoit and Wolf 2004); ρ is 1e-8
+    or more.
 
     :param x: (N, H).
     """
@@ -57,6 +58,7 @@ def ledoit_wolf(x: Tensor) -> Tensor:
     noise = (x.square().sum(-1).square().sum() - N * S.square().sum()) / N**2
     spread = (S - target).square().sum()
     share = min(1.0, float(noise / spread)) if spread > 0 else 1.0
+    share = max(share, 1e-8)  # two rows say that nothing is noise, and S has rank 1
     return (1 - share) * S + share * target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,7 +130,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
 
 
 def auroc_at_equal_length(
-    scores: Tensor, positive: Tensor, lengths: Tensor, *, apart: int = 2
+    scores: Tensor, positive: Tensor, lengths: Tensor | Sequence[int], *, apart: int = 2
 ) -> float:
     r"""The :func:`auroc` over the pairs whose lengths are about equal, which length cannot explain.
 
@@ -145,6 +146,7 @@ def auroc_at_equal_length(
     :returns: in [0, 1], and nan where there is no such pair.
     :raises ValueError: if the shapes differ, or a score is no number.
     """
+    lengths = torch.as_tensor(lengths)
     if not (scores.dim() == 1 and scores.shape == positive.shape == lengths.shape):
         raise ValueError(
             f"scores has shape {tuple(scores.shape)}, positive {tuple(positive.shape)} and lengths"
@@ -195,6 +197,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         raise ValueError("evaluation needs a label in every record")
     probs, log_probs, total, mutual = summarise(logits)
     check_labels(probs, labels)
+    labels = labels.long()
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     ratio = noise_to_signal(logits)
     confidence, answer = probs.max(-1)

@@ -17,8 +17,9 @@ from ..data import GAP, Batch, DataError, Example, Prompt, Record, Split
 from .base import Classes, common
 from .causal import CausalReadout, keeps_logits
 from .config import NORMALISE, TEMPERATURE, ReadoutConfig
+from .kappa import fit_kappa
 
-__all__ = ["ChoiceLikelihood", "fit_kappa"]
+__all__ = ["ChoiceLikelihood"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class ChoiceLikelihood(CausalReadout):
     :param normalise: what n_c counts: the ``characters`` of the text that is scored, its
         ``tokens``, or nothing (``none``: n_c = 1).
     :param temperature: ``trained`` makes κ > 0 a parameter, trained as log κ, which starts at the
-        value with the lowest NLL (:func:`fit_kappa`); ``none`` leaves it at 1.
+        value with the lowest NLL (:func:`~scalabl_pyro.readouts.kappa.fit_kappa`); ``none`` leaves
+        it at 1.
     :raises ValueError: if a value is not one of those listed; if a chat template is missing, would
         be put around a gap, or leaves the system message out.
     """
@@ -370,33 +372,6 @@ class ChoiceLikelihood(CausalReadout):
         if not (found - right).norm() <= _ROUNDING * (in_sight - right).norm():
             return "with a mask of four dimensions it computes something else"
         return None
-
-
-def fit_kappa(scores: Tensor, labels: Tensor) -> float:
-    r"""The factor with the lowest NLL.
-
-    .. math:: \arg\min_κ -\frac{1}{N} \sum_n \log \mathrm{softmax}(κ \, f_n)_{y_n}
-
-    This is convex in κ. The answer is kept between 0.1 and 100 over the scores' mean standard
-    deviation within a question: with less, nothing would reach what is trained.
-
-    :param scores: (N, C), −inf where a choice does not exist.
-    :param labels: (N,).
-    """
-    missing = scores.isinf()
-    f = scores.double().masked_fill(missing, 0.0)
-    count = (~missing).sum(-1, keepdim=True)
-    centred = (f - f.sum(-1, keepdim=True) / count).masked_fill(missing, 0.0)
-    spread = float((centred.square().sum(-1) / count[:, 0]).sqrt().mean())
-    if not spread:
-        return 1.0
-    low, high = 0.1 / spread, 100 / spread
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        p = (middle * centred).masked_fill(missing, float("-inf")).softmax(-1)
-        slope = (p * centred).sum(-1) - centred.gather(-1, labels[:, None])[:, 0]
-        low, high = (low, middle) if slope.mean() > 0 else (middle, high)
-    return (low * high) ** 0.5
 
 
 def _log_kappa(llm: PreTrainedModel) -> nn.Parameter:

@@ -18,6 +18,7 @@ from pyro.infer import Trace_ELBO
 from scalabl_pyro import ScalaBLModel, fit, load_run
 from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.guides import make_guide
+from scalabl_pyro.infer import Callback
 from scalabl_pyro.infer import checkpoints as module
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints, Interrupted, TrainingState
 from scalabl_pyro.infer.svi import FitConfig
@@ -44,7 +45,7 @@ class Ends(Trace_ELBO):
         return super().loss_and_grads(*args, **kwargs)
 
 
-def train(make_causal, records, config, *, checkpoints=None, stop_after=1000):
+def train(make_causal, records, config, *, checkpoints=None, stop_after=1000, callbacks=()):
     """Parameters and result of training, interrupted in the step after so many."""
     pyro.set_rng_seed(0)
     adapter = make_causal()
@@ -61,6 +62,7 @@ def train(make_causal, records, config, *, checkpoints=None, stop_after=1000):
         validate=lambda: float(torch.sin(1e3 * guide.loc.detach().sum())),  # goes up and down
         checkpoints=checkpoints,
         progress=False,
+        callbacks=callbacks,
     )
     return {name: value.detach().clone() for name, value in named.items()}, result
 
@@ -118,6 +120,21 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
         assert seen == ["outside"]
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def test_checkpoints_that_a_signal_stopped_go_on_to_the_end(make_causal, records, tmp_path):
+    """The same object again, as in a notebook."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1000))
+
+    class Stop(Callback):
+        def on_step(self, row):
+            if row["step"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 3"):  # the next one sees that it was asked
+        train(make_causal, records, FIT, checkpoints=checkpoints, callbacks=[Stop()])
+    _, result = train(make_causal, records, FIT, checkpoints=checkpoints)
+    assert result.history[-1]["step"] == FIT.steps
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import whole
+from conftest import longer_and_longer, whole
 
 from scalabl_pyro import FitConfig, predict
 from scalabl_pyro.infer.kfac import Kronecker, kfac, logit_moments
@@ -61,6 +61,18 @@ def test_factors_are_sums_over_tokens_that_are_no_padding(plain, records):
         for root, expected in zip(factor, other, strict=True):
             square = expected.mT @ expected
             assert (root.mT @ root - square).norm() < 1e-4 * square.norm()
+
+
+def test_an_output_layer_counts_no_padding(make_likelihood, records):
+    """Choices of one to four words, so that a batch is padded where the output layer reads."""
+    plain = make_likelihood(svd=False)
+    split = plain.readout.encode(longer_and_longer(records))
+    together, alone = (kfac(plain, split, rank=1000, batch_size=size) for size in (12, 1))
+    assert any("lm_head" in name for name in alone)
+    for name, factor in together.items():
+        for root, expected in zip(factor, alone[name], strict=True):
+            square = expected.mT @ expected
+            assert (root.mT @ root - square).norm() < 1e-4 * square.norm(), name
 
 
 def test_one_token_of_one_example_has_the_exact_curvature(make_causal, records):

@@ -7,12 +7,14 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_records, whole
+from conftest import lora, make_records, tiny_llama, whole
 
 from benchmarks.correctness._linear import LinearAdapter, LinearGaussian, make_split
-from scalabl_pyro import ScalaBLModel
+from scalabl_pyro import ScalaBLModel, SubspaceAdapter
+from scalabl_pyro.data import Completion
 from scalabl_pyro.infer.laplace_approximation import CURVATURES, ggn, hessian, laplace
 from scalabl_pyro.models.priors import Horseshoe
+from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 
 
 def gaussian(count: int = 15) -> tuple[LinearGaussian, object]:
@@ -29,6 +31,23 @@ def logistic(prior: dist.Normal, count: int = 30) -> tuple[ScalaBLModel, object,
     labels = dist.Categorical(logits=features @ torch.tensor([1.0, -1.0, 0.5, 2.0])).sample()
     model = ScalaBLModel(LinearAdapter((2, 2)), num_data=count, prior=prior)
     return model, make_split(features, labels), features
+
+
+def test_at_the_priors_mean_no_precision_has_the_highest_evidence():
+    model, split, _ = logistic(dist.Normal(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"loc is the prior's mean: the narrower the prior"):
+        laplace(model, split, loc=torch.ones(2, 2), by_evidence=True)
+    beside = laplace(model, split, loc=torch.full((2, 2), 1.5), by_evidence=True)
+    assert 1e-5 < beside.prior_precision < 1e5
+
+
+def test_ggn_of_texts_is_refused_before_any_pass(tokenizer):
+    readout = CompletionTokens(tokenizer, num_classes=32, max_length=64, end_token=False)
+    adapter = SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
+    split = readout.encode([Completion("a", "the cat", " runs"), Completion("b", "the", " dog")])
+    model = ScalaBLModel(adapter, num_data=len(split))
+    with pytest.raises(ValueError, match=r"CompletionTokens reads texts, .* curvature='hessian'"):
+        laplace(model, split, loc=model.init_loc)
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

@@ -26,7 +26,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
-from scalabl_pyro.infer import KLBudget, NonFiniteLossError
+from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError
 from scalabl_pyro.infer.svi import no_guide
 
 ELBOS = {
@@ -433,15 +433,43 @@ def test_a_validation_that_is_no_number_stops_training(make_causal, records):
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
     config = FitConfig(steps=4, eval_every=2, keep="best")
-    with pytest.raises(NonFiniteLossError, match="validation NLL is nan after step 2"):
+    seen = []
+
+    def validate() -> float:
+        assert not adapter.peft_model.training
+        return float("nan")
+
+    class Remember(Callback):
+        def on_step(self, row):
+            seen.append({name: p.detach().clone() for name, p in adapter.state().items()})
+
+    with pytest.raises(NonFiniteLossError, match=r"nan after step 2; .* those of step 1"):
         fit(
             model,
             AutoSubspaceNormal(model),
             split,
             config,
-            validate=lambda: float("nan"),
+            validate=validate,
+            callbacks=[Remember()],
             progress=False,
         )
+    for name, parameter in adapter.state().items():
+        assert torch.equal(parameter, seen[0][name]), name
+    assert not any(module.training for module in adapter.peft_model.modules())
+
+
+def test_a_callback_that_fails_leaves_no_dropout_behind(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+
+    class Fails(Callback):
+        def on_step(self, row):
+            raise RuntimeError("a tracker is down")
+
+    with pytest.raises(RuntimeError, match="tracker"):
+        fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=2), callbacks=[Fails()])
+    assert not any(module.training for module in adapter.peft_model.modules())
 
 
 def test_nothing_to_train_is_refused(make_causal, records):

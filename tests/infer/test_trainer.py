@@ -44,6 +44,15 @@ def arguments(folder, **options) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(str(folder), **settings | options)
 
 
+def test_it_ends_in_evaluation_mode(make_causal, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(make_records(12))
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    ELBOTrainer(model, guide, arguments(tmp_path, max_steps=2), split).train()
+    assert not any(module.training for module in adapter.peft_model.modules())
+
+
 @pytest.mark.parametrize("readout", ["make_causal", "make_choice"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_it_trains_as_fit_does(request, readout, tmp_path, accumulation):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from scalabl_pyro import FitConfig, predict
-from scalabl_pyro.methods import MLE, SWAG, CheckpointEnsemble
+from scalabl_pyro.methods import IVON, MAP, MLE, SWAG, CheckpointEnsemble
 from scalabl_pyro.methods.swag import swag_draws
 
 CONFIG = FitConfig(steps=6, batch_size=4, lr=0.01, decay="constant", warmup=0.0)
@@ -29,6 +32,25 @@ def test_the_members_are_the_iterates_of_plain_training(make_choice, records):
     last = MLE(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
     logits = predict(fitted.predictor, split).logits
     torch.testing.assert_close(logits[2], predict(last.predictor, split).logits[0])
+
+
+@pytest.mark.parametrize("method", [CheckpointEnsemble, SWAG, IVON])
+def test_what_a_readout_trains_moves_as_in_plain_training(make_likelihood, records, method):
+    """κ is one number, at the guide's rate, and does not decay."""
+    split = make_likelihood().readout.encode(records)
+    config = replace(CONFIG, lr_guide=0.1, weight_decay=0.5, eps=1e-3)
+    if method is IVON:
+        config = replace(config, weight_decay=0.0, clip_norm=math.inf)
+        found = IVON(config, draws=3, progress=False).fit(make_likelihood, split, None, seed=0)
+    else:
+        own = method(config, members=2, progress=False)
+        found = own.fit(make_likelihood, split, None, seed=0)
+        plain = MAP(config, progress=False).fit(make_likelihood, split, None, seed=0)
+        for name, expected in plain.model.adapter.named_parameters().items():
+            torch.testing.assert_close(found.model.adapter.named_parameters()[name], expected)
+    (name,) = (name for name in found.predictor.weights if name.endswith("log_kappa"))
+    assert found.predictor.weights[name].shape == (found.predictor.num_draws,)
+    assert predict(found.predictor, split).logits.isfinite().all()
 
 
 def test_swag_has_the_moments_of_the_iterates():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -182,3 +183,11 @@ def test_building_a_prior_leaves_the_global_random_state_alone(prior, make_causa
     before = torch.get_rng_state()
     ScalaBLModel(adapter, num_data=4, prior=prior or make_prior(adapter.shape, "horseshoe"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_goes_where_its_module_goes(name):
+    """No device but the CPU may be here, but ``meta`` always is."""
+    moved = make_prior((3, 2), name).to("meta")
+    with pyro.validation_enabled(False), pyro.poutine.block():
+        assert moved().sample().device.type == "meta"

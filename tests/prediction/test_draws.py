@@ -142,6 +142,14 @@ def test_signal_to_noise_and_holding_modules(model):
     assert model.adapter.trunk.depth_for(held) >= int((~random).nonzero()[0])
 
 
+def test_a_module_that_is_held_has_no_s_perp():
+    bank, loc = torch.randn(5, 3, 6), torch.randn(3, 2)
+    held = hold(bank, loc, torch.tensor([True, False, True]))
+    assert torch.equal(held[:, [0, 2]], bank[:, [0, 2]])
+    assert torch.equal(held[:, 1, :2], loc[1].expand(5, 2))
+    assert not held[:, 1, 2:].any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_draws_on_a_gpu_leave_its_random_state(model):
     guide = AutoSubspaceNormal(model).cuda()

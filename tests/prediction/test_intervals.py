@@ -193,6 +193,20 @@ def test_an_auroc_at_equal_length_is_the_mean_of_what_questions_add():
     torch.testing.assert_close(everyone, auroc_per_question(scores, positive))
 
 
+def test_lengths_may_be_a_list_and_labels_of_any_whole_type():
+    generator = torch.Generator().manual_seed(1)
+    scores, positive = scores_and_kinds(generator=generator)
+    lengths = torch.randint(5, (len(scores),), generator=generator)
+    for function in (auroc_per_question, auroc_at_equal_length):
+        found, expected = (function(scores, positive, x) for x in (lengths.tolist(), lengths))
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+    logits, labels = torch.randn(2, 20, 3, generator=generator), torch.arange(20) % 3
+    for function in (evaluate, per_question):
+        found, expected = (function(logits, labels.to(t)) for t in (torch.int32, torch.int64))
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found["brier"], expected["brier"])
+
+
 def test_without_a_pair_there_is_no_auroc_to_add_to():
     with pytest.raises(ValueError, match="no pair of a positive and a negative"):
         auroc_per_question(torch.rand(4), torch.ones(4))

@@ -47,6 +47,15 @@ def test_features_that_do_not_vary_have_no_distance():
         mahalanobis(torch.ones(4, 3), torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_two_different_questions_are_enough(repeats):
+    """Along the line between them a distance is in units of their spread."""
+    known = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]).repeat(repeats, 1)
+    found = mahalanobis(known, torch.tensor([[1.0, 0.0, 0.0], [4.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    assert found[:2].tolist() == pytest.approx([0.0, 3.0], abs=1e-3)
+    assert 1e3 < float(found[2]) < float("inf")  # where nothing is known to vary
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"known has shape \(1, 3\)"):
         mahalanobis(torch.zeros(1, 3), torch.zeros(2, 3))

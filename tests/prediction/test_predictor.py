@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import lora, make_records, tiny_llama, whole
+from scipy.optimize import minimize_scalar
 
 from scalabl_pyro import Predictor, SubspaceAdapter, entropy, evaluate, mutual_information, predict
 from scalabl_pyro.data import PROMPTS
@@ -86,6 +87,20 @@ def test_temperature_recovers_a_known_scale():
     logits[::2, 3] = float("-inf")
     labels = torch.distributions.Categorical(logits=logits).sample()
     assert best_temperature(logits * 3, labels) == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_temperature_is_the_minimum_of_scipy_and_bounded_where_there_is_none(caplog):
+    logits = torch.randn(300, 4).double()
+    labels = torch.distributions.Categorical(logits=0.4 * logits).sample()
+    nll = lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels))  # noqa: E731
+    expected = minimize_scalar(nll, bounds=(0.01, 100), method="bounded").x
+    assert best_temperature(logits, labels) == pytest.approx(expected, rel=1e-3)
+    assert not caplog.records
+    spread = float(logits.std(-1, unbiased=False).mean())
+    for right, bound in ((logits.argmax(-1), spread / 100), (logits.argmin(-1), 10 * spread)):
+        assert best_temperature(logits, right) == pytest.approx(bound, rel=1e-3)
+        assert "the bound, which says little about others" in caplog.text
+        caplog.clear()
 
 
 def test_half_width_covers_the_mean_of_independent_draws():

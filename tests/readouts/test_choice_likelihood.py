@@ -53,7 +53,7 @@ from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.methods import MLE, LaplaceLoRA
 from scalabl_pyro.readouts import ChoiceLikelihood
-from scalabl_pyro.readouts.choice_likelihood import fit_kappa
+from scalabl_pyro.readouts.kappa import fit_kappa
 from scalabl_pyro.runs.exports import export
 from scalabl_pyro.runs.memory import MemoryConfig, estimate
 
