@@ -18,7 +18,7 @@ from ..prediction.conformal import (
 from ..prediction.metrics import Averaged, summarise
 from ..prediction.predictor import Predicts, predict
 from ..runs.folder import Run
-from ._input import read_input
+from ._input import own_records, read_input
 
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
@@ -115,10 +115,12 @@ def calibrate(
     *,
     seed: int,
     batch_size: int,
+    tolerance: float | None,
 ) -> Decisions:
     """The thresholds, from labelled records where they need some.
 
     :param columns: which columns of the file ``config.calibration`` make a record.
+    :param tolerance: of the draws, as for the answers.
     :raises ValueError: if no threshold does what is asked, see
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
         :func:`~scalabl_pyro.prediction.conformal_threshold`; or a record is bad or has no label.
@@ -126,7 +128,7 @@ def calibrate(
     if config.risk is None and config.conformal is None:
         return Decisions(config.abstain_below)
     records = _labelled(config, run, columns)
-    found = predict(predictor, run.encode(records), batch_size=batch_size)
+    found = predict(predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance)
     assert found.labels is not None
     answers = summarise(found.logits)
     decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
@@ -158,11 +160,10 @@ def calibrate(
 def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:
     if config.calibration is None:
         try:
-            return run.config.data.splits(seed=run.config.seed)["validation"]
-        except (DataError, OSError) as error:
+            return own_records(run, "validation")
+        except DataError as error:
             raise DataError(
-                f"the validation split of the run cannot be read: {error}; give calibration=FILE,"
-                " labelled records that trained nothing"
+                f"{error}; or give calibration=FILE, labelled records that trained nothing"
             ) from error
     records = read_input(config.calibration, run, columns)
     for record in records:

@@ -33,8 +33,11 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
     if unknown := _UNKNOWN_SETTING.match(text):
         from ._settings import similar_settings
 
-        near = " or ".join(similar_settings(unknown[1], command[1]))
-        text = f"there is no setting {unknown[1]}; did you mean {near}?" if near else text
+        similar = similar_settings(unknown[1], command[1])
+        if unknown[1] in similar:
+            text = f"there is no setting {unknown[1]} beside the others that were given"
+        elif similar:
+            text = f"there is no setting {unknown[1]}; did you mean {' or '.join(similar)}?"
     if foreseen and not _DUMP.search(str(error)):
         return f"error: {text}"
     kind = "" if foreseen else f"{type(error).__name__}: "

@@ -1,14 +1,16 @@
-"""The records that a run is to answer, of a file."""
+"""The records that a run is to answer, and those that it had."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..data import Columns, DataError, Record, read_records
+from ..data import Columns, Completion, DataError, Record, fingerprint, read_records
 from ..data.readers import read_table
 from ..runs.folder import Run
+from ..runs.reading import read_fingerprints, weights_fingerprint
 
-__all__ = ["read_input"]
+__all__ = ["begun_for", "own_records", "read_input"]
 
 
 def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
@@ -29,3 +31,30 @@ def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
     except DataError as error:
         # Of training it is a part of data, here a setting of its own.
         raise DataError(str(error).replace("data.columns", "columns")) from error
+
+
+def own_records(run: Run, split: str) -> list[Record]:
+    """The records of a split that the run was trained or chosen on, read again.
+
+    :raises DataError: if they cannot be read, or are others now.
+    """
+    try:
+        found = run.config.data.splits(seed=run.config.seed)[split]
+    except (DataError, OSError) as error:
+        raise DataError(f"the {split} split of the run cannot be read: {error}") from error
+    known = read_fingerprints(run.folder).get(split)
+    if known is not None and fingerprint({split: found}) != known:
+        raise DataError(
+            f"the {split} split of the run cannot be read: its data settings lead to {len(found)}"
+            " other records than it had; put them back, or set data in its config.yaml to where"
+            " they are"
+        )
+    return found
+
+
+def begun_for(run: Run, records: Sequence[Record] | Sequence[Completion]) -> dict[str, Any]:
+    """What the lines of an output depend on beside the settings, for one that is gone on with."""
+    return {
+        "records": fingerprint({"input": records}),  # type: ignore[dict-item]  # of texts too
+        "weights": weights_fingerprint(run.folder),
+    }

@@ -63,8 +63,9 @@ def write_report(
     first = next(iter(rows.values()))[0]
     splits = list(first.predictions)
     for row in rows.values():
-        for run in row:
+        for run, other in zip(row, next(iter(rows.values())), strict=True):
             _check_labels(run, first)
+            _check_records(run, other)
     predictions = {name: [run.predictions for run in row] for name, row in rows.items()}
     values = {
         name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
@@ -189,6 +190,16 @@ def _check_labels(run: Run, first: Run) -> None:
             raise ValueError(
                 f"{run.name} answers other questions of {split!r} than {first.name}: expected the"
                 " same, in the same order; make a table of each"
+            )
+
+
+def _check_records(run: Run, other: Run) -> None:
+    """Of two runs of one seed: that they had the same records, as far as is known."""
+    for split in run.data.keys() & other.data.keys():
+        if run.data[split] != other.data[split]:
+            raise ValueError(
+                f"{run.name} had other records of {split!r} than {other.name}: expected the same;"
+                " make a table of each"
             )
 
 

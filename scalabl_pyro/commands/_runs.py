@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..prediction.predictor import Predictions
 from ..runs.config import NO_MATTER
 from ..runs.cost import Cost, read_cost
-from ..runs.reading import read_json, read_predictions, read_settings
+from ..runs.reading import read_fingerprints, read_json, read_predictions, read_settings
 
 __all__ = ["Run", "load_predictions"]
 
@@ -23,6 +23,7 @@ class Run:
     :param predictions: by split, ``test`` among them, with labels.
     :param settings: by full names.
     :param cost: ``None`` where nobody knows it.
+    :param data: hashes of the records by split, as far as they are known.
     :param folder: where it is kept, which the page links to.
     """
 
@@ -31,6 +32,7 @@ class Run:
     settings: Mapping[str, Any]
     seed: int
     cost: Cost | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
     @classmethod
@@ -48,6 +50,7 @@ class Run:
             {k: v for k, v in config.flat().items() if k.split(".")[0] not in leave},
             config.seed,
             read_cost(folder),
+            read_fingerprints(folder),
             folder,
         )
 

@@ -26,6 +26,8 @@ def similar_settings(wrong: str, command: str) -> list[str]:
     if moved:
         return moved
     group, dot, name = wrong.rpartition(".")
+    if [n for n in names if n.startswith(f"{group}.")] == [f"{group}.name"]:
+        return []  # the options of what has this name, which go with a +
     beside = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[:2] == (group, dot)}
     near = difflib.get_close_matches(name, beside, n=1)
     return [beside[n] for n in near] or difflib.get_close_matches(wrong, names, n=1, cutoff=0.8)

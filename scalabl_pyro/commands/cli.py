@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,13 @@ COMMANDS = {
 TEXTS = ("model.template=", "model.system=")
 #: those of generate, which are taken as they stand
 GIVEN = ("prompt=", "messages=")
+#: those that name a file, a folder or a run, in which Hydra would look for its grammar too
+PLACES = (
+    *("input=", "output=", "run=", "runs=", "run_dir=", "out=", "calibration=", "prior_run="),
+    *("data.path=", "data.root=", "data.hub_path=", "model.name=", "lora.start="),
+)
+#: a place that Hydra reads as it stands, or one that is quoted or refers to another setting
+_PLAIN = re.compile(r"""[\w./:@%?~ +-]*|'.*'|".*"|.*\$\{.*""", re.ASCII)
 
 
 def main() -> None:
@@ -109,7 +117,8 @@ def main() -> None:
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
 
-    sys.argv[1:] = [_as_text(word) for word in sys.argv[1:]]
+    sweep = {"--multirun", "-m"} & set(sys.argv)
+    sys.argv[1:] = [_as_text(word if sweep else _as_place(word)) for word in sys.argv[1:]]
 
     def task(overrides: DictConfig) -> None:
         sys.argv = command  # a sweep may run this in processes that were started otherwise
@@ -126,6 +135,19 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         _fail(error, command)
+
+
+def _as_place(word: str) -> str:
+    """A setting as Hydra reads it, of which the value is a place with parentheses, commas, equals
+    signs or letters that are not ASCII in its name. In a sweep commas part its values."""
+    if not word.startswith(PLACES):
+        return word
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, _, value = word.partition("=")
+    if _PLAIN.fullmatch(value):
+        return word
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def _as_text(word: str) -> str:

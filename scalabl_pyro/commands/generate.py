@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..data import Completion, read_completions
+from ..files import new_path
 from ..prediction.generation import Decoding, generate
 from ..runs.config import ConfigError
 from ..runs.folder import load_run
+from ._input import begun_for
 from ._jsonl import ResumableJsonl
 from ._texts import given, scored
 
@@ -76,9 +79,15 @@ def generate_file(config: GenerateConfig) -> dict[str, Any]:
         predictor = load_run(config.run).subspace_predictor()
         (record,), (text,) = records, generate(predictor, prompts, config.decoding)
         return given(record) | {k: v for k, v in scored(text).items() if k != "tokens"}
-    settings = {"run": config.run, "decoding": asdict(config.decoding)}
+    new_path(Path(config.output))  # before a large model is loaded
+    run = load_run(config.run)
+    predictor = run.subspace_predictor()
+    settings = {
+        "run": config.run,
+        "decoding": asdict(config.decoding),
+        **begun_for(run, records),
+    }
     with ResumableJsonl(config.output, [record.id for record in records], settings) as file:
-        predictor = load_run(config.run).subspace_predictor()
         texts = generate(predictor, prompts, config.decoding, start=file.done)
         with tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar:
             for record, text in zip(records[file.done :], texts, strict=True):

@@ -19,7 +19,7 @@ from ..runs.config import ConfigError
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
-from ._input import read_input
+from ._input import begun_for, read_input
 from ._jsonl import ResumableJsonl
 from ._texts import given, scored
 
@@ -66,12 +66,15 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         config.columns,
         seed=config.prediction.seed,
         batch_size=config.batch_size,
+        tolerance=config.prediction.tolerance,
     )
     settings = {
         "run": config.run,
         "prediction": asdict(config.prediction),
         "batch": config.batch_size,
-    } | decisions.settings()
+        **decisions.settings(),
+        **begun_for(run, records),
+    }
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
@@ -110,7 +113,11 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
     records = read_completions(config.input)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout
-    settings = {"run": config.run, "prediction": asdict(config.prediction)}
+    settings = {
+        "run": config.run,
+        "prediction": asdict(config.prediction),
+        **begun_for(run, records),
+    }
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,

@@ -12,7 +12,7 @@ from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
-from ._input import read_input
+from ._input import own_records, read_input
 
 __all__ = ["SelectConfig", "select_records"]
 
@@ -82,15 +82,6 @@ def _train(run: Run) -> Split:
             " by=entropy"
         )
     try:
-        records = run.config.data.splits(seed=run.config.seed)["train"]
-    except (DataError, OSError) as error:
-        raise DataError(
-            f"by is 'novelty', but the training data of the run cannot be read: {error}; put them"
-            " back, set data in its config.yaml to where they are, or use by=entropy"
-        ) from error
-    if len(records) != run.model.num_data:
-        raise DataError(
-            f"by is 'novelty', but the training data of the run hold {len(records)} records now, of"
-            f" {run.model.num_data} that it was trained on: put them back, or use by=entropy"
-        )
-    return run.encode(records)
+        return run.encode(own_records(run, "train"))
+    except DataError as error:
+        raise DataError(f"by is 'novelty', but {error}; or use by=entropy") from error

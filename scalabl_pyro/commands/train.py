@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from ..data import Record, Split, fingerprint
+from ..data import Record, Split, fingerprint, fingerprints
 from ..distributed import is_main, start, world_size
 from ..files import write_whole
 from ..infer.checkpoints import Checkpoints
@@ -29,7 +29,7 @@ from ..runs.config import ConfigError, RunConfig
 from ..runs.folder import save_run
 from ..runs.memory import MemoryConfig, explain_out_of_memory
 from ..runs.prior import load_prior_run, prior_fingerprint, read_data
-from ..runs.reading import read_json, read_settings
+from ..runs.reading import read_fingerprints, read_json, read_settings
 
 __all__ = ["RunConfig", "run", "train", "unfinished_folder"]
 
@@ -75,6 +75,14 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the finished run in {folder} has other settings ({'; '.join(differences)}): choose"
             " another run_dir, or remove it"
+        )
+    had = read_fingerprints(folder)
+    now = fingerprints(read_data(config)[0]) if had else {}
+    others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
+    if others:
+        raise ConfigError(
+            f"the finished run in {folder} had other records of {others} than its data settings"
+            " name now: put them back, choose another run_dir, or remove it"
         )
     metrics = read_json(folder / "metrics.json")
     trials = folder / "trials.json"
@@ -140,7 +148,14 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
         prediction = counter.passes(sum(map(len, encoded.values())))
         training = spent[name]
         save_run(
-            chosen, classes, fitted, assessed, trials, training=training, prediction=prediction
+            chosen,
+            classes,
+            fitted,
+            assessed,
+            trials,
+            records=splits,
+            training=training,
+            prediction=prediction,
         )
     metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
     return {**metrics, "trials": trials} if trials else metrics

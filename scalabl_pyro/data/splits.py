@@ -30,6 +30,11 @@ def fingerprint(splits: Mapping[str, Sequence[Record]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
+def fingerprints(splits: Mapping[str, Sequence[Record]]) -> dict[str, str]:
+    """:func:`fingerprint` of each split by itself."""
+    return {name: fingerprint({name: records}) for name, records in splits.items()}
+
+
 def check_split(splits: Mapping[str, list[Record]], name: str) -> list[Record]:
     """The split called ``name``.
 

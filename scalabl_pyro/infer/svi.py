@@ -102,6 +102,8 @@ class FitConfig:
             "accumulation": (1, math.inf),
             "eval_every": (0, math.inf),
         }
+        if not isinstance(self.kl, KLSchedule):
+            raise ValueError(f"kl is {self.kl!r}: expected a KLSchedule, such as KLSchedule(10.0)")
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {low} to {high}")
@@ -256,6 +258,13 @@ def _check(
     callbacks: Sequence[Callback],
 ) -> None:
     """Refuse what cannot be trained, before anything is."""
+    for name, value, kind, made in (
+        ("train", train, Split, "adapter.encode(records)"),
+        ("config", config, FitConfig, "FitConfig(steps=…)"),
+        ("callbacks", callbacks, Sequence, "a list of Callback objects"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected {made}")
     if train.labels is None:
         raise ValueError("training needs a label in every record")
     if len(train) != model.num_data:
@@ -270,7 +279,7 @@ def _check(
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(f"callbacks holds {callback!r}: expected objects of Callback classes")
-    if config.kl_budget is not None and isinstance(guide, AutoSubspaceDelta):
+    if config.kl_budget is not None and (guide is no_guide or isinstance(guide, AutoSubspaceDelta)):
         raise ValueError("kl_budget needs a density q(s), and the guide is a point: set kl.weight")
     if world_size() > 1 and model.adapter.has_dropout:
         raise ValueError(

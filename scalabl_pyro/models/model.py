@@ -103,7 +103,7 @@ class LoRAModel(PyroModule):
 
     def __init__(self, adapter: SubspaceAdapter, *, num_data: int) -> None:
         require_module_local_params()
-        if num_data < 1:
+        if num_data < 1 or num_data != int(num_data):
             raise ValueError(f"num_data is {num_data}: expected the number of training examples")
         super().__init__()
         self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters

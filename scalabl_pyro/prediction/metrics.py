@@ -218,10 +218,14 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
         "prr": prr(-confidence, wrong),
     }
     several = len(logits) > 1
+    both = bool(wrong.any()) and not bool(wrong.all())
     for name, measure in (("auroc", auroc), ("aupr", aupr), ("fpr95", fpr_at_tpr)):
-        values[f"{name}_entropy"] = measure(total, wrong)
-        values[f"{name}_mutual_information"] = measure(mutual, wrong) if several else math.nan
-        values[f"{name}_noise_to_signal"] = measure(ratio, wrong) if several else math.nan
+        for score, of, known in (
+            ("entropy", total, both),
+            ("mutual_information", mutual, both and several),
+            ("noise_to_signal", ratio, both and several),
+        ):
+            values[f"{name}_{score}"] = measure(of, wrong) if known else math.nan
     return {name: float(value) for name, value in values.items()}
 
 

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import Record, Split
+from ..data import Record, Split, fingerprints
 from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
@@ -152,11 +152,13 @@ def save_run(
     assessed: Mapping[str, Assessment],
     trials: Sequence[Mapping[str, Any]] = (),
     *,
+    records: Mapping[str, Sequence[Record]],
     training: Passes | None,
     prediction: Passes,
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
 
+    :param records: by split; their hashes are kept.
     :param training: what it took; ``None`` if it is not known.
     :param prediction: what an example took.
     :raises FileExistsError: if the folder exists.
@@ -165,6 +167,7 @@ def save_run(
         stored = _write_run(part, config, classes, fitted, assessed, trials)
         cost = Cost(fitted.result.num_trained, stored, training, prediction)
         _write_json(part / "cost.json", asdict(cost))
+        _write_json(part / "data.json", fingerprints(records))
         _write_cards(part, config, fitted, assessed)
 
 

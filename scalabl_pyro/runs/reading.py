@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -20,10 +21,12 @@ from .config import ConfigError, RunConfig, build
 __all__ = [
     "RunFolderError",
     "find_run",
+    "read_fingerprints",
     "read_json",
     "read_predictions",
     "read_settings",
     "read_tensors",
+    "weights_fingerprint",
 ]
 
 #: owner/name on the Hub, with a branch, tag or commit behind an @
@@ -92,6 +95,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(_existing(path))
     except SafetensorError as error:
         raise RunFolderError.damaged(path, f"it is no safetensors file ({error})") from error
+
+
+def read_fingerprints(folder: Path) -> dict[str, str]:
+    """Hashes of the records that a run had, by split; none if it was written before they were kept.
+
+    :raises RunFolderError: if ``data.json`` is damaged.
+    """
+    path = folder / "data.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of the tensors that a run predicts with."""
+    found = hashlib.sha256()
+    for name in ("projections.safetensors", "posterior.safetensors", "posterior.json"):
+        path = folder / name
+        if path.exists():
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Be
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import FitConfig, KLSchedule, Record, load_run, predict
 from scalabl_pyro.commands._configs import CONFIGS
+from scalabl_pyro.commands._input import begun_for
 from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.commands.cli import COMMANDS
 from scalabl_pyro.data import read_folder
@@ -70,8 +71,9 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     trained = json.loads(capsys.readouterr().out)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names - {"posterior.safetensors"} == {
-        "README.md", "adapter", "config.yaml", "cost.json", "environment.json", "history.csv",
-        "metrics.json", "posterior.json", "predictions.safetensors", "projections.safetensors",
+        "README.md", "adapter", "config.yaml", "cost.json", "data.json", "environment.json",
+        "history.csv", "metrics.json", "posterior.json", "predictions.safetensors",
+        "projections.safetensors",
     }  # fmt: skip
     without_draws = {"mle", "map", "temperature", "mc_dropout", "zero_shot"}
     assert ("posterior.safetensors" in names) == (method not in without_draws)
@@ -186,6 +188,9 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
             "no setting columns.question; did you mean data.columns.question?",
         ),
         (["method.guide.blocks=1"], "use +method.guide.blocks=1"),
+        (["method=mle", "method.draws=1"], "no setting method.draws beside the others"),
+        (["method.prior.scale=2"], "+method.prior.scale=2"),
+        (["method=mle", "fit.kl_budget=5"], "kl_budget needs a density q(s)"),
         (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),
         (["fit.steps=many"], "fit.steps is 'many'"),
         (["model.name=???"], "model.name is needed"),
@@ -576,6 +581,21 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     part.write_bytes(part.read_bytes() + b'{"id": "torn')
     assert scalabl("predict", *words, "output=out.jsonl", "prediction.name=mean") == 1
     assert "was begun with other settings" in capsys.readouterr().err
+    # The same ids with other choices, and the same folder with another run.
+    asked = tmp_path / "in.jsonl"
+    before = asked.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    turned = [row | {"choices": row["choices"][::-1]} for row in rows]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in turned))
+    assert scalabl("predict", *words, "output=out.jsonl") == 1
+    assert "'records': " in capsys.readouterr().err
+    asked.write_text(before)
+    weights = Path(words[0].removeprefix("run=")) / "projections.safetensors"
+    kept = load_file(weights)
+    save_file({name: value + 1 for name, value in kept.items()}, weights)
+    assert scalabl("predict", *words, "output=out.jsonl") == 1
+    assert "'weights': " in capsys.readouterr().err
+    save_file(kept, weights)
     assert scalabl("predict", *words, "output=out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
@@ -616,9 +636,8 @@ def test_predictions_that_go_on_inside_a_chunk_are_the_same_to_the_bit(run, tmp_
 
         patch.setattr(predict_command, "predict", ends)
         assert scalabl("predict", *words, "output=out.jsonl") == 1
-        part = predict_command.ResumableJsonl(
-            "out.jsonl", [f"q{i}" for i in range(11)], settings_of(run)
-        )
+        settings = settings_of(run) | begun_for(load_run(run), make_records(11))
+        part = predict_command.ResumableJsonl("out.jsonl", [f"q{i}" for i in range(11)], settings)
         with part as file:
             file.write(json.loads(line) for line in lines[:done])
         seen.clear()

@@ -284,11 +284,37 @@ def test_novelty_reads_the_training_data_of_the_run(run, data, capsys):
 
     write_jsonl(data / "train.jsonl", make_records(16)[:15])
     assert scalabl("select", *words, "output=o.jsonl") == 1
-    assert "hold 15 records now, of 16 that it was trained on" in capsys.readouterr().err
+    assert "its data settings lead to 15 other records" in capsys.readouterr().err
     (data / "train.jsonl").unlink()
     assert scalabl("select", *words, "output=o.jsonl") == 1
-    assert "the training data of the run cannot be read" in capsys.readouterr().err
+    assert "the train split of the run cannot be read: there is no split" in capsys.readouterr().err
     assert not Path("o.jsonl").exists()
+
+
+def test_records_that_are_not_the_runs_calibrate_nothing(run, data, capsys):
+    """As many as there were, at the same place."""
+    lines = (data / "validation.jsonl").read_text().splitlines()
+    others = [json.loads(line) for line in lines]
+    others[0]["label"] = 3 - others[0]["label"]
+    write = "".join(json.dumps(row) + "\n" for row in others)
+    (data / "validation.jsonl").write_text(write)
+    given = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
+    assert scalabl("predict", *given) == 1
+    message = capsys.readouterr().err
+    assert "its data settings lead to 39 other records" in message
+    assert not list(Path().glob("n.jsonl*"))
+
+
+def test_thresholds_are_of_the_predictor_that_answers(run, capsys):
+    """With a tolerance both stop drawing early."""
+    thresholds = []
+    for number, words in enumerate(([], ["prediction.tolerance=0.4"])):
+        said, rows = predicted(
+            capsys, "conformal=lac", "prediction.draws=16", *words, output=f"{number}.jsonl"
+        )
+        thresholds.append(said["calibration"]["conformal_threshold"])
+    assert rows[0]["draws"] < 16
+    assert thresholds[0] != thresholds[1]
 
 
 def test_a_run_without_s_has_no_novelty(local_model, data, capsys):

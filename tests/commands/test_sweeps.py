@@ -102,6 +102,39 @@ def test_runs_that_make_no_table_are_refused(train, tmp_path, capsys, second, me
     assert not (tmp_path / "runs/report").exists()
 
 
+def changed(split: str, **fields: object) -> None:
+    """Another first record of a split, at the same place."""
+    path = Path("data") / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= fields
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("split", "fields"), [("test", {"question": "what else"}), ("train", {"label": 3})]
+)
+def test_records_that_were_changed_in_their_place_are_noticed(train, capsys, split, fields):
+    assert train("method=mle") == 0
+    changed(split, **fields)
+    assert train("method=mle", "resume=true") == 1
+    assert f"had other records of ['{split}']" in capsys.readouterr().err
+    assert train("method=scalabl") == 0
+    assert scalabl("report") == 1
+    assert f"had other records of '{split}' than runs/mle-seed0" in capsys.readouterr().err
+    assert not Path("runs/report").exists()
+
+
+@pytest.mark.parametrize("name", ["a (1)", "ä b", "a,b", "a=b", "it's"])
+def test_places_may_have_any_name(train, name):
+    """As a shell hands them over; Hydra has its own grammar for these."""
+    assert train("method=mle", f"run_dir=runs/{name}") == 0
+    questions = Path(f"{name}.jsonl")
+    questions.write_text(Path("data/test.jsonl").read_text())
+    words = [f"run=runs/{name}", f"input={questions}", f"output=o {questions}", "progress=false"]
+    assert scalabl("predict", *words) == 0
+    assert Path(f"o {questions}").exists()
+
+
 def test_a_table_of_nothing_or_of_unfinished_runs_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert scalabl("report") == 1
