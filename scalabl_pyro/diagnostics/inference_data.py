@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from ..models.model import ScalaBLModel
 from ..prediction.predictor import Predictor, predict
 
 __all__ = ["to_inference_data"]
+
+log = logging.getLogger(__name__)
 
 
 def to_inference_data(
@@ -124,6 +127,7 @@ def to_inference_data(
                 _, log_prior = _trace(prior, num_draws, sites)
                 densities["log_prior"] = log_prior
                 densities["sample_stats"] = {"log_q": torch.stack([*log_q.values()]).sum(0)}
+                _tell_strangers(densities["sample_stats"]["log_q"], guide)
     groups = {
         **{name: _dataset(values, chains, coords, dims) for name, values in draws.items()},
         **{name: _dataset(values, chains) for name, values in densities.items()},
@@ -137,6 +141,21 @@ def to_inference_data(
     if model is not None:
         groups["prior"].attrs["num_data"] = model.num_data
     return to_groups(groups)
+
+
+def _tell_strangers(log_q: Tensor, guide: AutoSubspace) -> None:
+    """Warn of draws that hardly come from the guide: log q of its own has another mean."""
+    _, own = _trace(guide, 200)
+    expected = torch.stack([*own.values()]).sum(0)
+    gap = float(log_q.mean() - expected.mean())
+    error = float(expected.std()) * (1 / len(log_q) + 1 / len(expected)) ** 0.5
+    if abs(gap) > 6 * error:
+        log.warning(
+            "the draws have log q = %.4g on average, and draws of the guide %.4g: they come from"
+            " another one, or it was trained further; weights of this guide correct nothing",
+            float(log_q.mean()),
+            float(expected.mean()),
+        )
 
 
 def _predictions(

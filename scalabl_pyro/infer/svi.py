@@ -94,9 +94,9 @@ class FitConfig:
         bounds = {
             "steps": (1, math.inf),
             "batch_size": (1, math.inf),
-            "lr": (0, math.inf),
-            "lr_guide": (0, math.inf),
-            "weight_decay": (0, math.inf),
+            "lr": (0, 1e6),
+            "lr_guide": (0, 1e6),
+            "weight_decay": (0, 1e6),
             "eps": (0, math.inf),
             "warmup": (0, 1),
             "accumulation": (1, math.inf),
@@ -436,10 +436,15 @@ class _Run:
         norm = float(nn.utils.get_total_norm(gradients)) * self._per_example
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._good.restore()
+            advice = (
+                "lower lr or lr_guide, or clip_norm"
+                if self.step
+                else ("nothing was trained yet: look at the guide's init_scale and at the prior")
+            )
             raise NonFiniteLossError(
                 f"at step {self.step + 1} of {self._config.steps} the loss is {loss} and the norm"
                 f" of its gradient {norm}; the parameters are those of step"
-                f" {max(self.step - 1, 0)}, the last good one; lower lr or lr_guide, or clip_norm"
+                f" {max(self.step - 1, 0)}, the last good one; {advice}"
             )
         self._good.take()
         factor = min(1.0, self._config.clip_norm / (norm + 1e-6))

@@ -281,6 +281,15 @@ def test_k_hat_of_a_guide_that_is_far_too_narrow(exact):
     assert pareto_k(exact.data(scale=0.2)) > 0.7
 
 
+def test_draws_of_another_guide_are_told(trained, caplog):
+    model, guide, predictor, _ = trained
+    to_inference_data(predictor, model=model, guide=guide)
+    assert not caplog.records
+    wide = AutoSubspaceNormal(model, init_scale=3.0)
+    to_inference_data(predictor, model=model, guide=wide)
+    assert "they come from another one, or it was trained further" in caplog.text
+
+
 def test_guides_compare_in_arviz(exact):
     datas = {"close": exact.data(scale=1.2), "wide": exact.data(scale=1.4)}
     table = az.compare({name: loo(data) for name, data in datas.items()})
