@@ -10,7 +10,7 @@
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
   of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``cost.json``, ``trials.json`` if there were some, ``history.csv``,
-  ``environment.json``; ``README.md``, a model card
+  ``environment.json``; ``data.json``, hashes of the records; ``README.md``, a model card
 """
 
 from __future__ import annotations
