@@ -721,6 +721,8 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         "zero-shot": "zero-shot",
         "MLE, fixed recipe (1,000 steps)": "MLE, fixed recipe",
         "the same, tempered": "MLE, fixed recipe, tempered",
+        "ScalaBL, defaults, 1,000 steps": "ScalaBL, 1,000 steps",
+        "posterior mean of that": "ScalaBL, 1,000 steps, posterior mean",
         "MLE (lr 1e-3)": "MLE",
         "MLE, tempered": "MLE, tempered",
         "MLE, early-stopped, tempered": "MLE, early-stopped, tempered",
@@ -770,6 +772,25 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         brier = figures[f"minus {other}"]["V free"]["brier"]
         said = f"{-brier['mean']:.3f} ({-brier['high']:.3f} to {-brier['low']:.3f})"
         assert said in " ".join(section.split())
+    ours, plain = "ScalaBL, 1,000 steps", " ".join(section.split())
+    readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
+    recipe, tuned = (figures[f"minus {o}"][ours] for o in ("MLE, fixed recipe", "MLE, tempered"))
+    for sign, unit, digits, found, texts in (
+        (-1, 1, 3, recipe["nll"], [plain]),
+        (-1, 1, 2, recipe["nll"], [readme]),
+        (1, 100, 1, recipe["acc"], [plain, readme]),
+        (1, 1, 3, tuned["nll"], [plain, readme]),
+        (-1, 1, 3, figures["minus MLE, fixed recipe, tempered"][ours]["brier"], [plain]),
+    ):
+        low, high = sorted(sign * found[end] for end in ("low", "high"))
+        said = [f"{unit * x:.{digits}f}" for x in (sign * found["mean"], low, high)]
+        pattern = r"{} (points )?\((95 % interval )?{} to {}".format(*(x.replace("-", "−") for x in said))
+        assert all(re.search(pattern, text) for text in texts), pattern
+    trials = figures["trials"][ours]
+    assert "1.289 in the place of 1.153" in plain
+    assert [f"{each[ours]:.3f}" for each in trials.values()] == ["1.153", "1.289"]
+    for row, text in ((ours, "0.1"), ("MLE, fixed recipe", "29.7")):
+        assert f"{100 * figures['test'][row]['confidence_minus_acc']['mean']:.1f}" == text
     for name, digits in (("V free", "0.6"), ("MLE, tempered", "4.6")):
         assert f"{-100 * figures['test'][name]['confidence_minus_acc']['mean']:.1f}" == digits
 

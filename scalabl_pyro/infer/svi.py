@@ -94,9 +94,9 @@ class FitConfig:
         bounds = {
             "steps": (1, math.inf),
             "batch_size": (1, math.inf),
-            "lr": (0, 1e6),
-            "lr_guide": (0, 1e6),
-            "weight_decay": (0, 1e6),
+            "lr": (0, torch.finfo(torch.float32).max),
+            "lr_guide": (0, torch.finfo(torch.float32).max),
+            "weight_decay": (0, torch.finfo(torch.float32).max),
             "eps": (0, math.inf),
             "warmup": (0, 1),
             "accumulation": (1, math.inf),

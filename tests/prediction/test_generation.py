@@ -422,7 +422,9 @@ def prompts_file(tmp_path):
 def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_path, monkeypatch):
     predictor = Predictor(predictor.adapter, predictor.draws, max_rows=5)  # a prompt at a time
     monkeypatch.setattr(
-        command, "load_run", lambda folder: SimpleNamespace(subspace_predictor=lambda: predictor)
+        command,
+        "load_run",
+        lambda folder: SimpleNamespace(folder=tmp_path, subspace_predictor=lambda: predictor),
     )
 
     def config(name):
@@ -467,7 +469,9 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
 
 def test_a_refused_file_leaves_nothing_behind(predictor, prompts_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        command, "load_run", lambda folder: SimpleNamespace(subspace_predictor=lambda: predictor)
+        command,
+        "load_run",
+        lambda folder: SimpleNamespace(folder=tmp_path, subspace_predictor=lambda: predictor),
     )
     prompts_file.write_text(json.dumps({"id": "p", "prompt": "cat " * 64}) + "\n")
     out = tmp_path / "out.jsonl"
