@@ -784,7 +784,9 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     ):
         low, high = sorted(sign * found[end] for end in ("low", "high"))
         said = [f"{unit * x:.{digits}f}" for x in (sign * found["mean"], low, high)]
-        pattern = r"{} (points )?\((95 % interval )?{} to {}".format(*(x.replace("-", "−") for x in said))
+        pattern = r"{} (points )?\((95 % interval )?{} to {}".format(
+            *(x.replace("-", "−") for x in said)
+        )
         assert all(re.search(pattern, text) for text in texts), pattern
     trials = figures["trials"][ours]
     assert "1.289 in the place of 1.153" in plain

@@ -19,7 +19,7 @@ def fit_kappa(scores: Tensor, labels: Tensor) -> float:
 
     This is convex in κ. The answer is kept between 0.1 and 100 over the scores' mean standard
     deviation within a question: with less, nothing would reach what is trained, and where every
-    answer is right there is no best one. At either bound a warning says so.
+    answer is right there is no best one. At the upper bound a warning says so.
 
     :param scores: (N, C), −inf where a choice does not exist.
     :param labels: (N,).
@@ -38,9 +38,14 @@ def fit_kappa(scores: Tensor, labels: Tensor) -> float:
         slope = (p * centred).sum(-1) - centred.gather(-1, labels[:, None])[:, 0]
         low, high = (low, middle) if slope.mean() > 0 else (middle, high)
     kappa = (low * high) ** 0.5
-    for bound, what in ((0.1 / spread, "a guess"), (100 / spread, "certainty")):
+    # Scores that say nothing make nearly a guess, as they should; certainty is a mistake.
+    for bound, what, level in (
+        (0.1 / spread, "a guess", logging.INFO),
+        (100 / spread, "certainty", logging.WARNING),
+    ):
         if math.isclose(kappa, bound, rel_tol=1e-6):
-            log.warning(
+            log.log(
+                level,
                 "of %d labelled examples the best probabilities are %s: their scores are multiplied"
                 " by %.3g, the bound, which says little about others; give more examples",
                 len(labels),

@@ -96,6 +96,7 @@ def test_a_temperature_is_the_minimum_of_scipy_and_bounded_where_there_is_none(c
     expected = minimize_scalar(nll, bounds=(0.01, 100), method="bounded").x
     assert best_temperature(logits, labels) == pytest.approx(expected, rel=1e-3)
     assert not caplog.records
+    caplog.set_level("INFO")
     spread = float(logits.std(-1, unbiased=False).mean())
     for right, bound in ((logits.argmax(-1), spread / 100), (logits.argmin(-1), 10 * spread)):
         assert best_temperature(logits, right) == pytest.approx(bound, rel=1e-3)
