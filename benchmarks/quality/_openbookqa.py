@@ -20,7 +20,7 @@ from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
 from scalabl_pyro.methods import Fitted, Method
 from scalabl_pyro.prediction.metrics import auroc, entropy, evaluate, mutual_information
-from scalabl_pyro.prediction.predictor import Predictor, predict
+from scalabl_pyro.prediction.predictor import Predicts, predict
 
 TRAIN, OOD = 1000, "college_physics"
 #: those that finished runs have, beside which new ones stand
@@ -61,11 +61,11 @@ class Bench:
         make = partial(make_adapter, self.config, settings, self.readout, prompts=train)
         return method.fit(make, train, self.splits["validation"], seed=seed)
 
-    def validate(self, predictor: Predictor) -> dict[str, float]:
+    def validate(self, predictor: Predicts) -> dict[str, float]:
         found = predict(predictor, self.splits["validation"])
         return evaluate(found.logits, found.labels)
 
-    def test(self, predictor: Predictor) -> dict[str, float]:
+    def test(self, predictor: Predicts) -> dict[str, float]:
         """Metrics on test, and AUROCs of the two uncertainties.
 
         ``wrong``: tells wrong answers from right ones; ``ood``: tells college physics from test.

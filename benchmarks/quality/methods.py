@@ -6,9 +6,11 @@ The set-up is that of ``benchmarks.quality.calibration``, 400 steps. A row has a
 and takes the one with the lowest validation NLL on a seed of their own; that one runs on five
 further seeds, which are tested. What a method does after training it does to the same runs as the
 others: one run of maximum likelihood serves the temperature, the checkpoint ensemble, both kinds
-of Laplace and TFB, each with the learning rate that is best for itself. Finished runs are kept in
-``--runs``, a folder, and not run again, so that rows may be run apart (``--rows``) and put together
-later. ``--save`` writes the page and tables of ``scalabl compare`` beside the figures.
+of Laplace and TFB, each with the learning rate that is best for itself. The five seeds of maximum
+likelihood are also an ensemble: one predictor, which stands in the table as if each seed had it, so
+that its intervals are those over questions. Finished runs are kept in ``--runs``, a folder, and not
+run again, so that rows may be run apart (``--rows``) and put together later. ``--save`` writes the
+page and tables of ``scalabl compare`` beside the figures.
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ from scalabl_pyro.methods import (
     BLoB,
     CheckpointEnsemble,
     DALorRA,
-    Ensemble,
     Fitted,
     LaplaceLoRA,
     LastLayerLaplace,
@@ -50,7 +51,7 @@ from scalabl_pyro.methods import (
     ScalaBL,
 )
 from scalabl_pyro.prediction.intervals import auroc_per_question, crossed_interval, stacked
-from scalabl_pyro.prediction.metrics import average, entropy, mutual_information
+from scalabl_pyro.prediction.metrics import average, entropy, evaluate, mutual_information
 from scalabl_pyro.prediction.predictor import Predictions, Predictor, Predicts, predict
 
 #: what a row predicts with, of a training run
@@ -99,11 +100,14 @@ class Row:
     :param family: what is trained, a key of :data:`FAMILIES`.
     :param labels: which of its settings are tried, in the order of the grid.
     :param derive: what is made of each, tried too.
+    :param together: the seeds of one setting are one predictor, an ensemble. All settings are
+        trained with each seed, and the ensembles' validation NLL chooses.
     """
 
     family: str
     labels: tuple[str, ...]
     derive: dict[str, Derive] = field(default_factory=lambda: {"": own})
+    together: bool = False
 
 
 def rates(build: Callable[[float], Method], *lrs: float) -> dict[str, Callable[[], Method]]:
@@ -149,9 +153,6 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         lambda lr: SWAG(fit_config(STEPS, lr=lr, decay="constant"), draws=DRAWS, **PLAIN),
         2e-4, 3e-4, 6e-4, 1e-3,
     ),
-    "ensemble": rates(
-        lambda lr: Ensemble(fit_config(STEPS, lr=lr), members=3, **PLAIN), 3e-4, 6e-4, 1e-3
-    ),
     "MC dropout": rates(
         lambda lr: MCDropout(fit_config(STEPS, lr=lr), dropout=0.2, draws=DRAWS, **PLAIN),
         3e-4, 6e-4, 1e-3,
@@ -190,6 +191,7 @@ ROWS: dict[str, Row] = {
     "mle": Row("MLE", ALL["MLE"], {"": point}),
     "MLE, temperature": Row("MLE", ALL["MLE"], {"": point_tempered}),
     "MLE, checkpoint ensemble": Row("MLE", ALL["MLE"]),
+    "ensemble of 5": Row("MLE", HIGH, {"": point}, together=True),
     "MLE, last-layer Laplace": Row("MLE", HIGH, {"": then(LastLayerLaplace(**PLAIN))}),
     "MLE, Laplace-LoRA": Row("MLE", HIGH, {"": then(LaplaceLoRA(**PLAIN))}),
     "MLE, Laplace-LoRA, λ a matrix": Row(
@@ -203,7 +205,6 @@ ROWS: dict[str, Row] = {
     "MAP": Row("MAP", ALL["MAP"], {"": point}),
     "MAP, TFB": Row("MAP", ALL["MAP"], tfb(0.003, 0.03)),
     "SWAG": Row("SWAG", ALL["SWAG"]),
-    "ensemble of 3": Row("ensemble", ALL["ensemble"]),
     "MC dropout": Row("MC dropout", ALL["MC dropout"]),
     "ScalaBL": Row("ScalaBL", ALL["ScalaBL"]),
     "ScalaBL, posterior mean": Row("ScalaBL", ALL["ScalaBL"], {"": posterior_mean}),
@@ -261,26 +262,41 @@ def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Pat
     return bench.runs.parent / (words.replace(",", "").replace(" ", "_") + ".safetensors")
 
 
-def run_missing(bench: Bench, chosen: Mapping[str, tuple[str, str]], seed: int) -> None:
+def run_missing(bench: Bench, wanted: Mapping[str, Sequence[tuple[str, str]]], seed: int) -> None:
     """Train what no row has of this seed yet, and keep log p̄ (N, C) and mutual information (N,) of
-    the questions of ``all``."""
+    the questions of ``all``; and log p̄ of ``validation``."""
     todo: dict[tuple[str, str], dict[str, str]] = {}
     for name in ROWS:  # in their order: what changes the matrices comes last
-        if name in chosen and not run_file(bench, name, chosen[name], seed).exists():
-            label, variant = chosen[name]
-            todo.setdefault((ROWS[name].family, label), {})[name] = variant
+        for label, variant in wanted.get(name, ()):
+            if not run_file(bench, name, (label, variant), seed).exists():
+                todo.setdefault((ROWS[name].family, label), {})[name] = variant
     for (family, label), names in todo.items():
         print(f"running {family} {label} seed {seed}: {', '.join(names)}", flush=True)
         fitted = bench.fit(FAMILIES[family][label](), seed)
         for name, variant in names.items():
             predictor = ROWS[name].derive[variant](bench, fitted)
             logits = predict(predictor, bench.splits["all"]).logits
+            validation = predict(predictor, bench.splits["validation"]).logits
             kept = {
                 "log_probs": average(logits).contiguous(),
                 "mutual_information": mutual_information(logits).contiguous(),
+                "validation": average(validation).contiguous(),
             }
-            with whole_file(run_file(bench, name, chosen[name], seed)) as part:
+            with whole_file(run_file(bench, name, (label, variant), seed)) as part:
                 save_file(kept, part)
+
+
+def ensemble(bench: Bench, name: str, choice: tuple[str, str]) -> dict[str, Tensor]:
+    """The seeds of one setting as one predictor: log p̄ of both kinds, and mutual information."""
+    members = [load_file(run_file(bench, name, choice, seed)) for seed in SEEDS]
+    log_probs, validation = (
+        torch.stack([member[kind] for member in members]) for kind in ("log_probs", "validation")
+    )
+    return {
+        "log_probs": average(log_probs),
+        "mutual_information": mutual_information(log_probs),
+        "validation": average(validation),
+    }
 
 
 def by_split(bench: Bench, values: Tensor) -> dict[str, Tensor]:
@@ -328,22 +344,33 @@ def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]
 
 def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Run]]]:
     """Trials, choices, those at an edge of their grid, AUROCs; and the runs of each row."""
-    trials = trials_of(bench, names)
-    chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
+    together = {n: [(s, "") for s in ROWS[n].labels] for n in names if ROWS[n].together}
+    trials = trials_of(bench, [name for name in names if name not in together])
+    wanted = {name: [min(found, key=found.__getitem__)] for name, found in trials.items()}
     for seed in SEEDS:
-        run_missing(bench, chosen, seed)
+        run_missing(bench, wanted | together, seed)
+    for name, choices in together.items():
+        labels = bench.splits["validation"].labels
+        assert labels is not None
+        ensembles = {choice: ensemble(bench, name, choice)["validation"] for choice in choices}
+        trials[name] = {c: evaluate(p[None], labels)["nll"] for c, p in ensembles.items()}
+    chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
     runs: dict[str, list[Run]] = {}
     figures: dict[str, Any] = {"trials": {}, "chosen": {}, "edges": [], "auroc": {}}
     for name in names:
-        labels, choice = ROWS[name].labels, chosen[name]
+        tried, choice = ROWS[name].labels, chosen[name]
         settings = {"training": ROWS[name].family, "settings": " ".join(filter(None, choice))}
-        kept = [load_file(run_file(bench, name, choice, seed)) for seed in SEEDS]
+        kept = (
+            [ensemble(bench, name, choice)] * len(SEEDS)
+            if name in together
+            else [load_file(run_file(bench, name, choice, seed)) for seed in SEEDS]
+        )
         figures["auroc"][name] = aurocs(bench, kept)
         figures["trials"][name] = {
-            " ".join(filter(None, tried)): nll for tried, nll in trials[name].items()
+            " ".join(filter(None, c)): nll for c, nll in trials[name].items()
         }
         figures["chosen"][name] = " ".join(filter(None, choice))
-        if len(labels) > 1 and choice[0] in (labels[0], labels[-1]):
+        if len(tried) > 1 and choice[0] in (tried[0], tried[-1]):
             figures["edges"].append(name)
         runs[name] = [
             Run(f"{name} seed {seed}", predictions(bench, run), settings, seed)

@@ -79,6 +79,14 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
     ]
     assert len(nll) == 2
     assert found[0]["metrics"][row]["test"]["nll"]["mean"] == pytest.approx(float(sum(nll) / 2))
+    members = [
+        load_file(tmp_path / "runs" / f"ensemble_of_5_{label}_seed_{seed}.safetensors")
+        for label in [found[0]["chosen"]["ensemble of 5"]]
+        for seed in range(2)
+    ]
+    p = sum(m["log_probs"].exp() for m in members)[torch.arange(6), labels] / 2
+    ensemble = found[0]["metrics"]["ensemble of 5"]["test"]["nll"]
+    assert ensemble["mean"] == pytest.approx(float(-p.log().mean()))
     assert {f"{what} by entropy" for what in ("wrong", "physics", "chemistry")} <= set(
         found[0]["auroc"][row]
     )
