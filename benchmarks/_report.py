@@ -14,6 +14,7 @@ import torch
 from scalabl_pyro.files import json_text, write_whole
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PACKAGES = ("torch", "pyro-ppl", "transformers", "peft")
 
 

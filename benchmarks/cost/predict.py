@@ -30,7 +30,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks._report import RESULTS, report
+from benchmarks._report import IMAGES, RESULTS, report
 from benchmarks.cost.train_step import TARGETS, LastToken, llama
 from benchmarks.quality._openbookqa import Bench
 from scalabl_pyro import SubspaceAdapter
@@ -47,7 +47,6 @@ from scalabl_pyro.prediction.linearised import Linearised
 from scalabl_pyro.prediction.metrics import average, evaluate, half_width
 from scalabl_pyro.prediction.predictor import Predictor, Predicts, predict
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SHARES = (0.25, 0.5, 0.75)
 TOLERANCES = (0.1, 0.05)
 #: numbers of draws at which the error of a bank is looked at

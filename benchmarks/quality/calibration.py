@@ -24,7 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks._report import RESULTS, report
+from benchmarks._report import IMAGES, RESULTS, report
 from benchmarks.quality._openbookqa import Bench
 from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer.kl import KLSchedule
@@ -48,7 +48,6 @@ from scalabl_pyro.prediction.predictor import Predictor
 
 BATCH, DRAWS, STEPS = 16, 10, 400
 TUNING_SEED, SEEDS = 100, range(5)
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 #: what a row trains, from the number of steps; its trials by label
 Trials = dict[str, Callable[[int], Method]]

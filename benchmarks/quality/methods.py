@@ -31,6 +31,7 @@ from benchmarks.quality.calibration import DRAWS, SEEDS, STEPS, TUNING_SEED, fit
 from benchmarks.quality.unknown import add_others, subjects
 from scalabl_pyro.commands._report import write_report
 from scalabl_pyro.commands._runs import Run
+from scalabl_pyro.data import Split
 from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.methods import (
@@ -50,13 +51,21 @@ from scalabl_pyro.methods import (
     Reference,
     ScalaBL,
 )
-from scalabl_pyro.prediction.intervals import auroc_per_question, crossed_interval, stacked
+from scalabl_pyro.prediction.intervals import (
+    auroc_per_question,
+    crossed_interval,
+    paired_difference,
+    per_question,
+    stacked,
+)
 from scalabl_pyro.prediction.metrics import average, entropy, evaluate, mutual_information
 from scalabl_pyro.prediction.predictor import Predictions, Predictor, Predicts, predict
 
 #: what a row predicts with, of a training run
 Derive = Callable[[Bench, Fitted], Predicts]
 PLAIN: dict[str, Any] = {"progress": False}
+#: the row that the others are compared with
+OURS = "ScalaBL"
 
 
 def own(bench: Bench, fitted: Fitted) -> Predicts:
@@ -299,6 +308,11 @@ def ensemble(bench: Bench, name: str, choice: tuple[str, str]) -> dict[str, Tens
     }
 
 
+def known(split: Split | Predictions) -> Tensor:
+    assert split.labels is not None
+    return split.labels
+
+
 def by_split(bench: Bench, values: Tensor) -> dict[str, Tensor]:
     """What is known of each question of ``all``, by split."""
     names = ("test", *subjects(bench))
@@ -316,11 +330,26 @@ def predictions(bench: Bench, run: Mapping[str, Tensor]) -> dict[str, Prediction
 # ---------------------------------------------------------------------- the table
 
 
+def differences(runs: Mapping[str, Sequence[Run]], reference: str) -> dict[str, Any]:
+    """Row → metric of ``test`` → its difference from a reference, paired by seed and question."""
+    values = {}
+    for name, row in runs.items():
+        tests = [run.predictions["test"] for run in row]
+        values[name] = stacked([per_question(test.logits, known(test)) for test in tests])
+    return {
+        name: {
+            metric: paired_difference(found[metric], values[reference][metric])._asdict()
+            for metric in found
+        }
+        for name, found in values.items()
+        if name != reference
+    }
+
+
 def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """How well entropy and mutual information find wrong answers and, at equal length, other
     subjects."""
-    labels = bench.splits["test"].labels
-    assert labels is not None
+    labels = known(bench.splits["test"])
     lengths = {n: torch.tensor(bench.splits[n].lengths) for n in ("test", *subjects(bench))}
     each: list[dict[str, Tensor]] = []
     for run in runs:
@@ -350,8 +379,7 @@ def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     for seed in SEEDS:
         run_missing(bench, wanted | together, seed)
     for name, choices in together.items():
-        labels = bench.splits["validation"].labels
-        assert labels is not None
+        labels = known(bench.splits["validation"])
         ensembles = {choice: ensemble(bench, name, choice)["validation"] for choice in choices}
         trials[name] = {c: evaluate(p[None], labels)["nll"] for c, p in ensembles.items()}
     chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
@@ -396,6 +424,8 @@ def main() -> None:
         for name, found in figures["trials"].items()
     }
     out = RESULTS / "methods_report" if args.save else args.runs / "report"
+    if OURS in runs:
+        figures[f"minus {OURS}"] = differences(runs, OURS)
     figures |= write_report(out, runs, chosen=figures["chosen"], trials=trials)
     report("quality.methods", figures, save=args.save)
 

@@ -93,3 +93,25 @@ def test_finished_runs_are_kept_and_each_row_is_tested_at_its_own_best_trial(
     monkeypatch.setattr(again, "fit", None)  # nothing is run
     # As text, in which what is no number equals itself.
     assert json.dumps(causal.table(again, list(short))) == json.dumps(figures)
+
+
+def test_the_picture_is_drawn_from_the_committed_runs(monkeypatch, tmp_path):
+    from benchmarks.quality import causal_picture
+
+    shown = {}
+    plot = causal_picture.plot_reliability
+    monkeypatch.setattr(causal_picture, "IMAGES", tmp_path)
+    monkeypatch.setattr(
+        causal_picture,
+        "plot_reliability",
+        lambda axis, runs: (plot(axis, runs), shown.update({len(shown): runs})),
+    )
+    causal_picture.main()
+    assert (tmp_path / "causal.png").stat().st_size > 0
+    figures = json.loads((causal_picture.RESULTS / "causal.json").read_text())["figures"]
+    for row, runs in zip(
+        ("MLE, fixed recipe", "ScalaBL, 1,000 steps"), shown.values(), strict=True
+    ):
+        right = [(r.logits[0].argmax(-1) == r.labels).float().mean() for r in runs]
+        expected = figures["arc_easy"]["test"][row]["acc"]["mean"]
+        assert float(sum(right) / 5) == pytest.approx(expected, abs=1e-6)
