@@ -45,6 +45,7 @@ from scalabl_pyro.data import (
     read_records,
 )
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.methods import ScalaBL
 from scalabl_pyro.prediction import (
     auroc,
     average,
@@ -278,6 +279,13 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "budget": (settings(FitConfig, kl_budget=-3.0), "kl_budget is -3.0"),
         "readout": (settings(ModelConfig, name="x", readout="vision"), "readout is 'vision'"),
         "dtype": (settings(ModelConfig, name="x", dtype="fp8"), "dtype is 'fp8'"),
+        "normalise": (settings(ModelConfig, name="x", normalise="none"), "normalise is 'none'"),
+        "kappa": (settings(ModelConfig, name="x", temperature="none"), "temperature is 'none'"),
+        "chat": (
+            settings(ModelConfig, name="x", readout="multiple_choice", chat=True),
+            "chat is True",
+        ),
+        "perp_scale": (settings(ScalaBL, perp_scale=2.0), "perp_scale is 2.0"),
         "device": (settings(ModelConfig, name="x", device="gpu"), "device is 'gpu'"),
         "rank": (settings(AdapterConfig, r=0), "r is 0"),
         "alpha": (settings(AdapterConfig, alpha=NAN), "alpha is nan"),
@@ -289,7 +297,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "temperature inf": (settings(Decoding, temperature=INF), "temperature is inf"),
         "top_p": (settings(Decoding, top_p=NAN), "top_p is nan"),
         "top_k": (settings(Decoding, top_k=-1), "top_k is -1"),
-        "beams": (settings(Decoding, num_beams=4), "num_beams is 4"),
+        "greedy": (settings(Decoding, top_k=5), "top_k is 5"),
         "draws": (settings(PredictionConfig, draws=0), "draws is 0"),
         "kind": (settings(PredictionConfig, kind="halton"), "kind is 'halton'"),
         "trunk": (settings(PredictionConfig, trunk=NAN), "trunk is nan"),

@@ -35,6 +35,11 @@ class SelectConfig:
         check_selection(self.count, self.by)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+        if self.prediction.tolerance is not None:
+            raise ValueError(
+                f"prediction.tolerance is {self.prediction.tolerance}: leave it out, for records"
+                " are compared by the same number of draws"
+            )
 
 
 def select_records(config: SelectConfig) -> dict[str, Any]:

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig) -> dict[str, Any]:
     """``scalabl train``: one of several processes, if a launcher started them."""
     start()
+    for attempt in config.attempts():
+        for name in attempt.without_effect():
+            log.warning("%s has no effect with method %s", name, attempt.method["name"])
     return {"run": config.run_dir, **run(config)}
 
 

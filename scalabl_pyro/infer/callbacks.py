@@ -14,8 +14,8 @@ class Callback:
     """Base class whose methods do nothing; override those that are needed.
 
     A row is what the history holds of a step: ``step`` from 1 on, ``loss``, ``nll``, ``kl``,
-    ``kl_weight``, ``lr``, and ``validation_nll`` where it was computed. Of several processes the
-    main one alone calls. What a method raises ends the training.
+    ``kl_weight``, ``lr_factor``, and ``validation_nll`` where it was computed. Of several processes
+    the main one alone calls. What a method raises ends the training.
     """
 
     def on_step(self, row: Mapping[str, float]) -> None:

@@ -120,7 +120,7 @@ class FitConfig:
         if self.keep == "best" and not self.eval_every:
             raise ValueError("keep is 'best', but eval_every is 0: set how often to validate")
 
-    def learning_rate(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """The factor on both learning rates at 0-based ``step``."""
         warmup = self.warmup * self.steps
         if step < warmup:
@@ -137,14 +137,15 @@ class FitConfig:
         A step of Adam moves a parameter by about its learning rate at most. With σ = softplus(u),
         \|Δ log σ\| ≤ \|Δu\|: below 1, σ cannot change by a factor e.
         """
-        return self.lr_guide * sum(map(self.learning_rate, range(self.steps)))
+        return self.lr_guide * sum(map(self.lr_factor, range(self.steps)))
 
 
 class FitResult(NamedTuple):
     """What :func:`fit` returns.
 
     :param history: a row a step: ``step``, ``loss`` (−ELBO/N), ``nll``, ``kl`` (nats),
-        ``kl_weight``, ``lr`` (factor), and ``validation_nll`` where it was computed.
+        ``kl_weight``, ``lr_factor`` (of both learning rates), and ``validation_nll`` where it was
+        computed.
     :param best_step: the step kept: the last, or the one with the lowest validation NLL.
     :param num_trained: how many numbers the optimizer moved.
     """
@@ -213,6 +214,7 @@ def fit(
             # Pyro's automatic guides make their parameters at the first call.
             guide(next(train.minibatches(config.batch_size, seed=seed)))
     _tell_reach(guide, config)
+    model.start_readout(train)
     run = _Run(model, guide, config, optimizer)
     if checkpoints is not None:
         run.resume(checkpoints)
@@ -376,7 +378,7 @@ class _Run:
                 f"the {type(self._optimizer).__name__} given is over {len(moved)} parameters:"
                 f" expected the {len(self._parameters)} that are trained, {list(self._named)}"
             )
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.learning_rate)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.lr_factor)
         self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
         self._per_example = 1 / (model.num_data * config.accumulation)
         self.step = 0
@@ -459,7 +461,7 @@ class _Run:
             "nll": nll,
             "kl": _kl(self._model, self._guide, rest, beta),
             "kl_weight": beta,
-            "lr": self._config.learning_rate(self.step),
+            "lr_factor": self._config.lr_factor(self.step),
         }
         self.history.append(row)
 

@@ -69,6 +69,7 @@ class ELBOTrainer(transformers.Trainer):
                 f"args runs on {args.device}, and the adapter on {model.adapter.device}: expected"
                 " the same device"
             )
+        model.start_readout(train)
         self._parts = trained_parameters(model, guide)
         self._lr_guide, self._train, self._adapter = lr_guide, train, model.adapter
         self._kl = KLSchedule() if kl is None else kl

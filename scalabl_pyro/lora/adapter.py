@@ -129,6 +129,7 @@ class SubspaceAdapter:
         self._checkpointing = Checkpointing(self._llm, self._hooks)
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
+        self._readout_at_first = [p.detach().clone() for p in self.readout_parameters.values()]
         self._fingerprint: str | None = None
         self._base_dropout = base_dropout
         if gradient_checkpointing:
@@ -251,10 +252,16 @@ class SubspaceAdapter:
 
     @torch.no_grad()
     def start_readout(self, train: Split) -> None:
-        """Let the readout choose where its own parameters start, if it has some.
+        """Let the readout choose where its own parameters start, if it has some and they have not
+        moved yet. ``fit`` does so too.
 
         :param train: labelled examples.
         """
+        now = self.readout_parameters.values()
+        if any(
+            (p != q.to(p.device)).any() for p, q in zip(now, self._readout_at_first, strict=True)
+        ):
+            return
         starts = self.readout.start(self._llm, partial(self, s=self.init_loc), train)
         for name, value in starts.items():
             self.readout_parameters[name].fill_(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -68,8 +68,9 @@ class ModelConfig(ReadoutConfig):
                 f"prompt is {self.prompt!r} with readout {self.readout!r}: expected"
                 " readout=choice_likelihood, which puts each choice into the gap"
             )
-        for name in ("template", "shots", "system"):
-            if getattr(self, name) and name not in readout.takes:
+        left_out = {field.name: field.default for field in fields(ReadoutConfig)}
+        for name in ("template", "shots", "system", "chat", "normalise", "temperature"):
+            if getattr(self, name) != left_out[name] and name not in readout.takes:
                 able = [key for key, kind in sorted(READOUTS.items()) if name in kind.takes]
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r} with readout {self.readout!r}, which"

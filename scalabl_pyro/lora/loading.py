@@ -246,12 +246,20 @@ _POSITIONS_AFTER_PADDING = {
 }
 
 
-def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
+def positions(llm_config: Any) -> int | None:
+    """The most tokens that a model has positions for; ``None`` where its configuration has no
+    limit."""
     text = llm_config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa and its kin count positions from the one after the padding token's number.
     first = text.pad_token_id + 1 if text.model_type in _POSITIONS_AFTER_PADDING else 0
-    return min([tokenizer.model_max_length, *(limit - first for limit in limits if limit)])
+    return min((limit - first for limit in limits if limit), default=None)
+
+
+def _context(tokenizer: PreTrainedTokenizerBase, llm_config: Any) -> int:
+    limit = positions(llm_config)
+    longest: int = tokenizer.model_max_length
+    return longest if limit is None else min(longest, limit)
 
 
 def _load_config(config: ModelConfig, auto_class: str, **options: Any) -> Any:

@@ -38,13 +38,13 @@ def from_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     readout: str = "label_tokens",
-    prompt: str = "letters",
+    prompt: str = "auto",
     template: str | None = None,
     shots: Sequence[Record] = (),
     system: str | None = None,
     chat: bool = False,
     truncate: bool = False,
-    projections: ProjectionMode = "free",
+    projections: ProjectionMode | None = None,
     start: str | Path | None = None,
     subspace: str = "random",
     perp: int = 0,
@@ -58,14 +58,15 @@ def from_pretrained(
     :param lora: rank, scaling α and target modules; heads to train whole in ``modules_to_save``.
     :param records: all that will be read: they fix the C classes and their words; or completions.
     :param tokenizer: of a model that is loaded already; else that of the model's folder is taken.
-    :param readout: a name in ``READOUTS``, such as ``label_tokens`` or ``completion_tokens``. The
-        κ of ``choice_likelihood`` is 1 until ``adapter.start_readout(train)`` chooses it.
-    :param prompt: and ``template``, ``system``, ``chat``, ``truncate``: as in :class:`ModelConfig`.
+    :param readout: a name in ``READOUTS``, such as ``label_tokens`` or ``completion_tokens``.
+    :param prompt: a name in ``PROMPTS``; ``auto`` is the readout's own.
+    :param template: as in :class:`ModelConfig`, and so ``system``, ``chat`` and ``truncate``.
     :param shots: labelled records that are shown with their answers before each question but their
         own.
-    :param projections: what is trained beside s, a mode of :class:`SubspaceAdapter`. By default V
-        too, at whose rate V and B can be trained alike; ``scalabl train`` leaves V frozen.
-    :param start: and ``gradient_checkpointing``: as in :class:`SubspaceAdapter`.
+    :param projections: what is trained beside s, a mode of :class:`SubspaceAdapter`: ``frozen_v``
+        if left out, as in ``scalabl train``.
+    :param start: a trained PEFT adapter to start from.
+    :param gradient_checkpointing: recompute activations in the backward pass.
     :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
         ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
     :param perp: k, coordinates of each module that stay at their prior (see

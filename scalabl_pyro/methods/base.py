@@ -54,6 +54,8 @@ class Method(ABC):
     svd: ClassVar[bool] = False
     #: whether it can learn texts too, and not answers among choices alone
     reads_texts: ClassVar[bool] = True
+    #: settings of :class:`FitConfig` that have no effect
+    ignores: ClassVar[tuple[str, ...]] = ()
 
     config: FitConfig = FitConfig()  # noqa: RUF009  (frozen)
     eval_batch_size: int = 64
@@ -196,6 +198,8 @@ class PointMethod(Method):
     :param projections: ``free`` trains A and B, and ``frozen_v`` B alone (LoRA-FA; Zhang et al.
         2023, arXiv 2308.03303).
     """
+
+    ignores: ClassVar[tuple[str, ...]] = ("kl", "kl_budget")
 
     projections: Literal["free", "frozen_v"] = "free"
 

@@ -48,7 +48,7 @@ class Bursts(KLSchedule):
 
     weight: float = 1.0
     between: int = 0
-    rate: Callable[[int], float] = FitConfig().learning_rate
+    rate: Callable[[int], float] = FitConfig().lr_factor
 
     def __call__(self, step: int, steps: int) -> float:
         """β at 0-based ``step``, above 0."""
@@ -79,7 +79,7 @@ def in_bursts(config: FitConfig, num_data: int) -> FitConfig:
     :param num_data: N.
     """
     between = burst_steps(num_data, min(config.batch_size, num_data))
-    return replace(config, kl=Bursts(between=between, rate=config.learning_rate))
+    return replace(config, kl=Bursts(between=between, rate=config.lr_factor))
 
 
 class TwoObjectives:

@@ -140,6 +140,7 @@ class IVON(PointMethod):
     """
 
     name: ClassVar[str] = "ivon"
+    ignores: ClassVar[tuple[str, ...]] = (*PointMethod.ignores, "lr_guide", "eps")
 
     config: FitConfig = FitConfig(lr=0.1, clip_norm=math.inf)  # noqa: RUF009  (frozen)
     ess: float | None = None

@@ -105,6 +105,7 @@ class Reference(Method):
     name: ClassVar[str] = "reference"
     reads_texts: ClassVar[bool] = False
     svd: ClassVar[bool] = True
+    ignores: ClassVar[tuple[str, ...]] = ("kl",)
 
     config: FitConfig = FitConfig(  # noqa: RUF009  (frozen)
         steps=5000, batch_size=4, lr=1e-4, lr_guide=1e-4, eps=1e-6, clip_norm=math.inf

@@ -65,6 +65,11 @@ class ScalaBL(Method):
             raise ValueError("kl_budget needs a density q(s), and guide delta is a point")
         if self.perp < 0:
             raise ValueError(f"perp is {self.perp}: expected a number of coordinates, 0 or more")
+        if self.perp_scale != 1.0 and not self.perp:
+            raise ValueError(
+                f"perp_scale is {self.perp_scale}, the prior of coordinates of which there are"
+                " none: give perp, their number"
+            )
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ..data import Split
-from ..infer.svi import FitResult
+from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor
@@ -25,6 +25,7 @@ class ZeroShot(Method):
     """
 
     name: ClassVar[str] = "zero_shot"
+    ignores: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(FitConfig))
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
         """The likelihood.

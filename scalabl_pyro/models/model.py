@@ -16,7 +16,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..data import Batch
+from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
 from ..readouts.completion_tokens import NO_TOKEN
 from .priors import FixedPrior, Prior
@@ -133,6 +133,12 @@ class LoRAModel(PyroModule):
             pyro.sample("label", y, obs=labels)
         return logits
 
+    def start_readout(self, train: Split) -> None:
+        """Start what the readout trains of its own, such as κ, by the classes of labelled examples.
+        A likelihood whose labels are no classes overrides it."""
+        if self.adapter.readout_parameters:
+            self.adapter.start_readout(train)
+
     def data_plate(self, batch: Batch) -> pyro.plate:
         """The plate ``"data"``, of which the batch is B out of N, or all that there is if it has no
         labels."""
@@ -156,8 +162,9 @@ class ScalaBLModel(LoRAModel):
     :param adapter: in the subspace form.
     :param num_data: N.
     :param prior: distribution of one coordinate, with a batch shape that expands to (M, r), or a
-        :class:`~scalabl_pyro.models.priors.Prior`; a standard normal if left out. Where the
-        adapter's start lies outside its support, the start moves inside, and B with it, so that the
+        :class:`~scalabl_pyro.models.priors.Prior`. If left out, Normal(0, 1), or Normal(1, 1) for
+        an adapter that starts from trained weights, which s = 1 reproduces. Where the adapter's
+        start lies outside its support, the start moves inside, and B with it, so that the
         same is computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
         density joins the objective, not weighted by the KL weight; none if left out.
@@ -185,7 +192,7 @@ class ScalaBLModel(LoRAModel):
     ) -> None:
         super().__init__(adapter, num_data=num_data)
         if prior is None:
-            prior = dist.Normal(0.0, 1.0)
+            prior = dist.Normal(float(getattr(adapter, "trained", False)), 1.0)
         if not isinstance(prior, (Prior, TorchDistributionMixin)):
             raise ValueError(
                 f"prior is {prior!r}: expected a distribution of Pyro over one number, or a Prior,"

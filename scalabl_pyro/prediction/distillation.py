@@ -94,6 +94,9 @@ class _SoftLabels(LoRAModel):
         super().__init__(adapter, num_data=len(log_probs))
         self._log_probs = log_probs
 
+    def start_readout(self, train: Split) -> None:
+        """Nothing: the teacher's, which :func:`fold_into` copies, is the best start."""
+
     def observe(self, batch: Batch, logits: Tensor) -> Tensor:
         batch = batch.to(logits.device)
         # A choice that does not exist has probability 0 on both sides, and adds nothing.

@@ -61,11 +61,11 @@ class Decoding:
     :param temperature: divides the average's log-probabilities before a draw.
     :param top_k: draw from the so many most probable tokens; 0 is off.
     :param top_p: draw from the fewest most probable tokens that hold this probability; 1 is off.
-    :param num_beams: 1; beam search is not offered.
     :param stop: texts that end a text, which then ends with the token that completes one of them.
     :param weights: of the draws, ``equal`` or ``posterior``: by what they gave the text so far.
     :param seed: fixes the draws, of each prompt by its number, whatever else is generated with it.
-    :raises ValueError: if a value is out of range, or beam search is asked for.
+    :raises ValueError: if a value is out of range, or acts on sampled tokens alone and
+        ``do_sample`` is false.
     """
 
     max_new_tokens: int = 64
@@ -73,17 +73,11 @@ class Decoding:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    num_beams: int = 1
     stop: tuple[str, ...] = ()
     weights: str = "equal"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_beams != 1:
-            raise ValueError(
-                f"num_beams is {self.num_beams}: expected 1, for the rows of a prompt are draws of"
-                " s, which must all read the same text; use do_sample=true for several texts"
-            )
         check_weights(self.weights)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected 1 or more")
@@ -96,6 +90,12 @@ class Decoding:
             raise ValueError(f"top_k is {self.top_k}: expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a number above 0, up to 1")
+        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError(
+                f"temperature is {self.temperature}, top_k is {self.top_k} and top_p is"
+                f" {self.top_p}, which act on sampled tokens alone: set do_sample=true, or leave"
+                " them out"
+            )
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop is {self.stop!r}: expected a list of texts that are not empty")
 

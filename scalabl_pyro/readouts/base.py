@@ -78,7 +78,7 @@ class Readout(ABC):
     auto_class: ClassVar[str]
     #: the prompt that ``auto`` means
     default_prompt: ClassVar[str] = "letters"
-    #: which of the settings template, shots and system it puts records by
+    #: which of the settings template, shots, system, chat, normalise and temperature it uses
     takes: ClassVar[tuple[str, ...]] = ()
     #: whether an example is a row of tokens for each of its choices, of which each gives one logit,
     #: instead of one row

@@ -6,7 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -39,7 +39,7 @@ class CausalReadout(Readout):
 
     padding_side = "left"
     auto_class = "AutoModelForCausalLM"
-    takes = ("template", "shots", "system")
+    takes: ClassVar[tuple[str, ...]] = ("template", "shots", "system", "chat")
 
     def __init__(
         self,

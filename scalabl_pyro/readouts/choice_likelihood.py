@@ -62,6 +62,7 @@ class ChoiceLikelihood(CausalReadout):
 
     padding_side = "right"
     default_prompt = "question"
+    takes = (*CausalReadout.takes, "normalise", "temperature")
 
     def __init__(
         self,

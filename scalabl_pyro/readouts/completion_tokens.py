@@ -43,6 +43,7 @@ class CompletionTokens(Readout):
 
     padding_side = "left"
     auto_class = "AutoModelForCausalLM"
+    takes = ("chat",)
     reads_texts = True
 
     def __init__(

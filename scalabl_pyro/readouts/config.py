@@ -20,7 +20,7 @@ TEMPERATURE = ("trained", "none")
 class ReadoutConfig:
     """How records are put to a language model, and how its answer is read.
 
-    Each readout takes what it needs.
+    A setting that the chosen readout does not use is refused where it is not left out.
 
     :param prompt: for label tokens and choice likelihood, a name in ``PROMPTS``; ``auto`` is the
         readout's own, which :class:`~scalabl_pyro.lora.ModelConfig` fills in.

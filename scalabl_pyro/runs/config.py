@@ -151,6 +151,11 @@ class RunConfig:
                 f"prior_run is {self.prior_run!r}, and method {method.name} has no posterior that"
                 f" could be a prior: expected one of {able}, as that run has"
             )
+        if method.config.kl_budget is not None and "kl_budget" in method.ignores:
+            raise ConfigError(
+                f"fit.kl_budget is {method.config.kl_budget}, and method {method.name} has no KL:"
+                " leave it out"
+            )
         if READOUTS[self.model.readout].reads_texts and not method.reads_texts:
             able = [name for name, other in METHODS.items() if other.reads_texts]
             raise ConfigError(
@@ -223,6 +228,16 @@ class RunConfig:
             method = merged(self.method, method)  # another method has settings of its own
         fit = build(FitConfig, merged(asdict(self.fit), trial.get("fit", {})), "fit.")
         return replace(self, method=method, fit=fit, trials=())
+
+    def without_effect(self) -> list[str]:
+        """Settings of ``fit`` that were changed and that the method does not use, as
+        ``fit.name``."""
+        method = METHODS[self.method["name"]]
+        return [
+            f"fit.{name}"
+            for name in method.ignores
+            if getattr(self.fit, name) != getattr(method.config, name)
+        ]
 
     def flat(self) -> dict[str, Any]:
         """All settings by their full names."""

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..data import Batch
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.loading import bytes_beside_weights, load_skeleton, unquantized
+from ..lora.loading import bytes_beside_weights, load_skeleton, positions, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
 from ..readouts import READOUTS
 
@@ -113,11 +113,18 @@ def estimate(config: MemoryConfig) -> Memory:
 
     :param config: ``config.model.name`` may be a folder that holds a config.json and nothing else.
     :raises FileNotFoundError: if there is no such model.
+    :raises ValueError: if the model has no positions for so many tokens.
     """
     model, lora = config.model, config.lora
     readout = READOUTS[model.readout].untokenized(config.classes)
     auto_class = getattr(transformers, readout.auto_class)
     llm = load_skeleton(model, auto_class, **readout.llm_options())
+    limit = positions(llm.config)
+    if limit is not None and config.tokens > limit:
+        raise ValueError(
+            f"tokens is {config.tokens}, and {model.name} has positions for {limit}: expected"
+            f" {limit} or fewer"
+        )
     weights = sum(t.nbytes for t in (*llm.parameters(), *llm.buffers()))
     read = bytes_beside_weights(model, llm)
     largest = 0

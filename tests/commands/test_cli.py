@@ -722,6 +722,7 @@ def test_a_command_that_is_not_there_is_named(capsys):
     [
         (["lora.heads=[nope]"], "modules_to_save ['nope'] match no module of LlamaForCausalLM"),
         (["+method.config=3"], "method.config is no setting"),
+        (["method=mle", "fit.kl_budget=9"], "fit.kl_budget is 9.0, and method mle has no KL"),
         (["run_dir=/proc/nope/x"], "/proc/nope/x cannot be written, for /proc takes no new file"),
     ],
 )
@@ -729,6 +730,25 @@ def test_settings_that_would_be_lost_are_refused(local_model, data, capsys, word
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", *where, *FAST, *words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["method=mle", "fit.kl.weight=3"], ["fit.kl"]),
+        (["method=map", "fit.lr_guide=1"], []),
+        (["method=ivon", "fit.lr_guide=1", "fit.eps=0.1"], ["fit.lr_guide", "fit.eps"]),
+        (["method=zero_shot", "fit.lr=1"], ["fit.lr"]),
+    ],
+    ids=str,
+)
+def test_settings_of_fit_without_effect_are_told(local_model, data, capsys, words, names):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out", "progress=false"]
+    short = [] if "method=zero_shot" in words else ["fit.steps=2"]
+    assert scalabl("train", *where, *short, *words) == 0
+    told = re.findall(r"(\S+) has no effect with method (\w+)", capsys.readouterr().err)
+    method = words[0].removeprefix("method=")
+    assert told == [(name, method) for name in sorted(names, key=names.index)]
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, capsys, monkeypatch):

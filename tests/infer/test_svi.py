@@ -519,7 +519,7 @@ def test_a_fit_may_be_all_warmup(make_causal, records):
     config = FitConfig(steps=2, batch_size=4, warmup=1.0)
     split = adapter.readout.encode(records)
     history = fit(model, AutoSubspaceNormal(model), split, config, progress=False).history
-    assert [row["lr"] for row in history] == pytest.approx([1 / 3, 2 / 3])
+    assert [row["lr_factor"] for row in history] == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_another_number_of_examples_than_the_model_says_is_told(make_causal, records, caplog):

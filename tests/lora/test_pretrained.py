@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from functools import partial
 
+import pyro
 import pytest
 import torch
 from conftest import lora, make_records, tiny_bert_config, tiny_llama, whole
+from peft import get_peft_model
 from transformers import BertForMultipleChoice, BertForSequenceClassification, BertModel
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import DataError
 from scalabl_pyro.data.world import world
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.lora.loading import load_readout, make_adapter
+from scalabl_pyro.methods import ScalaBL
 
 
 def usage() -> str:
@@ -108,3 +114,50 @@ def test_a_model_is_adapted_once(tokenizer, records):
     sp.from_pretrained(llm, lora("q_proj"), records, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="already carries a PEFT adapter"):
         sp.from_pretrained(llm, lora("q_proj"), records, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("readout", ["label_tokens", "choice_likelihood"])
+def test_python_and_the_command_line_start_alike_and_train_alike(local_model, records, readout):
+    """One set of defaults: prompt, projections, prior, and where κ starts."""
+    config = ModelConfig(str(local_model), readout=readout)
+    fit_config = sp.FitConfig(steps=3, batch_size=4)
+    reader = load_readout(config, config.classes(records))
+    make = partial(make_adapter, config, AdapterConfig(r=4, alpha=8, targets=("q_proj",)), reader)
+    fitted = ScalaBL(fit_config, progress=False).fit(make, reader.encode(records), None, seed=3)
+
+    pyro.set_rng_seed(3)
+    adapter = sp.from_pretrained(local_model, lora("q_proj"), records, readout=readout)
+    assert adapter.readout.reading(records[0]).prompt == reader.reading(records[0]).prompt
+    train = adapter.encode(records)
+    model = sp.ScalaBLModel(adapter, num_data=len(train))
+    guide = sp.AutoSubspaceNormal(model)
+    sp.fit(model, guide, train, fit_config, seed=3, progress=False)
+    expected = fitted.model.adapter.named_parameters()
+    found = adapter.named_parameters()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(guide.median()["s"], fitted.guide.median()["s"], rtol=0, atol=0)
+
+
+def test_a_prior_that_is_left_out_is_centred_where_the_adapter_starts(
+    local_model, records, tmp_path
+):
+    start = get_peft_model(tiny_llama(), lora("q_proj", init_lora_weights=False))
+    start.save_pretrained(tmp_path)
+    for options, centre in (({}, 0.0), ({"start": tmp_path}, 1.0)):
+        adapter = sp.from_pretrained(local_model, lora("q_proj"), records, **options)
+        prior = sp.ScalaBLModel(adapter, num_data=12).prior
+        torch.testing.assert_close(prior().mean, torch.full(adapter.shape, centre))
+
+
+def test_kappa_that_has_moved_is_not_started_again(local_model, records):
+    adapter = sp.from_pretrained(local_model, lora("q_proj"), records, readout="choice_likelihood")
+    (kappa,) = adapter.readout_parameters.values()
+    train = adapter.encode(records)
+    adapter.start_readout(train)
+    started = float(kappa.detach())
+    assert started != 0.0
+    kappa.data.fill_(0.3)
+    adapter.start_readout(train)
+    assert float(kappa.detach()) == pytest.approx(0.3)

@@ -275,7 +275,9 @@ def test_decoding_defaults_of_the_checkpoint_are_not_used(predictor):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(num_beams=4), "num_beams is 4: expected 1, .* draws of s"),
+        (dict(temperature=0.3), "temperature is 0.3, .* act on sampled tokens alone: set do_sam"),
+        (dict(top_k=5), "top_k is 5 .* act on sampled tokens alone"),
+        (dict(top_p=0.9), "top_p is 0.9, which act on sampled tokens alone"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
         (dict(temperature=0.0), "temperature is 0.0: .*do_sample=false"),
         (dict(top_k=-1), "top_k is -1"),
@@ -488,7 +490,7 @@ def test_the_configuration_holds_the_defaults():
     values |= dict(run="a", input="b", output="c")
     assert build(GenerateConfig, values) == GenerateConfig("a", "b", "c")
     values["decoding"]["num_beams"] = 4
-    with pytest.raises(ConfigError, match="num_beams is 4: expected 1"):
+    with pytest.raises(ConfigError, match=r"there is no setting decoding\.num_beams"):
         build(GenerateConfig, values)
 
 

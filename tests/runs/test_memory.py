@@ -14,7 +14,7 @@ from conftest import tiny_bert_config, tiny_llama
 from omegaconf import OmegaConf
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, RobertaConfig
 
 from benchmarks.cost._qwen import SIZES, qwen_config
 from scalabl_pyro import Predictor, SubspaceAdapter
@@ -202,10 +202,10 @@ def test_what_loading_takes_beside_the_weights_is_the_file(tmp_path, stored, dty
     llm = tiny_llama(hidden_size=256, intermediate_size=512).to(stored)
     llm.save_pretrained(tmp_path)
     file = (tmp_path / "model.safetensors").stat().st_size
-    found = estimate(settings(tmp_path, dtype=dtype))
+    found = estimate(replace(settings(tmp_path, dtype=dtype), tokens=64))
     beside = 0 if stored == getattr(torch, dtype) else file
     assert found.loading - found.weights == pytest.approx(beside, rel=0.01)
-    quantised = estimate(settings(tmp_path, dtype=dtype, quantization="4bit"))
+    quantised = estimate(replace(settings(tmp_path, dtype=dtype, quantization="4bit"), tokens=64))
     assert quantised.loading - quantised.weights == pytest.approx(file, rel=0.01)
 
 
@@ -221,3 +221,18 @@ def test_bad_numbers_are_refused(folder):
         replace(settings(folder), tokens=0)
     with pytest.raises(ValueError, match="perp is -1: expected 0 or more"):
         replace(settings(folder), perp=-1)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(folder, tmp_path):
+    limit = AutoConfig.from_pretrained(folder).max_position_embeddings
+    estimate(replace(settings(folder), tokens=limit, batch_size=1, eval_batch_size=1))
+    with pytest.raises(
+        ValueError, match=f"tokens is {limit + 1}, and .* has positions for {limit}"
+    ):
+        estimate(replace(settings(folder), tokens=limit + 1))
+    # RoBERTa has one position more than its padding token's number that no token takes.
+    config = RobertaConfig(max_position_embeddings=66, pad_token_id=1, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    roberta = replace(settings(tmp_path, readout="sequence_classification"), tokens=65)
+    with pytest.raises(ValueError, match="positions for 64"):
+        estimate(roberta)
