@@ -49,7 +49,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.data import tasks
 from scalabl_pyro.methods import MLE, ScalaBL, temperature
-from scalabl_pyro.methods.base import PointMethod
+from scalabl_pyro.methods.base import LoRAMethod
 from scalabl_pyro.readouts import LabelTokens
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -679,7 +679,7 @@ def test_the_likelihood_of_contributing_trains(make_causal, records):
 
 def test_the_method_of_contributing_fits(make_choice, records):
     names = dict(vars(temperature))
-    names |= {"dataclass": dataclass, "PointMethod": PointMethod, "ClassVar": ClassVar}
+    names |= {"dataclass": dataclass, "LoRAMethod": LoRAMethod, "ClassVar": ClassVar}
     run_snippet("@dataclass", names)
     split = make_choice().readout.encode(records)
     fitted = names["Cool"](FitConfig(steps=2), progress=False).fit(make_choice, split, None, seed=0)

@@ -177,8 +177,8 @@ class Bench:
                 self.model,
                 self.train,
                 num_samples=10 if self.quick else 400,
-                warmup=10 if self.quick else 200,
-                chains=1,
+                warmup_steps=10 if self.quick else 200,
+                num_chains=1,
                 seed=seed,
                 init_loc=self.loc,
                 progress=False,
@@ -265,7 +265,7 @@ def compare(case: Case, work: Path, *, quick: bool) -> dict[str, Any]:
     chains, seconds = bench.nuts()
     print(f"{work.name}: NUTS {seconds:.0f} s, {chains.diagnostics()}", flush=True)
     every = chains.draws.flatten(0, 1)
-    truth = bench.log_probs(chains.bank(min(DRAWS, len(every))))
+    truth = bench.log_probs(chains.thin(min(DRAWS, len(every))))
 
     def run(name: str) -> dict[str, Any]:
         start = time.process_time()

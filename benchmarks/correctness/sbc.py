@@ -66,8 +66,8 @@ def by_nuts(model: LinearGaussian, split: Split, seed: int) -> Draws:
         model,
         split,
         num_samples=3 * (RANKS - 1),
-        warmup=60,
-        chains=1,
+        warmup_steps=60,
+        num_chains=1,
         seed=seed,
         progress=False,
     )

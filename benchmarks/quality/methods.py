@@ -30,7 +30,7 @@ from benchmarks.quality._openbookqa import Bench
 from benchmarks.quality.calibration import DRAWS, SEEDS, STEPS, TUNING_SEED, fit_config, tempered
 from benchmarks.quality.unknown import add_others, subjects
 from scalabl_pyro.commands._report import write_report
-from scalabl_pyro.commands._runs import Run
+from scalabl_pyro.commands._runs import ReportedRun
 from scalabl_pyro.data import Split
 from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer.kl import KLSchedule
@@ -330,7 +330,7 @@ def predictions(bench: Bench, run: Mapping[str, Tensor]) -> dict[str, Prediction
 # ---------------------------------------------------------------------- the table
 
 
-def differences(runs: Mapping[str, Sequence[Run]], reference: str) -> dict[str, Any]:
+def differences(runs: Mapping[str, Sequence[ReportedRun]], reference: str) -> dict[str, Any]:
     """Row → metric of ``test`` → its difference from a reference, paired by seed and question."""
     values = {}
     for name, row in runs.items():
@@ -371,7 +371,9 @@ def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]
     return {name: crossed_interval(values)._asdict() for name, values in stacked(each).items()}
 
 
-def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Run]]]:
+def table(
+    bench: Bench, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, list[ReportedRun]]]:
     """Trials, choices, those at an edge of their grid, AUROCs; and the runs of each row."""
     together = {n: [(s, "") for s in ROWS[n].labels] for n in names if ROWS[n].together}
     trials = trials_of(bench, [name for name in names if name not in together])
@@ -383,7 +385,7 @@ def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str,
         ensembles = {choice: ensemble(bench, name, choice)["validation"] for choice in choices}
         trials[name] = {c: evaluate(p[None], labels)["nll"] for c, p in ensembles.items()}
     chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[ReportedRun]] = {}
     figures: dict[str, Any] = {"trials": {}, "chosen": {}, "edges": [], "auroc": {}}
     for name in names:
         tried, choice = ROWS[name].labels, chosen[name]
@@ -401,7 +403,7 @@ def table(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], dict[str,
         if len(tried) > 1 and choice[0] in (tried[0], tried[-1]):
             figures["edges"].append(name)
         runs[name] = [
-            Run(f"{name} seed {seed}", predictions(bench, run), settings, seed)
+            ReportedRun(f"{name} seed {seed}", predictions(bench, run), settings, seed)
             for run, seed in zip(kept, SEEDS, strict=True)
         ]
     return figures, runs

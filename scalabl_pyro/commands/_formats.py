@@ -12,13 +12,13 @@ from ..runs.card import plain
 
 __all__ = [
     "AURC",
+    "BASELINE",
     "BEST",
     "COST",
     "COST_TITLES",
     "DIFFERENCES",
     "HEADER",
     "METRICS",
-    "REFERENCE",
     "TITLES",
     "UNITS",
     "cell",
@@ -34,7 +34,7 @@ __all__ = [
 METRICS = ("acc", "ece", "nll", "brier", "aurc")
 #: those that a terminal has room for
 NARROW = METRICS[:4]
-REFERENCE = "mle"
+BASELINE = "mle"
 
 HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
@@ -49,7 +49,7 @@ COST_TITLES = ("trained", "stored", "training", "prediction")
 BEST = "★ best mean; ≈ not told apart from it: the 95 % interval of their paired difference holds 0"
 COST = (
     "training and prediction: passes through the language model, forward or backward, over those of"
-    f" {REFERENCE}; s: seconds on the clock instead, for all of training and for 1,000 predictions"
+    f" {BASELINE}; s: seconds on the clock instead, for all of training and for 1,000 predictions"
 )
 
 
@@ -65,12 +65,12 @@ def format_table(table: Mapping[str, Any]) -> str:
             last = cell(auroc, 1, 3) if auroc else ""
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
             lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
-    differences = table.get(f"minus_{REFERENCE}", {})
+    differences = table.get(f"minus_{BASELINE}", {})
     if differences:
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
     for name, row in differences.items():
         for split, cells in row.items():
-            lines.append(f"{split:12s}{name + ' − ' + REFERENCE:20s}{_cells(cells)}")
+            lines.append(f"{split:12s}{name + ' − ' + BASELINE:20s}{_cells(cells)}")
             p = {m: p_value(cells[m]["p"]) for m in NARROW}
             lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
@@ -93,10 +93,10 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             lines.append(_line([plain(name), *cells, *cost_cells(table, name).values()]))
         lines.append("")
     lines += [f"{AURC}.", f"{COST}."]
-    differences = table.get(f"minus_{REFERENCE}", {})
+    differences = table.get(f"minus_{BASELINE}", {})
     if differences:
         heads = ["", "split", *DIFFERENCES]
-        lines += ["", f"## Differences to {REFERENCE}, paired by seed and question", ""]
+        lines += ["", f"## Differences to {BASELINE}, paired by seed and question", ""]
         lines += ["In brackets p of none (two-sided).", "", _line(heads)]
         lines.append("|---" * len(heads) + "|")
     for name, row in differences.items():
@@ -118,7 +118,7 @@ def mark(table: Mapping[str, Any], split: str, metric: str, name: str) -> str:
 
 def cost_cells(table: Mapping[str, Any], name: str) -> dict[str, str]:
     """Numbers trained and stored, and costs over plain LoRA's; a dash where they are not known."""
-    own, plain_lora = table["cost"][name], table["cost"].get(REFERENCE)
+    own, plain_lora = table["cost"][name], table["cost"].get(BASELINE)
     if own is None:
         return dict.fromkeys(COST_TITLES, "–")
     found = {key: f"{own[key]:,}" for key in ("trained", "stored")}

@@ -27,13 +27,13 @@ from ..runs.config import flat
 from ._formats import (
     AURC,
     AUROC,
+    BASELINE,
     BEST,
     COST,
     COST_TITLES,
     DIFFERENCES,
     HEADER,
     METRICS,
-    REFERENCE,
     TITLES,
     UNITS,
     cell,
@@ -43,7 +43,7 @@ from ._formats import (
     p_value,
 )
 from ._plots import plot_cost, plot_entropy, plot_reliability, plot_risk_coverage
-from ._runs import Run
+from ._runs import ReportedRun
 
 __all__ = ["to_html"]
 
@@ -68,7 +68,7 @@ class Picture(NamedTuple):
 
 def to_html(
     table: Mapping[str, Any],
-    runs: Mapping[str, Sequence[Run]],
+    runs: Mapping[str, Sequence[ReportedRun]],
     out: Path,
 ) -> str:
     """The page of a table.
@@ -102,7 +102,7 @@ def to_html(
         cost_columns=COST_TITLES,
         cells={split: {name: _cells(table, split, name) for name in runs} for split in splits},
         costs={name: cost_cells(table, name) for name in runs},
-        reference=REFERENCE,
+        reference=BASELINE,
         differences=_differences(table),
         pictures={name: _pictures(table, predictions, name, splits) for name in runs},
         cost_pictures=_cost_pictures(table),
@@ -131,7 +131,7 @@ def _differences(table: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[st
     """Row, split, and for each metric the difference and its p."""
     return [
         (name, split, [(_signed(found[m], m), p_value(found[m]["p"])) for m in METRICS])
-        for name, row in table.get(f"minus_{REFERENCE}", {}).items()
+        for name, row in table.get(f"minus_{BASELINE}", {}).items()
         for split, found in row.items()
     ]
 
@@ -223,11 +223,11 @@ def _cost_pictures(table: Mapping[str, Any]) -> list[Picture]:
     found = []
     for key in ("training", "prediction"):
         costs = {name: row and row[key] for name, row in table["cost"].items()}
-        plain_lora = costs.get(REFERENCE)
+        plain_lora = costs.get(BASELINE)
         known: dict[str, float | None] = {
             name: cost_ratio(own, plain_lora) for name, own in costs.items()
         }
-        unit = f"passes over {REFERENCE}'s"
+        unit = f"passes over {BASELINE}'s"
         if None in known.values():
             unit, each = ("seconds", 1) if key == "training" else ("milliseconds an answer", 1000)
             known = {name: own and each * own["seconds"] for name, own in costs.items()}

@@ -23,10 +23,10 @@ from ..prediction.intervals import (
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 from ..runs.cost import Cost
-from ._formats import METRICS, REFERENCE, format_table, to_csv, to_markdown
+from ._formats import BASELINE, METRICS, format_table, to_csv, to_markdown
 from ._page import to_html
 from ._plots import plot_comparison
-from ._runs import Run
+from ._runs import ReportedRun
 
 __all__ = ["write_report", "written"]
 
@@ -38,7 +38,7 @@ def written(out: Path) -> str:
 
 def write_report(
     out: Path,
-    rows: Mapping[str, Sequence[Run]],
+    rows: Mapping[str, Sequence[ReportedRun]],
     *,
     chosen: Mapping[str, Any],
     trials: Mapping[str, Any],
@@ -100,17 +100,17 @@ def write_report(
         "chosen": dict(chosen),
         "trials": dict(trials),
     }
-    if REFERENCE in values:
-        table[f"minus_{REFERENCE}"] = {
+    if BASELINE in values:
+        table[f"minus_{BASELINE}"] = {
             name: {
                 s: {
-                    m: _entry(paired_difference(row[s][m], values[REFERENCE][s][m]), p=True)
+                    m: _entry(paired_difference(row[s][m], values[BASELINE][s][m]), p=True)
                     for m in METRICS
                 }
                 for s in splits
             }
             for name, row in values.items()
-            if name != REFERENCE
+            if name != BASELINE
         }
     page = to_html(table, rows, out)
     write_whole(out / "table.json", json_text(table, indent=1) + "\n")
@@ -183,7 +183,7 @@ def _known(run: Predictions) -> tuple[Tensor, Tensor]:
     return run.logits, run.labels
 
 
-def _check_labels(run: Run, first: Run) -> None:
+def _check_labels(run: ReportedRun, first: ReportedRun) -> None:
     for split, wanted in first.predictions.items():
         found = run.predictions.get(split)
         if found is None or not torch.equal(_known(found)[1], _known(wanted)[1]):
@@ -193,7 +193,7 @@ def _check_labels(run: Run, first: Run) -> None:
             )
 
 
-def _check_records(run: Run, other: Run) -> None:
+def _check_records(run: ReportedRun, other: ReportedRun) -> None:
     """Of two runs of one seed: that they had the same records, as far as is known."""
     for split in run.data.keys() & other.data.keys():
         if run.data[split] != other.data[split]:

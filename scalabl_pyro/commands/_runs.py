@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..prediction.predictor import Predictions
-from ..runs.config import NO_MATTER
+from ..runs.config import MAY_CHANGE_ON_RESUME
 from ..runs.cost import Cost, read_cost
 from ..runs.reading import read_fingerprints, read_json, read_predictions, read_settings
 
-__all__ = ["Run", "load_predictions"]
+__all__ = ["ReportedRun", "load_predictions"]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A run of one row and seed.
 
     :param name: in messages.
@@ -36,14 +36,14 @@ class Run:
     folder: Path | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> ReportedRun:
         """Of a run folder, without its validation split.
 
         :raises RunFolderError: if a file is missing or damaged.
         """
         config, found = read_settings(folder), load_predictions(folder)
         splits = [name for name in read_json(folder / "metrics.json") if name != "validation"]
-        leave = (*NO_MATTER, "seed", "trials")
+        leave = (*MAY_CHANGE_ON_RESUME, "seed", "trials")
         return cls(
             str(folder),
             {name: found[name] for name in splits if name in found},

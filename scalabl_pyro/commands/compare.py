@@ -28,7 +28,7 @@ from ._errors import message
 from ._formats import format_table
 from ._quiet import quiet_worker
 from ._report import write_report, written
-from ._runs import Run
+from ._runs import ReportedRun
 from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare", "compare_methods"]
@@ -203,7 +203,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     }
     _check_none_lost(_run_all(config, [r for row in runs.values() for r in row], "runs"))
     folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
-    found = {name: [Run.read(folder) for folder in row] for name, row in folders.items()}
+    found = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
     return write_report(Path(config.out), found, chosen=chosen, trials=trials)
 
 

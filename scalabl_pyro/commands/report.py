@@ -14,7 +14,7 @@ from ..runs.config import ConfigError, RunConfig
 from ..runs.reading import read_json, read_settings
 from ._formats import format_table
 from ._report import write_report, written
-from ._runs import Run
+from ._runs import ReportedRun
 
 __all__ = ["ReportConfig", "report_runs", "tabulate"]
 
@@ -86,7 +86,7 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         for name, row in folders.items()
     }
     trials = {name: row for name, row in trials.items() if row}
-    found = {name: [Run.read(folder) for folder in row] for name, row in folders.items()}
+    found = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
     return write_report(Path(config.out), found, chosen=chosen, trials=trials)
 
 

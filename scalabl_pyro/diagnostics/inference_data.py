@@ -64,12 +64,12 @@ def to_inference_data(
     independent by construction: R-hat says nothing about them, and their effective sample size is S
     however far q is from the posterior. :func:`pareto_k` is the check for a guide.
 
-    :param predictor: with a bank of draws (S, M, r). Its temperature is part of the likelihood.
+    :param predictor: with draws (S, M, r). Its temperature is part of the likelihood.
     :param split: labelled examples; :func:`loo` and :func:`pareto_k` need the training split.
     :param model: the model with the prior of s.
     :param guide: the q that the draws come from.
     :param history: what :func:`~scalabl_pyro.infer.fit` returns under that name.
-    :param chains: how many chains of equal length follow each other in the bank.
+    :param chains: how many chains of equal length follow each other in the draws.
     :param seed: fixes the draws from the prior and of labels.
     :raises ValueError: if there are no draws, or they do not divide into chains; if a record has no
         label; if ``guide`` comes without ``model``, or is a point.

@@ -46,9 +46,9 @@ class Chains:
     module_names: tuple[str, ...]
     perp: Tensor | None = None
 
-    def bank(self, num_draws: int) -> Tensor:
+    def thin(self, num_draws: int) -> Tensor:
         """(S, M, r) draws, or (S, M, r + k) with s_perp, evenly spaced through all chains:
-        ``Predictor(adapter, bank)``.
+        ``Predictor(adapter, chains.thin(10))``.
 
         :raises ValueError: if there are fewer draws than asked for.
         """
@@ -97,8 +97,8 @@ def mcmc(
     *,
     kernel: str = "nuts",
     num_samples: int = 500,
-    warmup: int = 500,
-    chains: int = 4,
+    warmup_steps: int = 500,
+    num_chains: int = 4,
     seed: int = 0,
     init_loc: Tensor | None = None,
     dispersion: float = 1.0,
@@ -116,7 +116,7 @@ def mcmc(
     :param split: the N labelled examples of ``model.num_data``.
     :param kernel: ``nuts`` (Hoffman & Gelman 2014) or ``hmc``.
     :param num_samples: S draws kept of each chain.
-    :param warmup: steps before them, which adapt step size and mass matrix.
+    :param warmup_steps: steps before them, which adapt step size and mass matrix.
     :param seed: fixes starts and draws.
     :param init_loc: (M, r), about which chains start; ``model.init_loc`` if left out.
     :param dispersion: standard deviation of the starts about it, on the unconstrained scale. R-hat
@@ -127,7 +127,7 @@ def mcmc(
     :raises ValueError: if a value is out of range, labels are missing, or the split does not hold
         ``model.num_data`` examples.
     """
-    _check(kernel, num_samples, warmup, chains, dispersion)
+    _check(kernel, num_samples, warmup_steps, num_chains, dispersion)
     batches = whole_split(model, split, batch_size)
     loc = model.init_loc if init_loc is None else init_loc
     if loc.shape != model.init_loc.shape:
@@ -143,12 +143,12 @@ def mcmc(
         potential, transforms, start = _potential(model, batches)
         start["s"] = transforms["s"](loc.to(start["s"]))
         # Chains of neighbouring seeds must not share a random state.
-        for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
+        for chain_seed in np.random.SeedSequence(seed).generate_state(num_chains):
             torch.manual_seed(int(chain_seed))
             sampler = MCMC(
                 KERNELS[kernel](potential_fn=potential, **options),
                 num_samples,
-                warmup,
+                warmup_steps,
                 initial_params={
                     name: z + dispersion * torch.randn_like(z) for name, z in start.items()
                 },
@@ -159,9 +159,9 @@ def mcmc(
             found.append((sampler.get_samples(), sampler.diagnostics()))
         perp = None
         if model.prior_perp is not None:
-            perp = model.prior_perp.sample(torch.Size([chains, num_samples]))
+            perp = model.prior_perp.sample(torch.Size([num_chains, num_samples]))
     sites = {name: torch.stack([draws[name] for draws, _ in found]) for name in start}
-    diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
+    diverging = torch.zeros(num_chains, num_samples, dtype=torch.bool)
     for chain, (_, said) in enumerate(found):
         diverging[chain, said["divergences"]["chain 0"]] = True
     return Chains(
@@ -231,14 +231,16 @@ def _frozen(model: ScalaBLModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check(kernel: str, num_samples: int, warmup: int, chains: int, dispersion: float) -> None:
+def _check(
+    kernel: str, num_samples: int, warmup_steps: int, num_chains: int, dispersion: float
+) -> None:
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}: expected one of {sorted(KERNELS)}")
     # Four draws are the fewest that R-hat can split.
     for name, value, low in (
         ("num_samples", num_samples, 4),
-        ("warmup", warmup, 0),
-        ("chains", chains, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("num_chains", num_chains, 1),
         ("dispersion", dispersion, 0),
     ):
         if not value >= low:

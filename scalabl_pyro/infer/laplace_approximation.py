@@ -21,11 +21,11 @@ from .chains import whole_split
 __all__ = [
     "CURVATURES",
     "Laplace",
-    "best_precision",
     "ggn",
     "hessian",
     "laplace",
     "normal_prior",
+    "precision_by_evidence",
 ]
 
 
@@ -100,7 +100,7 @@ def laplace(
                 " higher the evidence; take a prior with another mean, such as Normal(0, 1), or"
                 " leave by_evidence out"
             )
-        precision = best_precision(torch.linalg.eigvalsh(H), distance)
+        precision = precision_by_evidence(torch.linalg.eigvalsh(H), distance)
         scale = torch.full_like(scale, precision**-0.5)
     tril, info = torch.linalg.cholesky_ex(H + scale.flatten().pow(-2).diag())
     if info:
@@ -178,7 +178,7 @@ def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor
     return log_likelihood * len(batch) / model.num_data
 
 
-def best_precision(eigenvalues: Tensor, distance: float) -> float:
+def precision_by_evidence(eigenvalues: Tensor, distance: float) -> float:
     """The λ from 1e-6 to 1e6 that maximises the evidence at a fixed mode, to 0.3 %.
 
     :param eigenvalues: (D,) of H.

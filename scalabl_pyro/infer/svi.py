@@ -215,7 +215,7 @@ def fit(
             guide(next(train.minibatches(config.batch_size, seed=seed)))
     _tell_reach(guide, config)
     model.start_readout(train)
-    run = _Run(model, guide, config, optimizer)
+    run = _Training(model, guide, config, optimizer)
     if checkpoints is not None:
         run.resume(checkpoints)
         check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")
@@ -350,7 +350,7 @@ def parameter_groups(
     ]
 
 
-class _Run:
+class _Training:
     """What training carries from step to step, and a checkpoint holds; and the parts of a step.
 
     :raises ValueError: if nothing is trained, or the optimizer is over something else.

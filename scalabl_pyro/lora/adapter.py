@@ -31,7 +31,7 @@ from .layers import ADAPTER, PERP, add_lora, add_perp
 from .matrices import LoRAMatrices
 from .output_layer import prepare_output_layer
 from .rows import RowCheck
-from .trunk import Leaving, Trunk, TrunkError
+from .trunk import Trunk, TrunkError, TrunkOutput
 
 __all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
 
@@ -103,7 +103,8 @@ class SubspaceAdapter:
         if projections not in PROJECTIONS:
             raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
         self.readout = readout
-        self.trained = start is not None
+        #: whether it starts from a trained adapter, which s = 1 reproduces
+        self.warm_start = start is not None
         self.unit = projections == "unit"
         self.peft_model, self.layers = add_lora(llm, lora, start)
         if perp < 0:
@@ -381,7 +382,7 @@ class SubspaceAdapter:
         *,
         per_example: bool = False,
         shift: Tensor | None = None,
-        leaving: Leaving | None = None,
+        leaving: TrunkOutput | None = None,
     ) -> Tensor:
         try:
             return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
@@ -396,7 +397,7 @@ class SubspaceAdapter:
         *,
         per_example: bool,
         shift: Tensor | None,
-        leaving: Leaving | None,
+        leaving: TrunkOutput | None,
     ) -> Tensor:
         draws = self._hooks.bind(s)
         if per_example:

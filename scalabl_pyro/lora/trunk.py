@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from ..data import Batch, Example, Split
 
-__all__ = ["Leaving", "Trunk", "TrunkError", "map_tensors"]
+__all__ = ["Trunk", "TrunkError", "TrunkOutput", "map_tensors"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class TrunkError(ValueError):
     """A model whose blocks cannot be run on the rows of one draw, found in a forward pass."""
 
 
-class Leaving(NamedTuple):
+class TrunkOutput(NamedTuple):
     """What leaves a trunk, of one draw.
 
     :param hidden: (R, T, H), for R rows of tokens.
@@ -219,7 +219,7 @@ class Trunk:
 
         return Split(split.records, examples, collate)
 
-    def take(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Leaving | None]:
+    def take(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], TrunkOutput | None]:
         """The model's inputs, and apart from them the cached hidden states, if any.
 
         :raises ValueError: if they were cached for another depth.
@@ -233,16 +233,16 @@ class Trunk:
                 )
         rest = {name: value for name, value in inputs.items() if name not in found}
         # (B, [C,] T, H) → (R, T, H)
-        return rest, next((Leaving(h.flatten(0, -3), self.depth) for h in found.values()), None)
+        return rest, next((TrunkOutput(h.flatten(0, -3), self.depth) for h in found.values()), None)
 
     @contextmanager
-    def replaced(self, leaving: Leaving, *, draws: int) -> Iterator[None]:
+    def replaced(self, leaving: TrunkOutput, *, draws: int) -> Iterator[None]:
         """Skip the trunk, and go on from what leaves it."""
         rows = leaving.hidden.repeat(draws, 1, 1)  # (S·R, T, H)
         with _instead(self._blocks[: leaving.depth], lambda *args, **kwargs: rows):
             yield
 
-    def leaving(self, run: Callable[[], Any], depth: int) -> Leaving | None:
+    def leaving(self, run: Callable[[], Any], depth: int) -> TrunkOutput | None:
         """What leaves the first ``depth`` blocks, with those above left out.
 
         :param run: runs the model on R rows.
@@ -261,7 +261,7 @@ class Trunk:
             _instead(self._blocks[depth:], lambda *args, **kwargs: output),
         ):
             run()
-        return Leaving(output, depth) if isinstance(output, Tensor) else None
+        return TrunkOutput(output, depth) if isinstance(output, Tensor) else None
 
     def _check_untrained(self, hidden: Tensor) -> None:
         trained = [p for p in self._llm.parameters() if p.requires_grad]

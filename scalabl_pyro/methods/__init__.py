@@ -1,6 +1,6 @@
 """Methods behind one interface, by the name that the command line uses."""
 
-from .base import Fitted, Method, PointMethod
+from .base import Fitted, LoRAMethod, Method
 from .blob import BLoB
 from .blob_tfb import BLoBTFB
 from .checkpoint_ensemble import CheckpointEnsemble
@@ -34,9 +34,9 @@ __all__ = [
     "Fitted",
     "LaplaceLoRA",
     "LastLayerLaplace",
+    "LoRAMethod",
     "MCDropout",
     "Method",
-    "PointMethod",
     "Reference",
     "ScalaBL",
     "TemperatureScaling",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pyro
+import torch
 from torch import Tensor
 
 from ..data import Split
@@ -20,7 +21,7 @@ from ..prediction.assessment import assess
 from ..prediction.predictor import Predictor, Predicts, RunPredictor
 from ..prediction.weight_draws import WeightAverage
 
-__all__ = ["DrawsWeights", "Fitted", "Method", "PointMethod"]
+__all__ = ["DrawsWeights", "Fitted", "LoRAMethod", "Method"]
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ class Method(ABC):
         checkpoints: Checkpoints | None,
     ) -> Fitted:
         """Train a model and a guide that are made, and what follows."""
-        validate = None
+        options: dict[str, Any] = {"seed": seed, "checkpoints": checkpoints}
+        posterior = guide
+        if (optimizer := self.make_optimizer(model)) is not None:
+            posterior = options["optimizer"] = optimizer
         if validation is not None:
-
-            def validate() -> float:
-                return self.nll(self.make_predictor(model, guide, seed=seed), validation)
-
-        result = self._train(
-            model, guide, train, seed=seed, validate=validate, checkpoints=checkpoints
-        )
-        predictor = self.make_predictor(model, guide, seed=seed)
+            options["validate"] = lambda: self.nll(
+                self.make_predictor(model, posterior, seed=seed), validation
+            )
+        result = self._train(model, guide, train, **options)
+        predictor = self.make_predictor(model, posterior, seed=seed)
         # A guide over something else than s has told all in the predictor's draws.
         over_s = guide if isinstance(model, ScalaBLModel) else None
         fitted = Fitted(predictor, result, model, over_s)
@@ -146,9 +147,17 @@ class Method(ABC):
         """The untrained guide, or ``None`` for a point estimate."""
         return None
 
+    def make_optimizer(self, model: Any) -> torch.optim.Optimizer | None:
+        """An optimizer whose state is the posterior, in the place of a guide; ``None`` for
+        AdamW."""
+        return None
+
     @abstractmethod
-    def make_predictor(self, model: Any, guide: Any, *, seed: int) -> RunPredictor:
-        """Predicts by what the parameters are now."""
+    def make_predictor(self, model: Any, posterior: Any, *, seed: int) -> RunPredictor:
+        """Predicts by what the parameters are now.
+
+        :param posterior: the guide, or what :meth:`make_optimizer` made.
+        """
 
     def restore(
         self,
@@ -175,8 +184,8 @@ class Method(ABC):
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         """Train in place.
 
-        :param options: ``seed``, ``validate`` and ``checkpoints`` of
-            :func:`~scalabl_pyro.infer.fit`.
+        :param options: ``seed``, ``validate``, ``checkpoints`` and, if the method makes one,
+            ``optimizer`` of :func:`~scalabl_pyro.infer.fit`.
         """
         guide = no_guide if guide is None else guide
         return fit(model, guide, train, self.config, progress=self.progress, **options)
@@ -192,8 +201,8 @@ class DrawsWeights:
 
 
 @dataclass(frozen=True)
-class PointMethod(Method):
-    """Plain LoRA trained by likelihood; what MLE, MAP and their descendants share.
+class LoRAMethod(Method):
+    """Plain LoRA, trained by ``fit``, and what follows it; what MLE, MAP and others share.
 
     :param projections: ``free`` trains A and B, and ``frozen_v`` B alone (LoRA-FA; Zhang et al.
         2023, arXiv 2308.03303).
@@ -215,5 +224,5 @@ class PointMethod(Method):
             )
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: Any, *, seed: int) -> RunPredictor:
+    def make_predictor(self, model: LoRAModel, posterior: Any, *, seed: int) -> RunPredictor:
         return Predictor(model.adapter)

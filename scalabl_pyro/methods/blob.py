@@ -23,7 +23,7 @@ from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Method
 from .bursts import TwoObjectives, check_bursts, in_bursts
 
-__all__ = ["BLoB", "BLoBModel", "NormalA"]
+__all__ = ["AutoNormalA", "BLoB", "BLoBModel"]
 
 
 class BLoBModel(LoRAModel):
@@ -56,7 +56,7 @@ class BLoBModel(LoRAModel):
         return self.observe(batch, self.adapter(batch, shift=A - mean))
 
 
-class NormalA(PyroModule):
+class AutoNormalA(PyroModule):
     r"""Independent normals about the adapter's own matrices.
 
     .. math:: q(A) = \mathrm{Normal}(M, \mathrm{diag}(ρ^2)^2), \qquad ρ \text{ starts at }
@@ -107,8 +107,8 @@ class BLoB(DrawsWeights, Method):
 
     :param lr_kl: learning rate of SGD on the KL; ``None`` trains on the one objective above.
     :param prior_scale: standard deviation of the prior on an entry of A.
-    :param init_scale: see :class:`NormalA`.
-    :param draws: S of the bank that predicts.
+    :param init_scale: see :class:`AutoNormalA`.
+    :param draws: S, the draws that predictions average over.
     """
 
     name: ClassVar[str] = "blob"
@@ -143,14 +143,16 @@ class BLoB(DrawsWeights, Method):
             )
         return BLoBModel(adapter, num_data=num_data, prior_scale=self.prior_scale)
 
-    def make_guide(self, model: BLoBModel) -> NormalA:
+    def make_guide(self, model: BLoBModel) -> AutoNormalA:
         """The untrained guide of these settings."""
-        return NormalA(model, init_scale=self.init_scale)
+        return AutoNormalA(model, init_scale=self.init_scale)
 
     @torch.no_grad()
-    def make_predictor(self, model: BLoBModel, guide: NormalA, *, seed: int) -> WeightAverage:
-        """Averages over a bank of draws."""
-        q = guide.get_posterior()
+    def make_predictor(
+        self, model: BLoBModel, posterior: AutoNormalA, *, seed: int
+    ) -> WeightAverage:
+        """Averages over S draws."""
+        q = posterior.get_posterior()
         noise = torch.randn(
             self.draws, *q.event_shape, generator=torch.Generator().manual_seed(seed)
         )

@@ -8,13 +8,13 @@ from typing import ClassVar
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, RunPredictor
 from ..prediction.weight_draws import WeightAverage
-from .iterates import Iterates, OfOneRun
+from .iterates import IterateAveraging, Iterates
 
 __all__ = ["CheckpointEnsemble"]
 
 
 @dataclass(frozen=True)
-class CheckpointEnsemble(OfOneRun):
+class CheckpointEnsemble(IterateAveraging):
     """MLE or, with ``weight_decay``, MAP, whose probabilities are averaged over its last iterates.
 
     The published ensemble takes those that are best on validation data instead.
@@ -22,7 +22,7 @@ class CheckpointEnsemble(OfOneRun):
 
     name: ClassVar[str] = "checkpoint_ensemble"
 
-    def make_predictor(self, model: LoRAModel, guide: Iterates, *, seed: int) -> RunPredictor:
+    def make_predictor(self, model: LoRAModel, posterior: Iterates, *, seed: int) -> RunPredictor:
         """Averages over the iterates so far, or is at the present one before the first."""
-        found = guide.iterates()
+        found = posterior.iterates()
         return WeightAverage(model.adapter, found) if found else Predictor(model.adapter)

@@ -15,13 +15,13 @@ from ..infer.checkpoints import Checkpoints
 from ..infer.svi import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..prediction.weight_draws import WeightAverage
-from .base import DrawsWeights, Fitted, PointMethod
+from .base import DrawsWeights, Fitted, LoRAMethod
 
 __all__ = ["Ensemble"]
 
 
 @dataclass(frozen=True)
-class Ensemble(DrawsWeights, PointMethod):
+class Ensemble(DrawsWeights, LoRAMethod):
     """K adapters, trained one by one from different starts in different orders of the data, whose
     probabilities are averaged. With ``weight_decay`` each is MAP, without it MLE.
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Split
-from ..infer.svi import FitConfig, FitResult, fit, no_guide, parameter_groups
+from ..infer.svi import FitConfig, no_guide, parameter_groups
 from ..models.model import LoRAModel
-from .base import DrawsWeights, PointMethod
+from .base import DrawsWeights, LoRAMethod
 
-__all__ = ["Iterates", "OfOneRun"]
+__all__ = ["IterateAveraging", "Iterates"]
 
 
 class Iterates(torch.optim.AdamW):
@@ -56,7 +55,7 @@ class Iterates(torch.optim.AdamW):
 
 
 @dataclass(frozen=True)
-class OfOneRun(DrawsWeights, PointMethod):
+class IterateAveraging(DrawsWeights, LoRAMethod):
     """What methods that average over the iterates of one run of MLE or MAP share.
 
     :param members: K, the iterates kept.
@@ -77,11 +76,6 @@ class OfOneRun(DrawsWeights, PointMethod):
                 " last"
             )
 
-    def make_guide(self, model: LoRAModel) -> Iterates:
-        """The optimizer, in whose state the iterates are."""
+    def make_optimizer(self, model: LoRAModel) -> Iterates:
+        """AdamW, in whose state the iterates are."""
         return Iterates(model, self.config, count=self.members, share=self.share)
-
-    def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
-        return fit(
-            model, no_guide, train, self.config, optimizer=guide, progress=self.progress, **options
-        )

@@ -13,12 +13,12 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from ..data import Batch, Split
-from ..infer.svi import FitConfig, FitResult, fit, no_guide
+from ..infer.svi import FitConfig, FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, RunPredictor
 from ..prediction.weight_draws import WeightAverage
-from .base import PointMethod
+from .base import LoRAMethod
 
 __all__ = ["IVON", "VariationalOnlineNewton"]
 
@@ -124,7 +124,7 @@ class _AtADraw:
 
 
 @dataclass(frozen=True)
-class IVON(PointMethod):
+class IVON(LoRAMethod):
     r"""Variational inference over every entry of A, B and heads, by its own optimizer.
 
     See :class:`VariationalOnlineNewton`. What a readout trains, such as log κ, is random too. The
@@ -136,11 +136,11 @@ class IVON(PointMethod):
     :param hess_init: h at the start, which sets σ as long as h has not moved far.
     :param beta2: β₂.
     :param clip_radius: bound on each number of the Newton step.
-    :param draws: S of the bank that predicts; 0 predicts at the mean m.
+    :param draws: S, the draws that predictions average over; 0 predicts at the mean m.
     """
 
     name: ClassVar[str] = "ivon"
-    ignores: ClassVar[tuple[str, ...]] = (*PointMethod.ignores, "lr_guide", "eps")
+    ignores: ClassVar[tuple[str, ...]] = (*LoRAMethod.ignores, "lr_guide", "eps")
 
     config: FitConfig = FitConfig(lr=0.1, clip_norm=math.inf)  # noqa: RUF009  (frozen)
     ess: float | None = None
@@ -172,8 +172,8 @@ class IVON(PointMethod):
         if self.config.keep == "best":
             raise ValueError("keep is 'best', but h is the last one's: expected last")
 
-    def make_guide(self, model: LoRAModel) -> VariationalOnlineNewton:
-        """The optimizer, which is q(θ)."""
+    def make_optimizer(self, model: LoRAModel) -> VariationalOnlineNewton:
+        """q(θ)."""
         ess = float(model.num_data) if self.ess is None else self.ess
         return VariationalOnlineNewton(
             model.adapter.named_parameters().values(),
@@ -187,16 +187,16 @@ class IVON(PointMethod):
 
     @torch.no_grad()
     def make_predictor(
-        self, model: LoRAModel, guide: VariationalOnlineNewton, *, seed: int
+        self, model: LoRAModel, posterior: VariationalOnlineNewton, *, seed: int
     ) -> RunPredictor:
-        """Averages over a bank of draws, or is at the mean."""
+        """Averages over S draws, or is at the mean."""
         if not self.draws:
             return Predictor(model.adapter)
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for name, mean in model.adapter.named_parameters().items():
             noise = torch.randn(self.draws, *mean.shape, generator=generator).to(mean)
-            weights[name] = mean + guide.scale(mean) * noise
+            weights[name] = mean + posterior.scale(mean) * noise
         return WeightAverage(model.adapter, weights)
 
     def restore(
@@ -205,13 +205,4 @@ class IVON(PointMethod):
         return WeightAverage.restored(adapter, state) if state else Predictor(adapter)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
-        return fit(
-            model,
-            no_guide,
-            train,
-            self.config,
-            elbo=_AtADraw(guide),
-            optimizer=guide,
-            progress=self.progress,
-            **options,
-        )
+        return super()._train(model, guide, train, elbo=_AtADraw(options["optimizer"]), **options)

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..data import Batch, Split
 from ..infer.kfac import Kronecker, kfac, logit_moments
 from ..lora.adapter import SubspaceAdapter
-from .base import Fitted, PointMethod
+from .base import Fitted, LoRAMethod
 
-__all__ = ["LaplaceAverage", "LaplaceLoRA", "best_precision", "logit_draws"]
+__all__ = ["LaplaceAverage", "LaplaceLoRA", "kfac_precision_by_evidence", "logit_draws"]
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def logit_draws(f: Tensor, covariance: Tensor, num_draws: int, *, seed: int) -> 
 
 
 @dataclass(frozen=True)
-class LaplaceLoRA(PointMethod):
+class LaplaceLoRA(LoRAMethod):
     r"""MLE or, with ``weight_decay``, MAP, then a normal over all entries of A and B around it.
 
     .. math:: q(θ) = \mathrm{Normal}\big(θ^*, (H + λI)^{-1}\big)
@@ -128,7 +128,7 @@ class LaplaceLoRA(PointMethod):
         parts = [{name: factor} for name, factor in factors.items()]
         precision: dict[str, float] = {}
         for some in parts if self.per_matrix else [factors]:
-            found = self.prior_precision or best_precision(adapter, some)
+            found = self.prior_precision or kfac_precision_by_evidence(adapter, some)
             precision |= dict.fromkeys(some, found)
         log.info("the prior precision is %s", sorted({float(f"{x:g}") for x in precision.values()}))
         predictor = LaplaceAverage(adapter, factors, precision, self.draws, seed)
@@ -152,7 +152,7 @@ class LaplaceLoRA(PointMethod):
         return [name for pair in (each if self.modules == "all" else each[-1:]) for name in pair]
 
 
-def best_precision(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -> float:
+def kfac_precision_by_evidence(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -> float:
     r"""The λ from 1e-4 to 1e6 that maximises the evidence at a fixed θ*, to 6 %.
 
     .. math:: \log p(D \mid λ) = \mathrm{const} - \tfrac{λ}{2} ‖θ^*‖^2 + \tfrac{P}{2} \log λ

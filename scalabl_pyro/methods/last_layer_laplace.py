@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch, Split
-from ..infer.laplace_approximation import best_precision
+from ..infer.laplace_approximation import precision_by_evidence
 from ..lora.adapter import SubspaceAdapter
-from .base import Fitted, PointMethod
+from .base import Fitted, LoRAMethod
 from .laplace_lora import logit_draws
 
 __all__ = ["LastLayerAverage", "LastLayerLaplace", "head_jacobian", "last_layer"]
@@ -103,7 +103,7 @@ class LastLayerAverage:
 
 
 @dataclass(frozen=True)
-class LastLayerLaplace(PointMethod):
+class LastLayerLaplace(LoRAMethod):
     r"""MLE or, with ``weight_decay``, MAP, then a normal over the last layer of the head around it.
 
     .. math:: q(w) = \mathrm{Normal}\big(w^*, (H + λI)^{-1}\big), \quad
@@ -158,7 +158,7 @@ class LastLayerLaplace(PointMethod):
         if precision is None:
             parameters = last_layer(adapter).parameters()
             norm = sum(float(p.detach().double().square().sum()) for p in parameters)
-            precision = best_precision(torch.linalg.eigvalsh(H), norm)
+            precision = precision_by_evidence(torch.linalg.eigvalsh(H), norm)
             log.info("the prior precision is %g", precision)
         eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(H + precision * eye))

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..infer.svi import FitConfig
-from .base import PointMethod
+from .base import LoRAMethod
 
 __all__ = ["MAP"]
 
 
 @dataclass(frozen=True)
-class MAP(PointMethod):
+class MAP(LoRAMethod):
     """As MLE, with AdamW's decoupled weight decay on A, B and heads.
 
     The decay shrinks weights by a share of lr·weight_decay in each step, whatever N and Adam's

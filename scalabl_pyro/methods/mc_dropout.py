@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Batch
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
-from .base import PointMethod
+from .base import LoRAMethod
 
 __all__ = ["DropoutAverage", "MCDropout"]
 
@@ -50,7 +50,7 @@ class DropoutAverage:
 
 
 @dataclass(frozen=True)
-class MCDropout(PointMethod):
+class MCDropout(LoRAMethod):
     """MLE or, with ``weight_decay``, MAP, trained with dropout that stays on in prediction.
 
     With ``lora.base_dropout`` the base model's own dropout acts too.
@@ -75,7 +75,7 @@ class MCDropout(PointMethod):
         adapter.set_dropout(self.dropout)
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> DropoutAverage:
+    def make_predictor(self, model: LoRAModel, posterior: None, *, seed: int) -> DropoutAverage:
         return DropoutAverage(model.adapter, self.draws, seed)
 
     def restore(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import PointMethod
+from .base import LoRAMethod
 
 __all__ = ["MLE"]
 
 
 @dataclass(frozen=True)
-class MLE(PointMethod):
+class MLE(LoRAMethod):
     """argmax Σ_n log p(y_n | x_n) over A, B and heads; no weight decay."""
 
     name: ClassVar[str] = "mle"

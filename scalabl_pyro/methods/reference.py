@@ -36,10 +36,10 @@ from ..prediction.predictor import Predictor
 from .base import Method
 from .bursts import TwoObjectives, check_bursts, in_bursts
 
-__all__ = ["LogNormalParameters", "Reference"]
+__all__ = ["AutoSubspacePositiveNormal", "Reference"]
 
 
-class LogNormalParameters(AutoSubspace):
+class AutoSubspacePositiveNormal(AutoSubspace):
     r"""Diagonal normal whose mean is positive, with logarithms of mean and deviation as parameters.
 
     .. math:: q(s) = \prod_{m, j} \mathrm{Normal}(s_{mj} \mid \exp λ_{mj}, \exp(ς_{mj})^2)
@@ -99,7 +99,7 @@ class Reference(Method):
     :param init_scale: initial σ, drawn from U(init_scale/√2, init_scale).
     :param prior_scale: standard deviation of the prior, Normal(0, prior_scale²).
     :param lr_kl: learning rate of the KL, before its weights.
-    :param draws: S of the bank that predicts.
+    :param draws: S, the draws that predictions average over.
     """
 
     name: ClassVar[str] = "reference"
@@ -127,13 +127,15 @@ class Reference(Method):
         """The probabilistic model of these settings."""
         return ScalaBLModel(adapter, num_data=num_data, prior=dist.Normal(0.0, self.prior_scale))
 
-    def make_guide(self, model: ScalaBLModel) -> LogNormalParameters:
+    def make_guide(self, model: ScalaBLModel) -> AutoSubspacePositiveNormal:
         """The untrained guide of these settings."""
-        return LogNormalParameters(model, init_scale=self.init_scale)
+        return AutoSubspacePositiveNormal(model, init_scale=self.init_scale)
 
-    def make_predictor(self, model: ScalaBLModel, guide: AutoSubspace, *, seed: int) -> Predictor:
-        """Averages over a bank of draws."""
-        return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
+    def make_predictor(
+        self, model: ScalaBLModel, posterior: AutoSubspace, *, seed: int
+    ) -> Predictor:
+        """Averages over S draws."""
+        return Predictor(model.adapter, draw(posterior, self.draws, seed=seed))
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         return fit(

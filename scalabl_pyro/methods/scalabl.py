@@ -40,7 +40,7 @@ class ScalaBL(Method):
         excite (see :func:`~scalabl_pyro.lora.set_perp`), which stay at their prior.
     :param perp_scale: τ, the standard deviation of that prior.
     :param elbo: ``name``, a key of ``ELBOS``, and that ELBO's own options.
-    :param draws: S of the bank that predicts; 0 predicts at the posterior's median.
+    :param draws: S, the draws that predictions average over; 0 predicts at the posterior's median.
     """
 
     name: ClassVar[str] = "scalabl"
@@ -115,7 +115,7 @@ class ScalaBL(Method):
         :param prior: in place of theirs.
         """
         options = dict(self.prior)
-        if adapter.trained and options.get("name", "normal") == "normal":
+        if adapter.warm_start and options.get("name", "normal") == "normal":
             options.setdefault("loc", 1.0)
         if prior is None:
             prior = make_prior(adapter.shape, **options)
@@ -131,11 +131,13 @@ class ScalaBL(Method):
         """The untrained guide of these settings."""
         return make_guide(model, **self.guide)
 
-    def make_predictor(self, model: ScalaBLModel, guide: AutoSubspace, *, seed: int) -> Predictor:
-        """Averages over a bank of draws, or is at the median."""
-        if not self.draws or isinstance(guide, AutoSubspaceDelta):
-            return Predictor(model.adapter, guide.median()["s"][None])
-        return Predictor(model.adapter, draw(guide, self.draws, seed=seed))
+    def make_predictor(
+        self, model: ScalaBLModel, posterior: AutoSubspace, *, seed: int
+    ) -> Predictor:
+        """Averages over S draws, or is at the median."""
+        if not self.draws or isinstance(posterior, AutoSubspaceDelta):
+            return Predictor(model.adapter, posterior.median()["s"][None])
+        return Predictor(model.adapter, draw(posterior, self.draws, seed=seed))
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:
         return super()._train(model, guide, train, elbo=make_elbo(**self.elbo), **options)

@@ -12,7 +12,7 @@ from ..infer.svi import FitConfig
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, RunPredictor
 from ..prediction.weight_draws import WeightAverage
-from .iterates import Iterates, OfOneRun
+from .iterates import IterateAveraging, Iterates
 
 __all__ = ["SWAG", "swag_draws"]
 
@@ -37,7 +37,7 @@ def swag_draws(iterates: Tensor, num_draws: int, generator: torch.Generator) -> 
 
 
 @dataclass(frozen=True)
-class SWAG(OfOneRun):
+class SWAG(IterateAveraging):
     """MLE or, with ``weight_decay``, MAP, at a constant rate in the end, and a normal with the
     moments of its iterates (see :func:`swag_draws`).
 
@@ -45,7 +45,7 @@ class SWAG(OfOneRun):
     an epoch: fine-tuning has few epochs. Both deviations are as published, those of the diagonal
     from all K iterates.
 
-    :param draws: S of the bank that predicts.
+    :param draws: S, the draws that predictions average over.
     """
 
     name: ClassVar[str] = "swag"
@@ -60,9 +60,9 @@ class SWAG(OfOneRun):
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}: expected 1 or more")
 
-    def make_predictor(self, model: LoRAModel, guide: Iterates, *, seed: int) -> RunPredictor:
-        """Averages over a bank of draws, or is at the present iterate while there are none."""
-        found = guide.iterates()
+    def make_predictor(self, model: LoRAModel, posterior: Iterates, *, seed: int) -> RunPredictor:
+        """Averages over S draws, or is at the present iterate while there are none."""
+        found = posterior.iterates()
         if not found or len(next(iter(found.values()))) < 2:
             return Predictor(model.adapter)
         flat = torch.cat([value.reshape(len(value), -1) for value in found.values()], 1)

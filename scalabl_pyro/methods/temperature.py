@@ -12,7 +12,7 @@ from ..data import Split
 from ..lora.adapter import SubspaceAdapter
 from ..prediction.predictor import Predictor, predict
 from ..readouts.kappa import fit_kappa
-from .base import Fitted, PointMethod
+from .base import Fitted, LoRAMethod
 
 __all__ = ["TemperatureScaling", "best_temperature"]
 
@@ -28,7 +28,7 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class TemperatureScaling(PointMethod):
+class TemperatureScaling(LoRAMethod):
     """MLE, whose logits are divided by the temperature with the lowest validation NLL."""
 
     name: ClassVar[str] = "temperature"

@@ -13,7 +13,7 @@ from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, predict
 from ..prediction.weight_draws import WeightAverage
-from .base import DrawsWeights, Fitted, PointMethod
+from .base import DrawsWeights, Fitted, LoRAMethod
 
 __all__ = ["TFB"]
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TFB(DrawsWeights, PointMethod):
+class TFB(DrawsWeights, LoRAMethod):
     r"""MLE or, with ``weight_decay``, MAP, then as much isotropic noise as the training data allow.
 
     With B·A = U·diag(d)·V, brought to B = U·diag(d) and A = V, the entries of A get independent
@@ -40,7 +40,7 @@ class TFB(DrawsWeights, PointMethod):
     :param max_scale: the largest σ_q tried.
     :param bisections: of the interval.
     :param examples: how many training examples measure the NLL, chosen at random.
-    :param draws: S of the bank that measures and predicts.
+    :param draws: S, the draws that measure and predict.
     :param pseudo_labels: measure with the model's own answers in the place of labels.
     """
 

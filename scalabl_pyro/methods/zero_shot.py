@@ -35,7 +35,7 @@ class ZeroShot(Method):
         own = {id(parameter) for parameter in adapter.readout_parameters.values()}
         rest = {n: p for n, p in adapter.state().items() if id(p) not in own}
         heads = sorted(name for name in rest if ".lora_" not in name)
-        if heads and not adapter.trained:
+        if heads and not adapter.warm_start:
             raise ValueError(
                 f"method zero_shot trains nothing, and the heads {heads} are untrained: choose"
                 " another method, or leave lora.heads empty for a checkpoint that has a trained"
@@ -43,7 +43,7 @@ class ZeroShot(Method):
             )
         return super().make_model(adapter, num_data=num_data)
 
-    def make_predictor(self, model: LoRAModel, guide: None, *, seed: int) -> Predictor:
+    def make_predictor(self, model: LoRAModel, posterior: None, *, seed: int) -> Predictor:
         return Predictor(model.adapter)
 
     def _train(self, model: Any, guide: Any, train: Split, **options: Any) -> FitResult:

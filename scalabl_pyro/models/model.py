@@ -169,9 +169,9 @@ class ScalaBLModel(LoRAModel):
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
         density joins the objective, not weighted by the KL weight; none if left out.
     :param perp_scale: τ, for an adapter with ``perp``.
-    :raises ValueError: if the prior is none or of another shape, ``scale_B`` or ``perp_scale`` is
-        not above 0, nothing depends on s nor will, or the start has to move and the adapter has
-        been trained since it was made.
+    :raises ValueError: if the prior is no distribution or of another shape, ``scale_B`` or
+        ``perp_scale`` is not above 0, nothing depends on s nor will, or the start has to move and
+        the adapter has been trained since it was made.
 
     Usage::
 
@@ -192,7 +192,7 @@ class ScalaBLModel(LoRAModel):
     ) -> None:
         super().__init__(adapter, num_data=num_data)
         if prior is None:
-            prior = dist.Normal(float(getattr(adapter, "trained", False)), 1.0)
+            prior = dist.Normal(float(getattr(adapter, "warm_start", False)), 1.0)
         if not isinstance(prior, (Prior, TorchDistributionMixin)):
             raise ValueError(
                 f"prior is {prior!r}: expected a distribution of Pyro over one number, or a Prior,"

@@ -39,7 +39,7 @@ def abstains(probabilities: Tensor, abstain_below: float) -> Tensor:
     """(N,), whether max_c p_c < ``abstain_below``.
 
     :param probabilities: (N, C).
-    :raises ValueError: if these are no probabilities, or the threshold is none.
+    :raises ValueError: if a row is no distribution, or the threshold is outside [0, 1].
     """
     if not 0 <= abstain_below <= 1:
         raise ValueError(f"abstain_below is {abstain_below}: expected a probability, 0 to 1")
@@ -58,8 +58,8 @@ def threshold_at_risk(probabilities: Tensor, labels: Tensor, risk: float) -> Abs
     :param probabilities: (N, C), of examples that trained nothing.
     :param labels: (N,).
     :param risk: the largest share of errors among the answers, from 0 to 1.
-    :raises ValueError: if the risk is none, these are no probabilities and labels, or every
-        threshold has more errors.
+    :raises ValueError: if ``risk`` is outside [0, 1], a row is no distribution, a label is no
+        class, or every threshold has more errors.
     """
     if not 0 <= risk <= 1:
         raise ValueError(f"risk is {risk}: expected a share of errors, 0 to 1")

@@ -33,7 +33,7 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     :param probabilities: (N, C).
     :param labels: (N,).
-    :raises ValueError: if these are no probabilities and labels, or there is no bin.
+    :raises ValueError: if a row is no distribution, a label is no class, or ``bins`` is below 1.
     """
     return float(calibration_gaps(probabilities, labels, bins).mean())
 
@@ -153,7 +153,7 @@ def ece_floor(
     :param probabilities: (N, C).
     :param draws: of N labels each.
     :param seed: of a generator of its own.
-    :raises ValueError: if these are no probabilities, or there is no bin or no draw.
+    :raises ValueError: if a row is no distribution, or ``bins`` or ``draws`` is below 1.
     """
     confidence = check_probabilities(probabilities).amax(-1).cpu()  # (N,)
     count, expected, right = _calibrated(confidence, bins, draws, seed)
@@ -178,8 +178,8 @@ def calibration_band(
     :param probabilities: (N, C).
     :param draws: of N labels each.
     :param seed: of a generator of its own.
-    :raises ValueError: if these are no probabilities, the level is none, or there is no bin or no
-        draw.
+    :raises ValueError: if a row is no distribution, ``level`` is outside (0, 1), or ``bins`` or
+        ``draws`` is below 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}: expected a number between 0 and 1")

@@ -85,8 +85,8 @@ def conformal_threshold(scores: Tensor, labels: Tensor, coverage: float) -> floa
     :param scores: (n, C), what a score gives for examples that trained nothing.
     :param labels: (n,).
     :param coverage: 1 − α, between 0 and 1.
-    :raises ValueError: if the coverage is none, a label names no choice, or n is so small that k
-        would exceed it: then only the set of all choices has this coverage.
+    :raises ValueError: if the coverage is outside (0, 1), a label names no choice, or n is so small
+        that k would exceed it: then only the set of all choices has this coverage.
     """
     if not 0 < coverage < 1:
         raise ValueError(f"coverage is {coverage}: expected a number between 0 and 1")

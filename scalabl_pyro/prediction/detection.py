@@ -41,7 +41,7 @@ def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
     :param positive: (N,), such as whether the answer was wrong.
     :param tpr: above 0, up to 1.
     :returns: in [0, 1], and nan where all examples are positive, or none is.
-    :raises ValueError: if the shapes differ, a score is no number, or the rate is none.
+    :raises ValueError: if the shapes differ, a score is NaN, or ``tpr`` is outside (0, 1].
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr is {tpr}: expected a number above 0, up to 1")

@@ -27,7 +27,7 @@ def draw(
     kind: str = "independent",
     batch: Batch | None = None,
 ) -> Tensor:
-    r"""A bank of S draws of s, (S, M, r), independent of the global random state; of s and s_perp,
+    r"""S draws of s, (S, M, r), independent of the global random state; of s and s_perp,
     (S, M, r + k), for a model that has both.
 
     Each draw has the distribution q(s) whatever the kind; together they may cover it better. With
@@ -37,12 +37,12 @@ def draw(
     * ``antithetic``: pairs ε, −ε (Hammersley & Morton 1956): averages are exact for whatever is
       linear in ε;
     * ``sobol``: ε = Φ⁻¹(u) at a scrambled Sobol sequence u in the unit cube (Owen 1998). Every
-      prefix of the bank covers the cube evenly, best where S is a power of 2.
+      prefix of the draws covers the cube evenly, best where S is a power of 2.
 
     Draws of s_perp are independent ones from its prior, whatever the kind.
 
     :param guide: any guide that samples ``"s"``, ours or Pyro's.
-    :param seed: fixes the bank.
+    :param seed: fixes the draws.
     :param kind: one of :data:`KINDS`; but for ``independent``, it needs a guide with a normal q.
     :param batch: what Pyro's own guides are called with; ours need none.
     :raises ValueError: if S < 1, a guide of Pyro comes without a batch, the kind is unknown, it has

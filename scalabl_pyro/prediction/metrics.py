@@ -263,7 +263,7 @@ def _check_draws(logits: Tensor) -> None:
 def _numbers(values: Tensor) -> Tensor:
     """(…, N, C) of what a softmax gave, as they are.
 
-    :raises ValueError: if they are none.
+    :raises ValueError: if a value is NaN.
     """
     bad = values.isnan().any(-1)
     if bad.any():

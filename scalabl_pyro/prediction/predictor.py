@@ -1,4 +1,4 @@
-"""Prediction: the average of the probabilities over a fixed bank of draws of s."""
+"""Prediction: the average of the probabilities over fixed draws of s."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunPredictor(Predicts, Protocol):
 
 @dataclass(slots=True, eq=False)
 class Predictor:
-    """What every method ends as: logits for a batch, one set per draw.
+    """Predicts with one adapter: logits (S, B, C) at S draws of s, or (1, B, C) of plain LoRA.
 
     :param adapter: the trained model.
     :param draws: (S, M, r), or (S, M, r + k) with s_perp, or ``None`` for a deterministic plain

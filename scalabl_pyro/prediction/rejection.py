@@ -57,7 +57,7 @@ def risk_at_coverage(uncertainty: Tensor, losses: Tensor, coverage: float) -> fl
     """R_k of the k = ⌈coverage · N⌉ most certain examples.
 
     :param coverage: share of the examples that are answered, above 0, up to 1.
-    :raises ValueError: if the coverage is none, or as :func:`risk_coverage_curve`.
+    :raises ValueError: if the coverage is outside (0, 1], or as :func:`risk_coverage_curve`.
     """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage is {coverage}: expected a number above 0, up to 1")

@@ -182,7 +182,7 @@ def evaluate_texts(texts: Sequence[ScoredText]) -> dict[str, float]:
     * ``entropy`` and ``mutual_information``: means over the T tokens; the latter is nan of one draw
     * ``tokens``: T / N
 
-    :raises ValueError: if there is none.
+    :raises ValueError: if there is no text.
     """
     if not texts:
         raise ValueError("texts is empty: expected one or more")

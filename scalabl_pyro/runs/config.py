@@ -35,11 +35,11 @@ __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 T = TypeVar("T")
 
 #: settings that may change between an interruption and its resumption
-NO_MATTER = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
+MAY_CHANGE_ON_RESUME = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
 
 #: settings of a finished run that leave the function as it is that was trained: where its model is
 #: and where it runs, what only training heeds, and how many draws are made of a posterior
-LEAVE_FUNCTION = (
+NOT_PART_OF_FUNCTION = (
     *(f"model.{name}" for name in ("name", "revision", "device", "device_map", "attention")),
     *("model.shard", "model.truncate", "method.draws"),
     *(f"lora.{name}" for name in ("dropout", "base_dropout", "gradient_checkpointing")),
@@ -249,7 +249,7 @@ class RunConfig:
         values = asdict(self)
         parts = {name: values[name] for name in ("model", "lora", "method")}
         found = flat(parts | {"data": {"classes": self.data.classes}})
-        kept = {key: value for key, value in found.items() if key not in LEAVE_FUNCTION}
+        kept = {key: value for key, value in found.items() if key not in NOT_PART_OF_FUNCTION}
         return dict(json.loads(json_text(kept)))
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -258,7 +258,7 @@ class RunConfig:
         return [
             f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
             for key in sorted(mine.keys() | others.keys())
-            if mine.get(key) != others.get(key) and key.split(".")[0] not in NO_MATTER
+            if mine.get(key) != others.get(key) and key.split(".")[0] not in MAY_CHANGE_ON_RESUME
         ]
 
     def check_run_dir(self) -> Path:

@@ -3,7 +3,7 @@
 * ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
   member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
-  parameters of the guide and of the prior, such as the posterior of ``prior_run``, and the bank of
+  parameters of the guide and of the prior, such as the posterior of ``prior_run``, and the draws of
   draws ``s`` (S, M, r), or draws ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more
@@ -44,7 +44,15 @@ from .config import ConfigError, RunConfig, build
 from .cost import Cost
 from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
 
-__all__ = ["Meaning", "Run", "RunFolderError", "load_run", "read_meaning", "restore", "save_run"]
+__all__ = [
+    "PosteriorInfo",
+    "Run",
+    "RunFolderError",
+    "load_run",
+    "read_posterior_info",
+    "restore",
+    "save_run",
+]
 
 FORMAT = 4
 PACKAGES = ("scalabl_pyro", "torch", "pyro-ppl", "transformers", "peft", "safetensors", "datasets")
@@ -59,7 +67,7 @@ class BaseModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
+class PosteriorInfo:
     """What ``posterior.json`` holds.
 
     :param settings: on which the trained function depends, see ``RunConfig.function_settings``.
@@ -196,7 +204,7 @@ def _write_run(
     posterior |= predictor.state()
     if posterior:
         save_file(_tensors(posterior), part / "posterior.safetensors")
-    meaning = Meaning(
+    info = PosteriorInfo(
         format=FORMAT,
         settings=config.function_settings(),
         modules=adapter.module_names,
@@ -209,7 +217,7 @@ def _write_run(
         classes=replace(classes, form=adapter.readout.form),
         base_model=BaseModel(config.model.name, adapter.base_fingerprint()),
     )
-    _write_json(part / "posterior.json", asdict(meaning))
+    _write_json(part / "posterior.json", asdict(info))
     tensors = {
         f"{split}.{name}": value
         for split, found in assessed.items()
@@ -249,19 +257,19 @@ def load_run(folder: str | Path) -> Run:
         version, was made on other base weights, or its ``config.yaml`` has been changed since.
     """
     folder = find_run(folder)
-    meaning = read_meaning(folder)
+    info = read_posterior_info(folder)
     config = read_settings(folder)
-    _check_settings(config, meaning, folder)
+    _check_settings(config, info, folder)
     # One process reads it.
-    return restore(folder, replace(config, model=replace(config.model, shard=False)), meaning)
+    return restore(folder, replace(config, model=replace(config.model, shard=False)), info)
 
 
-def restore(folder: Path, config: RunConfig, meaning: Meaning) -> Run:
+def restore(folder: Path, config: RunConfig, info: PosteriorInfo) -> Run:
     """The run in a folder, whose two kinds of settings agree.
 
     :raises RunFolderError: as :func:`load_run` does.
     """
-    classes = meaning.classes
+    classes = info.classes
     method = config.make_method()
     # V comes with the projections, whatever it was before training; the adapter that training
     # started from may be gone, and what was saved has the same layers.
@@ -272,18 +280,18 @@ def restore(folder: Path, config: RunConfig, meaning: Meaning) -> Run:
         load_readout(config.model, classes),
         **method.form() | {"svd": False},
     )
-    if adapter.module_names != meaning.modules:
+    if adapter.module_names != info.modules:
         raise RunFolderError(
-            f"{folder} adapts {list(meaning.modules)}, but on this model the same settings adapt"
+            f"{folder} adapts {list(info.modules)}, but on this model the same settings adapt"
             f" {list(adapter.module_names)}"
         )
-    if adapter.base_fingerprint() != meaning.base_model.fingerprint:
+    if adapter.base_fingerprint() != info.base_model.fingerprint:
         raise RunFolderError(
             f"{folder} was made on other weights than those of {config.model.name!r}; set"
-            f" model.name to the model it was trained on, {meaning.base_model.name!r} or a copy of"
+            f" model.name to the model it was trained on, {info.base_model.name!r} or a copy of"
             " it: in its config.yaml, or on the command line where prior_run names this folder"
         )
-    model = method.make_model(adapter, num_data=meaning.num_data)
+    model = method.make_model(adapter, num_data=info.num_data)
     if config.prior_run is not None:
         # Of the same family as q; its parameters are read below, and that run may be gone.
         model.prior = method.make_guide(model).as_prior()
@@ -302,8 +310,8 @@ def restore(folder: Path, config: RunConfig, meaning: Meaning) -> Run:
         predictor = method.restore(
             adapter,
             {name: value.to(adapter.device) for name, value in saved.items()},
-            temperature=meaning.temperature,
-            seed=meaning.seed,
+            temperature=info.temperature,
+            seed=info.seed,
         )
     except ValueError as error:
         raise RunFolderError.damaged(posterior, error) from error
@@ -319,7 +327,7 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
 
 
-def read_meaning(folder: Path) -> Meaning:
+def read_posterior_info(folder: Path) -> PosteriorInfo:
     """What ``posterior.json`` says.
 
     :raises RunFolderError: if it is missing, damaged, or of another format version.
@@ -332,14 +340,14 @@ def read_meaning(folder: Path) -> Meaning:
             " the version of scalabl_pyro named in its environment.json"
         )
     try:
-        return build(Meaning, values)
+        return build(PosteriorInfo, values)
     except ConfigError as error:
         raise RunFolderError.damaged(path, error) from error
 
 
-def _check_settings(config: RunConfig, meaning: Meaning, folder: Path) -> None:
+def _check_settings(config: RunConfig, info: PosteriorInfo, folder: Path) -> None:
     """Refuse settings under which the trained numbers would be another function."""
-    mine, trained = config.function_settings(), meaning.settings
+    mine, trained = config.function_settings(), info.settings
     changed = [
         f"{key} is {mine.get(key)!r}, but was {trained.get(key)!r} in training"
         for key in sorted(mine.keys() | trained.keys())

@@ -15,7 +15,7 @@ from ..data import Record
 from ..lora.loading import load_readout
 from ..readouts import Classes
 from .config import ConfigError, RunConfig
-from .folder import Meaning, Run, read_meaning, restore
+from .folder import PosteriorInfo, Run, read_posterior_info, restore
 from .reading import find_run, read_settings
 
 __all__ = ["load_prior_run", "prior_fingerprint", "read_data"]
@@ -32,8 +32,8 @@ def read_data(config: RunConfig) -> tuple[dict[str, list[Record]], Classes]:
     if config.prior_run is None:
         splits = config.data.splits(seed=config.seed)
         return splits, config.classes(splits)
-    _, meaning = _checked(config)
-    classes = meaning.classes
+    _, info = _checked(config)
+    classes = info.classes
     names = config.data.classes or load_readout(config.model, classes).class_names
     return replace(config.data, classes=names).splits(seed=config.seed), classes
 
@@ -44,9 +44,9 @@ def load_prior_run(config: RunConfig) -> Run:
     :raises ConfigError: if the settings contradict those of the run.
     :raises RunFolderError: if it is no complete run folder, or was made on other base weights.
     """
-    folder, meaning = _checked(config)
+    folder, info = _checked(config)
     settings = replace(read_settings(folder), model=config.model, lora=config.lora)
-    return restore(folder, settings, meaning)
+    return restore(folder, settings, info)
 
 
 def prior_fingerprint(config: RunConfig) -> str:
@@ -62,21 +62,21 @@ def prior_fingerprint(config: RunConfig) -> str:
     return found.hexdigest()
 
 
-def _checked(config: RunConfig) -> tuple[Path, Meaning]:
+def _checked(config: RunConfig) -> tuple[Path, PosteriorInfo]:
     """The folder of ``prior_run`` and what it says of itself, which the settings must not
     contradict."""
     folder = find_run(str(config.prior_run))
-    meaning = read_meaning(folder)
+    info = read_posterior_info(folder)
     for attempt in config.attempts():
         mine = attempt.function_settings()
         wrong = [
-            f"{key} is {mine.get(key)!r}, expected {meaning.settings.get(key)!r}"
-            for key in sorted(mine.keys() | meaning.settings.keys())
-            if mine.get(key) != meaning.settings.get(key)
+            f"{key} is {mine.get(key)!r}, expected {info.settings.get(key)!r}"
+            for key in sorted(mine.keys() | info.settings.keys())
+            if mine.get(key) != info.settings.get(key)
         ]
         if wrong:
             raise ConfigError(
                 f"prior_run is {config.prior_run!r}, whose model stays as it is:"
                 f" {'; '.join(wrong)}; give these settings as that run's config.yaml has them"
             )
-    return folder, meaning
+    return folder, info

@@ -17,7 +17,7 @@ from ..data import Record, Split
 from ..lora.loading import load_readout
 from ..prediction.predictor import Predictions
 from ..readouts import LabelTokens
-from .folder import read_meaning
+from .folder import read_posterior_info
 from .reading import find_run, read_settings
 
 __all__ = ["ServedAverage", "ServerError"]
@@ -58,14 +58,14 @@ class ServedAverage:
         timeout: float = 60.0,
     ) -> None:
         folder = find_run(run)
-        meaning = read_meaning(folder)
-        readout = load_readout(read_settings(folder).model, meaning.classes)
+        info = read_posterior_info(folder)
+        readout = load_readout(read_settings(folder).model, info.classes)
         if not isinstance(readout, LabelTokens):
             raise ValueError(
                 f"{run} reads {type(readout).__name__}: expected a run with"
                 " model.readout=label_tokens, whose answers are the next token"
             )
-        self.readout, self.temperature = readout, meaning.temperature
+        self.readout, self.temperature = readout, info.temperature
         self._url, self._logprobs, self._timeout = url.rstrip("/"), logprobs, timeout
         self.draws = tuple(self._listed() if draws is None else draws)
         if not self.draws:

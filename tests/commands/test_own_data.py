@@ -145,7 +145,7 @@ def test_nuts_predictive_and_predictor_agree(run):
     split = run.encode(run_records())
     model = ScalaBLModel(adapter, num_data=len(split))
     chains = mcmc(
-        model, split, num_samples=6, warmup=12, chains=1, progress=False, max_tree_depth=4
+        model, split, num_samples=6, warmup_steps=12, num_chains=1, progress=False, max_tree_depth=4
     )
     s = chains.draws.flatten(0, 1)
     batch = replace(whole(split), labels=None)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from scalabl_pyro.commands._report import write_report
-from scalabl_pyro.commands._runs import Run, load_predictions
+from scalabl_pyro.commands._runs import ReportedRun, load_predictions
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.prediction import paired_difference
 from scalabl_pyro.runs import DataConfig, RunConfig
@@ -92,8 +92,8 @@ def rows(tmp_path_factory):
     }
 
 
-def read(rows: dict[str, list[Path]]) -> dict[str, list[Run]]:
-    return {name: [Run.read(folder) for folder in row] for name, row in rows.items()}
+def read(rows: dict[str, list[Path]]) -> dict[str, list[ReportedRun]]:
+    return {name: [ReportedRun.read(folder) for folder in row] for name, row in rows.items()}
 
 
 class Page(HTMLParser):

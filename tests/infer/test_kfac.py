@@ -9,7 +9,7 @@ from conftest import longer_and_longer, whole
 from scalabl_pyro import FitConfig, predict
 from scalabl_pyro.infer.kfac import Kronecker, kfac, logit_moments
 from scalabl_pyro.methods import MLE, LaplaceLoRA
-from scalabl_pyro.methods.laplace_lora import best_precision
+from scalabl_pyro.methods.laplace_lora import kfac_precision_by_evidence
 
 CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
 
@@ -109,7 +109,7 @@ def test_log_det_is_that_of_the_dense_matrix():
 
 def test_the_precision_maximises_the_evidence(plain, records):
     factors = kfac(plain, plain.readout.encode(records), rank=1000)
-    found = best_precision(plain, factors)
+    found = kfac_precision_by_evidence(plain, factors)
     weights = torch.cat(
         [m.weight.detach().flatten() for m in plain.matrices.linears.values()]
     ).double()

@@ -34,8 +34,8 @@ def test_chains_recover_a_known_posterior(linear, kernel, options):
         split,
         kernel=kernel,
         num_samples=150,
-        warmup=60,
-        chains=2,
+        warmup_steps=60,
+        num_chains=2,
         progress=False,
         full_mass=True,
         **options,
@@ -88,7 +88,7 @@ def test_a_language_model_is_left_as_it_was(make_causal, records):
     model = ScalaBLModel(adapter, num_data=len(split), prior=Horseshoe(adapter.shape))
     before = {name: p.detach().clone() for name, p in adapter.state().items()}
     state = torch.get_rng_state()
-    options = dict(num_samples=6, warmup=4, chains=2, progress=False, max_tree_depth=3)
+    options = dict(num_samples=6, warmup_steps=4, num_chains=2, progress=False, max_tree_depth=3)
     chains = mcmc(model, split, **options)
     assert torch.equal(torch.get_rng_state(), state)
     again = mcmc(model, split, **options)
@@ -105,7 +105,7 @@ def test_a_language_model_is_left_as_it_was(make_causal, records):
         "local_scale": (2, 6, *adapter.shape),
     }
     assert all((draws > 0).all() for draws in chains.latents.values())
-    bank = chains.bank(5)
+    bank = chains.thin(5)
     assert Predictor(adapter, bank).logits(whole(split)).shape == (5, len(split), 4)
     data = chains.to_inference_data()
     assert data.posterior["s"].dims == ("chain", "draw", "module", "rank")
@@ -117,11 +117,11 @@ def test_a_language_model_is_left_as_it_was(make_causal, records):
 def test_a_bank_is_evenly_spaced_through_all_chains():
     draws = torch.arange(12.0).reshape(2, 6, 1, 1)
     chains = Chains(draws, {}, torch.zeros(2, 6, dtype=torch.bool), torch.ones(2), ("m",))
-    assert chains.bank(12).flatten().tolist() == list(range(12))
-    assert chains.bank(3).flatten().tolist() == [0, 6, 11]
+    assert chains.thin(12).flatten().tolist() == list(range(12))
+    assert chains.thin(3).flatten().tolist() == [0, 6, 11]
     for count in (0, 13):
         with pytest.raises(ValueError, match=f"number of draws is {count}: expected 1 to 12"):
-            chains.bank(count)
+            chains.thin(count)
 
 
 def test_starts_are_dispersed_about_the_given_one(linear):
@@ -133,8 +133,8 @@ def test_starts_are_dispersed_about_the_given_one(linear):
         split,
         kernel="hmc",
         num_samples=4,
-        warmup=0,
-        chains=30,
+        warmup_steps=0,
+        num_chains=30,
         init_loc=loc,
         dispersion=0.5,
         progress=False,
@@ -152,8 +152,8 @@ def test_starts_are_dispersed_about_the_given_one(linear):
     [
         ({"kernel": "gibbs"}, r"kernel is 'gibbs': expected one of \['hmc', 'nuts'\]"),
         ({"num_samples": 3}, "num_samples is 3: expected 4 or more"),
-        ({"warmup": -1}, "warmup is -1"),
-        ({"chains": 0}, "chains is 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"num_chains": 0}, "num_chains is 0"),
         ({"dispersion": -1.0}, "dispersion is -1.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"init_loc": torch.zeros(3)}, r"init_loc has shape \(3,\): expected \(M, r\) \(2, 2\)"),

@@ -272,16 +272,18 @@ def test_laplace_and_chains_leave_it_at_its_prior(make, records):
         train = adapter.encode(records)
         model = sp.ScalaBLModel(adapter, num_data=len(train), perp_scale=3.0)
         laplaces.append(sp.laplace(model, train))
-        chains.append(sp.mcmc(model, train, num_samples=6, warmup=4, chains=2, progress=False))
+        chains.append(
+            sp.mcmc(model, train, num_samples=6, warmup_steps=4, num_chains=2, progress=False)
+        )
     assert laplaces[1].log_evidence == pytest.approx(laplaces[0].log_evidence, rel=1e-5)
     banks = [sp.draw(found.guide, 500, seed=0) for found in laplaces]
     torch.testing.assert_close(banks[1][..., :4], banks[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(banks[1][..., 4:].std(), torch.tensor(3.0), rtol=0.05, atol=0)
     torch.testing.assert_close(chains[1].draws, chains[0].draws, rtol=1e-3, atol=1e-4)
-    assert chains[0].bank(12).shape == (12, 2, 4)
-    bank = chains[1].bank(12)
+    assert chains[0].thin(12).shape == (12, 2, 4)
+    bank = chains[1].thin(12)
     assert bank.shape == (12, 2, 4 + K)
-    assert torch.equal(bank[..., :4], chains[1].bank(12)[..., :4])
+    assert torch.equal(bank[..., :4], chains[1].thin(12)[..., :4])
     assert 2.0 < float(bank[..., 4:].std()) < 4.0
 
 

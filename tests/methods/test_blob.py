@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from scalabl_pyro import FitConfig, KLSchedule, fit, predict
 from scalabl_pyro.methods import MLE, BLoB, bursts
-from scalabl_pyro.methods.blob import BLoBModel, NormalA
+from scalabl_pyro.methods.blob import AutoNormalA, BLoBModel
 
 CONFIG = FitConfig(steps=3, batch_size=4, kl=KLSchedule(0.1))
 
@@ -70,7 +70,7 @@ def test_names_and_back(plain):
 def test_the_divergence_is_that_of_q_from_p(plain, records):
     split = plain.readout.encode(records)
     model = BLoBModel(plain, num_data=len(split), prior_scale=0.2)
-    guide = NormalA(model, init_scale=0.05)
+    guide = AutoNormalA(model, init_scale=0.05)
     sigma = guide.rho.detach().square()
     assert ((sigma >= 0.00125) & (sigma <= 0.0025)).all()
     mean = plain.matrices.flat_A().detach()
@@ -157,7 +157,7 @@ def test_plain_svi_trains_it(make_causal, records):
     adapter = make_causal(svd=False)
     split = adapter.readout.encode(records)
     model = BLoBModel(adapter, num_data=len(split), prior_scale=0.2)
-    guide = NormalA(model, init_scale=0.05)
+    guide = AutoNormalA(model, init_scale=0.05)
     before = guide.rho.detach().clone(), adapter.matrices.flat_A().detach().clone()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO(max_plate_nesting=1))
     svi.step(whole(split))

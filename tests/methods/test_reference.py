@@ -18,7 +18,7 @@ from scalabl_pyro.infer.svi import NonFiniteLossError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS
 from scalabl_pyro.methods.bursts import burst_steps, burst_weight
-from scalabl_pyro.methods.reference import LogNormalParameters, Reference
+from scalabl_pyro.methods.reference import AutoSubspacePositiveNormal, Reference
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 from scalabl_pyro.runs.folder import load_run
 
@@ -30,7 +30,7 @@ def parts(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
-    return model, LogNormalParameters(model), split
+    return model, AutoSubspacePositiveNormal(model), split
 
 
 def train(model, guide, split, config, *, lr_kl=0.2, **options):
@@ -65,7 +65,7 @@ def test_a_published_run_has_5_to_16_bursts():
 def test_the_initial_state_has_the_known_divergences(make_causal):
     """Per coordinate KL(p‖q) is about 361.9 and KL(q‖p) about 2.82, for the published start."""
     adapter = make_causal()
-    q = LogNormalParameters(ScalaBLModel(adapter, num_data=1)).marginals()
+    q = AutoSubspacePositiveNormal(ScalaBLModel(adapter, num_data=1)).marginals()
     torch.testing.assert_close(q.loc, adapter.init_loc)
     low, high = 0.05 / 2**0.5, 0.05
     assert (q.scale >= low).all()
@@ -117,7 +117,7 @@ def test_the_likelihood_steps_are_adamw_on_the_nll_of_one_draw(make_causal, reco
         split = adapter.readout.encode(records)
         model = ScalaBLModel(adapter, num_data=len(split))
         torch.manual_seed(0)
-        guide = LogNormalParameters(model)
+        guide = AutoSubspacePositiveNormal(model)
         parameters = [*adapter.named_parameters().values(), *guide.parameters()]
         config = replace(CONFIG, warmup=0.0, decay="constant", clip_norm=math.inf)
         torch.manual_seed(1)
@@ -154,7 +154,7 @@ def test_a_start_that_no_exponential_reaches_is_refused(parts):
     loc = model.init_loc
     loc[0, 0] = -0.5
     with pytest.raises(ValueError, match=r"init_loc has the value -0\.5"):
-        LogNormalParameters(model, init_loc=loc)
+        AutoSubspacePositiveNormal(model, init_loc=loc)
 
 
 def test_the_last_good_state_is_back_after_a_loss_that_is_not_finite(parts):
@@ -183,7 +183,7 @@ def test_no_deviation_runs_away(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
-    guide = LogNormalParameters(model)
+    guide = AutoSubspacePositiveNormal(model)
     steps = 3 * (burst_steps(12, 4) + 1)
     config = replace(CONFIG, steps=steps, lr=0.0, lr_guide=0.0, batch_size=4)
     train(model, guide, split, config)
@@ -236,7 +236,7 @@ def test_a_run_is_saved_and_loaded_as_it_was(local_model, records, tmp_path, mon
     )
     metrics = run(config)
     loaded = load_run(tmp_path / "run")
-    assert isinstance(loaded.guide, LogNormalParameters)
+    assert isinstance(loaded.guide, AutoSubspacePositiveNormal)
     assert loaded.predictor.num_draws == 3
     found = predict(loaded.predictor, loaded.readout.encode(records))
     assert found.logits.shape == (3, len(records), 4)
