@@ -24,12 +24,12 @@ from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
+from ..runs.training import train_run, unfinished_folder
 from ._errors import message
 from ._formats import format_table
 from ._quiet import quiet_worker
 from ._report import write_report, written
 from ._runs import ReportedRun
-from .train import run, unfinished_folder
 
 __all__ = ["CompareConfig", "compare", "compare_methods"]
 
@@ -235,7 +235,7 @@ def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set
         jobs, get_context("spawn"), initializer=quiet_worker, initargs=(max(1, cores // jobs),)
     )
     with pool, tqdm(total=len(todo), desc=what, disable=not config.progress) as bar:
-        started = {pool.submit(run, r): r for r in todo}
+        started = {pool.submit(train_run, r): r for r in todo}
         try:
             for done in as_completed(started):
                 error = done.exception()

@@ -6,6 +6,7 @@ from .folder import Run, RunFolderError, load_run, save_run
 from .memory import MemoryConfig, estimate
 from .predictors import PredictionConfig, make_predictor
 from .serving import ServedAverage, ServerError
+from .training import train_run
 
 __all__ = [
     "ConfigError",
@@ -25,4 +26,5 @@ __all__ = [
     "merge",
     "push_to_hub",
     "save_run",
+    "train_run",
 ]

@@ -453,7 +453,7 @@ def test_trials_hold_one_model_in_memory_at_a_time(local_model, data, monkeypatc
         made.append(weakref.ref(adapter.peft_model))
         return adapter
 
-    monkeypatch.setattr("scalabl_pyro.commands.train.make_adapter", make)
+    monkeypatch.setattr("scalabl_pyro.runs.training.make_adapter", make)
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", *where, *FAST, "trials=[{fit:{lr:0.1}},{fit:{lr:0.0}}]") == 0
     assert alive == [0, 0, 0]  # two trials, and the better one again
@@ -795,7 +795,7 @@ def test_an_interruption_is_one_line(run, capsys, monkeypatch, where):
 
 def test_a_sweep_ends_in_one_line_for_a_run_that_failed(local_model, data, capsys, monkeypatch):
     monkeypatch.setattr(
-        "scalabl_pyro.commands.train.make_adapter", lambda *args, **options: {}["gone"]
+        "scalabl_pyro.runs.training.make_adapter", lambda *args, **options: {}["gone"]
     )
     where = [f"model.name={local_model}", f"data.root={data}"]
     assert scalabl("train", "--multirun", *where, *FAST, "method=mle", "seed=0,1") == 1

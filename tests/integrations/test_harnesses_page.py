@@ -13,8 +13,8 @@ import yaml
 from conftest import ROOT, blocks, make_records, tiny_llama, write_jsonl
 
 from scalabl_pyro import FitConfig
-from scalabl_pyro.commands.train import run as train
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.runs import train_run
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 
 PAGE = ROOT / "docs" / "harnesses.md"
@@ -28,7 +28,7 @@ def folder(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     for split in ("train", "validation", "test"):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", make_records(8 + len(split)))
-    train(
+    train_run(
         RunConfig(
             model=ModelConfig(str(tmp_path / "model"), device="cpu"),
             lora=AdapterConfig(r=4, targets=("q_proj", "v_proj")),

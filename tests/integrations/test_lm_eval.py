@@ -12,11 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scalabl_pyro import FitConfig, Predictor, Record, SubspaceAdapter, load_run, predict
-from scalabl_pyro.commands.train import run as train
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.readouts import LabelTokens
-from scalabl_pyro.runs import PredictionConfig, export, make_predictor
+from scalabl_pyro.runs import PredictionConfig, export, make_predictor, train_run
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness: there is no lm_eval")
@@ -153,7 +152,7 @@ def run(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     for split in ("train", "validation", "test"):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", make_records(20 + len(split)))
-    train(
+    train_run(
         RunConfig(
             model=ModelConfig(str(tmp_path / "model"), device="cpu", readout="choice_likelihood"),
             lora=AdapterConfig(r=4, targets=("q_proj", "v_proj")),

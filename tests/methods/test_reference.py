@@ -13,12 +13,12 @@ import torch
 from conftest import write_jsonl
 
 from scalabl_pyro import FitConfig, ScalaBLModel, predict
-from scalabl_pyro.commands.train import run
 from scalabl_pyro.infer.svi import NonFiniteLossError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS
 from scalabl_pyro.methods.bursts import burst_steps, burst_weight
 from scalabl_pyro.methods.reference import AutoSubspacePositiveNormal, Reference
+from scalabl_pyro.runs import train_run
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 from scalabl_pyro.runs.folder import load_run
 
@@ -234,13 +234,13 @@ def test_a_run_is_saved_and_loaded_as_it_was(local_model, records, tmp_path, mon
         fit=CONFIG,
         progress=False,
     )
-    metrics = run(config)
+    metrics = train_run(config)
     loaded = load_run(tmp_path / "run")
     assert isinstance(loaded.guide, AutoSubspacePositiveNormal)
     assert loaded.predictor.num_draws == 3
     found = predict(loaded.predictor, loaded.readout.encode(records))
     assert found.logits.shape == (3, len(records), 4)
-    again = run(replace(config, run_dir=str(tmp_path / "again")))
+    again = train_run(replace(config, run_dir=str(tmp_path / "again")))
     assert again == metrics
     mean = loaded.guide.median()["s"]
     torch.testing.assert_close(mean, loaded.guide.marginals().loc.detach())

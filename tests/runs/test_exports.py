@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Be
 
 from scalabl_pyro import FitConfig, SubspaceAdapter, load_run, predict
 from scalabl_pyro.commands.export import ExportConfig, export_run
-from scalabl_pyro.commands.train import run as train
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
 from scalabl_pyro.prediction import Interval, average
 from scalabl_pyro.readouts import LabelTokens
-from scalabl_pyro.runs import exports
+from scalabl_pyro.runs import exports, train_run
 from scalabl_pyro.runs.config import DataConfig, RunConfig
 from scalabl_pyro.runs.exports import export, merge, push_to_hub
 from scalabl_pyro.runs.folder import Run
@@ -58,7 +57,7 @@ def make_run(tmp_path, tokenizer):
             fit=FitConfig(steps=5, batch_size=8, lr=0.05),
             progress=False,
         )
-        train(config)
+        train_run(config)
         return load_run(tmp_path / "run")
 
     return make
@@ -188,7 +187,7 @@ def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, m
         fit=FitConfig(steps=3, batch_size=4, lr=0.05),
         progress=False,
     )
-    train(config)
+    train_run(config)
     run = load_run(tmp_path / "run")
     export(run, tmp_path / "out")
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)

@@ -1,0 +1,274 @@
+"""One training run, from its settings to a run folder."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from ..data import Record, Split, fingerprint, fingerprints
+from ..distributed import is_main, world_size
+from ..files import write_whole
+from ..infer.checkpoints import Checkpoints
+from ..infer.svi import NonFiniteLossError
+from ..lora.adapter import SubspaceAdapter
+from ..lora.loading import load_readout, make_adapter
+from ..lora.passes import PassCounter, Passes
+from ..methods import Fitted, ScalaBL
+from ..prediction.assessment import assess
+from ..readouts import Readout
+from .config import ConfigError, RunConfig
+from .folder import save_run
+from .memory import MemoryConfig, explain_out_of_memory
+from .prior import load_prior_run, prior_fingerprint, read_data
+from .reading import read_fingerprints, read_json, read_settings
+
+__all__ = ["train_run", "unfinished_folder"]
+
+log = logging.getLogger(__name__)
+
+
+def train_run(config: RunConfig) -> dict[str, Any]:
+    """Train, predict every split but the training one, and write the run folder.
+
+    Where the configuration has trials, each is trained with the same seed, and the run is the one
+    with the lowest validation NLL. Until the run is finished, its checkpoints stand beside the run
+    folder, in ``RUN_DIR.unfinished``; with ``resume`` training goes on from them, and a finished
+    run is left as it is. Of several processes that train together (see
+    :mod:`~scalabl_pyro.distributed`) one writes.
+
+    :returns: metrics by split, and the validation NLL of each trial under ``trials``.
+    :raises FileExistsError: if the run folder or an unfinished run exists, and not ``resume``.
+    :raises ConfigError: if the run that exists has other settings.
+    :raises RuntimeError: if another process works on the same run.
+    :raises NonFiniteLossError: if training diverges, in every trial if there are some.
+    """
+    folder = Path(config.run_dir)
+    if config.resume and (folder / "metrics.json").exists():
+        metrics = _finished(config, folder)
+        # What a process left that was killed between saving its run and clearing up.
+        shutil.rmtree(unfinished_folder(folder), ignore_errors=True)
+        return metrics
+    config.check_run_dir()
+    with _unfinished(config) as checkpoints:
+        return _run(config, checkpoints)
+
+
+def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
+    before = read_settings(folder)
+    differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
+    if differences:
+        raise ConfigError(
+            f"the finished run in {folder} has other settings ({'; '.join(differences)}): choose"
+            " another run_dir, or remove it"
+        )
+    had = read_fingerprints(folder)
+    now = fingerprints(read_data(config)[0]) if had else {}
+    others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
+    if others:
+        raise ConfigError(
+            f"the finished run in {folder} had other records of {others} than its data settings"
+            " name now: put them back, choose another run_dir, or remove it"
+        )
+    metrics = read_json(folder / "metrics.json")
+    trials = folder / "trials.json"
+    return {**metrics, "trials": read_json(trials, list)} if trials.exists() else metrics
+
+
+def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
+    splits, classes = read_data(config)
+    _check_inputs(config, splits, checkpoints)
+    readout = load_readout(config.model, classes)
+    encoded = {name: readout.encode(records) for name, records in splits.items()}
+    trainer = _Trainer(config, readout, encoded.pop("train"), encoded["validation"], checkpoints)
+    chosen, name, trials = config, "run", list[dict[str, Any]]()
+    if config.trials:
+        chosen, name, trials = _best(config, trainer)
+    fitted = trainer.fit(chosen, name)
+    counter = trainer.counter
+    counter.reset()
+    show = config.progress and is_main()
+    assessed = {
+        name: assess(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
+        for name, split in encoded.items()
+    }
+    if is_main():
+        save_run(
+            chosen,
+            classes,
+            fitted,
+            assessed,
+            trials,
+            records=splits,
+            training=trainer.spent[name],
+            prediction=counter.passes(sum(map(len, encoded.values()))),
+        )
+    metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
+    return {**metrics, "trials": trials} if trials else metrics
+
+
+@dataclass
+class _Trainer:
+    """Fits the attempts of one run, and counts the passes of each.
+
+    :param spent: by an attempt's name; ``None`` where a part of them was in another process.
+    """
+
+    config: RunConfig
+    readout: Readout
+    train: Split
+    validation: Split
+    checkpoints: Checkpoints
+    counter: PassCounter = field(default_factory=PassCounter)
+    spent: dict[str, Passes | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._whole = not self.checkpoints.exist and world_size() == 1
+
+    def fit(self, attempt: RunConfig, name: str) -> Fitted:
+        """:raises RuntimeError: if memory runs out; it says what the run needs and what helps."""
+        self.counter.reset()
+        try:
+            fitted = self._fit(attempt, name)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(explain_out_of_memory(self._sizes(attempt))) from error
+        # The best of several trials comes back from its last checkpoint, which is no training.
+        self.spent.setdefault(name, self.counter.passes() if self._whole else None)
+        return fitted
+
+    def _fit(self, attempt: RunConfig, name: str) -> Fitted:
+        method = attempt.make_method()
+        part = self.checkpoints.part(name)
+        options: dict[str, Any] = {"seed": self.config.seed, "checkpoints": part}
+        if isinstance(method, ScalaBL) and attempt.prior_run is not None:
+            before = load_prior_run(attempt)
+            assert before.guide is not None  # as every run of the method has one
+            adapter = before.predictor.adapter
+            self.counter.watch(adapter)
+            return method.fit_next(adapter, before.guide, self.train, self.validation, **options)
+        return method.fit(self._make_adapter, self.train, self.validation, **options)
+
+    def _make_adapter(self, **options: Any) -> SubspaceAdapter:
+        model, lora = self.config.model, self.config.lora
+        adapter = make_adapter(model, lora, self.readout, prompts=self.train, **options)
+        self.counter.watch(adapter)
+        return adapter
+
+    def _sizes(self, attempt: RunConfig) -> MemoryConfig:
+        method = attempt.make_method()
+        return MemoryConfig(
+            self.config.model,
+            self.config.lora,
+            method.projections if attempt.prior_run is None else "fixed",
+            method.form().get("perp", 0),
+            batch_size=attempt.fit.batch_size,
+            eval_batch_size=self.config.eval_batch_size,
+            tokens=max(self.train.lengths),
+            classes=self.readout.num_classes,
+        )
+
+
+@contextmanager
+def _unfinished(config: RunConfig) -> Iterator[Checkpoints]:
+    """The checkpoints of this run, in a locked folder that is removed when the run is saved."""
+    folder = unfinished_folder(Path(config.run_dir))
+    checkpoints = Checkpoints(folder, config.checkpoint)
+    if not is_main():
+        yield checkpoints
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process works on the run in {folder}: wait for it, or choose another run_dir"
+        ) from error
+    with held:
+        try:
+            config.check_run_dir()  # again: it may have been finished just before
+            _check_settings(config, checkpoints)
+            yield checkpoints
+        except BaseException:
+            if not checkpoints.exist:
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
+    """Compare with the settings that an unfinished run began with, or keep them."""
+    folder = checkpoints.folder
+    if checkpoints.exist and not config.resume:
+        raise FileExistsError(
+            f"an unfinished run is in {folder}: go on with resume=true, or remove it"
+        )
+    settings = folder / "config.yaml"
+    if checkpoints.exist and settings.exists():
+        differences = config.differences(read_settings(folder))
+        if differences:
+            raise ConfigError(
+                f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
+                " them as they were, or choose another run_dir"
+            )
+    if config.resume and settings.exists() and not checkpoints.exist:
+        log.warning("the unfinished run in %s left no checkpoint: it starts anew", folder)
+    write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def _check_inputs(
+    config: RunConfig, splits: Mapping[str, Sequence[Record]], checkpoints: Checkpoints
+) -> None:
+    """The same for the records themselves and the prior, which a path does not pin down."""
+    inputs = {
+        "data.sha256": (fingerprint(splits), "records than those that its data settings name"),
+        "prior.sha256": (prior_fingerprint(config), "tensors than those of its prior_run"),
+    }
+    for name, (found, others) in inputs.items():
+        path = checkpoints.folder / name
+        if checkpoints.exist and path.exists() and path.read_text() != found:
+            raise ConfigError(
+                f"the unfinished run in {checkpoints.folder} began with other {others} now: put"
+                " them back, or choose another run_dir"
+            )
+        if is_main():
+            write_whole(path, found)
+
+
+def unfinished_folder(run_dir: Path) -> Path:
+    """Where the checkpoints of a run stand until it is finished."""
+    return run_dir.with_name(run_dir.name + ".unfinished")
+
+
+def _best(config: RunConfig, trainer: _Trainer) -> tuple[RunConfig, str, list[dict[str, Any]]]:
+    """The trial with the lowest validation NLL, by its name too; one that diverges is passed over.
+
+    What it is to be fitted again from is its last checkpoint, to the bit.
+    """
+    best: tuple[RunConfig, str] | None = None
+    lowest = float("inf")
+    trials: list[dict[str, Any]] = []
+    for i, (trial, attempt) in enumerate(zip(config.trials, config.attempts(), strict=True)):
+        gc.collect()  # one language model in memory at a time, and they refer to themselves
+        try:
+            fitted = trainer.fit(attempt, f"trial-{i}")
+            nll = attempt.make_method().nll(fitted.predictor, trainer.validation)
+            del fitted
+        except NonFiniteLossError as error:
+            log.warning("the trial %s diverged: %s", trial, error)
+            nll = None
+        trials.append({"trial": trial, "validation_nll": nll})
+        if nll is not None and nll < lowest:
+            lowest, best = nll, (attempt, f"trial-{i}")
+    if best is None:
+        raise NonFiniteLossError("every trial diverged; lower lr or lr_guide")
+    gc.collect()
+    return *best, trials
