@@ -200,7 +200,7 @@ ROWS: dict[str, Row] = {
     "mle": Row("MLE", ALL["MLE"], {"": point}),
     "MLE, temperature": Row("MLE", ALL["MLE"], {"": point_tempered}),
     "MLE, checkpoint ensemble": Row("MLE", ALL["MLE"]),
-    "ensemble of 5": Row("MLE", HIGH, {"": point}, together=True),
+    "ensemble of 5": Row("MLE", HIGH[:2], {"": point}, together=True),
     "MLE, last-layer Laplace": Row("MLE", HIGH, {"": then(LastLayerLaplace(**PLAIN))}),
     "MLE, Laplace-LoRA": Row("MLE", HIGH, {"": then(LaplaceLoRA(**PLAIN))}),
     "MLE, Laplace-LoRA, λ a matrix": Row(

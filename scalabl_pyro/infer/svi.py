@@ -131,6 +131,11 @@ class FitConfig:
         return left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
     @property
+    def rates(self) -> dict[str, float]:
+        """Those of AdamW's two groups of parameters."""
+        return {"lr": self.lr, "lr_guide": self.lr_guide, "weight_decay": self.weight_decay}
+
+    @property
     def reach(self) -> float:
         r"""About the furthest that a parameter of the guide can get, lr_guide · Σ_t factor_t.
 
@@ -339,14 +344,18 @@ def trained_parameters(
 
 
 def parameter_groups(
-    model: LoRAModel, guide: Callable[..., Any], config: FitConfig
+    model: LoRAModel,
+    guide: Callable[..., Any],
+    *,
+    lr: float,
+    lr_guide: float,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Those of :func:`trained_parameters` for an optimizer of torch, with their rates and decay."""
     matrices, numbers = trained_parameters(model, guide)
-    decayed = {"lr": config.lr, "weight_decay": config.weight_decay}
     return [
-        {"params": list(matrices.values()), **decayed},
-        {"params": list(numbers.values()), "lr": config.lr_guide, "weight_decay": 0.0},
+        {"params": list(matrices.values()), "lr": lr, "weight_decay": weight_decay},
+        {"params": list(numbers.values()), "lr": lr_guide, "weight_decay": 0.0},
     ]
 
 
@@ -369,7 +378,7 @@ class _Training:
         self._named = matrices | numbers
         self._parameters = list(self._named.values())
         if optimizer is None:
-            groups = parameter_groups(model, guide, config)
+            groups = parameter_groups(model, guide, **config.rates)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
         self._optimizer = optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..data import Batch, Split
 from ..models.model import LoRAModel
 from .kl import KLSchedule, kl_weight
-from .svi import trained_parameters
+from .svi import parameter_groups
 
 __all__ = ["ELBOTrainer"]
 
@@ -70,8 +70,10 @@ class ELBOTrainer(transformers.Trainer):
                 " the same device"
             )
         model.start_readout(train)
-        self._parts = trained_parameters(model, guide)
-        self._lr_guide, self._train, self._adapter = lr_guide, train, model.adapter
+        self._groups = parameter_groups(
+            model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
+        )
+        self._train, self._adapter = train, model.adapter
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
         super().__init__(_Objective(model, guide, elbo), args, **options)
@@ -91,13 +93,7 @@ class ELBOTrainer(transformers.Trainer):
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """AdamW over the two groups of parameters."""
-        matrices, numbers = (list(part.values()) for part in self._parts)
-        rates = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        groups = [
-            {"params": matrices, **rates},
-            {"params": numbers, "lr": self._lr_guide, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(self._groups)
         return self.optimizer
 
     def compute_loss(

@@ -162,7 +162,7 @@ def make_adapter(
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 
-    :param svd: and ``projections``, ``perp``: those of :class:`SubspaceAdapter`.
+    :param svd: as in :class:`SubspaceAdapter`, and so ``projections`` and ``perp``.
     :param prompts: of :func:`set_subspace`: training examples, which ``adapter.subspace`` may need.
     :raises ValueError: if the model is to be sharded and this is the only process; or see
         :func:`set_subspace`.

@@ -36,7 +36,7 @@ class Iterates(torch.optim.AdamW):
                 " steps: take fewer, of a larger share, or train longer"
             )
         self._named = model.adapter.named_parameters()
-        super().__init__(parameter_groups(model, no_guide, config), eps=config.eps)
+        super().__init__(parameter_groups(model, no_guide, **config.rates), eps=config.eps)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """AdamW's step, and a copy if one is due."""

@@ -96,7 +96,8 @@ class ScalaBL(Method):
 
         :param adapter: of the last task; V, B, heads and what the readout trained stay as they are.
         :param posterior: of the last task, of these settings.
-        :param seed: and ``checkpoints``: those of :meth:`fit`.
+        :param seed: as in :meth:`fit`.
+        :param checkpoints: as in :meth:`fit`.
         :raises ValueError: if the posterior is a point somewhere.
         """
         pyro.set_rng_seed(seed)

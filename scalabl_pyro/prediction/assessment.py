@@ -37,8 +37,8 @@ def assess(
 ) -> Assessment:
     """Predict a split by any method, and measure it.
 
-    :param batch_size: and ``tolerance``: as in :func:`predict`; of no effect on texts, of which as
-        many run at once as have few logits.
+    :param batch_size: as in :func:`predict`; of texts as many run at once as have few logits.
+    :param tolerance: as in :func:`predict`; of no effect on texts.
     :raises ValueError: if a record has no label.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite.
     """

@@ -22,7 +22,8 @@ class Pool(NamedTuple):
 
     :param predictor: whose answers are uncertain.
     :param split: the N records without a label.
-    :param model: and ``guide``: the posterior over s, where it is known.
+    :param model: p(s, y | x), where there is one.
+    :param guide: the posterior over s, where it is known.
     :param train: what the model has been trained on, where it is known.
     :param seed: of ``random``.
     :param batch_size: B of a forward pass.
