@@ -13,7 +13,13 @@ from filelock import FileLock, Timeout
 
 from ..files import json_text, new_path, put, write_whole
 
-__all__ = ["ResumableJsonl"]
+__all__ = ["ResumableJsonl", "significant"]
+
+
+def significant(value: float) -> float:
+    """The number with six digits from the first that is not 0 on: scores may be small, and order
+    is what they are for."""
+    return float(f"{value:.6g}")
 
 
 class ResumableJsonl:

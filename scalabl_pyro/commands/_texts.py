@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data import Completion
 from ..prediction.texts import ScoredText
+from ._jsonl import significant
 
 __all__ = ["given", "scored"]
 
@@ -23,10 +24,10 @@ def scored(text: ScoredText) -> dict[str, Any]:
     return {
         "completion": text.text,
         "tokens": list(_tokens(text)),
-        "log_prob": round(text.log_prob, 6),
-        "spread": round(text.spread, 6),
-        "token_mutual_information": round(text.token_mutual_information, 6),
-        "token_epkl": round(text.token_epkl, 6),
+        "log_prob": significant(text.log_prob),
+        "spread": significant(text.spread),
+        "token_mutual_information": significant(text.token_mutual_information),
+        "token_epkl": significant(text.token_epkl),
     }
 
 
@@ -34,4 +35,4 @@ def _tokens(text: ScoredText) -> Iterator[dict[str, Any]]:
     columns = (text.log_probs.exp(), text.entropy, text.mutual_information)
     for token, *values in zip(text.tokens, *(c.tolist() for c in columns), strict=True):
         names = ("probability", "entropy", "mutual_information")
-        yield {"token": token} | {n: round(v, 6) for n, v in zip(names, values, strict=True)}
+        yield {"token": token} | {n: significant(v) for n, v in zip(names, values, strict=True)}

@@ -20,7 +20,7 @@ from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
 from ._input import begun_for, read_input
-from ._jsonl import ResumableJsonl
+from ._jsonl import ResumableJsonl, significant
 from ._texts import given, scored
 
 __all__ = ["PredictConfig", "predict_file"]
@@ -147,10 +147,10 @@ def _answers(
             "id": record.id,
             "answer": record.choices[int(p.argmax())],
             "label": int(p.argmax()),
-            "probabilities": [round(float(x), 6) for x in p[: len(record.choices)]],
-            "entropy": round(float(h), 6),
-            "mutual_information": round(float(i), 6),
-            "noise_to_signal": round(float(ratio), 6),
+            "probabilities": [significant(x) for x in p[: len(record.choices)]],
+            "entropy": significant(h),
+            "mutual_information": significant(i),
+            "noise_to_signal": significant(ratio),
         }
         if predictions.used is not None:
             answer["draws"] = int(predictions.used[index])

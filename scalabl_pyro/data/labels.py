@@ -66,11 +66,19 @@ def _letter(label: object, choices: Sequence[str]) -> int | None:
     return letters.index(label.strip().upper()) if known else None  # type: ignore[attr-defined]
 
 
-def _name(label: object, choices: Sequence[str]) -> int | None:
+def _named(label: object, choices: Sequence[str]) -> list[int]:
+    """All choices whose text a label is."""
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)  # as numbers among choices become text
     if not isinstance(label, str):
-        return None
-    name, names = canonical(label.strip()), [canonical(choice.strip()) for choice in choices]
-    return names.index(name) if names.count(name) == 1 else None
+        return []
+    name = canonical(label.strip())
+    return [i for i, choice in enumerate(choices) if canonical(choice.strip()) == name]
+
+
+def _name(label: object, choices: Sequence[str]) -> int | None:
+    found = _named(label, choices)
+    return found[0] if len(found) == 1 else None
 
 
 READINGS: dict[str, Reading] = {
@@ -123,6 +131,8 @@ def decide(labels: Sequence[Labelled]) -> str:
         for name, reading in READINGS.items()
     }
     fitting = {name: found for name, found in indices.items() if None not in found}
+    if all(_named(found.label, found.choices) for found in labels):
+        fitting["names"] = indices["names"]  # where some choices are alike, it contradicts others
     if not fitting:
         nearest = max(indices, key=lambda name: sum(i is not None for i in indices[name]))
         try:

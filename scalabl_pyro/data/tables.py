@@ -78,7 +78,7 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
     columns = table.columns
     for row in table.rows:
         try:
-            if columns is None and is_completion(row.cells):
+            if columns in (None, Columns()) and is_completion(row.cells):
                 text = Completion.from_mapping({"id": row.name} | dict(row.cells))
                 yield _Read(row.place, cast(Record, text))
                 continue

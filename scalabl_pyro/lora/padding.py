@@ -21,8 +21,8 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
     """(n, d), the rows of a layer's inputs or outputs that are no padding.
 
     :param values: (R, T, d); or (R·T, d) of an expert; or (R, K, d) of an output layer, which sees
-        the last columns, or those before the K that are scored. All of them are tokens where a
-        layer sees another number.
+        the last columns, or those before K of which some are scored: then these alone count. All of
+        them are tokens where a layer sees another number.
     """
     mask = token_mask(batch).to(values.device)
     width = mask.shape[1]
@@ -32,6 +32,8 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
         return values.flatten(0, -2)
     scored = batch.inputs.get("scored")
     if scored is not None and values.shape[1] == scored.shape[-1] < width:
-        # A token is read one column before its own, and behind a row's last one is nothing to read.
-        mask = mask[:, :-1] & mask[:, 1:]
+        mask = scored.to(mask.device)
+        if mask.dim() == 3:  # a row for each choice
+            mask = mask & batch.choices[..., None].to(mask.device)
+        mask = mask.flatten(0, -2)
     return values[mask[:, -values.shape[1] :]]

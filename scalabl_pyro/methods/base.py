@@ -21,7 +21,7 @@ from ..prediction.assessment import assess
 from ..prediction.predictor import Predictor, Predicts, RunPredictor
 from ..prediction.weight_draws import WeightAverage
 
-__all__ = ["DrawsWeights", "Fitted", "LoRAMethod", "Method"]
+__all__ = ["DrawsWeights", "Fitted", "LoRAMethod", "Method", "check_plain"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,16 @@ class Method(ABC):
         """
         guide = no_guide if guide is None else guide
         return fit(model, guide, train, self.config, progress=self.progress, **options)
+
+
+def check_plain(fitted: Fitted, name: str) -> None:
+    """:raises ValueError: if what was trained is a posterior over s, which a method that works on
+    A and B would leave out."""
+    if isinstance(fitted.model, ScalaBLModel):
+        raise ValueError(
+            f"method {name} works on A and B of plain LoRA, and this model has vectors s: give what"
+            " mle, map or blob trained"
+        )
 
 
 class DrawsWeights:

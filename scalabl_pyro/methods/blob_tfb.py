@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..data import Split
+from ..lora.adapter import SubspaceAdapter
 from .base import Fitted
-from .blob import BLoB
+from .blob import BLoB, BLoBModel
 from .tfb import TFB
 
 __all__ = ["BLoBTFB"]
@@ -33,6 +34,14 @@ class BLoBTFB(BLoB):
             return TFB(eval_batch_size=self.eval_batch_size, **self.tfb)
         except TypeError as error:
             raise ValueError(f"tfb is {self.tfb}: {error}") from error
+
+    def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> BLoBModel:
+        """As BLoB's.
+
+        :raises ValueError: if there would have to be pseudo-labels of texts.
+        """
+        self._noise().check_readout(adapter.readout)
+        return super().make_model(adapter, num_data=num_data)
 
     def finish(
         self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int

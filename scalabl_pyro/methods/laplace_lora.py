@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Batch, Split
 from ..infer.kfac import Kronecker, kfac, logit_moments
 from ..lora.adapter import SubspaceAdapter
-from .base import Fitted, LoRAMethod
+from .base import Fitted, LoRAMethod, check_plain
 
 __all__ = ["LaplaceAverage", "LaplaceLoRA", "kfac_precision_by_evidence", "logit_draws"]
 
@@ -121,7 +121,9 @@ class LaplaceLoRA(LoRAMethod):
         """The same trained model with a normal around it.
 
         :param seed: of the draws.
+        :raises ValueError: if it is over s.
         """
+        check_plain(fitted, self.name)
         adapter = fitted.model.adapter
         factors = kfac(adapter, train, rank=self.rank, batch_size=self.config.batch_size)
         factors = {name: factors[name] for name in self._random(adapter)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import Batch, Split
 from ..infer.laplace_approximation import precision_by_evidence
 from ..lora.adapter import SubspaceAdapter
-from .base import Fitted, LoRAMethod
+from .base import Fitted, LoRAMethod, check_plain
 from .laplace_lora import logit_draws
 
 __all__ = ["LastLayerAverage", "LastLayerLaplace", "head_jacobian", "last_layer"]
@@ -145,7 +145,9 @@ class LastLayerLaplace(LoRAMethod):
         """The same trained model with a normal over the last layer.
 
         :param seed: of the draws.
+        :raises ValueError: if it is over s.
         """
+        check_plain(fitted, self.name)
         adapter = fitted.model.adapter
         adapter.eval()
         H = torch.zeros((), dtype=torch.float64, device=adapter.device)

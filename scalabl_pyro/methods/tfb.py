@@ -13,7 +13,8 @@ from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, predict
 from ..prediction.weight_draws import WeightAverage
-from .base import DrawsWeights, Fitted, LoRAMethod
+from ..readouts import Readout
+from .base import DrawsWeights, Fitted, LoRAMethod, check_plain
 
 __all__ = ["TFB"]
 
@@ -66,21 +67,28 @@ class TFB(DrawsWeights, LoRAMethod):
 
         :raises ValueError: if there would have to be pseudo-labels of texts.
         """
-        if self.pseudo_labels and adapter.readout.reads_texts:
+        self.check_readout(adapter.readout)
+        return super().make_model(adapter, num_data=num_data)
+
+    def check_readout(self, readout: Readout) -> None:
+        """:raises ValueError: if there would have to be pseudo-labels of texts."""
+        if self.pseudo_labels and readout.reads_texts:
             raise ValueError(
                 "pseudo_labels is true, and the readout reads texts, among which there is no most"
-                " probable one to be had: set method.pseudo_labels=false"
+                " probable one to be had: set pseudo_labels=false"
             )
-        return super().make_model(adapter, num_data=num_data)
 
     def finish(
         self, fitted: Fitted, train: Split, validation: Split | None, *, seed: int
     ) -> Fitted:
         """The same trained model with noise on A; its matrices are changed in place.
 
-        :param fitted: any method's; the noise is about the adapter's own matrices.
+        :param fitted: of plain LoRA; the noise is about the adapter's own matrices.
         :param seed: of the examples and of the draws.
+        :raises ValueError: if it is over s, or there would have to be pseudo-labels of texts.
         """
+        check_plain(fitted, self.name)
+        self.check_readout(fitted.model.adapter.readout)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(train), generator=generator)[: self.examples].tolist()
         anchor = train.select(chosen)
@@ -123,6 +131,7 @@ class TFB(DrawsWeights, LoRAMethod):
                 plain,
             )
         log.info("σ_q is %g", low)
-        *history, last = fitted.result.history
-        result = fitted.result._replace(history=[*history, {**last, "sigma_q": low}])
+        history = fitted.result.history
+        last = history[-1] if history else {}  # nothing was trained
+        result = fitted.result._replace(history=[*history[:-1], {**last, "sigma_q": low}])
         return replace(fitted, predictor=at(low), result=result)

@@ -48,15 +48,23 @@ class Averaged(NamedTuple):
 
 def summarise(logits: Tensor) -> Averaged:
     """All of it from (S, N, C), with the average computed once."""
-    log_probs = average(logits)
+    exact = in_double(logits)  # for the difference of two entropies that are nearly the same
+    log_probs = average(exact)
     probs = log_probs.exp()
     total = torch.special.entr(probs).sum(-1)
-    if len(logits) == 1:
-        between = torch.zeros_like(total)  # and not the rounding of two equal numbers
-    else:
-        each = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
-        between = (total - each).clamp(min=0)
-    return Averaged(probs, log_probs, total, between)
+    each = torch.special.entr(exact.softmax(-1)).sum(-1).mean(0)
+    between = (total - each).clamp(min=0).masked_fill(all_alike(logits), 0.0)
+    return Averaged(*(x.to(logits.dtype) for x in (probs, log_probs, total, between)))
+
+
+def in_double(logits: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return logits if logits.device.type == "mps" else logits.double()
+
+
+def all_alike(logits: Tensor) -> Tensor:
+    """(N,), whether all draws of (S, N, C) are the same, of which rounding would make more."""
+    return (logits == logits[:1]).all(-1).all(0)
 
 
 def entropy(logits: Tensor) -> Tensor:

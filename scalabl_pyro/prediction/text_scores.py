@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import average
+from .metrics import all_alike, average, in_double
 
 __all__ = [
     "WEIGHTS",
@@ -40,6 +40,10 @@ __all__ = [
     "sequence_rmi",
     "token_scores",
 ]
+
+
+#: numbers of logits in float64 at once
+_AT_ONCE = 1 << 24
 
 
 def equal_weights(read: Tensor) -> Tensor:
@@ -97,18 +101,27 @@ def token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:
     :param log_weights: (S, N), of weights that sum to 1 over the draws.
     :raises ValueError: if a row holds NaN or +∞, or nothing else than −∞.
     """
+    size = max(1, _AT_ONCE // (len(logits) * logits.shape[-1]))
+    parts = zip(logits.split(size, 1), log_weights.split(size, 1), strict=True)
+    found = [_token_scores(*part) for part in parts]
+    return TokenScores(*(torch.cat(some).to(logits.dtype) for some in zip(*found, strict=True)))
+
+
+def _token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:
+    """In float64: mutual information is the difference of two entropies that are nearly the
+    same."""
+    alike = all_alike(logits)
+    logits, log_weights = in_double(logits), in_double(log_weights).log_softmax(0)
     log_mean = average(logits, log_weights)
     mean = log_mean.exp()
     total = torch.special.entr(mean).sum(-1)
-    if len(logits) == 1:
-        zero = torch.zeros_like(total)  # and not the rounding of two equal numbers
-        return TokenScores(log_mean, total, zero, zero)
     each, weights = logits.log_softmax(-1), log_weights.exp()
     within = (weights * torch.special.entr(each.exp()).sum(-1)).sum(0)
     expected = (weights[..., None] * each).sum(0)  # (N, C), of log p_k
     cross = -(mean * expected).masked_fill(mean == 0, 0.0).sum(-1)
-    mutual = (total - within).clamp(min=0)
-    return TokenScores(log_mean, total, mutual, torch.maximum(cross - within, mutual))
+    mutual = (total - within).clamp(min=0).masked_fill(alike, 0.0)
+    pairwise = torch.maximum(cross - within, mutual).masked_fill(alike, 0.0)
+    return TokenScores(log_mean, total, mutual, pairwise)
 
 
 def sequence_rmi(draw_log_probs: Tensor, weights: Tensor | None = None) -> float:

@@ -73,7 +73,7 @@ class Readout(ABC):
     :param truncate: cut rows that are too long instead of refusing them.
     """
 
-    padding_side: ClassVar[str]
+    padding_side: str
     #: the ``transformers`` class that loads a model for this readout
     auto_class: ClassVar[str]
     #: the prompt that ``auto`` means

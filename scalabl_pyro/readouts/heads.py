@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DataError, Prompt, Record
@@ -60,6 +60,17 @@ class _HeadReadout(Readout):
             truncate=config.truncate,
             prompt=_BARE if config.template is None else config.make_prompt(classes.shots),
         )
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """As :meth:`Readout.attach`; heads find the last token of a row by the padding token, or
+        take the last column."""
+        tokenizer = getattr(self, "tokenizer", None)  # of an estimate of memory there is none
+        for config in (llm.config, llm.config.get_text_config()):
+            if tokenizer is not None:
+                config.pad_token_id = tokenizer.pad_token_id
+            if getattr(config, "summary_type", None) == "last":
+                self.padding_side = "left"
+        return {}
 
     def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
         prompt = {"template": self.prompt.template, "letters": self.prompt.letters}

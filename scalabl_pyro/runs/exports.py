@@ -18,7 +18,6 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +28,7 @@ from ..lora.config import ModelConfig
 from ..lora.gguf import find_gguf
 from ..lora.layers import quiet_peft
 from ..lora.loading import load_llm
+from ..lora.saving import save_peft, write_weights
 from ..readouts.base import Readout
 from .card import Figure, about, head, plain, results, settings
 from .folder import Run, posterior_mean
@@ -164,10 +164,7 @@ def save_adapter(
     :param drop: adapted modules to leave out.
     """
     with adapter.folded(s) as peft_model:
-        # The base model's own embeddings are never part of an adapter.
-        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-        weights = folder / "adapter_model.safetensors"
-        tensors = load_file(weights)
+        tensors = save_peft(peft_model, folder)
         perp = zip(
             adapter.layers if adapter.perp else (), adapter.perp_A, adapter.perp_B, strict=True
         )
@@ -183,7 +180,7 @@ def save_adapter(
         for name, value in tensors.items()
         if not any(name.startswith(f"base_model.model.{module}.lora_") for module in drop)
     }
-    save_file(kept, weights, metadata={"format": "pt"})
+    write_weights(kept, folder)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text())
     if drop:

@@ -34,6 +34,7 @@ from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import Passes
+from ..lora.saving import save_peft
 from ..methods import Fitted
 from ..models.model import LoRAModel, ScalaBLModel
 from ..prediction.assessment import Assessment
@@ -193,8 +194,7 @@ def _write_run(
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
     mean = posterior_mean(predictor, fitted.guide)
     with adapter.folded(mean) as peft_model:
-        # The base model's own embeddings are never part of an adapter.
-        peft_model.save_pretrained(str(part / "adapter"), save_embedding_layers=False)
+        save_peft(peft_model, part / "adapter")
     projections = _tensors(adapter.state())
     save_file(projections, part / "projections.safetensors")
     posterior = {f"guide.{name}": value for name, value in guide_state.items()}

@@ -507,3 +507,35 @@ def test_own_columns_and_limits_on_the_command_line(tmp_path, local_model, monke
 
 def test_settings_of_runs_before_limits_by_split_are_read():
     assert build(DataConfig, {"root": "a", "limit": None}) == DataConfig(root="a")
+
+
+def test_numbers_among_choices_and_as_labels_are_texts_too(tmp_path):
+    rows = [("1 + 1?", [0, 2, 1], 2), ("1 - 1?", [1, 0, 2], 0)]
+    columns = Columns("q", "c", "y")
+    for kind in (int, str):
+        lines = [{"q": q, "c": list(map(kind, c)), "y": kind(y)} for q, c, y in rows]
+        (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError, match="can be read as from_0 and as names, with different"):
+            read_records(tmp_path / "n.jsonl", columns=columns)
+        found = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="names"))
+        assert [record.choices[record.label] for record in found] == ["2", "0"]
+
+
+def test_a_choice_that_stands_twice_decides_for_no_other_reading(tmp_path):
+    rows = [("Which vowel?", ["b", "c", "a", "d"], "a"), ("pick", ["c", "d", "d", "b"], "d")]
+    lines = [json.dumps(dict(zip("qcy", row, strict=True))) for row in rows]
+    (tmp_path / "n.jsonl").write_text("\n".join(lines) + "\n")
+    columns = Columns("q", "c", "y")
+    with pytest.raises(DataError, match="can be read as letters and as names"):
+        read_records(tmp_path / "n.jsonl", columns=columns)
+    found = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="letters"))
+    assert [record.label for record in found] == [0, 3]
+
+
+def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
+    rows = [{"prompt": "hi", "completion": " yo"}, {"prompt": "a", "completion": " b"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    copy = hub_copy(tmp_path / "hub", {"train": rows})
+    found = DataSource(hub="some/name", hub_path=copy).read()["train"]
+    for texts in (read_records(tmp_path / "x.parquet"), found):
+        assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]

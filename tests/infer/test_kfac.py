@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import longer_and_longer, whole
+from conftest import fill_lora_B, longer_and_longer, lora, tiny_llama, whole
 
-from scalabl_pyro import FitConfig, predict
+from scalabl_pyro import FitConfig, SubspaceAdapter, predict
+from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.infer.kfac import Kronecker, kfac, logit_moments
 from scalabl_pyro.methods import MLE, LaplaceLoRA
 from scalabl_pyro.methods.laplace_lora import kfac_precision_by_evidence
+from scalabl_pyro.readouts import ChoiceLikelihood
 
 CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
 
@@ -181,3 +183,21 @@ def test_missing_choices_stay_impossible(make_choice, records):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LaplaceLoRA(**options)
+
+
+def test_factors_of_an_output_layer_do_not_depend_on_the_rows_beside_it(tokenizer, records):
+    """Choices in rows of their own, with prompts of several lengths."""
+    readout = ChoiceLikelihood(tokenizer, PROMPTS["question"], num_classes=4, max_length=64)
+    readout.packed = False
+    targets = ("q_proj", "v_proj", "lm_head")
+    adapter = SubspaceAdapter(tiny_llama(), lora(*targets), readout, svd=False)
+    fill_lora_B(adapter)
+    readout.packed = False
+    split = adapter.encode(longer_and_longer(records[:7]))
+    one, seven = (kfac(adapter, split, rank=10**4, batch_size=size) for size in (1, 7))
+    for name, factor in one.items():
+        for part in ("x", "g"):
+            first, other = (getattr(f, part) for f in (factor, seven[name]))
+            torch.testing.assert_close(
+                first.mT @ first, other.mT @ other, rtol=1e-3, atol=1e-5, msg=f"{name} {part}"
+            )

@@ -320,6 +320,15 @@ def test_a_run_folder_predicts_the_same_to_the_bit_and_exports(local_model, tmp_
     torch.testing.assert_close(again, saved["test.logits"], rtol=0, atol=0)
     mean = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert mean["r"] == 3
+    plain = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    adapted = run.predictor.adapter.module_names
+    assert plain.keys() == {
+        f"base_model.model.{module}.lora_{part}.weight" for module in adapted for part in "AB"
+    }
+    write_jsonl(tmp_path / "in.jsonl", make_records(8, labelled=False))
+    student = [f"run={tmp_path / 'run'}", f"input={tmp_path / 'in.jsonl'}", "fit.steps=20"]
+    student += [f"output={tmp_path / 'student'}", "fit.lr=1.0e-3", "progress=false"]
+    assert scalabl("distill", *student) == 0
 
     out = tmp_path / "exported"
     assert scalabl("export", f"run={tmp_path / 'run'}", f"output={out}") == 0

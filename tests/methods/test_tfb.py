@@ -4,10 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import whole
+from conftest import lora, tiny_llama, whole
 
-from scalabl_pyro import FitConfig, KLSchedule, Predictor, evaluate, predict
-from scalabl_pyro.methods import MLE, TFB, BLoB, BLoBTFB
+from scalabl_pyro import FitConfig, KLSchedule, Predictor, SubspaceAdapter, evaluate, predict
+from scalabl_pyro.data import Completion
+from scalabl_pyro.methods import (
+    MLE,
+    TFB,
+    BLoB,
+    BLoBTFB,
+    LaplaceLoRA,
+    LastLayerLaplace,
+    ScalaBL,
+    ZeroShot,
+)
+from scalabl_pyro.readouts import CompletionTokens
 
 CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
 
@@ -122,3 +133,38 @@ def test_blob_then_tfb_has_its_noise_about_blobs_mean(make_choice, records):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TFB(**options)
+
+
+def test_noise_on_an_adapter_that_nothing_trained(make_causal, records):
+    split = make_causal().readout.encode(records)
+    fitted = ZeroShot(progress=False).fit(make_causal, split, None, seed=0)
+    method = TFB(CONFIG, progress=False, tolerance=1e6, max_scale=0.1, bisections=3, draws=2)
+    found = method.finish(fitted, split, None, seed=0)
+    assert found.result.history == [{"sigma_q": pytest.approx(0.1 * (1 - 2**-3))}]
+
+
+@pytest.mark.parametrize("method", [TFB, LaplaceLoRA, LastLayerLaplace])
+def test_what_works_on_plain_lora_refuses_vectors_s(make_choice, records, method):
+    split = make_choice().readout.encode(records)
+    fitted = ScalaBL(CONFIG, progress=False).fit(make_choice, split, None, seed=0)
+    before = {n: p.detach().clone() for n, p in fitted.model.adapter.state().items()}
+    with pytest.raises(ValueError, match="works on A and B of plain LoRA, and this model has vec"):
+        method(CONFIG, progress=False).finish(fitted, split, None, seed=0)
+    for name, value in fitted.model.adapter.state().items():
+        assert torch.equal(value, before[name])
+
+
+def test_pseudo_labels_of_texts_are_refused_before_training(tokenizer, records, monkeypatch):
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    readout = CompletionTokens(tokenizer, num_classes=len(tokenizer), max_length=64)
+    texts = [Completion(r.id, r.question, f" {r.choices[0]}") for r in records]
+    monkeypatch.setattr(BLoBTFB, "_train", None)
+    for method in (TFB(CONFIG, pseudo_labels=True), BLoBTFB(CONFIG, tfb={"pseudo_labels": True})):
+
+        def make(**options):
+            return SubspaceAdapter(
+                tiny_llama(vocab_size=len(tokenizer)), lora("q_proj"), readout, **options
+            )
+
+        with pytest.raises(ValueError, match="pseudo_labels is true, and the readout reads texts"):
+            method.fit(make, readout.encode(texts), None, seed=0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -14,8 +15,10 @@ from scalabl_pyro.prediction import (
     ece,
     ece_floor,
     max_probability,
+    mutual_information,
     noise_to_signal,
 )
+from scalabl_pyro.prediction.text_scores import equal_weights, token_scores
 
 
 def ece_by_hand(rows, labels, bins):
@@ -242,3 +245,24 @@ def test_auroc_at_equal_length_without_pairs_and_with_bad_input():
         auroc_at_equal_length(numbers, torch.tensor([True, False]), torch.zeros(3))
     with pytest.raises(ValueError, match="scores holds nan at 0"):
         auroc_at_equal_length(numbers * math.nan, torch.tensor([True, False]), numbers)
+
+
+def test_mutual_information_of_draws_that_hardly_differ():
+    """Against float64 by NumPy, and no score at all of draws that are the same."""
+    torch.manual_seed(0)
+    f = 2 * torch.randn(1, 500, 4)
+    labels = torch.distributions.Categorical(logits=f[0]).sample()
+    assert evaluate(f.repeat(10, 1, 1), labels)["auroc_mutual_information"] == 0.5
+    assert not mutual_information(f.repeat(10, 1, 1)).any()
+    logits = f + 1e-3 * torch.randn(10, 500, 4)
+    p = np.exp(logits.numpy().astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    mean = p.mean(0)
+    expected = -(mean * np.log(mean)).sum(-1) + (p * np.log(p)).sum(-1).mean(0)
+    assert 0 < expected.mean() < 1e-6
+    np.testing.assert_allclose(mutual_information(logits).numpy(), expected, rtol=1e-5, atol=1e-13)
+    found = token_scores(logits, equal_weights(logits[..., 0]))
+    np.testing.assert_allclose(found.mutual_information.numpy(), expected, rtol=1e-5, atol=1e-13)
+    same = token_scores(f.repeat(10, 1, 1), equal_weights(logits[..., 0]))
+    assert not same.mutual_information.any()
+    assert not same.epkl.any()
