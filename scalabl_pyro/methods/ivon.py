@@ -171,6 +171,11 @@ class IVON(LoRAMethod):
             )
         if self.config.keep == "best":
             raise ValueError("keep is 'best', but h is the last one's: expected last")
+        if math.isfinite(self.config.clip_norm):
+            raise ValueError(
+                f"clip_norm is {self.config.clip_norm}, which would shrink the estimate of h, and"
+                " with it σ, too: method ivon has clip_radius, set clip_norm=inf"
+            )
 
     def make_optimizer(self, model: LoRAModel) -> VariationalOnlineNewton:
         """q(θ)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -61,7 +63,7 @@ def test_two_steps_by_hand():
 
 def test_its_draws_have_its_spread_and_no_draws_is_its_mean(make_choice, records):
     split = make_choice().readout.encode(records)
-    config = FitConfig(steps=3, batch_size=4, lr=0.1)
+    config = FitConfig(steps=3, batch_size=4, lr=0.1, clip_norm=math.inf)
     method = IVON(config, progress=False, hess_init=0.5, beta2=1 - 1e-9, draws=2000)
     fitted = method.fit(make_choice, split, None, seed=0)
     N, delta = len(split), 1 / (len(split) * 0.2**2)
@@ -83,6 +85,7 @@ def test_its_draws_have_its_spread_and_no_draws_is_its_mean(make_choice, records
         ({"ess": 0.0}, "ess is 0.0"),
         ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"draws": -1}, "draws is -1"),
+        ({"config": FitConfig(clip_norm=1.0)}, "clip_norm is 1.0, .* set clip_norm=inf"),
         ({"config": FitConfig(accumulation=2)}, "accumulation is 2"),
         ({"config": FitConfig(weight_decay=0.1)}, "set prior_scale"),
         ({"config": FitConfig(eval_every=1, keep="best")}, "keep is 'best'"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -40,7 +42,8 @@ NOT_THE_BEST = ("checkpoint_ensemble", "swag", "ivon")
 def test_every_method_fits_predicts_and_repeats(make_choice, make_causal, records, name, validated):
     # Without training there is no head to answer by.
     make = make_causal if name == "zero_shot" else make_choice
-    options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
+    config = replace(CONFIG, clip_norm=METHODS[name].config.clip_norm)
+    options = {"config": config, "progress": False} | METHOD_OPTIONS.get(name, {})
     if validated:
         options["config"] = FitConfig(
             steps=4,
@@ -48,6 +51,7 @@ def test_every_method_fits_predicts_and_repeats(make_choice, make_causal, record
             eval_every=2,
             keep="last" if name in NOT_THE_BEST else "best",
             weight_decay=options["config"].weight_decay,
+            clip_norm=METHODS[name].config.clip_norm,
         )
     split = make().readout.encode(records)
     found = []
@@ -103,7 +107,8 @@ class PlugPulled(Checkpoints):
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"zero_shot"}))  # which has no step
 def test_every_method_goes_on_to_the_bit(make_choice, records, tmp_path, name):
-    options = {"config": CONFIG, "progress": False} | METHOD_OPTIONS.get(name, {})
+    config = replace(CONFIG, clip_norm=METHODS[name].config.clip_norm)
+    options = {"config": config, "progress": False} | METHOD_OPTIONS.get(name, {})
     split = make_choice().readout.encode(records)
     method = METHODS[name](**options)
     expected = method.fit(make_choice, split, split, seed=3)
