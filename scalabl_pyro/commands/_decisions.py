@@ -18,7 +18,7 @@ from ..prediction.conformal import (
 from ..prediction.metrics import Averaged, summarise
 from ..prediction.predictor import Predicts, predict
 from ..runs.folder import Run
-from ._input import own_records, read_input
+from ._input import own_records, read_input, warn_of_trained
 
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
@@ -128,6 +128,7 @@ def calibrate(
     if config.risk is None and config.conformal is None:
         return Decisions(config.abstain_below)
     records = _labelled(config, run, columns)
+    warn_of_trained(run, records, "risk and coverage hold for no other records then")
     found = predict(predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance)
     assert found.labels is not None
     answers = summarise(found.logits)

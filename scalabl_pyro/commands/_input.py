@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Columns, Completion, DataError, Record, fingerprint, read_records
+from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_records
 from ..data.readers import read_table
 from ..runs.folder import Run
-from ..runs.reading import read_fingerprints, weights_fingerprint
+from ..runs.reading import read_fingerprints, read_trained_on, weights_fingerprint
 
-__all__ = ["begun_for", "own_records", "read_input"]
+__all__ = ["begun_for", "own_records", "read_input", "warn_of_trained"]
+
+log = logging.getLogger(__name__)
 
 
 def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
@@ -50,6 +53,17 @@ def own_records(run: Run, split: str) -> list[Record]:
             " they are"
         )
     return found
+
+
+def warn_of_trained(run: Run, records: Sequence[Record], consequence: str) -> None:
+    """Tell of labelled records whose questions trained the run.
+
+    :param consequence: what is not to be had from them.
+    """
+    known = read_trained_on(run.folder)
+    count = sum(key in known for key in asked(records))
+    if count:
+        log.warning("%d of %d records trained the run: %s", count, len(records), consequence)
 
 
 def begun_for(run: Run, records: Sequence[Record] | Sequence[Completion]) -> dict[str, Any]:

@@ -218,7 +218,10 @@ def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
         found = function(build(config_class, values))
         if not is_main():
             return
-        print(found if isinstance(found, str) else json_text(found, indent=2))
+        print(found if isinstance(found, str) else json_text(found, indent=2), flush=True)
+    except BrokenPipeError:
+        # Whoever read has enough, as head has; nothing is left to flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         if sweep and not isinstance(error, Interrupted):

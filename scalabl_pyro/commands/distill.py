@@ -60,6 +60,11 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     """
     output = new_path(Path(config.output))
     run = load_run(config.run)
+    if run.readout.reads_texts:
+        raise ValueError(
+            f"{config.run} reads texts: expected a run that answers among choices; export its"
+            " draws, or its mean, instead"
+        )
     if run.predictor.num_draws == 1:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
     split = run.encode(read_input(config.input, run, config.columns))

@@ -29,6 +29,7 @@ from ..prediction.predictor import Predicts
 from ..runs.config import ConfigError, build
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
+from ._input import warn_of_trained
 
 __all__ = ["EvaluateConfig", "evaluate_run"]
 
@@ -106,6 +107,7 @@ def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     trained = load_run(run)
     classes = config.data.classes or trained.class_names
     records = replace(config.data, classes=classes).read_split(config.split)
+    warn_of_trained(trained, records, "these metrics say nothing of other records")
     split = trained.encode(records)
     return make_predictor(trained, config.prediction), split
 

@@ -147,6 +147,7 @@ def _answers(
             "id": record.id,
             "answer": record.choices[int(p.argmax())],
             "label": int(p.argmax()),
+            "choices": list(record.choices),
             "probabilities": [significant(x) for x in p[: len(record.choices)]],
             "entropy": significant(h),
             "mutual_information": significant(i),

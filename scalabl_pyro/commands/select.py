@@ -52,6 +52,8 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
     """
     output = new_path(Path(config.output))
     run = load_run(config.run)
+    if run.readout.reads_texts:
+        raise ValueError(f"{config.run} reads texts: expected a run that answers among choices")
     posterior: dict[str, Any] = {}
     if config.by == "novelty":
         posterior = {"model": run.model, "guide": run.guide, "train": _train(run)}

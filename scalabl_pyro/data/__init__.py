@@ -9,6 +9,7 @@ from .readers import read_completions, read_folder, read_records, read_table
 from .records import DataError, Record
 from .source import DataSource
 from .splits import (
+    asked,
     check_split,
     disjoint,
     draw_shots,
@@ -37,6 +38,7 @@ __all__ = [
     "Split",
     "Table",
     "Task",
+    "asked",
     "check_split",
     "disjoint",
     "draw_shots",

@@ -56,6 +56,11 @@ def csv_columns(path: Path) -> Columns | None:
         optional = ["id", "label"]
     missing = [name for name in required if name not in found]
     unknown = [name for name in found if name not in [*required, *optional]]
+    if "" in unknown and not missing:
+        raise DataError(
+            f"{path}, line {line}: a column has no name, as the index that pandas writes: leave it"
+            f" out, by to_csv(…, index=False); found {found}"
+        )
     if missing or unknown:
         raise DataError(
             f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; found {found};"

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from .records import DataError, Record, question_key
 
 __all__ = [
+    "asked",
     "check_split",
     "disjoint",
     "draw_shots",
@@ -33,6 +34,12 @@ def fingerprint(splits: Mapping[str, Sequence[Record]]) -> str:
 def fingerprints(splits: Mapping[str, Sequence[Record]]) -> dict[str, str]:
     """:func:`fingerprint` of each split by itself."""
     return {name: fingerprint({name: records}) for name, records in splits.items()}
+
+
+def asked(records: Sequence[Record]) -> list[str]:
+    """A hash of what each record asks, whatever the order of its choices and its answer."""
+    keys = ([question, sorted(choices)] for question, choices in map(question_key, records))
+    return [hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys]
 
 
 def check_split(splits: Mapping[str, list[Record]], name: str) -> list[Record]:

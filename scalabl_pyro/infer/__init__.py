@@ -6,7 +6,7 @@ from .checkpoints import CheckpointConfig, Checkpoints, Interrupted
 from .elbos import ELBOS, make_elbo
 from .kl import KLBudget, KLSchedule, kl_weight
 from .laplace_approximation import Laplace, laplace
-from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide
+from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide, parameter_groups
 
 __all__ = [
     "ELBOS",
@@ -29,4 +29,5 @@ __all__ = [
     "make_elbo",
     "mcmc",
     "no_guide",
+    "parameter_groups",
 ]

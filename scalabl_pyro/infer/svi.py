@@ -106,7 +106,8 @@ class FitConfig:
             raise ValueError(f"kl is {self.kl!r}: expected a KLSchedule, such as KLSchedule(10.0)")
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected {low} to {high}")
+                expected = f"{low} to {high}" if high == 1 else f"a finite number from {low} on"
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {expected}")
         if not self.clip_norm > 0:
             raise ValueError(
                 f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
@@ -380,6 +381,12 @@ class _Training:
         if optimizer is None:
             groups = parameter_groups(model, guide, **config.rates)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__}: expected one of torch over"
+                " scalabl_pyro.infer.parameter_groups(model, guide, lr=…, lr_guide=…); those of"
+                " Pyro are for pyro.infer.SVI"
+            )
         self._optimizer = optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         if moved != {id(parameter) for parameter in self._parameters}:

@@ -266,9 +266,14 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig, *, trained: bool) -> N
             for n, m in llm.named_modules()
             if isinstance(m, (nn.Linear, Conv1D))
         }
+        pattern = (
+            f"; one text is a pattern of whole names, a list such as [{targets}] has their ends"
+            if isinstance(targets, str)
+            else ""
+        )
         raise ValueError(
             f"target_modules {sorted(missing)} match no module of {type(llm).__name__}; its linear"
-            f" layers are {sorted(linear)}"
+            f" layers are {sorted(linear)}{pattern}"
         )
     if trained:
         return  # it was trained so, with the head alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,9 @@ class CompletionTokens(Readout):
         if not records:
             raise DataError("records is empty: expected one or more")
         return Classes(0)
+
+    def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
+        return {"prompt": {"chat": self.chat}}
 
     @classmethod
     def build(

@@ -3,14 +3,15 @@
 * ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
   member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
-  parameters of the guide and of the prior, such as the posterior of ``prior_run``, and the draws of
-  draws ``s`` (S, M, r), or draws ``weights.*`` of projections
+  parameters of the guide and of the prior, such as the posterior of ``prior_run``, and draws
+  ``s`` (S, M, r), or ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more
 * ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
   of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``cost.json``, ``trials.json`` if there were some, ``history.csv``,
-  ``environment.json``; ``data.json``, hashes of the records; ``README.md``, a model card
+  ``environment.json``; ``data.json``, hashes of the records of each split, and ``trained_on.json``,
+  of each training question; ``README.md``, a model card
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import Record, Split, fingerprints
+from ..data import Record, Split, asked, fingerprints
 from ..files import json_text, whole_folder
 from ..guides import AutoSubspace
 from ..lora.loading import load_readout, make_adapter
@@ -177,6 +178,7 @@ def save_run(
         cost = Cost(fitted.result.num_trained, stored, training, prediction)
         _write_json(part / "cost.json", asdict(cost))
         _write_json(part / "data.json", fingerprints(records))
+        _write_json(part / "trained_on.json", sorted(set(asked(records["train"]))))
         _write_cards(part, config, fitted, assessed)
 
 

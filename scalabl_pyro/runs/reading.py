@@ -26,6 +26,7 @@ __all__ = [
     "read_predictions",
     "read_settings",
     "read_tensors",
+    "read_trained_on",
     "weights_fingerprint",
 ]
 
@@ -65,8 +66,9 @@ def find_run(name: str | Path) -> Path:
 def read_json(path: Path, kind: type = dict) -> Any:
     """:raises RunFolderError: if there is no such file, or it holds something else than one of
     this kind."""
+    content = _existing(path).read_bytes()
     try:
-        found = json.loads(_existing(path).read_bytes())
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RunFolderError.damaged(path, f"it is no JSON ({error})") from error
     if not isinstance(found, kind):
@@ -106,6 +108,16 @@ def read_fingerprints(folder: Path) -> dict[str, str]:
     return dict(read_json(path)) if path.exists() else {}
 
 
+def read_trained_on(folder: Path) -> set[str]:
+    """Hashes of what the training records asked, see :func:`~scalabl_pyro.data.asked`; none if the
+    run was written before they were kept.
+
+    :raises RunFolderError: if ``trained_on.json`` is damaged.
+    """
+    path = folder / "trained_on.json"
+    return set(read_json(path, list)) if path.exists() else set()
+
+
 def weights_fingerprint(folder: Path) -> str:
     """A hash of the tensors that a run predicts with."""
     found = hashlib.sha256()
@@ -141,6 +153,13 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise RunFolderError(f"{path} does not exist: {path.parent} is no complete run folder")
-    return path
+    if path.is_file():
+        return path
+    folder = path.parent
+    if not folder.exists():
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        begun = f"; an unfinished run is in {unfinished}: go on with resume=true"
+        raise RunFolderError(
+            f"there is no run folder {folder}{begun if unfinished.exists() else ''}"
+        )
+    raise RunFolderError(f"{path} does not exist: {folder} is no complete run folder")

@@ -73,7 +73,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     assert names - {"posterior.safetensors"} == {
         "README.md", "adapter", "config.yaml", "cost.json", "data.json", "environment.json",
         "history.csv", "metrics.json", "posterior.json", "predictions.safetensors",
-        "projections.safetensors",
+        "projections.safetensors", "trained_on.json",
     }  # fmt: skip
     without_draws = {"mle", "map", "temperature", "mc_dropout", "zero_shot"}
     assert ("posterior.safetensors" in names) == (method not in without_draws)
@@ -96,6 +96,7 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
     for row, record in zip(rows, unlabelled, strict=True):
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert row["answer"] == record.choices[row["label"]]
+        assert row["choices"] == list(record.choices)
         assert row["entropy"] > 0
         assert row["mutual_information"] >= 0
         assert row["noise_to_signal"] >= 0
@@ -712,6 +713,44 @@ def test_a_student_that_got_worse_is_not_written(run, capsys, steps, lr):
     assert not list(Path().glob("student*"))
 
 
+def test_a_run_that_is_not_there_or_not_finished_is_no_damaged_one(capsys, monkeypatch):
+    words = ["input=in.jsonl", "output=out.jsonl"]
+    assert scalabl("predict", "run=nope", *words) == 1
+    assert only_line(capsys) == "error: there is no run folder nope"
+    Path("nope.unfinished").mkdir()
+    assert scalabl("predict", "run=nope", *words) == 1
+    assert "an unfinished run is in nope.unfinished: go on with resume=true" in only_line(capsys)
+    Path("nope").mkdir()
+    assert scalabl("predict", "run=nope", *words) == 1
+    assert "nope is no complete run folder" in only_line(capsys)
+
+
+def test_records_that_trained_the_run_are_told(run, data, capsys):
+    """Whatever the order of their choices, their labels and their ids."""
+    train = read_folder(data)["train"][:5]
+    turned = [Record(f"x{n}", r.question, r.choices[::-1], 0) for n, r in enumerate(train)]
+    write_jsonl(Path("mixed.jsonl"), [*turned, *make_records(20)[16:19]])
+    assert scalabl("evaluate", f"run={run}", "data.path=mixed.jsonl", "progress=false") == 0
+    assert "5 of 8 records trained the run: these metrics" in capsys.readouterr().err
+    words = [f"run={run}", "input=mixed.jsonl", "output=o.jsonl", "progress=false"]
+    words += ["conformal=lac", "coverage=0.5"]
+    assert scalabl("predict", *words, "calibration=mixed.jsonl") == 0
+    assert "5 of 8 records trained the run: risk and coverage" in capsys.readouterr().err
+    for split in ("validation", "test"):
+        where = [f"data.root={data}", f"split={split}", "progress=false"]
+        assert scalabl("evaluate", f"run={run}", *where) == 0
+        assert "trained the run" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error(local_model):
+    code = f"{sys.executable} -m scalabl_pyro memory model.name={local_model} tokens=8 | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "{"
+    assert "Broken pipe" not in done.stderr
+
+
 def test_a_command_that_is_not_there_is_named(capsys):
     assert scalabl("nothing") == 2
     assert "there is no command 'nothing'" in capsys.readouterr().err
@@ -722,6 +761,11 @@ def test_a_command_that_is_not_there_is_named(capsys):
     [
         (["lora.heads=[nope]"], "modules_to_save ['nope'] match no module of LlamaForCausalLM"),
         (["+method.config=3"], "method.config is no setting"),
+        (
+            ["lora.targets=q_proj"],
+            "; one text is a pattern of whole names, a list such as [q_proj]",
+        ),
+        (["fit.batch_size=0"], "fit.batch_size is 0: expected a finite number from 1 on"),
         (["method=mle", "fit.kl_budget=9"], "fit.kl_budget is 9.0, and method mle has no KL"),
         (["run_dir=/proc/nope/x"], "/proc/nope/x cannot be written, for /proc takes no new file"),
     ],

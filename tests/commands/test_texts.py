@@ -72,6 +72,7 @@ def chat_run(chat_model, capsys):
 def test_a_run_on_conversations_is_measured_as_plain_peft_measures_it(chat_run, capsys):
     """One adapter a draw, as exported; token by token over the assistant's last turn."""
     assert scalabl("export", "run=run", "output=out") == 0
+    assert json.loads(Path("out/manifest.json").read_text())["prompt"] == {"chat": True}
     tokenizer = AutoTokenizer.from_pretrained("chat")
     adapters = sorted(Path("out").glob("draw_*"))
     assert len(adapters) == 3
@@ -334,3 +335,10 @@ def test_ways_to_predict_that_texts_do_not_have_are_refused(chat_run, capsys):
     assert scalabl("evaluate", "run=run", "data.root=data", "prediction.name=mean") == 0
     assert json.loads(capsys.readouterr().out)["mutual_information"] is None
     assert load_run("run").readout.num_classes == 32
+
+
+@pytest.mark.parametrize("command", ["distill", "select"])
+def test_commands_for_choices_refuse_a_run_on_texts(chat_run, capsys, command):
+    words = ["run=run", "input=in.jsonl", "output=out"]
+    assert scalabl(command, *words, *(["count=1"] if command == "select" else [])) == 1
+    assert "run reads texts: expected a run that answers among choices" in capsys.readouterr().err

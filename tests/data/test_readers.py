@@ -98,6 +98,7 @@ def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
     [
         ("", "holds no header; expected id, question"),
         (QUESTIONS, "holds no records"),
+        (",text,class\n0,a,b\n", r"line 1: a column has no name, as the index that pandas writes"),
         ("id,question,choice_1,label\n", r"line 1: columns missing: \['choice_2'\]"),
         ("question,choice_1,choice_3\n", r"missing: \['choice_2'\]; unknown: \['choice_3'\]"),
         ("id,text,class,extra\n", r"line 1: .*unknown: \['extra'\]"),

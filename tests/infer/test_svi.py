@@ -506,6 +506,9 @@ def test_an_optimizer_over_something_else_is_refused(make_choice, records):
     adapter = make_choice(svd=False)
     split = adapter.readout.encode(records)
     some = torch.optim.SGD([next(iter(adapter.named_parameters().values()))], lr=0.1)
+    for other in (pyro.optim.Adam({"lr": 0.1}), torch.optim.SGD):
+        with pytest.raises(ValueError, match=r"optimizer is a .*expected one of torch"):
+            fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(), optimizer=other)
     with pytest.raises(ValueError, match="the SGD given is over 1 parameters: expected the 10"):
         fit(
             LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), optimizer=some,
