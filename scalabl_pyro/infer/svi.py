@@ -72,6 +72,8 @@ class FitConfig:
     :param eval_every: steps between two validations, of which the last is at the end; 0 validates
         never.
     :param keep: which state to end with: the last, or the one with the best validation NLL.
+    :param patience: end after so many validations in a row without a lower NLL; 0 never does. The
+        schedules are those of all steps.
     :raises ValueError: if a value is out of range.
     """
 
@@ -89,6 +91,7 @@ class FitConfig:
     kl_budget: float | None = None
     eval_every: int = 0
     keep: str = "last"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         bounds = {
@@ -101,6 +104,7 @@ class FitConfig:
             "warmup": (0, 1),
             "accumulation": (1, math.inf),
             "eval_every": (0, math.inf),
+            "patience": (0, math.inf),
         }
         if not isinstance(self.kl, KLSchedule):
             raise ValueError(f"kl is {self.kl!r}: expected a KLSchedule, such as KLSchedule(10.0)")
@@ -120,6 +124,10 @@ class FitConfig:
             raise ValueError(f"keep is {self.keep!r}: expected last or best")
         if self.keep == "best" and not self.eval_every:
             raise ValueError("keep is 'best', but eval_every is 0: set how often to validate")
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"patience is {self.patience}, but eval_every is 0: set how often to validate"
+            )
 
     def lr_factor(self, step: int) -> float:
         """The factor on both learning rates at 0-based ``step``."""
@@ -243,7 +251,7 @@ def fit(
         ends.callback(model.adapter.eval)  # however training ends
         for callback in callbacks:
             ends.callback(callback.on_end, run.history)
-        while run.step < config.steps:
+        while not run.over:
             beta = run.kl_weight()
             loss, nll = run.gradients(elbo, minibatches, beta)
             loss, nll, stop = run.over_ranks(loss, nll, checkpoints)
@@ -404,8 +412,11 @@ class _Training:
         self.best_nll, self.best_step = math.inf, config.steps
 
     @property
-    def _last(self) -> bool:
-        return self.step == self._config.steps
+    def over(self) -> bool:
+        """Whether all steps are done, or patience is at its end."""
+        config = self._config
+        waited = (self.step - self.best_step) / config.eval_every if config.patience else 0
+        return self.step >= config.steps or waited >= max(config.patience, 1)
 
     @property
     def _gradients(self) -> list[Tensor]:
@@ -496,7 +507,7 @@ class _Training:
         :raises NonFiniteLossError: if the NLL is no number.
         """
         every = self._config.eval_every
-        if validate is None or not every or not (self._last or self.step % every == 0):
+        if validate is None or not every or not (self.over or self.step % every == 0):
             return
         self._model.adapter.eval()
         validation_nll = self.history[-1]["validation_nll"] = validate()
@@ -524,7 +535,7 @@ class _Training:
 
         :raises Interrupted: if it is time to stop.
         """
-        if not (stop or self._last or self.step % checkpoints.config.every == 0):
+        if not (stop or self.over or self.step % checkpoints.config.every == 0):
             return
         if is_main():
             checkpoints.save(self.state())
@@ -536,7 +547,7 @@ class _Training:
         """What training ends with, in the parameters too."""
         if self._config.keep == "best":
             self.best.restore()
-        step = self.best_step if self._config.keep == "best" else self._config.steps
+        step = self.best_step if self._config.keep == "best" else self.step
         return FitResult(self.history, step, sum(p.numel() for p in self._parameters))
 
     def state(self) -> TrainingState:

@@ -70,6 +70,11 @@ class IterateAveraging(DrawsWeights, LoRAMethod):
             raise ValueError(f"members is {self.members}: expected 2 or more")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}: expected a number above 0, up to 1")
+        if self.config.patience:
+            raise ValueError(
+                f"patience is {self.config.patience}, but method {self.name} averages over the last"
+                " iterates of all steps: expected 0"
+            )
         if self.config.keep == "best":
             raise ValueError(
                 f"keep is 'best', but method {self.name} averages over the last iterates: expected"

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from scalabl_pyro import AutoSubspaceNormal, FitConfig, ScalaBLModel, fit
+from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.infer import Callback, CheckpointConfig, Checkpoints, TensorBoard
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "callbacks.md"
@@ -189,3 +189,51 @@ def test_the_callbacks_of_the_documentation_log(train, monkeypatch, start, name,
     result = train(names[name](project="mine"))
     rows = [(row["step"], row) for row in result.history]
     assert calls == [(begin, {"project": "mine"}), *rows, (end, {})]
+
+
+@pytest.mark.parametrize(
+    ("nlls", "patience", "end", "best"),
+    [
+        ([0.5, 0.4, 0.6, 0.7, 0.1], 2, 8, 4),
+        ([0.5, 0.4, 0.6, 0.3, 0.4, 0.5], 2, 12, 8),
+        ([0.5, 0.6, 0.7], 1, 4, 2),
+        ([0.5, 0.4, 0.3, 0.4, 0.2, 0.4], 0, 12, 10),
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_patience_ends_training_in_the_best_state(
+    make_causal, records, tmp_path, nlls, patience, end, best, resumed
+):
+    """After a restart too, and a restart after the end runs no step."""
+    split = make_causal().readout.encode(records)
+
+    def run(steps, told, checkpoints=None, **options):
+        torch.manual_seed(0)
+        adapter = make_causal()
+        model = ScalaBLModel(adapter, num_data=len(split))
+        flat = dict(decay="constant", warmup=0.0, kl=KLSchedule(1.0, "constant"))
+        config = FitConfig(steps=steps, batch_size=4, **flat, **options)
+        guide = AutoSubspaceNormal(model)
+        options = {"validate": lambda: next(told), "checkpoints": checkpoints, "progress": False}
+        return fit(model, guide, split, config, **options), adapter
+
+    if resumed:
+        cut = Checkpoints(tmp_path, CheckpointConfig(every=2))
+        with pytest.raises(StopIteration):
+            run(12, iter(nlls[:1]), cut, eval_every=2, keep="best", patience=patience)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2)) if resumed else None
+    told = iter(nlls[1:] if resumed else nlls)
+    options = dict(eval_every=2, keep="best", patience=patience)
+    result, adapter = run(12, told, checkpoints, **options)
+    assert (len(result.history), result.best_step) == (end, best)
+    if resumed:
+        again, _ = run(12, iter([]), checkpoints, **options)
+        assert again.history == result.history
+    _, plain = run(best, iter([0.0]))
+    for name, value in plain.named_parameters().items():
+        torch.testing.assert_close(adapter.named_parameters()[name], value, rtol=0, atol=0)
+
+
+def test_patience_without_validations_is_refused():
+    with pytest.raises(ValueError, match="patience is 3, but eval_every is 0"):
+        FitConfig(patience=3)
