@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import sys
@@ -17,6 +18,10 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 _DUMP = re.compile(r"\n\s*Trace Shapes:")
 #: how Hydra says that an override names no setting; it then advises a +, as some options need
 _UNKNOWN_SETTING = re.compile(r"Could not override '([^']+)'")
+#: how it says that a group of files, such as configs/method, has no such one, and which it has
+_UNKNOWN_FILE = re.compile(
+    r"Could not find '(\w+)/([^']+)'.*Available options in '\1': (.*?) Config"
+)
 
 
 def explain_error(error: BaseException, command: Sequence[str]) -> str:
@@ -38,6 +43,11 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
             text = f"there is no setting {unknown[1]} beside the others that were given"
         elif similar:
             text = f"there is no setting {unknown[1]}; did you mean {' or '.join(similar)}?"
+    if unknown := _UNKNOWN_FILE.search(text):
+        group, name, options = unknown[1], unknown[2], unknown[3].split()
+        near = difflib.get_close_matches(name, options, n=1)
+        hint = f"did you mean {group}={near[0]}?" if near else f"expected one of {options}"
+        text = f"there is no {group} {name!r}; {hint}"
     if foreseen and not _DUMP.search(str(error)):
         return f"error: {text}"
     kind = "" if foreseen else f"{type(error).__name__}: "

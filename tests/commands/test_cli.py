@@ -761,6 +761,9 @@ def test_a_command_that_is_not_there_is_named(capsys):
     [
         (["lora.heads=[nope]"], "modules_to_save ['nope'] match no module of LlamaForCausalLM"),
         (["+method.config=3"], "method.config is no setting"),
+        (["method=scalable"], "error: there is no method 'scalable'; did you mean method=scalabl?"),
+        (["method=vi"], "error: there is no method 'vi'; expected one of ['blob', 'blob_tfb', "),
+        (["protocol=own"], "error: there is no protocol 'own'; expected one of ['bag', 'ours', "),
         (
             ["lora.targets=q_proj"],
             "; one text is a pattern of whole names, a list such as [q_proj]",
