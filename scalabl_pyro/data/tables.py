@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -10,9 +13,11 @@ from .columns import Columns, blank
 from .completions import Completion, is_completion
 from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
-from .text import canonical
+from .text import canonical, comparable
 
 __all__ = ["Row", "Table", "to_records"]
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -164,7 +169,25 @@ def _found_classes(table: Table, train: Table | None) -> tuple[str, ...]:
             f"{train.place}: the column {column} holds {sorted(names)}: expected two classes or"
             " more; correct the file, or give data.classes=[name,name,…]"
         )
+    if table is train:
+        counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
+        _warn_of_alike(train.place, column, {name: counts[name] for name in names})
     try:
         return class_set(sorted(names))
     except DataError as error:
         raise DataError(f"{train.place}: {error}") from error
+
+
+def _warn_of_alike(place: str, column: str, counts: Mapping[str, int]) -> None:
+    """Tell of a class with a single record, or of another case, whose name is nearly another's."""
+    for name, count in sorted(counts.items()):
+        others = [other for other in counts if counts[other] > count]
+        near = [other for other in others if comparable(other) == comparable(name)]
+        if count == 1 and not near:
+            near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+        if near:
+            log.warning(
+                "%s: the column %s has %r %d times, a class of its own beside %r (%d times):"
+                " correct the file if it is the same",
+                *(place, column, name, count, near[0], counts[near[0]]),
+            )

@@ -539,3 +539,14 @@ def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
     found = DataSource(hub="some/name", hub_path=copy).read()["train"]
     for texts in (read_records(tmp_path / "x.parquet"), found):
         assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]
+
+
+def test_a_class_that_is_likely_a_slip_is_told(tmp_path, caplog):
+    names = ["very happy"] * 5 + ["sad"] * 4 + ["very hapy", "Sad", "Sad", "bad"]
+    rows = "".join(f"text {n},{name}\n" for n, name in enumerate(names))
+    (tmp_path / "train.csv").write_text("text,class\n" + rows)
+    DataSource(path=str(tmp_path / "train.csv")).read()
+    told = re.findall(
+        r"has ('.*?') (\d+) times, a class of its own beside ('.*?') \((\d+)", caplog.text
+    )
+    assert told == [("'Sad'", "2", "'sad'", "4"), ("'very hapy'", "1", "'very happy'", "5")]
