@@ -68,7 +68,9 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
             raise ConfigError(f"{path} has no test split, which the table is about")
         row[run.seed] = path
     if not rows:
-        raise ConfigError(f"runs is {folder}: expected a folder that holds run folders")
+        below = sorted({path.parents[1] for path in folder.glob("*/*/metrics.json")})
+        hint = f", as {below[0]} does" if below else ""
+        raise ConfigError(f"runs is {folder}: expected a folder that holds run folders{hint}")
     seeds = {name: sorted(row) for name, row in rows.items()}
     if len({tuple(row) for row in seeds.values()}) > 1:
         raise ConfigError(f"the rows have different seeds, {seeds}: train what is missing")

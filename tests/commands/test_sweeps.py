@@ -139,6 +139,10 @@ def test_a_table_of_nothing_or_of_unfinished_runs_is_refused(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert scalabl("report") == 1
     assert "runs is runs: expected a folder that holds run folders" in capsys.readouterr().err
+    (tmp_path / "compared/runs/mle").mkdir(parents=True)
+    (tmp_path / "compared/runs/mle/metrics.json").write_text("{}")
+    assert scalabl("report", "runs=compared") == 1
+    assert "a folder that holds run folders, as compared/runs does" in capsys.readouterr().err
     (tmp_path / "runs/mle-seed0.unfinished").mkdir(parents=True)
     assert scalabl("report") == 1
     assert "unfinished runs, ['mle-seed0.unfinished']" in capsys.readouterr().err
