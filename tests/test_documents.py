@@ -278,15 +278,6 @@ def test_the_paired_differences_are_those_of_the_benchmark():
     assert table("ScalaBL minus") == expected
 
 
-def test_the_differences_in_the_readme_are_those_of_the_benchmark():
-    """The only ones: NLL, against MLE with a temperature."""
-    text = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
-    mle = [saved_figures()[s]["frozen V minus"]["MLE tempered"]["nll"] for s in ("400", "800")]
-    first, second = (nats(-mean, error) for mean, error in mle)
-    assert f"by {first} after 400 steps and by {second} after 800" in text
-    assert re.findall(r"[\d.]+ ± [\d.]+", text) == [first, second]
-
-
 VALIDATION = {
     "`reference`": "reference",
     "V and B free, KL budget": "KL budget",
@@ -795,6 +786,69 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         assert f"{100 * figures['test'][row]['confidence_minus_acc']['mean']:.1f}" == text
     for name, digits in (("V free", "0.6"), ("MLE, tempered", "4.6")):
         assert f"{-100 * figures['test'][name]['confidence_minus_acc']['mean']:.1f}" == digits
+
+
+#: rows whose NLL is another than ScalaBL's beyond their interval
+TOLD_APART = {"V frozen, point s", "MLE, checkpoint ensemble"}
+
+
+def test_the_table_of_all_methods_is_that_of_its_runs():
+    """docs/results.md and README's sentences say what results/methods.json says."""
+    path = ROOT / "benchmarks" / "results" / "methods.json"
+    figures = json.loads(path.read_text())["figures"]
+    names = {
+        "MLE": "mle",
+        "MLE, temperature": "MLE, temperature",
+        "MLE, checkpoint ensemble": "MLE, checkpoint ensemble",
+        "MLE, ensemble of 5": "ensemble of 5",
+        "MLE, last-layer Laplace": "MLE, last-layer Laplace",
+        "MLE, Laplace-LoRA": "MLE, Laplace-LoRA",
+        "**ScalaBL**": "ScalaBL",
+        "ScalaBL's point: V frozen, s a number": "V frozen, point s",
+    }
+    assert set(names.values()) == set(figures["metrics"])
+    text = (ROOT / "docs" / "results.md").read_text()
+    section = text.partition("## Methods beside each other")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    rows = {row[0]: row[1:] for row in rows if row[0] in names}
+    assert rows.keys() == names.keys()
+    order = [figures["metrics"][names[row]]["test"]["nll"]["mean"] for row in rows]
+    assert order == sorted(order)
+
+    def shown(value, unit, digits):
+        half = unit * (value["high"] - value["low"]) / 2
+        return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
+
+    def difference(value, unit=1, digits=3):
+        mean, low, high = (f"{unit * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})".replace("-", "−")
+
+    for name, cells in rows.items():
+        found = figures["metrics"][names[name]]["test"]
+        floor = figures["ece_floor"][names[name]]["test"]["mean"]
+        less = figures["minus ScalaBL"].get(names[name])
+        assert cells == [
+            figures["chosen"][names[name]].replace("kl_weight=", "β ").replace("lr=", "lr "),
+            shown(found["acc"], 100, 1),
+            f"{100 * found['ece']['mean']:.1f} ({100 * floor:.1f})",
+            shown(found["nll"], 1, 3),
+            shown(found["brier"], 1, 3),
+            shown(found["aurc"], 1, 3),
+            "–" if less is None else difference(less["nll"]),
+        ]
+    plain = " ".join(section.split())
+    readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
+    less = figures["minus ScalaBL"]
+    for name in ("MLE, temperature", "MLE, Laplace-LoRA", "V frozen, point s"):
+        assert difference(less[name]["nll"]) in readme
+        assert difference(less[name]["nll"]) in plain
+    nll = figures["metrics"]["ScalaBL"]["test"]["nll"]["mean"]
+    assert f"ScalaBL's NLL is {nll:.3f}" in readme
+    for name, found in less.items():  # what the text says can be told apart
+        told = found["nll"]["low"] > 0 or found["nll"]["high"] < 0
+        assert told == (name in TOLD_APART), name
+    assert difference(less["V frozen, point s"]["ece"], 100, 1) in plain
+    assert difference(less["V frozen, point s"]["brier"]) in plain
 
 
 def test_costs_on_a_real_model_are_those_measured():
