@@ -37,7 +37,7 @@ def main() -> None:
     for axis, row in zip(axes, (first, last), strict=False):
         plot_reliability(axis, [predictions(row, figures["chosen"][row], s) for s in SEEDS])
         gap = 100 * figures["test"][row]["confidence_minus_acc"]["mean"]
-        axis.set_title(f"{ROWS[row]}: {gap:+.1f} points too sure", fontsize="medium")
+        axis.set_title(f"{ROWS[row]}\n{gap:+.1f} points over-confident", fontsize="medium")
         axis.set_xlabel("probability of the answer")
     axes[0].set_ylabel("share of right answers")
     for place, (row, name) in enumerate(reversed(ROWS.items())):
