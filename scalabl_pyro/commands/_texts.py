@@ -20,9 +20,11 @@ def given(record: Completion) -> dict[str, Any]:
 
 
 def scored(text: ScoredText) -> dict[str, Any]:
-    """The text that follows, with its tokens."""
+    """The text that follows, with its tokens; of a generated one, what ended it."""
+    ended = {} if text.finish_reason is None else {"finish_reason": text.finish_reason}
     return {
         "completion": text.text,
+        **ended,
         "tokens": list(_tokens(text)),
         "log_prob": significant(text.log_prob),
         "spread": significant(text.spread),

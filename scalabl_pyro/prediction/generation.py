@@ -192,10 +192,13 @@ class StopsAt(StoppingCriteria):
         return cast(torch.BoolTensor, ended.repeat(self.num_draws))
 
     def lengths(self, ids: Tensor) -> Tensor:
-        """(B,), how many of T tokens it takes until a text contains one, or T; from (B, T)."""
-        T = ids.shape[1]
+        """(B,), how many of T tokens it takes until a text contains one, or T + 1; (B, T)."""
+        after = ids.shape[1] + 1
         return torch.tensor(
-            [next((t for t in range(1, T) if self._holds(row[:t])), T) for row in ids.tolist()]
+            [
+                next((t for t in range(1, after) if self._holds(row[:t])), after)
+                for row in ids.tolist()
+            ]
         )
 
     def _holds(self, row: list[int]) -> bool:
@@ -327,7 +330,7 @@ def _generate(
     measured = [torch.stack(x, dim=-1).cpu() for x in zip(*picks.measured, strict=True)]
     ends = torch.isin(ids, torch.tensor(end, dtype=torch.long))
     # What follows a prompt's end token only waits for the others.
-    lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ids.shape[1])
+    lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ids.shape[1] + 1)
     for stop in stops:
         lengths = torch.minimum(lengths, stop.lengths(ids))
     found = []
@@ -341,6 +344,7 @@ def _generate(
                 tuple(tokenizer.convert_ids_to_tokens(kept.tolist())),
                 kept,
                 *(x[..., b, :length] for x in measured),
+                finish_reason="stop" if length <= ids.shape[1] else "length",
             )
         )
     return found

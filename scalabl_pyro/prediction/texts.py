@@ -57,6 +57,8 @@ class ScoredText:
     :param mutual_information: (T,), H[p̄_t] − Σ_k w_kt H[p_k] ≥ 0: how far the draws disagree on it.
     :param epkl: (T,), Σ_jk w_jt w_kt KL(p_j ‖ p_k) of it; with the mutual information taken away,
         its reverse mutual information.
+    :param finish_reason: of a generated text: ``stop`` if the end token or a text to stop at ended
+        it, ``length`` if ``max_new_tokens`` did.
     """
 
     text: str
@@ -67,6 +69,7 @@ class ScoredText:
     entropy: Tensor
     mutual_information: Tensor
     epkl: Tensor
+    finish_reason: str | None = None
 
     @property
     def log_probs(self) -> Tensor:

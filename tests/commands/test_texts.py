@@ -119,6 +119,7 @@ def test_a_chat_run_answers_from_the_rendered_conversation(chat_run, capsys, mon
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == "a bird, sings: 'the' {cat} ${x}"
     assert {"completion", "log_prob", "spread", "token_mutual_information"} <= found.keys()
+    assert found["finish_reason"] in ("stop", "length")
     messages = [{"role": "user", "content": found["prompt"]}]
     assert given[0] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
     assert scalabl("generate", "run=run", f"messages={json.dumps(TURNS[:3])}", *few) == 0

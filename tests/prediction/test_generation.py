@@ -221,7 +221,19 @@ def test_texts_end_with_the_token_that_completes_a_stop(predictor, decoding):
             text.draw_log_probs, full.draw_log_probs[:, :length], atol=1e-5, rtol=1e-5
         )
         cut += length < T
+        ended = int(text.ids[-1]) in ENDS or any(s in tokenizer.decode(text.ids) for s in stops)
+        assert text.finish_reason == ("stop" if ended else "length")
     assert cut
+
+
+def test_a_text_that_ran_out_of_tokens_says_so(predictor):
+    whole = list(generate(predictor, TEXTS, GREEDY))
+    length = max(len(text.ids) for text in whole) - 1
+    short = list(generate(predictor, TEXTS, Decoding(length)))
+    assert [t.finish_reason for t in short] == [
+        "stop" if len(text.ids) <= length else "length" for text in whole
+    ]
+    assert {t.finish_reason for t in short} == {"stop", "length"}
 
 
 def test_every_prompt_has_draws_of_its_own(predictor):
