@@ -21,6 +21,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     start()
     for attempt in config.attempts():
-        for name in attempt.without_effect():
-            log.warning("%s has no effect with method %s", name, attempt.method["name"])
+        for line in attempt.without_effect():
+            log.warning(line)
     return {"run": config.run_dir, **train_run(config)}

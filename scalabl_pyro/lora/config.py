@@ -154,6 +154,14 @@ class AdapterConfig:
                 " V of its own: expected 'random', which leaves it as it is"
             )
 
+    @property
+    def overruled(self) -> list[str]:
+        """Settings that were changed and that the adapter to start from has itself."""
+        names = ("r", "alpha", "targets", "dropout", "heads", "layers")
+        default = AdapterConfig()
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+        return [] if self.start is None else changed
+
     def lora(self) -> LoraConfig:
         """The same as PEFT's configuration, or that of the adapter to start from.
 

@@ -230,14 +230,19 @@ class RunConfig:
         return replace(self, method=method, fit=fit, trials=())
 
     def without_effect(self) -> list[str]:
-        """Settings of ``fit`` that were changed and that the method does not use, as
-        ``fit.name``."""
+        """A line for each setting that was changed and that acts on nothing: one of ``fit`` that
+        the method does not use, or one of ``lora`` that the adapter to start from has itself."""
         method = METHODS[self.method["name"]]
-        return [
-            f"fit.{name}"
+        unused = [
+            f"fit.{name} has no effect with method {self.method['name']}"
             for name in method.ignores
             if getattr(self.fit, name) != getattr(method.config, name)
         ]
+        overruled = [
+            f"lora.{name} has no effect with lora.start, whose adapter has its own"
+            for name in self.lora.overruled
+        ]
+        return unused + overruled
 
     def flat(self) -> dict[str, Any]:
         """All settings by their full names."""

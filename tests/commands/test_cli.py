@@ -494,8 +494,12 @@ def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, t
     before = load_file("point/projections.safetensors")
     start = ["lora.start=point/adapter", "method.projections=fixed", "method.guide.init_scale=1e-6"]
     capsys.readouterr()
-    assert scalabl("train", *where, *FAST, *start, "run_dir=bayes", "fit.lr_guide=1e-9") == 0
-    trained = json.loads(capsys.readouterr().out)
+    start += ["lora.r=3", "lora.heads=[lm_head]", "fit.lr_guide=1e-9"]
+    assert scalabl("train", *where, *FAST, *start, "run_dir=bayes") == 0
+    out, told = capsys.readouterr()
+    trained = json.loads(out)
+    overruled = re.findall(r"(\S+) has no effect with lora.start", told)
+    assert overruled == ["lora.r", "lora.heads"]
     point, bayes = (load_predictions(tmp_path / name)["test"].logits for name in ("point", "bayes"))
     torch.testing.assert_close(bayes, point.expand_as(bayes), atol=1e-3, rtol=1e-3)
     (tmp_path / "point").rename(tmp_path / "gone")
