@@ -338,13 +338,20 @@ def _generate(
         kept = ids[b, :length]
         # Decoded with the prompt, so that a space between them stays.
         whole = str(tokenizer.decode(prompt + kept.tolist(), skip_special_tokens=True))
+        draw_log_probs, log_weights, own_entropy, information, epkl = (
+            x[..., b, :length] for x in measured
+        )
         found.append(
             ScoredText(
                 whole[len(str(tokenizer.decode(prompt, skip_special_tokens=True))) :],
                 tuple(tokenizer.convert_ids_to_tokens(kept.tolist())),
                 kept,
-                *(x[..., b, :length] for x in measured),
-                finish_reason="stop" if length <= ids.shape[1] else "length",
+                draw_log_probs,
+                log_weights,
+                own_entropy,
+                information,
+                epkl,
+                "stop" if length <= ids.shape[1] else "length",
             )
         )
     return found
