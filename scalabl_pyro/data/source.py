@@ -70,8 +70,8 @@ class DataSource:
             setting = getattr(self, name) or {}
             if not isinstance(setting, Mapping):
                 raise ValueError(
-                    f"data.{name} is {setting!r}: expected a value for each split that has one, as in"
-                    f" data.{name}.train={setting}"
+                    f"data.{name} is {setting!r}: expected a value for each split that has one, as"
+                    f" in data.{name}.train={setting}"
                 )
             per_split = {split: value for split, value in setting.items() if value is not None}
             object.__setattr__(self, name, per_split)
@@ -96,8 +96,8 @@ class DataSource:
             if not nothing and all(getattr(self, source) is None for source in sources):
                 alternatives = " or ".join(f"data.{source}" for source in sources)
                 raise ValueError(
-                    f"data.{name} is {value!r}, which says something about {alternatives} alone: give"
-                    f" that, or leave data.{name} out"
+                    f"data.{name} is {value!r}, which says something about {alternatives} alone:"
+                    f" give that, or leave data.{name} out"
                 )
 
     def read(self) -> dict[str, list[Record]]:

@@ -143,7 +143,7 @@ def test_a_fault_is_found(make_candidate, monkeypatch, name, dtype):
     candidate = make_candidate(dtype)
     candidate.settle()
     FAULTS[name](monkeypatch)
-    found = checks._tried(checks.CHECKS[name], candidate)
+    found = checks._outcome(checks.CHECKS[name], candidate)
     assert found.state == "wrong", found.text
 
 
@@ -165,6 +165,6 @@ def test_padding_that_a_model_itself_reads_is_told_apart(make_candidate, monkeyp
 
     load = candidate.load
     candidate.load = lambda: reads_padding(load())
-    found = checks._tried(checks.CHECKS["padded rows"], candidate)
+    found = checks._outcome(checks.CHECKS["padded rows"], candidate)
     assert found.state == "absent"
     assert "the model's own logits" in found.text
