@@ -87,8 +87,8 @@ class ResumableJsonl:
                 if record_id != expected:
                     raise ValueError(
                         f"{self._part}, line {number} answers {record_id!r}, but record {number} of"
-                        f" the input is {expected!r}: it was written for another input; remove it to"
-                        " start again"
+                        f" the input is {expected!r}: it was written for another input; remove it"
+                        " to start again"
                     )
                 self.done += 1
                 whole += len(line)

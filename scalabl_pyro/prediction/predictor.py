@@ -78,9 +78,9 @@ class Predictor:
     Usage::
 
         predictor = Predictor(adapter, draw(guide, 10, seed=0))
-        found = predict(predictor, records)
-        found.probabilities, found.mutual_information  # (N, C) and (N,)
-        metrics = evaluate(found.logits, found.labels)
+        predictions = predict(predictor, records)
+        predictions.probabilities, predictions.mutual_information  # (N, C) and (N,)
+        metrics = evaluate(predictions.logits, predictions.labels)
     """
 
     adapter: SubspaceAdapter
