@@ -511,8 +511,8 @@ def test_an_optimizer_over_something_else_is_refused(make_choice, records):
             fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(), optimizer=other)
     with pytest.raises(ValueError, match="the SGD given is over 1 parameters: expected the 10"):
         fit(
-            LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), optimizer=optimizer,
-            progress=False,
+            LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1),
+            optimizer=optimizer, progress=False,
         )  # fmt: skip
 
 
