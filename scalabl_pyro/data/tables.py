@@ -60,7 +60,7 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
     """
     classes = class_set(classes)
     by_name = {
-        name: list(_read(table, classes or _found_classes(table, tables.get("train"))))
+        name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
         for name, table in tables.items()
     }
     undecided = [
@@ -152,7 +152,7 @@ def _label(
     return Labelled(row.place, column, label, choices), reading
 
 
-def _found_classes(table: Table, train: Table | None) -> tuple[str, ...]:
+def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     """The names of the classes, if the files give them: see :func:`to_records`."""
     columns = table.columns
     if columns is None:
