@@ -32,15 +32,15 @@ def report(
     :param name: of the file, where it is not the script's.
     """
     name = name or script.rpartition(".")[2]
-    found = {
+    contents = {
         "figures": figures,
         "command": shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "hardware": _hardware(),
     }
     if save:
-        write_json(folder / f"{name}.json", found)
-    print(json_text(found))
+        write_json(folder / f"{name}.json", contents)
+    print(json_text(contents))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -43,10 +43,10 @@ def dataset(
     for name, values in variables.items():
         own = (dims or {}).get(name, [f"{name}_dim_{i}" for i in range(values.ndim - len(first))])
         named[name] = [*first, *own], values
-    found = xr.Dataset(named, attrs={"inference_library": "pyro"})
-    places = {dim: range(size) for dim, size in found.sizes.items()}
-    places |= {dim: place for dim, place in (coords or {}).items() if dim in found.sizes}
-    return found.assign_coords({dim: list(place) for dim, place in places.items()})
+    arrays = xr.Dataset(named, attrs={"inference_library": "pyro"})
+    places = {dim: range(size) for dim, size in arrays.sizes.items()}
+    places |= {dim: place for dim, place in (coords or {}).items() if dim in arrays.sizes}
+    return arrays.assign_coords({dim: list(place) for dim, place in places.items()})
 
 
 def groups(data: Mapping[str, xr.Dataset]) -> az.InferenceData:
@@ -75,8 +75,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     else:
         places = [f"example_{i}" for i in range(log_weights.ndim - 1)]
         log_likelihood = xr.DataArray(-log_weights, dims=[*places, "draw"])
-        found, index = log_likelihood.azstats.psislw(dim="draw")
-        smoothed, k = found.values, index.values
+        weights, index = log_likelihood.azstats.psislw(dim="draw")
+        smoothed, k = weights.values, index.values
     return smoothed - logsumexp(smoothed, axis=-1, keepdims=True), k
 
 
@@ -121,6 +121,6 @@ def density(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not MODULAR:
         grid, values = az.kde(draws)
     else:
-        found = xr.DataArray(draws, dims=["draw"]).azstats.kde(dim="draw")
-        grid, values = (found.sel(plot_axis=axis).values for axis in ("x", "y"))
+        estimate = xr.DataArray(draws, dims=["draw"]).azstats.kde(dim="draw")
+        grid, values = (estimate.sel(plot_axis=axis).values for axis in ("x", "y"))
     return grid, values

@@ -58,11 +58,11 @@ def check_same(number: int, message: str) -> None:
 
     :raises RuntimeError: in every process, with that message and the numbers, if they differ.
     """
-    found: list[int] = [number] * world_size()
+    numbers: list[int] = [number] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(found, number)
-    if len(set(found)) > 1:
-        raise RuntimeError(f"{message}: {found}")
+        dist.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise RuntimeError(f"{message}: {numbers}")
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
@@ -77,13 +77,13 @@ def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:
     :param keep: parameters that every process holds whole, such as those that are trained; their
         gradients are averaged by :func:`average_over_ranks`.
     """
-    kept = set(keep)
+    whole = set(keep)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (world_size(),))
     lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
     blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     for module in (*blocks, llm):
-        fully_shard(module, mesh=mesh, ignored_params=kept & set(module.parameters()))
+        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()))
 
 
 @torch.no_grad()

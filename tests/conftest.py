@@ -124,9 +124,9 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
 def tokens_of_the_last_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
     """The whole conversation, and which of its tokens are the answer's, from the template alone."""
     whole = tokenizer.apply_chat_template(messages).input_ids
-    given = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True).input_ids
-    end = whole.index(tokenizer.convert_tokens_to_ids("<end>"), len(given))
-    mask = [0] * len(given) + [1] * (end + 1 - len(given))
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True).input_ids
+    end = whole.index(tokenizer.convert_tokens_to_ids("<end>"), len(prompt))
+    mask = [0] * len(prompt) + [1] * (end + 1 - len(prompt))
     return whole[: end + 1], mask
 
 

@@ -438,9 +438,9 @@ FLAT = {f"{group}: {name}": case for group, row in CASES.items() for name, case 
 @pytest.mark.parametrize("name", FLAT)
 def test_bad_input_is_an_error_that_shows_it(tmp_path, tokenizer, name):
     call, shown = FLAT[name]
-    with pytest.raises(ValueError, match=r"\w") as found:
+    with pytest.raises(ValueError, match=r"\w") as raised:
         call(Tools(tmp_path, tokenizer))
-    assert shown in str(found.value)
+    assert shown in str(raised.value)
 
 
 def test_there_are_many():

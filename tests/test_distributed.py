@@ -82,8 +82,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(make_causal, records):
 
 
 def test_processes_that_would_go_on_from_different_steps_stop(monkeypatch):
-    def gather(found, number):
-        found[:] = [10, number]
+    def gather(numbers, number):
+        numbers[:] = [10, number]
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "all_gather_object", gather)

@@ -200,9 +200,9 @@ def table(header: str) -> list[list[str]]:
     """The rows of the table of docs/results.md whose first line contains this."""
     text = (ROOT / "docs" / "results.md").read_text()
     (lines,) = [
-        found.splitlines()
-        for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-        if header in found.splitlines()[0]
+        block.splitlines()
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        if header in block.splitlines()[0]
     ]
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
@@ -236,11 +236,15 @@ def test_the_table_of_calibration_is_that_of_the_benchmark():
     for title, cells in rows.items():
         expected = []
         for steps in ("400", "800"):
-            found = saved[steps]["test"].get(CALIBRATION[title])
-            if found is None:
+            metrics = saved[steps]["test"].get(CALIBRATION[title])
+            if metrics is None:
                 expected += ["–"] * 3
             else:
-                expected += [percent(*found["acc"]), percent(*found["ece"]), nats(*found["nll"])]
+                expected += [
+                    percent(*metrics["acc"]),
+                    percent(*metrics["ece"]),
+                    nats(*metrics["nll"]),
+                ]
         assert cells == expected, title
 
 
@@ -271,10 +275,10 @@ def test_the_paired_differences_are_those_of_the_benchmark():
     saved, expected = saved_figures(), []
     for title, name in PAIRED.items():
         for steps in ("400", "800"):
-            found = saved[steps]["frozen V minus"].get(name)
-            if found is not None:
-                differences = [with_p(found["nll"], 1, 3), with_p(found["ece"], 100, 1)]
-                expected.append([title, steps, *differences, with_p(found["acc"], 100, 1)])
+            by_metric = saved[steps]["frozen V minus"].get(name)
+            if by_metric is not None:
+                differences = [with_p(by_metric["nll"], 1, 3), with_p(by_metric["ece"], 100, 1)]
+                expected.append([title, steps, *differences, with_p(by_metric["acc"], 100, 1)])
     assert table("ScalaBL minus") == expected
 
 
@@ -291,13 +295,13 @@ VALIDATION = {
 
 def test_the_ranks_on_validation_are_those_of_the_benchmark():
     best = {
-        steps: {title: min(found["trials"][name].values()) for title, name in VALIDATION.items()}
-        for steps, found in saved_figures().items()
+        steps: {title: min(of_steps["trials"][name].values()) for title, name in VALIDATION.items()}
+        for steps, of_steps in saved_figures().items()
     }
     assert table("validation NLL of the chosen trial") == [
         [title, f"{best['400'][title]:.3f}", f"{best['800'][title]:.3f}"] for title in VALIDATION
     ]
-    ranks = {s: sorted(VALIDATION, key=found.get) for s, found in best.items()}
+    ranks = {s: sorted(VALIDATION, key=nll.get) for s, nll in best.items()}
     default = "V frozen, KL weight (the default)"
     assert [r.index(default) + 1 for r in ranks.values()] == [5, 3]
     assert {r[0] for r in ranks.values()} == {"`reference`"}
@@ -329,7 +333,7 @@ def test_the_table_of_objectives_is_that_of_the_benchmark():
         for cell, key, show in zip(
             cells, ("acc", "ece", "nll"), (percent, percent, nats), strict=True
         ):
-            expected = ["–" if found is None else show(*found[key]) for found in both]
+            expected = ["–" if metrics is None else show(*metrics[key]) for metrics in both]
             assert cell.split(" / ") == expected, (title, key)
 
 
@@ -519,9 +523,9 @@ def test_the_data_set_of_contributing_is_read(tmp_path, monkeypatch):
     row["endings"] = ["is ripping", "pulls up", "is holding", "starts pulling"]
     splits = {"train": [row], "validation": [row | {"label": "0"}]}
     copy = hub_copy(tmp_path / "copy", "default", splits)
-    found = tasks.TASKS["hellaswag"].read(str(copy))
+    splits_read = tasks.TASKS["hellaswag"].read(str(copy))
     question, choices = row["ctx"], tuple(row["endings"])
-    assert found == {
+    assert splits_read == {
         "train": [sp.Record("train-0", question, choices, 3)],
         "test": [sp.Record("validation-0", question, choices, 0)],
     }
@@ -660,11 +664,11 @@ def test_the_likelihood_of_contributing_trains(make_causal, records):
     guide = guides.make_guide(model)
     fit(model, guide, split, FitConfig(steps=2, batch_size=4), progress=False)
     predictor = Predictor(adapter, draw(guide, 3, seed=0))
-    found, plain = (
+    noisy, plain = (
         to_inference_data(predictor, split, model=m).log_likelihood["label"].values
         for m in (model, None)
     )
-    np.testing.assert_allclose(found, np.log(0.9 * np.exp(plain) + 0.1 / 4), rtol=1e-4)
+    np.testing.assert_allclose(noisy, np.log(0.9 * np.exp(plain) + 0.1 / 4), rtol=1e-4)
 
 
 def test_the_method_of_contributing_fits(make_choice, records):
@@ -733,14 +737,14 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
 
     for name, cells in rows.items():
-        found = figures["test"][names[name]]
-        errors = (100 * found[key]["mean"] for key in ("ece", "ece_floor"))
+        metrics = figures["test"][names[name]]
+        errors = (100 * metrics[key]["mean"] for key in ("ece", "ece_floor"))
         assert cells == [
-            shown(found["acc"], 100, 1),
+            shown(metrics["acc"], 100, 1),
             "{:.1f} ({:.1f})".format(*errors),
-            shown(found["nll"], 1, 3),
-            shown(found["brier"], 1, 3),
-            shown(found["auroc_wrong_entropy"], 1, 2),
+            shown(metrics["nll"], 1, 3),
+            shown(metrics["brier"], 1, 3),
+            shown(metrics["auroc_wrong_entropy"], 1, 2),
         ]
     scores = [
         f"{score}_{of}"
@@ -765,15 +769,15 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     ours, plain = "ScalaBL, 1,000 steps", " ".join(section.split())
     readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
     recipe, tuned = (figures[f"minus {o}"][ours] for o in ("MLE, fixed recipe", "MLE, tempered"))
-    for sign, unit, digits, found, texts in (
+    for sign, unit, digits, difference, texts in (
         (-1, 1, 3, recipe["nll"], [plain]),
         (-1, 1, 2, recipe["nll"], [readme]),
         (1, 100, 1, recipe["acc"], [plain, readme]),
         (1, 1, 3, tuned["nll"], [plain, readme]),
         (-1, 1, 3, figures["minus MLE, fixed recipe, tempered"][ours]["brier"], [plain]),
     ):
-        low, high = sorted(sign * found[end] for end in ("low", "high"))
-        said = [f"{unit * x:.{digits}f}" for x in (sign * found["mean"], low, high)]
+        low, high = sorted(sign * difference[end] for end in ("low", "high"))
+        said = [f"{unit * x:.{digits}f}" for x in (sign * difference["mean"], low, high)]
         pattern = r"{} (points )?\((95 % interval )?{} to {}".format(
             *(x.replace("-", "−") for x in said)
         )
@@ -823,16 +827,16 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         return f"{mean} ({low} to {high})".replace("-", "−")
 
     for name, cells in rows.items():
-        found = figures["metrics"][names[name]]["test"]
+        metrics = figures["metrics"][names[name]]["test"]
         floor = figures["ece_floor"][names[name]]["test"]["mean"]
         less = figures["minus ScalaBL"].get(names[name])
         assert cells == [
             figures["chosen"][names[name]].replace("kl_weight=", "β ").replace("lr=", "lr "),
-            shown(found["acc"], 100, 1),
-            f"{100 * found['ece']['mean']:.1f} ({100 * floor:.1f})",
-            shown(found["nll"], 1, 3),
-            shown(found["brier"], 1, 3),
-            shown(found["aurc"], 1, 3),
+            shown(metrics["acc"], 100, 1),
+            f"{100 * metrics['ece']['mean']:.1f} ({100 * floor:.1f})",
+            shown(metrics["nll"], 1, 3),
+            shown(metrics["brier"], 1, 3),
+            shown(metrics["aurc"], 1, 3),
             "–" if less is None else difference(less["nll"]),
         ]
     plain = " ".join(section.split())
@@ -842,8 +846,8 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         assert difference(less[name]["nll"]) in plain
     assert difference(less["V frozen, point s"]["nll"]) in readme
     assert "Laplace-LoRA and an ensemble of 5 cannot be told apart from ScalaBL" in readme
-    for name, found in less.items():  # what the text says can be told apart
-        told = found["nll"]["low"] > 0 or found["nll"]["high"] < 0
+    for name, by_metric in less.items():  # what the text says can be told apart
+        told = by_metric["nll"]["low"] > 0 or by_metric["nll"]["high"] < 0
         assert told == (name in TOLD_APART), name
     assert difference(less["V frozen, point s"]["ece"], 100, 1) in plain
     assert difference(less["V frozen, point s"]["brier"]) in plain
@@ -869,8 +873,8 @@ def test_costs_on_a_real_model_are_those_measured():
     low, high = free["ratio_95"]
     assert f"{free['ratio']:.2f} with V free ({low:.2f} to {high:.2f})" in text
     cached = step["cached, 8 upper blocks"]
-    found = ratio(cached["ratio"], cached["ratio_95"]).replace(" (", " of a full one (")
-    assert f"a step on the cached trunk takes {found}" in text
+    time_of_step = ratio(cached["ratio"], cached["ratio_95"]).replace(" (", " of a full one (")
+    assert f"a step on the cached trunk takes {time_of_step}" in text
     bf16, f32 = (
         [layer[dtype][name]["times_faster"]["contiguous"] for name in ("pass", "pass of 10 draws")]
         for dtype in ("bfloat16", "float32")
@@ -915,9 +919,9 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
         return "{} ({} to {})".format(*numbers).replace("-", "−")
 
     for row, score, *cells in rows:
-        found = figures["rows"]["MLE" if row == "control" else row][scores[score]]
+        by_kind = figures["rows"]["MLE" if row == "control" else row][scores[score]]
         kinds = ("wrong", "physics", "chemistry", "arc")
-        assert cells == [shown(found[kind]["auroc"], 2) for kind in kinds]
+        assert cells == [shown(by_kind[kind]["auroc"], 2) for kind in kinds]
     for row in ("V activations", "V random", "MLE tempered"):
         assert shown(figures["nll"]["rows"][row], 3) in " ".join(section.split())
     for other in ("MLE tempered", "V random"):

@@ -21,7 +21,7 @@ from scalabl_pyro.infer.checkpoints import TrainingState
 @pytest.fixture
 def events(monkeypatch):
     """What is brought to the disk, and what is renamed, in their order."""
-    found = []
+    noted = []
     opened = {}
     sync, replace, open_ = os.fsync, os.replace, os.open
 
@@ -31,17 +31,17 @@ def events(monkeypatch):
         return descriptor
 
     def note_sync(descriptor):
-        found.append(("sync", opened.get(descriptor)))
+        noted.append(("sync", opened.get(descriptor)))
         sync(descriptor)
 
     def note_replace(source, target):
-        found.append(("rename", Path(target).name))
+        noted.append(("rename", Path(target).name))
         replace(source, target)
 
     monkeypatch.setattr(os, "open", note_open)
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_replace)
-    return found
+    return noted
 
 
 def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, events):
@@ -108,8 +108,8 @@ def refuse(name):
 @pytest.mark.parametrize("indent", [None, 2])
 def test_what_is_no_number_is_null(bad, indent):
     text = json_text({"a": bad, "b": [1.5, bad, (bad, {"c": bad})], "d": None}, indent=indent)
-    found = json.loads(text, parse_constant=refuse)
-    assert found == {"a": None, "b": [1.5, None, [None, {"c": None}]], "d": None}
+    decoded = json.loads(text, parse_constant=refuse)
+    assert decoded == {"a": None, "b": [1.5, None, [None, {"c": None}]], "d": None}
 
 
 def test_finite_values_are_written_as_by_json():

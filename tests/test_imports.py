@@ -80,13 +80,13 @@ def test_of_bitsandbytes_one_message_is_left_out():
 
 def imported(path: Path) -> set[str]:
     """The first names of all absolute imports of a file, those inside functions too."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name.split(".")[0] for name in node.names}
+            names |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(str(node.module).split(".")[0])
-    return found
+            names.add(str(node.module).split(".")[0])
+    return names
 
 
 def canonical(requirement: str) -> str:

@@ -64,9 +64,9 @@ def test_the_citation_is_of_this_version_and_names_the_method():
 def built(tmp_path_factory) -> Path:
     """A folder with the source distribution, and the wheel that is built from it."""
     out = tmp_path_factory.mktemp("built")
-    wanted = (path for path in ROOT.iterdir() if path.is_file() or path.name in FOLDERS)
+    paths = (path for path in ROOT.iterdir() if path.is_file() or path.name in FOLDERS)
     (tree := out / "tree").mkdir()
-    for path in wanted:
+    for path in paths:
         copy = shutil.copytree if path.is_dir() else shutil.copyfile
         copy(path, tree / path.name)
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"

@@ -96,8 +96,8 @@ def test_a_kind_of_draws_is_a_function_and_an_entry(model, monkeypatch):
 
     monkeypatch.setitem(KINDS, "halved", halved)
     guide = AutoSubspaceNormal(model)
-    found, plain = (draw(guide, 3, seed=1, kind=kind) for kind in ("halved", "independent"))
-    assert torch.equal(found, plain / 2)
+    draws, plain = (draw(guide, 3, seed=1, kind=kind) for kind in ("halved", "independent"))
+    assert torch.equal(draws, plain / 2)
     assert PredictionConfig(draws=3, kind="halved").kind == "halved"
 
 
@@ -109,7 +109,7 @@ def test_a_way_to_predict_is_a_function_and_an_entry(make_causal, monkeypatch):
     guide = AutoSubspaceNormal(ScalaBLModel(adapter, num_data=3))
     predictor = Predictor(adapter, draw(guide, 4, seed=0))
     run = SimpleNamespace(guide=guide, predictor=predictor, subspace_predictor=lambda: predictor)
-    found = make_predictor(run, PredictionConfig(name="first"))
-    assert torch.equal(found.draws, predictor.draws[:1])
+    first = make_predictor(run, PredictionConfig(name="first"))
+    assert torch.equal(first.draws, predictor.draws[:1])
     mean = make_predictor(run, PredictionConfig(name="mean"))
     assert torch.equal(mean.draws[0], guide.median()["s"])

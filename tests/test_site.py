@@ -83,8 +83,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
-        self.links += [found for name in ("href", "src") if (found := values.get(name))]
-        self.anchors |= {found for name in ("id", "name") if (found := values.get(name))}
+        self.links += [value for name in ("href", "src") if (value := values.get(name))]
+        self.anchors |= {value for name in ("id", "name") if (value := values.get(name))}
 
 
 @pytest.mark.slow

@@ -139,8 +139,8 @@ def main() -> None:
         for labels in LABELS:
             for count in args.sizes:
                 steps = args.steps or STEPS[method]
-                found = posterior(method, count, labels, args.seeds, steps)
-                row = {key: mean_and_error(values) for key, values in found.items()}
+                by_seed = posterior(method, count, labels, args.seeds, steps)
+                row = {key: mean_and_error(values) for key, values in by_seed.items()}
                 figures.setdefault(method, {}).setdefault(labels, {})[str(count)] = row
                 cells = "  ".join(
                     f"{key} {mean:.3f} ± {error:.3f}" for key, (mean, error) in row.items()

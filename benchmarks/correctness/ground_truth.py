@@ -164,9 +164,9 @@ class Bench:
 
     def nuts(self) -> tuple[Chains, float]:
         """Four chains, and the seconds of one core that they took."""
-        found = [self._chain(seed) for seed in range(4)]
-        seconds = sum(float(chain.pop("seconds")) for chain in found)
-        parts = {name: torch.cat([chain[name] for chain in found]) for name in found[0]}
+        chains = [self._chain(seed) for seed in range(4)]
+        seconds = sum(float(chain.pop("seconds")) for chain in chains)
+        parts = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
         return Chains(**parts, latents={}, module_names=self.adapter.module_names), seconds
 
     def _chain(self, seed: int) -> dict[str, Tensor]:

@@ -70,14 +70,14 @@ def theirs(
             "doc_to_target": "{{label}}",
             "metric_list": [{"metric": metric} for metric in METRICS.values()],
         }
-        found = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)
-    samples = sorted(found["samples"]["questions"], key=lambda sample: sample["doc_id"])
+        evaluation = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)
+    samples = sorted(evaluation["samples"]["questions"], key=lambda sample: sample["doc_id"])
     most = max(len(record.choices) for record in records)
     log_probs = torch.full((len(records), most), float("-inf"))
     for n, sample in enumerate(samples):
         for c, ((log_prob, _),) in enumerate(sample["resps"]):
             log_probs[n, c] = log_prob
-    results = found["results"]["questions"]
+    results = evaluation["results"]["questions"]
     return log_probs, {metric: results[f"{metric},none"] for metric in METRICS.values()}
 
 

@@ -199,7 +199,7 @@ def targets(llm: PreTrainedModel, first: int = 0) -> list[str]:
         if numbers and int(numbers[0]) >= first and wide and module is not head:
             place = name.index(f".{numbers[0]}.") + len(numbers[0]) + 2
             blocks.setdefault(name[:place], []).append(name)
-    return [name for found in blocks.values() for name in (found[0], found[-1])]
+    return [name for layers in blocks.values() for name in (layers[0], layers[-1])]
 
 
 def words() -> PreTrainedTokenizerFast:
@@ -272,13 +272,13 @@ def main() -> None:
     for kind, model_types in (("causal", CAUSAL), ("classes", CLASSES), ("choices", CHOICES)):
         for model_type in model_types:
             if not args.only or model_type in args.only:
-                table[f"{model_type}, {kind}"] = found = examine(kind, model_type)
-                bad = {name: value for name, value in found.items() if value != "ok"}
+                table[f"{model_type}, {kind}"] = outcomes = examine(kind, model_type)
+                bad = {name: value for name, value in outcomes.items() if value != "ok"}
                 print(f"{model_type}, {kind}: {bad or 'ok'}", flush=True)
-    passed = sum(set(found.values()) == {"ok"} for found in table.values())
-    built = sum(found["build"] == "ok" for found in table.values())
+    passed = sum(set(outcomes.values()) == {"ok"} for outcomes in table.values())
+    built = sum(outcomes["build"] == "ok" for outcomes in table.values())
     kinds = {
-        word: sum(any(v.startswith(word) for v in found.values()) for found in table.values())
+        word: sum(any(v.startswith(word) for v in outcomes.values()) for outcomes in table.values())
         for word in ("refused", "the model's own", "WRONG", "CRASH")
     }
     figures = {"built": built, "all checks passed": passed, **kinds, "table": table}

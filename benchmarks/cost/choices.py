@@ -77,7 +77,7 @@ def interleaved(runs: Mapping[str, Callable[[], None]], pairs: int) -> dict[str,
     for _ in range(pairs + 1):
         for way, run in runs.items():
             times[way].append(seconds(run))
-    return {way: found[1:] for way, found in times.items()}
+    return {way: taken[1:] for way, taken in times.items()}
 
 
 def measure(args: argparse.Namespace, tokens: int) -> dict[str, object]:
@@ -89,14 +89,14 @@ def measure(args: argparse.Namespace, tokens: int) -> dict[str, object]:
     for name in ("pass", "step"):
         runs = {way: getattr(reader, f"run_{name}") for way, reader in readers.items()}
         times = interleaved(runs, args.pairs)
-        found: dict[str, object] = {
+        row: dict[str, object] = {
             f"{way}_ms": 1e3 * sorted(values)[len(values) // 2] for way, values in times.items()
         }
         for other in ("letters", "separate"):
-            found[f"packed / {other}"], found[f"packed / {other}, 95 %"] = ratio(
+            row[f"packed / {other}"], row[f"packed / {other}, 95 %"] = ratio(
                 times["packed"], times[other]
             )
-        figures[name] = found
+        figures[name] = row
     return figures
 
 

@@ -159,9 +159,9 @@ def main() -> None:
     lengths = [torch.tensor([len(t.tokens) for t in texts]) for texts in (known, other)]
     figures = {
         "kl_weight": chosen,
-        "trials": {f"kl_weight={weight:g}": found for weight, found in trials.items()},
+        "trials": {f"kl_weight={weight:g}": trial for weight, trial in trials.items()},
         "runs": runs,
-        "auroc": {name: with_interval(found) for name, found in pairs.items()},
+        "auroc": {name: with_interval(per_seed) for name, per_seed in pairs.items()},
         "auroc_of_length": with_interval([wins(*lengths)]),
         "questions": {name: len(texts) for name, texts in bench.texts.items()},
     }

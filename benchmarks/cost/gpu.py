@@ -190,7 +190,7 @@ def measure_prediction(
     for _ in range(rounds):
         for name, form in forms.items():
             taken[name].append(seconds(form))
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "one_pass_ms": 1e3 * float(np.median(taken["one_pass"])),
         "draws": draws,
         "rounds": rounds,
@@ -198,8 +198,8 @@ def measure_prediction(
         "peak_gib": peaks,
     }
     for name in ("batched", "loop", "trunk"):
-        found[name], found[f"{name}_95"] = ratio(taken[name], taken["one_pass"])
-    return found
+        figures[name], figures[f"{name}_95"] = ratio(taken[name], taken["one_pass"])
+    return figures
 
 
 def measure(config: Qwen2Config, args: argparse.Namespace, *, quantised: bool) -> dict[str, Any]:
@@ -207,15 +207,15 @@ def measure(config: Qwen2Config, args: argparse.Namespace, *, quantised: bool) -
     llm = build(config, quantised=quantised)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     adapter = SubspaceAdapter(llm, lora, LastToken(CLASSES), projections="free")
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "weights": "4bit" if quantised else "bfloat16",
         "modules": len(adapter.layers),
         "batch": args.batch,
         "train_tokens": args.train_tokens,
     }
     batch = random_batch(args.batch, args.train_tokens, config.vocab_size)
-    found["train"] = measure_training(adapter, batch, args.pairs)
-    found["predict"] = {
+    figures["train"] = measure_training(adapter, batch, args.pairs)
+    figures["predict"] = {
         f"{tokens}_tokens": measure_prediction(
             adapter,
             random_batch(args.batch, tokens, config.vocab_size),
@@ -224,8 +224,8 @@ def measure(config: Qwen2Config, args: argparse.Namespace, *, quantised: bool) -
         )
         for tokens in args.tokens
     }
-    found["seconds"] = time.perf_counter() - start
-    return found
+    figures["seconds"] = time.perf_counter() - start
+    return figures
 
 
 def earlier(sizes: list[str]) -> dict[str, Any]:

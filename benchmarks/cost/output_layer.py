@@ -59,12 +59,12 @@ def measure(adapter: SubspaceAdapter, batch: Batch, pairs: int, draws: int) -> d
     ):
         times: dict[str, list[float]] = {"own": [], "contiguous": [], "rows": []}
         for _ in range(pairs + 1):
-            for way, found in times.items():
+            for way, taken in times.items():
                 choose(way)
                 start = time.perf_counter()
                 run()
-                found.append(time.perf_counter() - start)
-        medians = {way: 1e3 * float(np.median(found[1:])) for way, found in times.items()}
+                taken.append(time.perf_counter() - start)
+        medians = {way: 1e3 * float(np.median(taken[1:])) for way, taken in times.items()}
         speedup = {way: medians["own"] / medians[way] for way in ("contiguous", "rows")}
         figures[name] = {"ms": medians, "times_faster": speedup}
     return figures

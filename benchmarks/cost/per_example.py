@@ -49,9 +49,9 @@ def measure(steps: int, repeats: int, batch_size: int, seed: int) -> dict[str, f
             s = loc + scale * torch.randn(*draws, *adapter.shape)
             logits = adapter(batch, s, per_example=way == "own")
             nll = torch.nn.functional.cross_entropy(logits, batch.labels)
-            found = dict(zip(map(id, every), torch.autograd.grad(nll, every), strict=True))
+            by_id = dict(zip(map(id, every), torch.autograd.grad(nll, every), strict=True))
             for name, tensors in groups.items():
-                gradients[name].append(torch.cat([found[id(t)].flatten() for t in tensors]))
+                gradients[name].append(torch.cat([by_id[id(t)].flatten() for t in tensors]))
         variances[way] = {
             name: float(torch.stack(values).var(0).sum()) for name, values in gradients.items()
         }

@@ -102,7 +102,7 @@ class Seed:
         self.adapter, self.guide = self.trained()
         self.loc = self.guide.median()["s"]
 
-    def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _cached(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of an earlier run, or made now."""
         path = self.work / f"seed_{self.seed}_{name}.safetensors".replace(" ", "_")
         if not path.exists():
@@ -128,7 +128,7 @@ class Seed:
             guide = {f"guide.{n}": t for n, t in fitted.guide.state_dict().items()}
             return guide | dict(fitted.model.adapter.state())
 
-        saved = self._kept(f"model from block {layers[0]}" if layers else "model", train)
+        saved = self._cached(f"model from block {layers[0]}" if layers else "model", train)
         adapter = self.fresh(svd=True, layers=layers)
         guide = self.method.make_guide(self.method.make_model(adapter, num_data=1))
         _fill(adapter.state() | {f"guide.{n}": t for n, t in guide.state_dict().items()}, saved)
@@ -140,7 +140,7 @@ class Seed:
         def run() -> dict[str, Tensor]:
             return {"logits": predict(predictor(), self.bench.splits[split]).logits}
 
-        return self._kept(f"{name} {split}", run)["logits"]
+        return self._cached(f"{name} {split}", run)["logits"]
 
     def bank(self, kind: str, num_draws: int) -> Tensor:
         return draw(self.guide, num_draws, seed=self.seed, kind=kind)
@@ -154,7 +154,7 @@ class Seed:
             train = self.bench.splits["train"]
             return {"log_probs": average(predict(teacher, train).logits)}
 
-        log_probs = self._kept("teacher", teach)["log_probs"]
+        log_probs = self._cached("teacher", teach)["log_probs"]
         torch.manual_seed(self.seed)
         student = self.fresh(svd=False)
 
@@ -165,13 +165,15 @@ class Seed:
             distill(student, train, log_probs, config, seed=self.seed, progress=False)
             return dict(student.state())
 
-        _fill(student.state(), self._kept("student", train))
+        _fill(student.state(), self._cached("student", train))
         return Predictor(student)
 
     def run(self) -> dict[str, dict[str, Any]]:
         """All figures of this seed."""
-        found: dict[str, dict[str, Any]] = {split: self.quality(split) for split in ("test", "ood")}
-        return found | {"draws": self.draws_needed()}
+        figures: dict[str, dict[str, Any]] = {
+            split: self.quality(split) for split in ("test", "ood")
+        }
+        return figures | {"draws": self.draws_needed()}
 
     def quality(self, split: str) -> dict[str, dict[str, float]]:
         """Metrics by method, and the error of its averaged probabilities against the truth's."""
@@ -180,11 +182,11 @@ class Seed:
         many = self.bank("independent", size.draws[-1])
         every = self.logits("independent", self.sampled(many), split)
         truth = average(every).exp()
-        found: dict[str, dict[str, float]] = {}
+        metrics: dict[str, dict[str, float]] = {}
 
         def note(name: str, logits: Tensor, **more: float) -> None:
             error = (average(logits).exp() - truth).square().mean().sqrt()
-            found[name] = evaluate(logits, labels) | {"error": float(error)} | more
+            metrics[name] = evaluate(logits, labels) | {"error": float(error)} | more
 
         note("posterior mean", self.logits("mean", self.sampled(self.loc[None]), split))
         for S in size.draws:
@@ -207,16 +209,16 @@ class Seed:
         def from_the_trunk() -> dict[str, Tensor]:
             return {"logits": predict(own, top.cache_trunk(self.bench.splits[split])).logits}
 
-        logits = self._kept(f"from block {depth} {split}", from_the_trunk)["logits"]
+        logits = self._cached(f"from block {depth} {split}", from_the_trunk)["logits"]
         for S in size.further:
-            found[f"from block {depth} S={S}"] = evaluate(logits[:S], labels)
+            metrics[f"from block {depth} S={S}"] = evaluate(logits[:S], labels)
         for tolerance in TOLERANCES:
             logits, used = stopped(every[: size.pool], tolerance)
             note(f"early stop {tolerance:g}", logits, draws=float(used.double().mean()))
         linear = Linearised(self.adapter, self.loc, many)
         note("linearised", self.logits("linearised", lambda: linear, split))
         note("distilled", self.logits("distilled", self.distilled, split))
-        return found
+        return metrics
 
     def draws_needed(self) -> dict[str, float]:
         """How many draws have the squared error of 10 independent ones, which is σ²/10.
@@ -225,7 +227,7 @@ class Seed:
         is shared by all questions: many banks on few questions tell more than the reverse.
         """
         size = self.size
-        some = _first(self.bench.splits["test"], size.few)
+        questions = _first(self.bench.splits["test"], size.few)
         many = self.sampled(self.bank("independent", size.draws[-1]))
         every = self.logits("independent", many, "test")[:, : size.few].softmax(-1)
         one = every.var(0).mean()  # σ² of a single draw
@@ -235,12 +237,12 @@ class Seed:
 
             def run() -> dict[str, Tensor]:
                 seeds = [1000 * (self.seed + 1) + i for i in range(size.replicates)]
-                found = [draw(self.guide, GRID[-1], seed=seed, kind=kind) for seed in seeds]
+                draws = [draw(self.guide, GRID[-1], seed=seed, kind=kind) for seed in seeds]
                 # In one bank, for the sake of fuller batches.
-                logits = predict(Predictor(self.adapter, torch.cat(found)), some).logits
+                logits = predict(Predictor(self.adapter, torch.cat(draws)), questions).logits
                 return {"logits": logits.unflatten(0, (size.replicates, -1))}
 
-            return self._kept(f"{kind} banks", run)["logits"].softmax(-1)
+            return self._cached(f"{kind} banks", run)["logits"].softmax(-1)
 
         return {
             kind: _crossing(
@@ -253,13 +255,13 @@ class Seed:
 
 def stopped(logits: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """What ``predict(tolerance=…)`` gives, from logits (S, N, C) that are at hand."""
-    S, found = len(logits), logits.clone()
+    S, stopped_logits = len(logits), logits.clone()
     used = torch.full(logits.shape[1:2], S)
     for n in reversed([n for n in range(4, S) if S % n == 0]):
         settled = half_width(logits[:n]) <= tolerance
-        found[:, settled] = logits[:n, settled].repeat(S // n, 1, 1)
+        stopped_logits[:, settled] = logits[:n, settled].repeat(S // n, 1, 1)
         used[settled] = n
-    return found, used
+    return stopped_logits, used
 
 
 def depths(adapter: SubspaceAdapter) -> list[int]:
@@ -304,31 +306,31 @@ def costs(adapter: SubspaceAdapter, plain: SubspaceAdapter, batch: Batch, size: 
             ratios[name].append(2 * took / (before + one_pass()))
     # The first round warms up.
     median = {name: float(torch.tensor(r[1:]).median()) for name, r in ratios.items()}
-    found = {name: {"cost_ratio": ratio} for name, ratio in median.items()}
+    figures = {name: {"cost_ratio": ratio} for name, ratio in median.items()}
     for S in size.draws:
-        found[f"batched S={S}"]["overhead"] = median[f"batched S={S}"] / S
+        figures[f"batched S={S}"]["overhead"] = median[f"batched S={S}"] / S
         for depth in depths(adapter):
             trunk = median[f"trunk {depth} alone"]
             name = f"trunk {depth} S={S}"
-            found[name]["overhead"] = median[name] / (trunk + S * (1 - trunk))
-    return found
+            figures[name]["overhead"] = median[name] / (trunk + S * (1 - trunk))
+    return figures
 
 
 def stopping_costs(seed: Seed) -> dict[str, dict[str, float]]:
     """Early stopping against one pass, both over the same questions, in batches as they come."""
     size = seed.size
-    some = _first(seed.bench.splits["test"], size.questions)
+    questions = _first(seed.bench.splits["test"], size.questions)
     plain = Predictor(seed.fresh(svd=False))
     sampling = Predictor(seed.adapter, seed.bank("independent", size.pool))
-    found = {}
+    figures = {}
     for tolerance in TOLERANCES:
         ratios = []
         for _ in range(size.repeats):
-            before = _timed(lambda: predict(plain, some))
-            took = _timed(lambda t=tolerance: predict(sampling, some, tolerance=t))
-            ratios.append(2 * took / (before + _timed(lambda: predict(plain, some))))
-        found[f"early stop {tolerance:g}"] = {"cost_ratio": float(torch.tensor(ratios).median())}
-    return found
+            before = _timed(lambda: predict(plain, questions))
+            took = _timed(lambda t=tolerance: predict(sampling, questions, tolerance=t))
+            ratios.append(2 * took / (before + _timed(lambda: predict(plain, questions))))
+        figures[f"early stop {tolerance:g}"] = {"cost_ratio": float(torch.tensor(ratios).median())}
+    return figures
 
 
 def encoder_costs(seed: Seed) -> dict[str, dict[str, float]]:

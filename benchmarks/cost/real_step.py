@@ -106,9 +106,9 @@ def elbo_step(adapter: SubspaceAdapter, split: Split) -> Callable[[], float]:
 
 
 def summary(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    found, interval = ratio(ours, theirs)
+    median, interval = ratio(ours, theirs)
     medians = {"ours_ms": 1e3 * float(np.median(ours)), "theirs_ms": 1e3 * float(np.median(theirs))}
-    return {"ratio": found, "ratio_95": interval} | medians
+    return {"ratio": median, "ratio_95": interval} | medians
 
 
 def measure(work: Work, pairs: int, upper: int) -> dict[str, Any]:

@@ -52,15 +52,15 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/startup.json")
     args = parser.parse_args()
     checkouts = {"here": HERE} | ({"against": args.against.resolve()} if args.against else {})
-    found: dict[tuple[str, str], list[float]] = {}
+    measured: dict[tuple[str, str], list[float]] = {}
     for repeat in range(args.repeats + 1):
         for what, words in WORDS.items():
             for name, checkout in checkouts.items():
                 seconds = cpu_seconds(checkout, words)
                 if repeat:  # the first one compiles what is not compiled yet
-                    found.setdefault((what, name), []).append(seconds)
+                    measured.setdefault((what, name), []).append(seconds)
     cpu = {
-        what: {name: round(statistics.median(found[what, name]), 3) for name in checkouts}
+        what: {name: round(statistics.median(measured[what, name]), 3) for name in checkouts}
         for what in WORDS
     }
     figures = {"cpu_seconds": cpu, "repeats": args.repeats}

@@ -141,7 +141,7 @@ def bare_step(modules: int, batch: Batch, steps: int) -> float:
 def measure_pyro(modules: int, steps: int) -> dict[str, float]:
     """Milliseconds a step without a language model, under ``fit`` and under plain SVI."""
     batch = Batch({}, torch.ones(4, 4, dtype=torch.bool), torch.arange(4))
-    found = {}
+    figures = {}
     adapter = FreeAdapter(modules)
     model = ScalaBLModel(adapter, num_data=1000)
     clock = Clock(None)
@@ -168,8 +168,8 @@ def measure_pyro(modules: int, steps: int) -> dict[str, float]:
     finally:
         torch.optim.AdamW.step = step
     rest = np.array(clock.ours) - np.array(optimizer_times)
-    found["fit"] = 1e3 * float(np.median(rest[1:]))
-    found["fit_less_bare_step"] = found["fit"] - 1e3 * bare_step(modules, batch, steps)
+    figures["fit"] = 1e3 * float(np.median(rest[1:]))
+    figures["fit_less_bare_step"] = figures["fit"] - 1e3 * bare_step(modules, batch, steps)
 
     model = ScalaBLModel(FreeAdapter(modules), num_data=1000)
     svi = SVI(
@@ -183,8 +183,8 @@ def measure_pyro(modules: int, steps: int) -> dict[str, float]:
         start = time.perf_counter()
         svi.step(batch)
         times.append(time.perf_counter() - start)
-    found["plain_svi_with_its_optimizers"] = 1e3 * float(np.median(times[1:]))
-    return found
+    figures["plain_svi_with_its_optimizers"] = 1e3 * float(np.median(times[1:]))
+    return figures
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ class Bench:
         return method.fit(make, train, self.splits["validation"], seed=seed)
 
     def validate(self, predictor: Predicts) -> dict[str, float]:
-        found = predict(predictor, self.splits["validation"])
-        return evaluate(found.logits, found.labels)
+        predictions = predict(predictor, self.splits["validation"])
+        return evaluate(predictions.logits, predictions.labels)
 
     def test(self, predictor: Predicts) -> dict[str, float]:
         """Metrics on test, and AUROCs of the two uncertainties.
@@ -71,8 +71,8 @@ class Bench:
         ``wrong``: tells wrong answers from right ones; ``ood``: tells college physics from test.
         """
         test, ood = (predict(predictor, self.splits[name]) for name in ("test", "ood"))
-        found = evaluate(test.logits, test.labels)
-        metrics = {name: found[name] for name in METRICS}
+        evaluated = evaluate(test.logits, test.labels)
+        metrics = {name: evaluated[name] for name in METRICS}
         wrong = test.logits.softmax(-1).mean(0).argmax(-1) != test.labels
         for name, score in (("entropy", entropy), ("mi", mutual_information)):
             metrics[f"{name}_auroc_wrong"] = auroc(score(test.logits), wrong)
@@ -91,11 +91,11 @@ class Bench:
     def finished(self) -> dict[str, Any]:
         """What is known of each run, by name."""
         lines = self.runs.read_text().splitlines() if self.runs.exists() else []
-        return {name: found for line in lines for name, found in json.loads(line).items()}
+        return {name: figures for line in lines for name, figures in json.loads(line).items()}
 
-    def keep(self, name: str, found: dict) -> None:
+    def keep(self, name: str, figures: dict) -> None:
         with self.runs.open("a") as file:  # one write, so that two processes may share it
-            file.write(json.dumps({name: found}) + "\n")
+            file.write(json.dumps({name: figures}) + "\n")
 
 
 def auroc_between(known: torch.Tensor, other: torch.Tensor) -> float:

@@ -282,8 +282,8 @@ class Work:
 
     def metrics(self, predictor: Predictor, split: str) -> dict[str, float]:
         # Few examples at a time keep ten draws of them in the processor's cache.
-        found = predict(predictor, self.splits[split], batch_size=4)
-        return evaluate(found.logits, found.labels)
+        predictions = predict(predictor, self.splits[split], batch_size=4)
+        return evaluate(predictions.logits, predictions.labels)
 
 
 def density(fitted: Fitted) -> Any:
@@ -326,14 +326,14 @@ def training_figures(fitted: Fitted, train: Split, num_draws: int) -> dict[str, 
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of high k, which is among the figures
-        found = loo(data)
+        estimate = loo(data)
         k_hat = pareto_k(data)
     log_likelihood = data["log_likelihood"]["label"].sum("example")
     return {
         "kl": kl,
         "elbo": float(log_likelihood.mean()) - kl,
-        "elpd_loo": float(found.elpd_loo),
-        "bad_k": float((found.pareto_k > found.good_k).mean()),
+        "elpd_loo": float(estimate.elpd_loo),
+        "bad_k": float((estimate.pareto_k > estimate.good_k).mean()),
         "k_hat": k_hat,
     }
 
@@ -380,15 +380,15 @@ class Ablation(Bench):
             work = self.works[row.data]
             fitted, seconds = work.fit(row, setting, seed, self.steps)
             assert fitted.guide is not None
-            found = work.metrics(fitted.predictor, "test")
-            found["seconds"] = seconds
-            found["numbers"] = sum(p.numel() for p in fitted.guide.parameters())
+            figures = work.metrics(fitted.predictor, "test")
+            figures["seconds"] = seconds
+            figures["numbers"] = sum(p.numel() for p in fitted.guide.parameters())
             if isinstance(fitted.guide, AutoSubspaceDelta):
-                return found
-            found |= correlations(density(fitted).sample(torch.Size([MOMENT_DRAWS])))
+                return figures
+            figures |= correlations(density(fitted).sample(torch.Size([MOMENT_DRAWS])))
             if posterior:
-                found |= training_figures(fitted, work.splits["train"], self.train_draws)
-            return found
+                figures |= training_figures(fitted, work.splits["train"], self.train_draws)
+            return figures
 
         draws = f" S={self.train_draws}" if posterior else ""
         return self.cached(f"{self.sizes}{draws} {setting} {name} seed {seed}", run)

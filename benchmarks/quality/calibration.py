@@ -280,12 +280,12 @@ def tested(bench: Bench, name: str, label: str, steps: int, seed: int) -> dict[s
     def run() -> dict:
         row = ROWS[name]
         fitted = row.fit(bench, row.trials[label](steps), seed)
-        found = {name: bench.test(fitted.predictor) | summary(fitted)}
+        by_row = {name: bench.test(fitted.predictor) | summary(fitted)}
         if fitted.result.best_step != steps:
-            found[name]["step"] = fitted.result.best_step
+            by_row[name]["step"] = fitted.result.best_step
         for other, derive in row.derive.items():
-            found[other] = bench.test(derive(bench, fitted))
-        return found
+            by_row[other] = bench.test(derive(bench, fitted))
+        return by_row
 
     return bench.cached(f"{steps} {name} {label} seed {seed}", run)
 
@@ -371,10 +371,12 @@ def plot_tables(figures: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         1, 2, figsize=(8.5, 0.3 * len(names) + 0.8), layout="constrained", sharey=True
     )
-    for shift, (steps, found) in enumerate(figures.items()):
+    for shift, (steps, by_split) in enumerate(figures.items()):
         for axis, metric, unit in zip(axes, ("nll", "ece"), (1, 100), strict=True):
             points = [
-                (i, found["test"][n][metric]) for i, n in enumerate(names) if n in found["test"]
+                (i, by_split["test"][n][metric])
+                for i, n in enumerate(names)
+                if n in by_split["test"]
             ]
             rows = [i - 0.2 * shift for i, _ in points]
             values = [unit * value for _, (value, _) in points]

@@ -113,16 +113,16 @@ def zero_shot(model: str, data: str, task: str) -> dict[str, Any]:
     settings = AdapterConfig(targets=("q_proj",), layers=(0,))  # untrained: the model as it is
     predictor = Predictor(make_adapter(config, settings, readout, svd=False))
     splits = {"train": readout.encode(train), "test": readout.encode(test)}
-    found = {name: predict(predictor, split, batch_size=8) for name, split in splits.items()}
+    predictions = {name: predict(predictor, split, batch_size=8) for name, split in splits.items()}
     figures: dict[str, Any] = {"n": len(test), "n_kappa": len(train)}
     for normalise in NORMALISE:
         readout.normalise = normalise
         scores = {
-            name: found[name].logits[0] / sizes(readout.encode(split.records))
+            name: predictions[name].logits[0] / sizes(readout.encode(split.records))
             for name, split in splits.items()
         }
-        kappa = fit_kappa(scores["train"], found["train"].labels)
-        metrics = evaluate(kappa * scores["test"][None], found["test"].labels)
+        kappa = fit_kappa(scores["train"], predictions["train"].labels)
+        metrics = evaluate(kappa * scores["test"][None], predictions["test"].labels)
         figures[normalise] = {key: metrics[key] for key in ("acc", "nll", "ece", "brier")}
         figures[normalise] |= {
             "kappa": kappa,
@@ -185,25 +185,25 @@ class Bench:
 
     def validate(self, predictor: Predictor) -> float:
         """NLL of the validation questions."""
-        found = predict(predictor, self.splits["validation"], batch_size=BATCH)
-        return evaluate(found.logits, found.labels)["nll"]
+        predictions = predict(predictor, self.splits["validation"], batch_size=BATCH)
+        return evaluate(predictions.logits, predictions.labels)["nll"]
 
     def test(self, predictor: Predictor) -> dict[str, Tensor]:
         """What the table needs of each question of ``test`` and ``other``: averaged
         log-probabilities (N, C), mutual information (N,), label and length."""
-        found = {}
+        tensors = {}
         for name in ("test", "other"):
             split = self.splits[name]
             logits = predict(predictor, split, batch_size=BATCH).logits
             averaged = summarise(logits)
-            found |= {
+            tensors |= {
                 f"{name}.log_probs": averaged.log_probabilities.half(),
                 f"{name}.mutual_information": averaged.mutual_information.half(),
                 f"{name}.noise_to_signal": noise_to_signal(logits).half(),
                 f"{name}.labels": split.labels,
                 f"{name}.lengths": torch.tensor(split.lengths),
             }
-        return found
+        return tensors
 
 
 # ---------------------------------------------------------------------- rows
@@ -429,10 +429,10 @@ def trial(bench: Bench, name: str, label: str) -> dict[str, float]:
     def run() -> dict:
         row, method = ROWS[name], ROWS[name].method(label)
         fitted = bench.fit(method, TUNING_SEED, row.subspace)
-        found = summary(fitted) | {"kappa": kappa(bench, fitted)}
+        figures = summary(fitted) | {"kappa": kappa(bench, fitted)}
         for other, predictor in row.predictors(name, bench, method, fitted):
-            found[other] = bench.validate(predictor)
-        return found
+            figures[other] = bench.validate(predictor)
+        return figures
 
     return bench_cached(bench, f"{name} {label} trial", run)
 
@@ -448,10 +448,10 @@ def tested(bench: Bench, name: str, label: str, seed: int) -> dict[str, dict[str
         folder.mkdir(parents=True, exist_ok=True)
         method = row.method(label)
         fitted = bench.fit(method, seed, row.subspace)
-        found = summary(fitted) | {"kappa": kappa(bench, fitted)}
+        figures = summary(fitted) | {"kappa": kappa(bench, fitted)}
         for other, predictor in row.predictors(name, bench, method, fitted):
             save_file(bench.test(predictor), files[other])
-        return found
+        return figures
 
     bench_cached(bench, f"{name} {label} seed {seed}", run)
     return {other: load_file(file) for other, file in files.items()}
@@ -540,7 +540,7 @@ def answers(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
     """What each question adds to a figure: the test questions, or also those of the other task."""
     probs, wrong = answers(run)
-    found = per_question(run["test.log_probs"][None].float(), run["test.labels"])
+    by_name = per_question(run["test.log_probs"][None].float(), run["test.labels"])
     other = run["other.log_probs"].float().exp()
     scores = {
         "entropy": (torch.special.entr(probs).sum(-1), torch.special.entr(other).sum(-1)),
@@ -553,14 +553,14 @@ def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, (here, there) in scores.items():
         if not here.float().any():
             continue  # one draw
-        found[f"auroc_wrong_{name}"] = auroc_per_question(here.float(), wrong)
+        by_name[f"auroc_wrong_{name}"] = auroc_per_question(here.float(), wrong)
         both = torch.cat([here, there]).float()
-        found[f"auroc_other_{name}"] = auroc_per_question(both, is_other, lengths)
-    return found
+        by_name[f"auroc_other_{name}"] = auroc_per_question(both, is_other, lengths)
+    return by_name
 
 
-def interval(found: Interval) -> dict[str, float]:
-    return found._asdict()
+def interval(estimate: Interval) -> dict[str, float]:
+    return estimate._asdict()
 
 
 def table(bench: Bench, names: list[str]) -> dict[str, Any]:
@@ -572,12 +572,12 @@ def table(bench: Bench, names: list[str]) -> dict[str, Any]:
         row = ROWS[name]
         trials[name] = choose(bench, name)
         for own in (name, *row.own):
-            found = {label: each[own] for label, each in trials[name].items()}
-            label = min(found, key=found.get) if found else next(iter(row.trials))
+            nlls = {label: each[own] for label, each in trials[name].items()}
+            label = min(nlls, key=nlls.get) if nlls else next(iter(row.trials))
             chosen[own] = label
             each_seed = [tested(bench, name, label, seed) for seed in SEEDS]
             for other in (own, *(row.same if own == name else ())):
-                runs[other] = [found[other] for found in each_seed]
+                runs[other] = [of_seed[other] for of_seed in each_seed]
     figures = {
         "trials": trials,
         "chosen": chosen,
@@ -614,8 +614,8 @@ def main() -> None:
     for task in args.tasks:
         if args.zero_shot:
             run = partial(zero_shot, args.model, args.data, task)
-            found = cached(Path(args.runs) / "runs.jsonl", f"{task} zero-shot", run)
-            figures[task] = found | {"published": PUBLISHED[task]}
+            measured = cached(Path(args.runs) / "runs.jsonl", f"{task} zero-shot", run)
+            figures[task] = measured | {"published": PUBLISHED[task]}
         else:
             figures[task] = table(Bench(args.model, args.data, task, args.runs), args.rows)
         print(json.dumps({task: figures[task]}, indent=1), flush=True)

@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write scalabl_pyro/embedded/demo.json")
     args = parser.parse_args()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        found = compose("demo", [f"out={args.out}", f"seeds={SEEDS}", f"jobs={args.jobs}"])
-    config = build(DemoConfig, OmegaConf.to_container(found, resolve=True))
+        settings = compose("demo", [f"out={args.out}", f"seeds={SEEDS}", f"jobs={args.jobs}"])
+    config = build(DemoConfig, OmegaConf.to_container(settings, resolve=True))
     folder = Path(embedded.__file__).parent
     report("quality.demo", compare(config), save=args.save, folder=folder)
 

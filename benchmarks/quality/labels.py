@@ -43,17 +43,17 @@ def start(bench: Bench, scores: Sequence[str], seed: int) -> dict[str, Any]:
     bought = random.Random(seed).sample(ids, COUNT)
 
     def run() -> dict:
-        fitted, found = trained(bench, bought, seed)
+        fitted, tested = trained(bench, bought, seed)
         chosen = {by: choose(bench, fitted, bought, by, seed) for by in scores}
-        return found | {"bought": bought, "chosen": chosen}
+        return tested | {"bought": bought, "chosen": chosen}
 
     return bench.cached(f"seed {seed} start, {' '.join(scores)}", run)
 
 
 def rounds(bench: Bench, scores: Sequence[str], by: str, seed: int) -> list[dict[str, Any]]:
     """What each round tells of the test questions."""
-    found = [start(bench, scores, seed)]
-    bought = [*found[0]["bought"], *found[0]["chosen"][by]]
+    outcomes = [start(bench, scores, seed)]
+    bought = [*outcomes[0]["bought"], *outcomes[0]["chosen"][by]]
     for number in range(1, ROUNDS):
         last = number == ROUNDS - 1
 
@@ -61,15 +61,15 @@ def rounds(bench: Bench, scores: Sequence[str], by: str, seed: int) -> list[dict
             fitted, tested = trained(bench, bought, seed)
             return tested | {"chosen": [] if last else choose(bench, fitted, bought, by, seed)}
 
-        found.append(bench.cached(f"{by} seed {seed} round {number}", run))
-        bought = [*bought, *found[-1]["chosen"]]
-    return found
+        outcomes.append(bench.cached(f"{by} seed {seed} round {number}", run))
+        bought = [*bought, *outcomes[-1]["chosen"]]
+    return outcomes
 
 
 def trained(bench: Bench, bought: Sequence[str], seed: int) -> tuple[Fitted, dict[str, Any]]:
     """ScalaBL on some training questions, and ``acc`` and ``nll`` of each test question."""
-    some = set(bought)
-    records = [record for record in bench.splits["train"].records if record.id in some]
+    ids = set(bought)
+    records = [record for record in bench.splits["train"].records if record.id in ids]
     train = bench.readout.encode(records)
     method = scalabl(5e-3, 10, projections="frozen_v")(STEPS)
     make = partial(make_adapter, bench.config, bench.adapter, bench.readout, prompts=train)
@@ -82,11 +82,11 @@ def trained(bench: Bench, bought: Sequence[str], seed: int) -> tuple[Fitted, dic
 
 def choose(bench: Bench, fitted: Fitted, bought: Sequence[str], by: str, seed: int) -> list[str]:
     """The ids of the next questions to label, chosen without their labels."""
-    some = set(bought)
+    ids = set(bought)
     records = bench.splits["train"].records
-    pool = [replace(record, label=None) for record in records if record.id not in some]
-    train = bench.readout.encode([record for record in records if record.id in some])
-    found = select(
+    pool = [replace(record, label=None) for record in records if record.id not in ids]
+    train = bench.readout.encode([record for record in records if record.id in ids])
+    selection = select(
         fitted.predictor,
         pool,
         COUNT,
@@ -96,7 +96,7 @@ def choose(bench: Bench, fitted: Fitted, bought: Sequence[str], by: str, seed: i
         train=train,
         seed=1000 * seed + len(bought),
     )
-    return [record.id for record in found.records]
+    return [record.id for record in selection.records]
 
 
 def table(bench: Bench, seeds: dict[str, int]) -> dict[str, Any]:
@@ -108,25 +108,25 @@ def table(bench: Bench, seeds: dict[str, int]) -> dict[str, Any]:
         for by in scores:
             if seed < seeds[by]:
                 runs[by].append(rounds(bench, scores, by, seed))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for by, each in runs.items():
-        found[by] = {"seeds": len(each), "minus random": {}}
+        figures[by] = {"seeds": len(each), "minus random": {}}
         for metric in ("acc", "nll"):
             values = curves(each, metric)
-            found[by][metric] = {k: crossed_interval(x)._asdict() for k, x in values.items()}
+            figures[by][metric] = {k: crossed_interval(x)._asdict() for k, x in values.items()}
             if by != "random" and "random" in runs:
                 K = min(len(each), len(runs["random"]))
                 other = curves(runs["random"], metric)
-                found[by]["minus random"][metric] = {
+                figures[by]["minus random"][metric] = {
                     k: paired_difference(x[:K], other[k][:K])._asdict() for k, x in values.items()
                 }
-    return found
+    return figures
 
 
 def curves(runs: Sequence[Sequence[dict[str, Any]]], metric: str) -> dict[str, Tensor]:
     """(K, N) of seeds and test questions, by the number of labels, and their mean after the
     first round."""
-    values = torch.tensor([[found[metric] for found in each] for each in runs])  # (K, R, N)
+    values = torch.tensor([[tested[metric] for tested in each] for each in runs])  # (K, R, N)
     by_count = {str(COUNT * (r + 1)): values[:, r] for r in range(values.shape[1])}
     return by_count | {"mean after the first": values[:, 1:].mean(1)}
 

@@ -236,14 +236,14 @@ ROWS: dict[str, Row] = {
 
 def trials_of(bench: Bench, names: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
     """Row → (label, variant) → validation NLL. One training run serves all rows of its family."""
-    wanted: dict[tuple[str, str], list[str]] = {}
+    by_run: dict[tuple[str, str], list[str]] = {}
     for name in (name for name in ROWS if name in names):
         for label in ROWS[name].labels:
-            wanted.setdefault((ROWS[name].family, label), []).append(name)
-    found = {run: trial(bench, *run, rows) for run, rows in wanted.items()}
+            by_run.setdefault((ROWS[name].family, label), []).append(name)
+    nlls = {run: trial(bench, *run, rows) for run, rows in by_run.items()}
     return {
         name: {
-            (label, variant): found[ROWS[name].family, label][f"{name}|{variant}"]
+            (label, variant): nlls[ROWS[name].family, label][f"{name}|{variant}"]
             for label in ROWS[name].labels
             for variant in ROWS[name].derive
         }
@@ -254,17 +254,17 @@ def trials_of(bench: Bench, names: Sequence[str]) -> dict[str, dict[tuple[str, s
 def trial(bench: Bench, family: str, label: str, names: Sequence[str]) -> dict[str, float]:
     """Validation NLL of these rows' variants, as ``name|variant``, of one training run."""
     run = f"{family} {label} trial"
-    found = bench.finished().get(run, {})
-    todo = [(name, v) for name in names for v in ROWS[name].derive if f"{name}|{v}" not in found]
+    nlls = bench.finished().get(run, {})
+    todo = [(name, v) for name in names for v in ROWS[name].derive if f"{name}|{v}" not in nlls]
     if todo:
         print(f"running {run}", flush=True)
         fitted = bench.fit(FAMILIES[family][label](), TUNING_SEED)
-        found = found | {
+        nlls = nlls | {
             f"{name}|{v}": bench.validate(ROWS[name].derive[v](bench, fitted))["nll"]
             for name, v in todo
         }
-        bench.keep(run, found)
-    return found
+        bench.keep(run, nlls)
+    return nlls
 
 
 def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Path:
@@ -272,12 +272,12 @@ def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Pat
     return bench.runs.parent / (words.replace(",", "").replace(" ", "_") + ".safetensors")
 
 
-def run_missing(bench: Bench, wanted: Mapping[str, Sequence[tuple[str, str]]], seed: int) -> None:
+def run_missing(bench: Bench, choices: Mapping[str, Sequence[tuple[str, str]]], seed: int) -> None:
     """Train what no row has of this seed yet, and keep log p̄ (N, C) and mutual information (N,) of
     the questions of ``all``; and log p̄ of ``validation``."""
     todo: dict[tuple[str, str], dict[str, str]] = {}
     for name in ROWS:  # in their order: what changes the matrices comes last
-        for label, variant in wanted.get(name, ()):
+        for label, variant in choices.get(name, ()):
             if not run_file(bench, name, (label, variant), seed).exists():
                 todo.setdefault((ROWS[name].family, label), {})[name] = variant
     for (family, label), names in todo.items():
@@ -287,13 +287,13 @@ def run_missing(bench: Bench, wanted: Mapping[str, Sequence[tuple[str, str]]], s
             predictor = ROWS[name].derive[variant](bench, fitted)
             logits = predict(predictor, bench.splits["all"]).logits
             validation = predict(predictor, bench.splits["validation"]).logits
-            kept = {
+            tensors = {
                 "log_probs": average(logits).contiguous(),
                 "mutual_information": mutual_information(logits).contiguous(),
                 "validation": average(validation).contiguous(),
             }
             with whole_file(run_file(bench, name, (label, variant), seed)) as part:
-                save_file(kept, part)
+                save_file(tensors, part)
 
 
 def ensemble(bench: Bench, name: str, choice: tuple[str, str]) -> dict[str, Tensor]:
@@ -339,10 +339,10 @@ def differences(runs: Mapping[str, Sequence[ReportedRun]], reference: str) -> di
         values[name] = stacked([per_question(test.logits, known(test)) for test in tests])
     return {
         name: {
-            metric: paired_difference(found[metric], values[reference][metric])._asdict()
-            for metric in found
+            metric: paired_difference(of_row[metric], values[reference][metric])._asdict()
+            for metric in of_row
         }
-        for name, found in values.items()
+        for name, of_row in values.items()
         if name != reference
     }
 
@@ -354,7 +354,7 @@ def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]
     lengths = {n: torch.tensor(bench.splits[n].lengths) for n in ("test", *subjects(bench))}
     each: list[dict[str, Tensor]] = []
     for run in runs:
-        found: dict[str, Tensor] = {}
+        areas: dict[str, Tensor] = {}
         log_probs = by_split(bench, run["log_probs"])
         wrong = log_probs["test"].argmax(-1) != labels
         scores = {"entropy": entropy(run["log_probs"][None])}
@@ -362,13 +362,13 @@ def aurocs(bench: Bench, runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]
             scores["mutual information"] = run["mutual_information"]
         for score, values in scores.items():
             of = by_split(bench, values)
-            found[f"wrong by {score}"] = auroc_per_question(of["test"], wrong)
+            areas[f"wrong by {score}"] = auroc_per_question(of["test"], wrong)
             for other in subjects(bench):
                 both = torch.cat([of["test"], of[other]])
                 is_other = torch.arange(len(both)) >= len(of["test"])
                 length = torch.cat([lengths["test"], lengths[other]])
-                found[f"{other} by {score}"] = auroc_per_question(both, is_other, length)
-        each.append(found)
+                areas[f"{other} by {score}"] = auroc_per_question(both, is_other, length)
+        each.append(areas)
     return {name: crossed_interval(values)._asdict() for name, values in stacked(each).items()}
 
 
@@ -378,34 +378,34 @@ def table(
     """Trials, choices, those at an edge of their grid, AUROCs; and the runs of each row."""
     together = {n: [(s, "") for s in ROWS[n].labels] for n in names if ROWS[n].together}
     trials = trials_of(bench, [name for name in names if name not in together])
-    wanted = {name: [min(found, key=found.__getitem__)] for name, found in trials.items()}
+    best = {name: [min(nlls, key=nlls.__getitem__)] for name, nlls in trials.items()}
     for seed in SEEDS:
-        run_missing(bench, wanted | together, seed)
+        run_missing(bench, best | together, seed)
     for name, choices in together.items():
         labels = known(bench.splits["validation"])
         ensembles = {choice: ensemble(bench, name, choice)["validation"] for choice in choices}
         trials[name] = {c: evaluate(p[None], labels)["nll"] for c, p in ensembles.items()}
-    chosen = {name: min(found, key=found.__getitem__) for name, found in trials.items()}
+    chosen = {name: min(nlls, key=nlls.__getitem__) for name, nlls in trials.items()}
     runs: dict[str, list[ReportedRun]] = {}
     figures: dict[str, Any] = {"trials": {}, "chosen": {}, "edges": [], "auroc": {}}
     for name in names:
-        tried, choice = ROWS[name].labels, chosen[name]
+        options, choice = ROWS[name].labels, chosen[name]
         settings = {"training": ROWS[name].family, "settings": " ".join(filter(None, choice))}
-        kept = (
+        tensors = (
             [ensemble(bench, name, choice)] * len(SEEDS)
             if name in together
             else [load_file(run_file(bench, name, choice, seed)) for seed in SEEDS]
         )
-        figures["auroc"][name] = aurocs(bench, kept)
+        figures["auroc"][name] = aurocs(bench, tensors)
         figures["trials"][name] = {
             " ".join(filter(None, c)): nll for c, nll in trials[name].items()
         }
         figures["chosen"][name] = " ".join(filter(None, choice))
-        if len(tried) > 1 and choice[0] in (tried[0], tried[-1]):
+        if len(options) > 1 and choice[0] in (options[0], options[-1]):
             figures["edges"].append(name)
         runs[name] = [
             ReportedRun(f"{name} seed {seed}", predictions(bench, run), settings, seed)
-            for run, seed in zip(kept, SEEDS, strict=True)
+            for run, seed in zip(tensors, SEEDS, strict=True)
         ]
     return figures, runs
 
@@ -423,8 +423,8 @@ def main() -> None:
     add_others(bench, args.data)
     figures, runs = table(bench, args.rows)
     trials = {
-        name: [{"trial": {"settings": t}, "validation_nll": nll} for t, nll in found.items()]
-        for name, found in figures["trials"].items()
+        name: [{"trial": {"settings": t}, "validation_nll": nll} for t, nll in nlls.items()]
+        for name, nlls in figures["trials"].items()
     }
     out = RESULTS / "methods_report" if args.save else args.runs / "report"
     if OURS in runs:

@@ -110,24 +110,24 @@ def table(bench: Bench, rows: list[str], part: str, seeds: int) -> dict[str, Any
     for seed in SEEDS[:seeds]:
         for row in rows:
             runs[row].append(tested(bench, row, chosen[row], seed))
-    found: dict[str, Any] = {"trials": trials, "chosen": chosen, "test": {}, "minus random": {}}
+    contents: dict[str, Any] = {"trials": trials, "chosen": chosen, "test": {}, "minus random": {}}
     values = {}
     for row in rows:
         logits = [torch.tensor(run["log_probabilities"])[None] for run in runs[row]]
         values[row] = stacked([per_question(each, labels) for each in logits])
         floors = [ece_floor(each[0].softmax(-1)).mean for each in logits]
-        found["test"][row] = {
+        contents["test"][row] = {
             **{name: crossed_interval(x)._asdict() for name, x in values[row].items()},
             "ece_floor": sum(floors) / len(floors),
             "kl": sum(run["kl"] for run in runs[row]) / len(runs[row]),
             "auroc": _mean([run["auroc"] for run in runs[row]]),
         }
         if row != "random" and "random" in values:
-            found["minus random"][row] = {
+            contents["minus random"][row] = {
                 name: paired_difference(x, values["random"][name])._asdict()
                 for name, x in values[row].items()
             }
-    return found
+    return contents
 
 
 def _mean(areas: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -150,8 +150,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/subspace.json")
     args = parser.parse_args()
     bench = Bench(args.model, args.data, args.runs)
-    found = {part: table(bench, args.rows, part, args.seeds) for part in args.parts}
-    report("quality.subspace", found, save=args.save)
+    tables = {part: table(bench, args.rows, part, args.seeds) for part in args.parts}
+    report("quality.subspace", tables, save=args.save)
 
 
 if __name__ == "__main__":

@@ -135,15 +135,15 @@ def scores(bench: Bench, predictor: Predicts, fitted: Fitted | None) -> dict[str
     :param fitted: where the adapter has one function.
     """
     logits = predict(predictor, bench.splits["all"]).logits
-    found = {
+    by_score = {
         "log_probs": average(logits).contiguous(),
         "max_probability": -max_probability(logits),
         "entropy": entropy(logits),
     }
     if len(logits) > 1:
-        found["mutual_information"] = mutual_information(logits)
-        found["noise_to_signal"] = noise_to_signal(logits)
-    return found if fitted is None else found | of_features(bench, fitted)
+        by_score["mutual_information"] = mutual_information(logits)
+        by_score["noise_to_signal"] = noise_to_signal(logits)
+    return by_score if fitted is None else by_score | of_features(bench, fitted)
 
 
 def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
@@ -152,12 +152,12 @@ def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
     adapter = fitted.model.adapter
     loc = None if fitted.guide is None else fitted.guide.median()["s"]
     features = (pooled_features(adapter, each, loc) for each in (train, new))
-    found = {"mahalanobis": mahalanobis(*features)}
+    by_score = {"mahalanobis": mahalanobis(*features)}
     if loc is not None:
-        found["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
-    some = train.select(range(0, len(train), max(1, len(train) // KNOWN)))
-    found["weight_novelty"] = weight_novelty(adapter, some, new, precision=PRECISION, s=loc)
-    return found
+        by_score["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
+    sample = train.select(range(0, len(train), max(1, len(train) // KNOWN)))
+    by_score["weight_novelty"] = weight_novelty(adapter, sample, new, precision=PRECISION, s=loc)
+    return by_score
 
 
 def controls(bench: Bench) -> dict[str, Tensor]:
@@ -174,19 +174,19 @@ def contrast(adapter: SubspaceAdapter, split: Split) -> Tensor:
     its row's last hidden states."""
     adapter.eval()
     backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
-    found, hidden = [], []
+    distances, hidden = [], []
     handle = backbone.register_forward_hook(lambda _, args, output: hidden.append(output[0]))
     try:
-        for some in split.batches(32):
-            batch = some.collate(some.examples)
+        for chunk in split.batches(32):
+            batch = chunk.collate(chunk.examples)
             adapter(batch)
             mask = batch.inputs["attention_mask"][..., None].float()  # (B, C, T, 1)
             states = hidden.pop().float().view(*mask.shape[:3], -1)
             rows = (states * mask).sum(2) / mask.sum(2)  # (B, C, H)
-            found.append((rows - rows.mean(1, keepdim=True)).square().sum(-1).mean(1))
+            distances.append((rows - rows.mean(1, keepdim=True)).square().sum(-1).mean(1))
     finally:
         handle.remove()
-    return torch.cat(found)
+    return torch.cat(distances)
 
 
 # ---------------------------------------------------------------------- runs
@@ -256,17 +256,17 @@ def figures(
     ]
     wrong = [run["log_probs"]["test"].argmax(-1) != labels for run in each]
     lengths = [torch.tensor(bench.splits[name].lengths) for name in names]
-    found: dict[str, Any] = {}
+    by_score: dict[str, Any] = {}
     for score in each[0]:
         if score == "log_probs":
             continue
         here = [run[score]["test"] for run in each]
-        found[score] = {"wrong": of_wrong(here, wrong, resamples)}
+        by_score[score] = {"wrong": of_wrong(here, wrong, resamples)}
         for other, theirs in zip(names[1:], lengths[1:], strict=True):
             there = [run[score][other] for run in each]
             apart = (theirs[:, None] - lengths[0]).abs() <= 2
-            found[score][other] = of_other(here, there, apart, resamples)
-    return found
+            by_score[score][other] = of_other(here, there, apart, resamples)
+    return by_score
 
 
 def of_wrong(scores: Sequence[Tensor], wrong: Sequence[Tensor], resamples: int) -> dict[str, Any]:
@@ -349,8 +349,8 @@ def bootstrapped(
     each = torch.tensor([metric(k, *whole) for k in range(seeds)], dtype=torch.float64)
     again = []
     for _ in range(resamples):
-        some = [drawn(size) for size in sizes]
-        again.append(sum(metric(k, *some) for k in drawn(seeds).tolist()) / seeds)
+        resampled = [drawn(size) for size in sizes]
+        again.append(sum(metric(k, *resampled) for k in drawn(seeds).tolist()) / seeds)
     low, high = torch.tensor(again, dtype=torch.float64).quantile(
         torch.tensor([0.025, 0.975]).double()
     )
@@ -370,8 +370,8 @@ def table(bench: Bench, names: Sequence[str], seeds: int, resamples: int) -> dic
             if name not in chosen and len(labels) > 1:
                 trials[name] = {label: trial(bench, name, label) for label in labels}
             if name not in chosen:
-                found = trials.get(name, {})
-                chosen[name] = min(found, key=found.__getitem__) if found else labels[0]
+                nlls = trials.get(name, {})
+                chosen[name] = min(nlls, key=nlls.__getitem__) if nlls else labels[0]
             for other, run in tested(bench, name, chosen[name], seed).items():
                 runs.setdefault(other, []).append(run)
     return {
@@ -418,9 +418,9 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.data, args.runs / "runs.jsonl")
     add_others(bench, args.data)
-    found = table(bench, args.rows, args.seeds, args.resamples)
-    print_table(found["rows"])
-    report("quality.unknown", found, save=args.save)
+    summary = table(bench, args.rows, args.seeds, args.resamples)
+    print_table(summary["rows"])
+    report("quality.unknown", summary, save=args.save)
 
 
 def print_table(rows: dict[str, Any]) -> None:
@@ -428,7 +428,7 @@ def print_table(rows: dict[str, Any]) -> None:
     for row, by_score in rows.items():
         print(f"{row:24s}" + "".join(f"{of:>24s}" for of in next(iter(by_score.values()))))
         for score, by_positive in by_score.items():
-            cells = [found["auroc"] for found in by_positive.values()]
+            cells = [metrics["auroc"] for metrics in by_positive.values()]
             print(
                 f"  {score:22s}"
                 + "".join(f"{c['mean']:10.3f} ({c['low']:.3f}, {c['high']:.3f})" for c in cells)

@@ -106,23 +106,23 @@ def kill_and_compare(
     start = time.perf_counter()
     scalabl(*command, *target(folder / "whole"))
     seconds = time.perf_counter() - start
-    found = {"kills": 0, "finished_runs": 0, "equal_runs": 0}
-    while found["kills"] < kills or not found["finished_runs"]:
+    counts = {"kills": 0, "finished_runs": 0, "equal_runs": 0}
+    while counts["kills"] < kills or not counts["finished_runs"]:
         # The last run goes to its end.
-        limit = chance.uniform(0, 1.2 * seconds) if found["kills"] < kills else None
+        limit = chance.uniform(0, 1.2 * seconds) if counts["kills"] < kills else None
         path = folder / "killed"
         if not scalabl(*command, *target(path), seconds=limit):
-            found["kills"] += 1
+            counts["kills"] += 1
             # What predict, generate and distill write is whole, and is not written again.
             if command[0] in ("train", "compare") or not path.exists():
                 continue
-        found["finished_runs"] += 1
-        found["equal_runs"] += same(folder / "whole", path)
+        counts["finished_runs"] += 1
+        counts["equal_runs"] += same(folder / "whole", path)
         left = [other.name for other in folder.iterdir() if other.name not in ("whole", "killed")]
         if left:
             raise RuntimeError(f"a finished run left {left} behind")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return found | {"bit_equal": found["equal_runs"] == found["finished_runs"]}
+    return counts | {"bit_equal": counts["equal_runs"] == counts["finished_runs"]}
 
 
 def main() -> None:

@@ -58,9 +58,9 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 def table(folder: Path) -> str:
     out = folder.parent / f"{folder.name}-table"
     scalabl("report", f"runs={folder}", f"out={out}")
-    found = json.loads((out / "table.json").read_text())
-    del found["cost"]  # seconds differ
-    return json.dumps(found)
+    contents = json.loads((out / "table.json").read_text())
+    del contents["cost"]  # seconds differ
+    return json.dumps(contents)
 
 
 def numbers(folder: Path) -> dict[str, bytes]:

@@ -85,12 +85,12 @@ class Decisions:
 
     def settings(self) -> dict[str, Any]:
         """What the lines of a file depend on, as JSON values; nothing where nothing is decided."""
-        found = {
+        settings = {
             "abstain_below": self.abstain_below,
             "conformal": self.conformal,
             "conformal_threshold": self.threshold,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def of(self, records: Sequence[Record], answers: Averaged) -> list[dict[str, Any]]:
         """What the line of each answer gains: ``abstained``, and the ``set`` of its choices."""
@@ -129,13 +129,15 @@ def calibrate(
         return Decisions(config.abstain_below)
     records = _labelled(config, run, columns)
     warn_of_trained(run, records, "risk and coverage hold for no other records then")
-    found = predict(predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance)
-    assert found.labels is not None
-    answers = summarise(found.logits)
+    predictions = predict(
+        predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance
+    )
+    assert predictions.labels is not None
+    answers = summarise(predictions.logits)
     decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
     report: dict[str, Any] = {"records": len(records)}
     if config.risk is not None:
-        chosen = threshold_at_risk(answers.probabilities, found.labels, config.risk)
+        chosen = threshold_at_risk(answers.probabilities, predictions.labels, config.risk)
         decided["abstain_below"] = chosen.abstain_below
         if chosen.risk_up_to > 2 * config.risk:
             log.warning(
@@ -152,7 +154,7 @@ def calibrate(
         names = [f"calibration {record.id}" for record in records]
         uniform = uniform_of(names, seed=seed)
         scores = CONFORMAL_SCORES[config.conformal](answers.log_probabilities, uniform)
-        threshold = conformal_threshold(scores, found.labels, config.coverage)
+        threshold = conformal_threshold(scores, predictions.labels, config.coverage)
         decided |= {"conformal": config.conformal, "threshold": threshold}
         report["conformal_threshold"] = threshold
     return Decisions(**decided, calibration=report)

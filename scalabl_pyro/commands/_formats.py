@@ -100,9 +100,10 @@ def to_markdown(table: Mapping[str, Any]) -> str:
         lines += ["In brackets p of none (two-sided).", "", _line(heads)]
         lines.append("|---" * len(heads) + "|")
     for name, row in differences.items():
-        for split, found in row.items():
+        for split, by_metric in row.items():
             cells = [
-                f"{cell(found[m], *UNITS[m])} ({p_value(found[m]['p']) or '–'})" for m in METRICS
+                f"{cell(by_metric[m], *UNITS[m])} ({p_value(by_metric[m]['p']) or '–'})"
+                for m in METRICS
             ]
             lines.append(_line([plain(name), plain(split), *cells]))
     return "\n".join(lines) + "\n"
@@ -121,14 +122,14 @@ def cost_cells(table: Mapping[str, Any], name: str) -> dict[str, str]:
     own, plain_lora = table["cost"][name], table["cost"].get(BASELINE)
     if own is None:
         return dict.fromkeys(COST_TITLES, "–")
-    found = {key: f"{own[key]:,}" for key in ("trained", "stored")}
+    cells = {key: f"{own[key]:,}" for key in ("trained", "stored")}
     for key, each in (("training", 1), ("prediction", 1000)):
         ratio = cost_ratio(own[key], plain_lora and plain_lora[key])
         if ratio is not None:
-            found[key] = f"{ratio:.3g}×"
+            cells[key] = f"{ratio:.3g}×"
         else:
-            found[key] = "–" if own[key] is None else f"{each * own[key]['seconds']:.3g} s"
-    return found
+            cells[key] = "–" if own[key] is None else f"{each * own[key]['seconds']:.3g} s"
+    return cells
 
 
 def cost_ratio(own: Mapping[str, Any] | None, plain_lora: Mapping[str, Any] | None) -> float | None:

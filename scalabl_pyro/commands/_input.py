@@ -42,17 +42,17 @@ def own_records(run: Run, split: str) -> list[Record]:
     :raises DataError: if they cannot be read, or are others now.
     """
     try:
-        found = run.config.data.splits(seed=run.config.seed)[split]
+        records = run.config.data.splits(seed=run.config.seed)[split]
     except (DataError, OSError) as error:
         raise DataError(f"the {split} split of the run cannot be read: {error}") from error
     known = read_fingerprints(run.folder).get(split)
-    if known is not None and fingerprint({split: found}) != known:
+    if known is not None and fingerprint({split: records}) != known:
         raise DataError(
-            f"the {split} split of the run cannot be read: its data settings lead to {len(found)}"
+            f"the {split} split of the run cannot be read: its data settings lead to {len(records)}"
             " other records than it had; put them back, or set data in its config.yaml to where"
             " they are"
         )
-    return found
+    return records
 
 
 def warn_of_trained(run: Run, records: Sequence[Record], consequence: str) -> None:

@@ -57,11 +57,11 @@ class ResumableJsonl:
     def _check_settings(self) -> None:
         known = self._settings_path.exists()
         begun = json.loads(self._settings_path.read_text(encoding="utf-8")) if known else {}
-        wanted = json.loads(json.dumps(self._settings))
+        asked = json.loads(json.dumps(self._settings))
         differ = {
-            name: f"{begun.get(name)!r}, now {wanted.get(name)!r}"
-            for name in sorted(begun.keys() | wanted.keys())
-            if begun.get(name) != wanted.get(name)
+            name: f"{begun.get(name)!r}, now {asked.get(name)!r}"
+            for name in sorted(begun.keys() | asked.keys())
+            if begun.get(name) != asked.get(name)
         }
         if differ:
             raise ValueError(
@@ -77,18 +77,18 @@ class ResumableJsonl:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    found = json.loads(line)["id"]
+                    record_id = json.loads(line)["id"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{self._part}, line {number} is not an object with an id; remove the file"
                         " to start again"
                     ) from error
                 expected = self.ids[self.done] if self.done < len(self.ids) else None
-                if found != expected:
+                if record_id != expected:
                     raise ValueError(
-                        f"{self._part}, line {number} answers {found!r}, but record {number} of the"
-                        f" input is {expected!r}: it was written for another input; remove it to"
-                        " start again"
+                        f"{self._part}, line {number} answers {record_id!r}, but record {number} of"
+                        f" the input is {expected!r}: it was written for another input; remove it"
+                        " to start again"
                     )
                 self.done += 1
                 whole += len(line)

@@ -117,27 +117,27 @@ def _link(folder: Path, out: Path) -> str:
 
 def _cells(table: Mapping[str, Any], split: str, name: str) -> list[tuple[str, str]]:
     """A row's metrics, each with its mark."""
-    found = []
+    cells = []
     for metric in METRICS:
         floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})" if metric == "ece" else ""
         text = cell(table["metrics"][name][split][metric], *UNITS[metric]) + floor
-        found.append((text, mark(table, split, metric, name).strip()))
+        cells.append((text, mark(table, split, metric, name).strip()))
     if split != "test":
-        found.append((cell(table["auroc_of_entropy"][name][split], 1, 3), ""))
-    return found
+        cells.append((cell(table["auroc_of_entropy"][name][split], 1, 3), ""))
+    return cells
 
 
 def _differences(table: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Row, split, and for each metric the difference and its p."""
     return [
-        (name, split, [(_signed(found[m], m), p_value(found[m]["p"])) for m in METRICS])
+        (name, split, [(_signed(by_metric[m], m), p_value(by_metric[m]["p"])) for m in METRICS])
         for name, row in table.get(f"minus_{BASELINE}", {}).items()
-        for split, found in row.items()
+        for split, by_metric in row.items()
     ]
 
 
-def _signed(found: Mapping[str, float], metric: str) -> str:
-    return cell(found, *UNITS[metric]).replace("-", "−")
+def _signed(difference: Mapping[str, float], metric: str) -> str:
+    return cell(difference, *UNITS[metric]).replace("-", "−")
 
 
 # ---------------------------------------------------------------------- pictures
@@ -164,7 +164,7 @@ def _pictures(
 ) -> list[Picture]:
     """Of one row: reliability on each split, risk and coverage on test, and other data."""
     runs = predictions[name]
-    found = []
+    pictures = []
     for split in splits:
         ece = 100 * table["metrics"][name][split]["ece"]["mean"]
         floor = 100 * table["ece_floor"][name][split]["mean"]
@@ -177,7 +177,7 @@ def _pictures(
             f"Reliability of {name} on {split}: accuracy against confidence in ten bins. ECE"
             f" {ece:.1f} %, of a calibrated model {floor:.1f} %."
         )
-        found.append(_picture(reliability, alt, f"Reliability on {split}"))
+        pictures.append(_picture(reliability, alt, f"Reliability on {split}"))
     curves = {row: _curve([run["test"] for run in its]) for row, its in predictions.items()}
     curve = curves[name]
     every, half = (100 * float(curve[k - 1]) for k in (len(curve), (len(curve) + 1) // 2))
@@ -186,7 +186,7 @@ def _pictures(
         f" {half:.1f} % of the half that is most certain."
     )
     caption = "Risk against coverage on test; the other rows in grey"
-    found.append(_picture(lambda axis: plot_risk_coverage(axis, curves, name), alt, caption))
+    pictures.append(_picture(lambda axis: plot_risk_coverage(axis, curves, name), alt, caption))
     if len(splits) > 1:
         by_split = {split: [run[split] for run in runs] for split in splits}
 
@@ -200,8 +200,8 @@ def _pictures(
             for split, parts in by_split.items()
         )
         alt = f"Histograms of the predictive entropy of {name}; medians in nats: {medians}."
-        found.append(_picture(histograms, alt, "Entropy on test and on other data"))
-    return found
+        pictures.append(_picture(histograms, alt, "Entropy on test and on other data"))
+    return pictures
 
 
 def _curve(runs: Sequence[Predictions]) -> Tensor:
@@ -220,7 +220,7 @@ def _entropies(runs: Sequence[Predictions]) -> list[float]:
 
 def _cost_pictures(table: Mapping[str, Any]) -> list[Picture]:
     """Quality against the cost of training and of prediction, in one unit for all rows."""
-    found = []
+    pictures = []
     for key in ("training", "prediction"):
         costs = {name: row and row[key] for name, row in table["cost"].items()}
         plain_lora = costs.get(BASELINE)
@@ -246,8 +246,8 @@ def _cost_pictures(table: Mapping[str, Any]) -> list[Picture]:
         said = "; ".join(f"{n} {c:.3g}, {nll['mean']:.3f}" for n, (c, nll) in points.items())
         alt = f"Test NLL against the cost of {key}. Row, {unit}, NLL: {said}."
         size = (4.4, max(2.5, 0.2 * len(points)))  # a line for each name
-        found.append(_picture(draw, alt, f"Test NLL against the cost of {key}", size))
-    return found
+        pictures.append(_picture(draw, alt, f"Test NLL against the cost of {key}", size))
+    return pictures
 
 
 # ---------------------------------------------------------------------- settings
@@ -275,13 +275,13 @@ def _trials(
     table: Mapping[str, Any], name: str, row: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
     """What was tried, the seed if it was tried on one of the table's, and the validation NLL."""
-    found = []
-    for tried in row:
-        text = ", ".join(f"{key}={_value(value)}" for key, value in flat(tried["trial"]).items())
-        nll = tried["validation_nll"]
+    trials = []
+    for trial in row:
+        text = ", ".join(f"{key}={_value(value)}" for key, value in flat(trial["trial"]).items())
+        nll = trial["validation_nll"]
         score = "diverged" if nll is None else f"{nll:.4f}"
-        found.append((text, str(tried.get("seed", "")), score))
-    return found
+        trials.append((text, str(trial.get("seed", "")), score))
+    return trials
 
 
 def _value(value: Any) -> str:

@@ -28,22 +28,22 @@ __all__ = [
 ]
 
 
-def plot_reliability(axis: Axes, found: Sequence[Predictions], *, bins: int = 10) -> None:
+def plot_reliability(axis: Axes, runs: Sequence[Predictions], *, bins: int = 10) -> None:
     """Accuracy against confidence in equal-width bins, over several runs.
 
     A bar below the diagonal is over-confident. Bars are as dark as their share of the examples.
     Black lines are where 95 % of a calibrated model's bins would end, with the probabilities and
     the number of examples of one run, on average: all runs answer the same questions.
     """
-    probs = torch.cat([average(f.logits).exp() for f in found])
-    labels = torch.cat([f.labels for f in found if f.labels is not None])
+    probs = torch.cat([average(run.logits).exp() for run in runs])
+    labels = torch.cat([run.labels for run in runs if run.labels is not None])
     confidence, answer = probs.max(-1)
     right = (answer == labels).float()
     index = bin_of(confidence, bins)
     count = torch.bincount(index, minlength=bins).float()
     accuracy = torch.bincount(index, right, minlength=bins) / count.clamp(min=1)
     mean = torch.bincount(index, confidence, minlength=bins) / count.clamp(min=1)
-    bands = torch.stack([calibration_band(average(f.logits).exp(), bins) for f in found])
+    bands = torch.stack([calibration_band(average(run.logits).exp(), bins) for run in runs])
     low, high = bands.nanmean(0)
     for i in torch.nonzero(count).flatten().tolist():
         share = float(count[i] / count.max())
@@ -58,9 +58,11 @@ def plot_reliability(axis: Axes, found: Sequence[Predictions], *, bins: int = 10
 
 def plot_entropy(axis: Axes, runs: Mapping[str, Sequence[Predictions]], *, bins: int = 25) -> None:
     """Histograms of predictive entropy, one a split, told apart by colour and by dashes."""
-    for (name, found), dashes in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
-        values = torch.cat([entropy(f.logits) for f in found])
-        top = float(torch.log(torch.tensor(float(found[0].logits.shape[-1]))))
+    for (name, predictions), dashes in zip(
+        runs.items(), cycle(("-", "--", ":", "-.")), strict=False
+    ):
+        values = torch.cat([entropy(each.logits) for each in predictions])
+        top = float(torch.log(torch.tensor(float(predictions[0].logits.shape[-1]))))
         axis.hist(
             values,
             bins=bins,
@@ -129,11 +131,11 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Predictions]]], pat
         layout="constrained",
         squeeze=False,
     )
-    for column, (name, found) in enumerate(runs.items()):
+    for column, (name, by_seed) in enumerate(runs.items()):
         axes[0, column].set_title(name)
         for row, split in enumerate(splits):
-            plot_reliability(axes[row, column], [run[split] for run in found])
-        plot_entropy(axes[-1, column], {s: [run[s] for run in found] for s in splits})
+            plot_reliability(axes[row, column], [run[split] for run in by_seed])
+        plot_entropy(axes[-1, column], {s: [run[s] for run in by_seed] for s in splits})
         axes[-2, column].set_xlabel("confidence")
         axes[-1, column].set_xlabel("entropy (nats)")
     for row, split in enumerate(splits):

@@ -126,9 +126,9 @@ def _mean(values: Tensor) -> dict[str, float]:
     return _entry(crossed_interval(values))
 
 
-def _entry(found: Interval, *, p: bool = False) -> dict[str, float]:
+def _entry(interval: Interval, *, p: bool = False) -> dict[str, float]:
     names = ("mean", "standard_error", "low", "high", *(("p",) if p else ()))
-    return {name: getattr(found, name) for name in names}
+    return {name: getattr(interval, name) for name in names}
 
 
 def _confidence(run: Predictions) -> Tensor:
@@ -147,8 +147,8 @@ def _best(values: Mapping[str, Tensor], metric: str) -> dict[str, Any]:
     sign = -1.0 if metric == "acc" else 1.0
     best = min(values, key=lambda name: sign * float(values[name].mean()))
     differences = {
-        name: paired_difference(found, values[best])
-        for name, found in values.items()
+        name: paired_difference(value, values[best])
+        for name, value in values.items()
         if name != best
     }
     # Of a single number there is no interval, and nothing is told apart.
@@ -184,9 +184,9 @@ def _known(run: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def _check_labels(run: ReportedRun, first: ReportedRun) -> None:
-    for split, wanted in first.predictions.items():
-        found = run.predictions.get(split)
-        if found is None or not torch.equal(_known(found)[1], _known(wanted)[1]):
+    for split, expected in first.predictions.items():
+        predictions = run.predictions.get(split)
+        if predictions is None or not torch.equal(_known(predictions)[1], _known(expected)[1]):
             raise ValueError(
                 f"{run.name} answers other questions of {split!r} than {first.name}: expected the"
                 " same, in the same order; make a table of each"

@@ -41,12 +41,12 @@ class ReportedRun:
 
         :raises RunFolderError: if a file is missing or damaged.
         """
-        config, found = read_settings(folder), load_predictions(folder)
+        config, predictions = read_settings(folder), load_predictions(folder)
         splits = [name for name in read_json(folder / "metrics.json") if name != "validation"]
         leave = (*MAY_CHANGE_ON_RESUME, "seed", "trials")
         return cls(
             str(folder),
-            {name: found[name] for name in splits if name in found},
+            {name: predictions[name] for name in splits if name in predictions},
             {k: v for k, v in config.flat().items() if k.split(".")[0] not in leave},
             config.seed,
             read_cost(folder),
@@ -60,5 +60,5 @@ def load_predictions(folder: Path) -> dict[str, Predictions]:
 
     :raises RunFolderError: if they are missing or damaged.
     """
-    found = read_predictions(folder)
-    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in found.items()}
+    by_split = read_predictions(folder)
+    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in by_split.items()}

@@ -52,8 +52,8 @@ class Command(NamedTuple):
 
     def load(self) -> tuple[type, Callable[[Any], Any]]:
         """The class of its settings, and what it does with them."""
-        found = import_module(f".{self.module}", __package__)
-        return getattr(found, self.config), getattr(found, self.function)
+        module = import_module(f".{self.module}", __package__)
+        return getattr(module, self.config), getattr(module, self.function)
 
 
 COMMANDS = {
@@ -102,12 +102,12 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         hydras = argparse.ArgumentParser(add_help=False)
         hydras.add_argument("--config-name", "-cn")
-        found, overrides = hydras.parse_known_args(sys.argv[1:])
+        options, overrides = hydras.parse_known_args(sys.argv[1:])
         methods = [word.removeprefix("method=") for word in overrides if word.startswith("method=")]
         from ._help import explain
 
         try:
-            print(explain(name, found.config_name, methods[-1] if methods else None))
+            print(explain(name, options.config_name, methods[-1] if methods else None))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -215,10 +215,10 @@ def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
     try:
         config_class, function = command.load()
         values = _numbers(OmegaConf.to_container(overrides, resolve=True))
-        found = function(build(config_class, values))
+        answer = function(build(config_class, values))
         if not is_main():
             return
-        print(found if isinstance(found, str) else json_text(found, indent=2), flush=True)
+        print(answer if isinstance(answer, str) else json_text(answer, indent=2), flush=True)
     except BrokenPipeError:
         # Whoever read has enough, as head has; nothing is left to flush at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -86,18 +86,18 @@ class CompareConfig:
 
     def _leave_out_zero_shot(self) -> None:
         """Without training, there is no head for the base model to answer by."""
-        kept = {
+        remaining = {
             name: trials
             for name, trials in self.methods.items()
             if not any(trial.get("method", {}).get("name") == ZeroShot.name for trial in trials)
         }
-        for name in self.methods.keys() - kept.keys():
+        for name in self.methods.keys() - remaining.keys():
             log.warning(
                 "the row %s is left out: the heads %s are untrained in the base model",
                 name,
                 list(self.lora.heads),
             )
-        object.__setattr__(self, "methods", kept)
+        object.__setattr__(self, "methods", remaining)
 
     def run_config(
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""
@@ -186,12 +186,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         for name, row in tuned.items()
     }
     for name, row in trials.items():
-        if all(found["validation_nll"] is None for found in row):
+        if all(attempt["validation_nll"] is None for attempt in row):
             raise RuntimeError(f"every trial of {name} diverged: lower lr or lr_guide")
     chosen = {
         name: min(
-            (found for found in trials[name] if found["validation_nll"] is not None),
-            key=lambda found: found["validation_nll"],
+            (attempt for attempt in trials[name] if attempt["validation_nll"] is not None),
+            key=lambda attempt: attempt["validation_nll"],
         )["trial"]
         if name in tuned
         else row[0]
@@ -203,8 +203,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     }
     _check_none_lost(_run_all(config, [r for row in runs.values() for r in row], "runs"))
     folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
-    found = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
-    return write_report(Path(config.out), found, chosen=chosen, trials=trials)
+    reported = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
+    return write_report(Path(config.out), reported, chosen=chosen, trials=trials)
 
 
 def _data_hash(data: DataConfig) -> str:

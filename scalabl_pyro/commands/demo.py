@@ -25,7 +25,7 @@ class DemoConfig(CompareConfig):
 def demonstrate(config: DemoConfig) -> str:
     """``scalabl demo``: the table of the seeds that run now, and that of five seeds, as text."""
     table = compare(config)
-    kept = json.loads((files(embedded) / "demo.json").read_text())["figures"]
+    five_seeds = json.loads((files(embedded) / "demo.json").read_text())["figures"]
     return "\n".join(
         [
             *(f"  {line}" for line in confidence(table)),
@@ -36,9 +36,9 @@ def demonstrate(config: DemoConfig) -> str:
             "",
             "The same with five seeds, run before (benchmarks/quality/demo.py):",
             "",
-            *(f"  {line}" for line in confidence(kept)),
+            *(f"  {line}" for line in confidence(five_seeds)),
             "",
-            format_table(kept),
+            format_table(five_seeds),
         ]
     )
 

@@ -89,15 +89,15 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
             f" {config.input}; nothing is written. Lower fit.lr, which is {config.fit.lr:g}, or"
             f" give it more fit.steps. The posterior mean itself is the adapter in {mean}"
         )
-    found: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
+    summary: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
     if isinstance(readout, ChoiceLikelihood):
         llm = cast(PreTrainedModel, student.peft_model.get_base_model())
-        found["kappa"] = float(readout.kappa(llm).detach())
+        summary["kappa"] = float(readout.kappa(llm).detach())
     with whole_folder(output) as part:
         save_adapter(student, torch.ones(student.shape, device=student.device), part)
-        about = {"run": config.run, "input": config.input, "records": len(split)} | found
+        about = {"run": config.run, "input": config.input, "records": len(split)} | summary
         (part / "distilled.json").write_text(json.dumps(about, indent=2) + "\n")
-    return found
+    return summary
 
 
 def _divergence(

@@ -53,9 +53,9 @@ def examine(config: DoctorConfig) -> str:
     :raises RuntimeError: if what every command needs is broken, or a check of the model is wrong or
         broken, once the table is printed.
     """
-    found = {name: _look(check, FIXES.get(name)) for name, check in CHECKS.items()}
-    table = _table(found)
-    broken = [name for name in BASICS if found[name].state == "broken"]
+    findings = {name: _look(check, FIXES.get(name)) for name, check in CHECKS.items()}
+    table = _table(findings)
+    broken = [name for name in BASICS if findings[name].state == "broken"]
     if broken:
         print(table)
         raise RuntimeError(f"{', '.join(broken)}: broken, see the table; no command will work")
@@ -78,8 +78,8 @@ def examine(config: DoctorConfig) -> str:
     return "\nall of it works"
 
 
-def _table(found: dict[str, Finding]) -> str:
-    return "\n".join(f"{state:8s}{name:16s}{text}" for name, (state, text) in found.items())
+def _table(findings: dict[str, Finding]) -> str:
+    return "\n".join(f"{state:8s}{name:16s}{text}" for name, (state, text) in findings.items())
 
 
 #: made up, of different lengths; nobody asks for the answers

@@ -157,6 +157,6 @@ def _training_records(
             f" {sorted(splits)} with {config.split!r} to evaluate: give a folder or data set with"
             f" both, or {instead}"
         )
-    kept = disjoint({name: splits[name] for name in ("train", config.split)})["train"]
+    unasked = disjoint({name: splits[name] for name in ("train", config.split)})["train"]
     count = (config.data.limit or {}).get("train")
-    return kept if count is None else subsample(kept, count)
+    return unasked if count is None else subsample(unasked, count)

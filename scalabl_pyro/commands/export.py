@@ -41,15 +41,15 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     metrics = _figures(run.folder)
     settings, readout = run.config, run.readout
     export(run, output, draws=config.draws, output_layer=config.output_layer, metrics=metrics)
-    found: dict[str, Any] = {"output": str(output)}
+    summary: dict[str, Any] = {"output": str(output)}
     if config.merged:
         del run  # one model at a time
         gc.collect()
         merge(settings.model, readout, output / "mean", output / "merged")
-        found["merged"] = str(output / "merged")
+        summary["merged"] = str(output / "merged")
     if config.push_to_hub is not None:
-        found["url"] = push_to_hub(output, config.push_to_hub, private=config.private)
-    return found
+        summary["url"] = push_to_hub(output, config.push_to_hub, private=config.private)
+    return summary
 
 
 def _figures(folder: Path) -> dict[str, dict[str, Figure]]:

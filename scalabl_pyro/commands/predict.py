@@ -82,14 +82,14 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         # Chunks begin where they began before an interruption, as rounding depends on them.
         first = file.done - file.done % config.batch_size
         for chunk in split.batches(config.batch_size, start=first):
-            found = predict(
+            predictions = predict(
                 predictor,
                 chunk,
                 batch_size=config.batch_size,
                 tolerance=config.prediction.tolerance,
             )
             written = file.done - first
-            answers = _answers(chunk.records, found, decisions)
+            answers = _answers(chunk.records, predictions, decisions)
             file.write(islice(answers, written, None))
             bar.update(len(chunk) - written)
             first = file.done
@@ -137,11 +137,11 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
 def _answers(
     records: Sequence[Record], predictions: Predictions, decisions: Decisions
 ) -> Iterator[dict[str, Any]]:
-    found = summarise(predictions.logits)
+    summary = summarise(predictions.logits)
     ratios = noise_to_signal(predictions.logits)
-    scores = zip(found.entropy, found.mutual_information, ratios, strict=True)
-    decided = decisions.of(records, found)
-    rows = zip(records, found.probabilities, scores, decided, strict=True)
+    scores = zip(summary.entropy, summary.mutual_information, ratios, strict=True)
+    decided = decisions.of(records, summary)
+    rows = zip(records, summary.probabilities, scores, decided, strict=True)
     for index, (record, p, (h, i, ratio), decision) in enumerate(rows):
         answer: dict[str, Any] = {
             "id": record.id,

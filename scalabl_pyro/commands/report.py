@@ -88,8 +88,8 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         for name, row in folders.items()
     }
     trials = {name: row for name, row in trials.items() if row}
-    found = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
-    return write_report(Path(config.out), found, chosen=chosen, trials=trials)
+    reported = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
+    return write_report(Path(config.out), reported, chosen=chosen, trials=trials)
 
 
 def _trials(folder: Path) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
     posterior: dict[str, Any] = {}
     if config.by == "novelty":
         posterior = {"model": run.model, "guide": run.guide, "train": _train(run)}
-    found = select(
+    selection = select(
         make_predictor(run, config.prediction),
         read_input(config.input, run, config.columns),
         config.count,
@@ -66,7 +66,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         **posterior,
     )
-    rows = [asdict(record) for record in found.records]
+    rows = [asdict(record) for record in selection.records]
     lines = [
         json_text({k: v for k, v in row.items() if k != "label"}, ensure_ascii=False)
         for row in rows
@@ -74,10 +74,10 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
     write_whole(output, "".join(line + "\n" for line in lines))
     return {
         "output": str(output),
-        "records": len(found.records),
+        "records": len(selection.records),
         "by": config.by,
-        "highest": float(found.scores[0]),
-        "lowest": float(found.scores[-1]),
+        "highest": float(selection.scores[0]),
+        "lowest": float(selection.scores[-1]),
     }
 
 

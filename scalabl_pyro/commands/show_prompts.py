@@ -50,18 +50,18 @@ def _heading(
 
 
 def _lines(split: str, record: Record, readout: Readout) -> Iterator[str]:
-    found = readout.reading(record)
-    yield f"--- {split}, record {record.id!r}: {found.tokens} tokens"
-    yield from (f"  | {line}" for line in found.prompt.split("\n"))
+    reading = readout.reading(record)
+    yield f"--- {split}, record {record.id!r}: {reading.tokens} tokens"
+    yield from (f"  | {line}" for line in reading.prompt.split("\n"))
     yield f"  scored: {readout.scoring()}"
-    for number, (given, scored) in enumerate(found.answers):
-        behind = f"{given!r} and then " if given else ""
+    for number, (context, scored) in enumerate(reading.answers):
+        behind = f"{context!r} and then " if context else ""
         yield f"    {behind}{scored!r}{'  (right)' if number == record.label else ''}"
-    if found.cut_tokens:
-        yield f"  cut: {found.cut_tokens} tokens, {found.cut!r}"
-    elif found.tokens > readout.max_length:
+    if reading.cut_tokens:
+        yield f"  cut: {reading.cut_tokens} tokens, {reading.cut!r}"
+    elif reading.tokens > readout.max_length:
         yield (
-            f"  too long by {found.tokens - readout.max_length} tokens: refused, unless"
+            f"  too long by {reading.tokens - readout.max_length} tokens: refused, unless"
             " model.truncate=true cuts the question"
         )
     else:

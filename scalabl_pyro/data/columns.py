@@ -97,14 +97,14 @@ class Columns:
         """The choices of a row that has some."""
         columns = self.choices or "choices"
         if isinstance(columns, str):
-            found = _cell(cells, columns, "choices")
-            if isinstance(found, list) and found and all(isinstance(v, Mapping) for v in found):
-                inside = " or ".join(f"{columns}.{name}" for name in found[0])
+            cell = _cell(cells, columns, "choices")
+            if isinstance(cell, list) and cell and all(isinstance(v, Mapping) for v in cell):
+                inside = " or ".join(f"{columns}.{name}" for name in cell[0])
                 raise DataError(
-                    f"{columns} holds {found[0]}: name the part of it that is the choice's text, as"
+                    f"{columns} holds {cell[0]}: name the part of it that is the choice's text, as"
                     f" by data.columns.choices={inside}"
                 )
-            return tuple(map(_text, found)) if isinstance(found, list | tuple) else found
+            return tuple(map(_text, cell)) if isinstance(cell, list | tuple) else cell
         texts = [_text(_cell(cells, column, "choices")) for column in columns]
         count = max((i for i, text in enumerate(texts, start=1) if not blank(text)), default=0)
         return tuple(texts[:count])

@@ -79,8 +79,8 @@ class Completion:
         if row.keys() not in forms:
             raise DataError(f"found the fields {sorted(row)}: expected {_FIELDS}")
         if "messages" in row:
-            given, answer = _parted(_messages("messages", row["messages"]))
-            return cls(row["id"], given, answer)
+            prompt, answer = _parted(_messages("messages", row["messages"]))
+            return cls(row["id"], prompt, answer)
         answer = row.get("completion")
         if isinstance(answer, list):
             turns = _messages("completion", answer)
@@ -156,9 +156,9 @@ def _message(place: str, value: Any) -> Message:
 
 def _parted(turns: Iterable[Message]) -> tuple[tuple[Message, ...], str | None]:
     """The messages that are given, and the assistant's answer if it comes last."""
-    *given, last = turns
+    *prompt, last = turns
     if last.role != "assistant":
-        return (*given, last), None
-    if not given:
+        return (*prompt, last), None
+    if not prompt:
         raise DataError("messages holds the assistant's alone: expected a question before it")
-    return tuple(given), last.content
+    return tuple(prompt), last.content

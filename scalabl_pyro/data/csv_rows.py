@@ -43,35 +43,35 @@ def csv_columns(path: Path) -> Columns | None:
 
     :raises DataError: if it has none of them.
     """
-    line, found = next(_cells(path), (1, None))
-    if found is None:
+    line, header = next(_cells(path), (1, None))
+    if header is None:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
-    numbered = [name for name in found if re.fullmatch(r"choice_[0-9]+", name)]
-    if "prompt" in found:
+    numbered = [name for name in header if re.fullmatch(r"choice_[0-9]+", name)]
+    if "prompt" in header:
         required, optional = ["prompt"], ["id", "completion"]
-    elif "text" in found:
+    elif "text" in header:
         required, optional = ["text"], ["id", "class"]
     else:
         required = ["question", *(f"choice_{i}" for i in range(1, max(2, len(numbered)) + 1))]
         optional = ["id", "label"]
-    missing = [name for name in required if name not in found]
-    unknown = [name for name in found if name not in [*required, *optional]]
+    missing = [name for name in required if name not in header]
+    unknown = [name for name in header if name not in [*required, *optional]]
     if "" in unknown and not missing:
         raise DataError(
             f"{path}, line {line}: a column has no name, as the index that pandas writes: leave it"
-            f" out, by to_csv(…, index=False); found {found}"
+            f" out, by to_csv(…, index=False); found {header}"
         )
     if missing or unknown:
         raise DataError(
-            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; found {found};"
+            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; found {header};"
             f" {EXPECTED}"
         )
     if numbered != [name for name in required if name in numbered]:
         raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
-    if "prompt" in found:
+    if "prompt" in header:
         return None
-    if "text" in found:
-        return Columns("text", label="class" if "class" in found else None, labels="names")
+    if "text" in header:
+        return Columns("text", label="class" if "class" in header else None, labels="names")
     return Columns(choices=tuple(numbered), labels="from_0")
 
 

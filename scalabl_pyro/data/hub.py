@@ -54,22 +54,22 @@ class Task:
         revision = self.revision if hub_path is None else None
         try:
             # The cache does not notice when a copy's files change; streaming goes without it.
-            found = load_dataset(
+            dataset = load_dataset(
                 place, self.name, revision=revision, streaming=hub_path is not None
             )
-            splits = self.splits or {name: name for name in found}
+            splits = self.splits or {name: name for name in dataset}
             tables = {
                 ours: Table(
                     self.path,
                     [
                         Row(f"{self.path}, row {theirs}-{i}", f"{theirs}-{i}", cells)
-                        for i, cells in enumerate(found[theirs])
+                        for i, cells in enumerate(dataset[theirs])
                     ],
                     self.columns,
-                    class_labels(found[theirs].features),
+                    class_labels(dataset[theirs].features),
                 )
                 for ours, theirs in splits.items()
-                if theirs in found
+                if theirs in dataset
             }
         # RuntimeError: the repository holds a loading script, which is never run.
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -80,7 +80,7 @@ class Task:
                 " data.hub_path=COPY; or give data.root=, a folder with train.jsonl,"
                 " validation.jsonl and test.jsonl"
             ) from error
-        absent = sorted(set(splits.values()) - set(found))
+        absent = sorted(set(splits.values()) - set(dataset))
         if absent:
-            raise DataError(f"{place} lacks the splits {absent}: found {sorted(found)}")
+            raise DataError(f"{place} lacks the splits {absent}: found {sorted(dataset)}")
         return tables

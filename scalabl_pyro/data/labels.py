@@ -77,8 +77,8 @@ def _named(label: object, choices: Sequence[str]) -> list[int]:
 
 
 def _name(label: object, choices: Sequence[str]) -> int | None:
-    found = _named(label, choices)
-    return found[0] if len(found) == 1 else None
+    indices = _named(label, choices)
+    return indices[0] if len(indices) == 1 else None
 
 
 READINGS: dict[str, Reading] = {
@@ -95,23 +95,23 @@ READINGS: dict[str, Reading] = {
 }
 
 
-def read_label(found: Labelled, reading: str) -> int:
+def read_label(labelled: Labelled, reading: str) -> int:
     """The 0-based index of the choice that a label names.
 
     :param reading: a key of ``READINGS``.
     :raises DataError: if it names none, or a text that several choices share.
     """
-    index = READINGS[reading].read(found.label, found.choices)
+    index = READINGS[reading].read(labelled.label, labelled.choices)
     if index is None:
-        number = _number(found.label)
-        shown = found.label if number is None else number
+        number = _number(labelled.label)
+        shown = labelled.label if number is None else number
         near = []
-        if reading == "names" and isinstance(found.label, str):
-            near = difflib.get_close_matches(found.label.strip(), found.choices, n=1)
+        if reading == "names" and isinstance(labelled.label, str):
+            near = difflib.get_close_matches(labelled.label.strip(), labelled.choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
-            f"{found.place}: {found.column} is {shown!r}: expected"
-            f" {READINGS[reading].expected(found.choices)}{hint}; leave it out where it is not"
+            f"{labelled.place}: {labelled.column} is {shown!r}: expected"
+            f" {READINGS[reading].expected(labelled.choices)}{hint}; leave it out where it is not"
             " known, as in a hidden test set"
         )
     return index
@@ -127,17 +127,17 @@ def decide(labels: Sequence[Labelled]) -> str:
     :raises DataError: if there is none, or several that disagree.
     """
     indices = {
-        name: [reading.read(found.label, found.choices) for found in labels]
+        name: [reading.read(labelled.label, labelled.choices) for labelled in labels]
         for name, reading in READINGS.items()
     }
-    fitting = {name: found for name, found in indices.items() if None not in found}
-    if all(_named(found.label, found.choices) for found in labels):
+    fitting = {name: per_label for name, per_label in indices.items() if None not in per_label}
+    if all(_named(labelled.label, labelled.choices) for labelled in labels):
         fitting["names"] = indices["names"]  # where some choices are alike, it contradicts others
     if not fitting:
         nearest = max(indices, key=lambda name: sum(i is not None for i in indices[name]))
         try:
-            for found in labels:
-                read_label(found, nearest)
+            for labelled in labels:
+                read_label(labelled, nearest)
         except DataError as error:
             raise DataError(
                 f"{error}; or say how labels are read: data.columns.labels is one of"
@@ -147,7 +147,7 @@ def decide(labels: Sequence[Labelled]) -> str:
     for other in others:
         if fitting[other] != fitting[first]:
             names = " or ".join(f"data.columns.labels={name}" for name in fitting)
-            values = list(dict.fromkeys(found.label for found in labels))[:8]
+            values = list(dict.fromkeys(labelled.label for labelled in labels))[:8]
             place, column = labels[0].place, labels[0].column
             raise DataError(
                 f"{place}: {column} holds {values}, which can be read as {first} and as {other},"

@@ -109,16 +109,16 @@ def _check_template(template: str, *, letters: bool) -> None:
     if not is_text(template):
         raise ValueError(f"template is {shown}: expected a text with {{question}} in it")
     try:
-        found = [part for part in Formatter().parse(template) if part[1] is not None]
+        placeholders = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"template is {shown}: {error}; a brace itself is {{{{ or }}}}") from error
-    for _, field, form, conversion in found:
+    for _, field, form, conversion in placeholders:
         if field not in FIELDS or form or conversion:
             whole = f"{field}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}"
             raise ValueError(
                 f"template is {shown}, but there is no field {{{whole}}}: a record gives {expected}"
             )
-    fields = {field for _, field, *_ in found}
+    fields = {field for _, field, *_ in placeholders}
     if "question" not in fields:
         raise ValueError(f"template is {shown}, without {{question}}: put it where that goes")
     if letters and "choices" not in fields:

@@ -29,25 +29,25 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 # Some editors begin a file with a byte order mark.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                found = json.loads(text, object_pairs_hook=_without_repeats)
+                row = json.loads(text, object_pairs_hook=_without_repeats)
             except DataError as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
             # RecursionError: brackets within brackets; ValueError: a number of thousands of digits.
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 JSON ({error})") from error
-            yield number, found
+            yield number, row
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """:raises DataError: if a key occurs twice, of which JSON's readers keep one."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in by_key:
             raise DataError(
-                f"the key {key!r} occurs twice, with {found[key]!r} and {value!r}: expected one"
+                f"the key {key!r} occurs twice, with {by_key[key]!r} and {value!r}: expected one"
             )
-        found[key] = value
-    return found
+        by_key[key] = value
+    return by_key
 
 
 class Format(NamedTuple):
@@ -156,9 +156,9 @@ def read_folder(
         if path.stem in by_name:
             raise DataError(f"{by_name[path.stem]} and {path}: expected one file for each split")
         by_name[path.stem] = path
-    wanted = split_names or {name: name for name in by_name}
-    absent = sorted(set(wanted.values()) - by_name.keys())
+    stems = split_names or {name: name for name in by_name}
+    absent = sorted(set(stems.values()) - by_name.keys())
     if absent:
         raise DataError(f"{root} lacks the splits {absent}: found {sorted(by_name)}")
-    tables = {ours: read_table(by_name[theirs], columns) for ours, theirs in wanted.items()}
+    tables = {ours: read_table(by_name[theirs], columns) for ours, theirs in stems.items()}
     return to_records(tables, classes)

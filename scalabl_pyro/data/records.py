@@ -30,16 +30,16 @@ def class_set(names: Iterable[str]) -> tuple[str, ...]:
 
     :raises DataError: if two of them are the same or only look so.
     """
-    found = tuple(canonical(name) for name in names)
+    classes = tuple(canonical(name) for name in names)
     seen: dict[str, str] = {}
-    for name in found:
+    for name in classes:
         other = seen.setdefault(visible(name), name)
         if other is not name:
             raise DataError(
                 f"the classes {other!a} and {name!a} look the same: expected two"
                 " different names; write one of them everywhere"
             )
-    return found
+    return classes
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,21 +60,21 @@ class DataSource:
             object.__setattr__(self, "classes", class_set(self.classes))
         except DataError as error:
             raise ValueError(f"data.classes: {error}") from error
-        given = {name: getattr(self, name) for name in ("path", "root", "task", "hub")}
-        if sum(value is not None for value in given.values()) != 1:
-            shown = ", ".join(f"data.{name} is {value!r}" for name, value in given.items())
+        sources = {name: getattr(self, name) for name in ("path", "root", "task", "hub")}
+        if sum(value is not None for value in sources.values()) != 1:
+            shown = ", ".join(f"data.{name} is {value!r}" for name, value in sources.items())
             raise ValueError(f"{shown}: give exactly one")
         if self.task is not None:
             find_task(self.task)
         for name in ("split_names", "limit"):
-            found = getattr(self, name) or {}
-            if not isinstance(found, Mapping):
+            setting = getattr(self, name) or {}
+            if not isinstance(setting, Mapping):
                 raise ValueError(
-                    f"data.{name} is {found!r}: expected a value for each split that has one, as in"
-                    f" data.{name}.train={found}"
+                    f"data.{name} is {setting!r}: expected a value for each split that has one, as"
+                    f" in data.{name}.train={setting}"
                 )
-            kept = {split: value for split, value in found.items() if value is not None}
-            object.__setattr__(self, name, kept)
+            per_split = {split: value for split, value in setting.items() if value is not None}
+            object.__setattr__(self, name, per_split)
         for split, count in (self.limit or {}).items():
             least = 2 if split == "train" else 1
             if count is not None and count < least:
@@ -94,10 +94,10 @@ class DataSource:
             value = getattr(self, name)
             nothing = value in (None, {}, Columns())
             if not nothing and all(getattr(self, source) is None for source in sources):
-                wanted = " or ".join(f"data.{source}" for source in sources)
+                alternatives = " or ".join(f"data.{source}" for source in sources)
                 raise ValueError(
-                    f"data.{name} is {value!r}, which says something about {wanted} alone: give"
-                    f" that, or leave data.{name} out"
+                    f"data.{name} is {value!r}, which says something about {alternatives} alone:"
+                    f" give that, or leave data.{name} out"
                 )
 
     def read(self) -> dict[str, list[Record]]:
@@ -137,11 +137,11 @@ class DataSource:
 
         :raises DataError: if a split that has a limit does not exist.
         """
-        found = dict(splits)
+        by_name = dict(splits)
         for name, count in (self.limit or {}).items():
             if count is not None:
-                found[name] = subsample(check_split(found, name), count)
-        return found
+                by_name[name] = subsample(check_split(by_name, name), count)
+        return by_name
 
     def _names(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in self.split_names.items() if theirs is not None}

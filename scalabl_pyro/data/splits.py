@@ -106,13 +106,13 @@ def disjoint(splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
 
     :raises DataError: if nothing would remain of a split.
     """
-    found = dict(splits)
-    for name, kept in (("train", {"train"}), ("validation", {"train", "validation"})):
-        for other in sorted(found.keys() - kept) if name in found else ():
-            found[name] = without_overlap(found[name], splits[other], name=other, split=name)
-            if not found[name]:
+    by_name = dict(splits)
+    for name, exempt in (("train", {"train"}), ("validation", {"train", "validation"})):
+        for other in sorted(by_name.keys() - exempt) if name in by_name else ():
+            by_name[name] = without_overlap(by_name[name], splits[other], name=other, split=name)
+            if not by_name[name]:
                 raise DataError(f"every question of {name} is also in {other}: nothing remains")
-    return found
+    return by_name
 
 
 def without_overlap(
@@ -124,12 +124,12 @@ def without_overlap(
     :param split: what ``records`` is called there.
     """
     taken = {question_key(record) for record in others}
-    kept = [record for record in records if question_key(record) not in taken]
-    if len(kept) < len(records):
+    remaining = [record for record in records if question_key(record) not in taken]
+    if len(remaining) < len(records):
         log.warning(
             "left out %d questions of %s that are also in %s",
-            len(records) - len(kept),
+            len(records) - len(remaining),
             split,
             name,
         )
-    return kept
+    return remaining

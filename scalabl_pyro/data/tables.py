@@ -59,15 +59,18 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
         in a split; if labels can be read in several ways.
     """
     classes = class_set(classes)
-    found = {
-        name: list(_read(table, classes or _found_classes(table, tables.get("train"))))
+    by_name = {
+        name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
         for name, table in tables.items()
     }
     undecided = [
-        row.label for rows in found.values() for row in rows if row.label and row.reading == "auto"
+        row.label
+        for rows in by_name.values()
+        for row in rows
+        if row.label and row.reading == "auto"
     ]
     decided = decide(undecided) if undecided else ""
-    return {name: _distinct(rows, decided) for name, rows in found.items()}
+    return {name: _distinct(rows, decided) for name, rows in by_name.items()}
 
 
 class _Read(NamedTuple):
@@ -149,7 +152,7 @@ def _label(
     return Labelled(row.place, column, label, choices), reading
 
 
-def _found_classes(table: Table, train: Table | None) -> tuple[str, ...]:
+def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     """The names of the classes, if the files give them: see :func:`to_records`."""
     columns = table.columns
     if columns is None:

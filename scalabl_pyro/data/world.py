@@ -149,10 +149,10 @@ def _take(facts: list[Fact], number: int) -> list[Fact]:
     """Remove facts from the list and return them, every colour equally often."""
     taken: list[Fact] = []
     left: list[Fact] = []
-    wanted = dict.fromkeys(COLOURS, number // len(COLOURS))
+    quota = dict.fromkeys(COLOURS, number // len(COLOURS))
     for fact in facts:
-        wanted[fact.colour] -= 1
-        (taken if wanted[fact.colour] >= 0 else left).append(fact)
+        quota[fact.colour] -= 1
+        (taken if quota[fact.colour] >= 0 else left).append(fact)
     facts[:] = left
     return taken
 

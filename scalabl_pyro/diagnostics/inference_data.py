@@ -165,17 +165,17 @@ def _predictions(
 
     The likelihood is what the model observes; without a model it is that of classes.
     """
-    found = predict(predictor, split, batch_size=batch_size)
-    if found.labels is None:
+    predictions = predict(predictor, split, batch_size=batch_size)
+    if predictions.labels is None:
         raise ValueError("the log-likelihood needs a label in every record")
     if model is None:
-        classes = dist.Categorical(logits=found.logits)  # (S, N)
-        return classes.log_prob(found.labels), classes.sample(), found.labels
+        classes = dist.Categorical(logits=predictions.logits)  # (S, N)
+        return classes.log_prob(predictions.labels), classes.sample(), predictions.labels
     terms: list[Tensor] = []
     replicated: list[Tensor] = []
-    parts = found.logits.split(batch_size, dim=1)
-    for some, part in zip(split.batches(batch_size), parts, strict=True):
-        batch = some.collate(some.examples)
+    parts = predictions.logits.split(batch_size, dim=1)
+    for chunk, part in zip(split.batches(batch_size), parts, strict=True):
+        batch = chunk.collate(chunk.examples)
         logits = part.to(predictor.adapter.device)
         observe = poutine.trace(model.observe)
         sites: Any = observe.get_trace(batch, logits).nodes.values()
@@ -184,7 +184,7 @@ def _predictions(
         terms.append(torch.stack(each).sum(0))
         drawn: Any = observe.get_trace(replace(batch, labels=None), logits).nodes["label"]
         replicated.append(drawn["value"])
-    return torch.cat(terms, -1).cpu(), torch.cat(replicated, -1).cpu(), found.labels
+    return torch.cat(terms, -1).cpu(), torch.cat(replicated, -1).cpu(), predictions.labels
 
 
 def _log_prob(node: dict[str, Any], plate: float) -> Tensor:
@@ -194,7 +194,7 @@ def _log_prob(node: dict[str, Any], plate: float) -> Tensor:
 
 
 def _trace(
-    program: Callable[[], object], num_draws: int, given: dict[str, Tensor] | None = None
+    program: Callable[[], object], num_draws: int, fixed: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values (S, ...) and log-densities (S,) of the sites of a program, some of them given."""
 
@@ -203,7 +203,7 @@ def _trace(
             program()
 
     nodes: dict[str, Any] = (
-        poutine.trace(poutine.condition(many, data=given or {})).get_trace().nodes
+        poutine.trace(poutine.condition(many, data=fixed or {})).get_trace().nodes
     )
     sites = {
         name: node
@@ -231,8 +231,9 @@ def _dataset(
     arrays = {
         name: value.unflatten(0, (chains, -1)).cpu().numpy() for name, value in variables.items()
     }
-    found = dataset(arrays, coords=coords, dims=dims)
-    return found.isel(module_1=0, rank_1=0, drop=True, missing_dims="ignore")
+    return dataset(arrays, coords=coords, dims=dims).isel(
+        module_1=0, rank_1=0, drop=True, missing_dims="ignore"
+    )
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> xr.Dataset:

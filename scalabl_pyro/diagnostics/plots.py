@@ -230,13 +230,13 @@ class Place(NamedTuple):
 
 def _places(data: az.InferenceData) -> list[Place]:
     """Block and kind of each module: ``model.layers.3.self_attn.q_proj`` is (3, q_proj)."""
-    found: list[tuple[int | None, list[str]]] = []
+    parsed: list[tuple[int | None, list[str]]] = []
     for name in map(str, data["posterior"]["module"].values):
         match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
-        found.append((int(match[1]), match[2].split(".")) if match else (None, name.split(".")))
+        parsed.append((int(match[1]), match[2].split(".")) if match else (None, name.split(".")))
     # As few parts of a name as tell all modules apart.
-    for parts in range(1, max(len(path) for _, path in found) + 1):
-        places = [Place(block, ".".join(path[-parts:])) for block, path in found]
+    for parts in range(1, max(len(path) for _, path in parsed) + 1):
+        places = [Place(block, ".".join(path[-parts:])) for block, path in parsed]
         if len(set(places)) == len(places):
             break
     return places

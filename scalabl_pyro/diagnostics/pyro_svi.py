@@ -77,7 +77,7 @@ def from_pyro_svi(
     :raises ValueError: if there is nothing to convert; if ``num_samples`` is less than 1; if the
         guide lacks a latent site of the model; or if names do not fit a site's dimensions.
     """
-    given = {
+    extra_groups = {
         "posterior_predictive": posterior_predictive,
         "predictions": predictions,
         "constant_data": constant_data,
@@ -89,7 +89,7 @@ def from_pyro_svi(
         )
     if svi is None and log_likelihood:
         raise ValueError("log_likelihood needs the model and the guide: pass svi")
-    if svi is None and prior is None and all(value is None for value in given.values()):
+    if svi is None and prior is None and all(value is None for value in extra_groups.values()):
         raise ValueError(
             "there is nothing to convert: pass svi, or one of prior, posterior_predictive,"
             " predictions, constant_data and predictions_constant_data"
@@ -97,7 +97,7 @@ def from_pyro_svi(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: expected 1 or more")
     own = dict(dims or {})
-    found: dict[str, xr.Dataset] = {}
+    datasets: dict[str, xr.Dataset] = {}
     latent = None
     if svi is not None:
         args, kwargs = tuple(model_args), dict(model_kwargs or {})
@@ -108,24 +108,24 @@ def from_pyro_svi(
         own = {name: _dims(site) for name, site in sites.items()} | own
         latent = draws.keys()
         observed = {name: site["value"] for name, site in sites.items() if name not in latent}
-        found["posterior"] = _dataset(draws, coords, own)
+        datasets["posterior"] = _dataset(draws, coords, own)
         if likelihood:
             batch = {name: list(own[name])[: value.ndim - 1] for name, value in likelihood.items()}
-            found["log_likelihood"] = _dataset(likelihood, coords, batch)
+            datasets["log_likelihood"] = _dataset(likelihood, coords, batch)
         if observed:
-            found["observed_data"] = _dataset(observed, coords, own, first=())
+            datasets["observed_data"] = _dataset(observed, coords, own, first=())
     if prior is not None:
         known = {name: value for name, value in prior.items() if latent is None or name in latent}
         further = {name: value for name, value in prior.items() if name not in known}
-        found["prior"] = _dataset(known, coords, own)
+        datasets["prior"] = _dataset(known, coords, own)
         if further:
-            found["prior_predictive"] = _dataset(further, coords, own)
-    for name, values in given.items():
+            datasets["prior_predictive"] = _dataset(further, coords, own)
+    for name, values in extra_groups.items():
         if values is not None:
             of_new = name.startswith("predictions") and pred_dims is not None
             first = () if name.endswith("constant_data") else ("chain", "draw")
-            found[name] = _dataset(values, coords, pred_dims if of_new else own, first)
-    return groups(found)
+            datasets[name] = _dataset(values, coords, pred_dims if of_new else own, first)
+    return groups(datasets)
 
 
 def _sites(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

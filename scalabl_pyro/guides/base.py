@@ -87,16 +87,16 @@ class AutoSubspace(PyroModule):
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample every latent site; the arguments are the model's and are ignored."""
-        found = {"s": pyro.sample("s", self.get_posterior())}
+        sites = {"s": pyro.sample("s", self.get_posterior())}
         if self._prior_perp is not None:
-            found["s_perp"] = pyro.sample("s_perp", self._prior_perp)
+            sites["s_perp"] = pyro.sample("s_perp", self._prior_perp)
         for name, latent in self._latents.items():
             q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
             to_support = biject_to(latent.support)
-            found[name] = pyro.sample(
+            sites[name] = pyro.sample(
                 name, dist.TransformedDistribution(q, [to_support]).to_event(2)
             )
-        return found
+        return sites
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:

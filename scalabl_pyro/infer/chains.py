@@ -134,7 +134,7 @@ def mcmc(
         raise ValueError(
             f"init_loc has shape {tuple(loc.shape)}: expected (M, r) {tuple(model.init_loc.shape)}"
         )
-    found: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+    runs: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
     with (
         _frozen(model),
         model.projections.one_site(),
@@ -156,19 +156,21 @@ def mcmc(
                 disable_progbar=not progress,
             )
             sampler.run()
-            found.append((sampler.get_samples(), sampler.diagnostics()))
+            runs.append((sampler.get_samples(), sampler.diagnostics()))
         perp = None
         if model.prior_perp is not None:
             perp = model.prior_perp.sample(torch.Size([num_chains, num_samples]))
-    sites = {name: torch.stack([draws[name] for draws, _ in found]) for name in start}
+    sites = {name: torch.stack([draws[name] for draws, _ in runs]) for name in start}
     diverging = torch.zeros(num_chains, num_samples, dtype=torch.bool)
-    for chain, (_, said) in enumerate(found):
-        diverging[chain, said["divergences"]["chain 0"]] = True
+    for chain, (_, diagnostics) in enumerate(runs):
+        diverging[chain, diagnostics["divergences"]["chain 0"]] = True
     return Chains(
         draws=sites.pop("s"),
         latents=sites,
         diverging=diverging,
-        acceptance=torch.tensor([said["acceptance rate"]["chain 0"] for _, said in found]),
+        acceptance=torch.tensor(
+            [diagnostics["acceptance rate"]["chain 0"] for _, diagnostics in runs]
+        ),
         module_names=model.adapter.module_names,
         perp=perp,
     )
@@ -188,7 +190,7 @@ def whole_split(model: ScalaBLModel, split: Split, batch_size: int | None) -> li
             f" {model.num_data}: the posterior is that of all the data, so give all of it"
         )
     size = len(split) if batch_size is None else batch_size
-    return [some.collate(some.examples) for some in split.batches(size)]
+    return [chunk.collate(chunk.examples) for chunk in split.batches(size)]
 
 
 def _potential(
@@ -196,8 +198,8 @@ def _potential(
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Any], dict[str, Tensor]]:
     """−log p(s, D) as a function of the unconstrained sites, their transforms, and a start."""
     prior = model.prior_perp
-    given = {} if prior is None else {"s_perp": torch.zeros_like(prior.mean)}
-    at_zero = poutine.condition(model, given)
+    fixed = {} if prior is None else {"s_perp": torch.zeros_like(prior.mean)}
+    at_zero = poutine.condition(model, fixed)
     made = [
         initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn) for batch in batches
     ]

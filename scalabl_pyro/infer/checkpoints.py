@@ -159,11 +159,11 @@ class Checkpoints:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return
-        kept = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for signum, handler in kept.items():
+            for signum, handler in handlers.items():
                 # A handler that Python did not set cannot be put back.
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         if self._asked is not None:
@@ -210,8 +210,8 @@ def _load(path: Path) -> TrainingState | None:
 
 
 def _crc32(tensors: Mapping[str, Tensor], values: str) -> str:
-    found = zlib.crc32(values.encode())
+    crc = zlib.crc32(values.encode())
     for name in sorted(tensors):
-        found = zlib.crc32(name.encode(), found)
-        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, found)
-    return str(found)
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, crc)
+    return str(crc)

@@ -76,8 +76,8 @@ def kfac(
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    for some in split.batches(batch_size):
-        batch = some.collate(some.examples).to(adapter.device)
+    for chunk in split.batches(batch_size):
+        batch = chunk.collate(chunk.examples).to(adapter.device)
         f, seen = _run(adapter, batch)
         p = f.detach().softmax(-1)
         columns = p.sqrt()[:, :, None] * (torch.eye(p.shape[1], device=p.device) - p[:, None])

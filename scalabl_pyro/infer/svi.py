@@ -438,8 +438,8 @@ class _Training:
         with pyro.validation_enabled(check), sites, kl_weight(beta):
             for _ in range(self._config.accumulation):
                 with ObservedNLL() as observed:
-                    found = elbo.loss_and_grads(self._model, self._guide, next(minibatches))
-                loss += found * self._per_example
+                    negative_elbo = elbo.loss_and_grads(self._model, self._guide, next(minibatches))
+                loss += negative_elbo * self._per_example
                 nll += observed.total() * self._per_example
         return loss, nll
 

@@ -127,14 +127,14 @@ class ModelAverageLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """As in training, where a template that writes today's date gets a fixed one."""
-        found = self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             date_string=DATE,
         )
-        return str(found)
+        return str(rendered)
 
     # ------------------------------------------------------------------ likelihoods
 
@@ -146,10 +146,10 @@ class ModelAverageLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(context, own) for _, context, own in requests]
         read = score_tokens(self.predictor, pairs, progress=not disable_tqdm)
-        found = [(each.log_prob, each.greedy) for each in read]
-        for (texts, *_), answer in zip(requests, found, strict=True):
+        answers = [(each.log_prob, each.greedy) for each in read]
+        for (texts, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
+        return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -161,22 +161,22 @@ class ModelAverageLM(TemplateLM):
             )
             for text in texts
         ]
-        pairs = [[make_disjoint_window(pair) for pair in some] for some in windows]
-        every = [pair for some in pairs for pair in some]
+        pairs = [[make_disjoint_window(pair) for pair in of_text] for of_text in windows]
+        every = [pair for of_text in pairs for pair in of_text]
         read = iter(score_tokens(self.predictor, every, progress=not disable_tqdm))
-        found = []
-        for text, some in zip(texts, pairs, strict=True):
-            parts = (part.draw_log_probs for part in islice(read, len(some)))
+        log_probs = []
+        for text, of_text in zip(texts, pairs, strict=True):
+            parts = (part.draw_log_probs for part in islice(read, len(of_text)))
             draw_log_probs = sum(parts, torch.zeros(self.predictor.num_draws))
-            found.append(average_log_prob(draw_log_probs))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            log_probs.append(average_log_prob(draw_log_probs))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), log_probs[-1])
+        return log_probs
 
     # ------------------------------------------------------------------ texts
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """:raises ValueError: if a task asks for something that our decoding has not."""
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         alike: dict[Decoding, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(self._decoding(request.args[1]), []).append(number)
@@ -191,20 +191,22 @@ class ModelAverageLM(TemplateLM):
             texts = continue_tokens(self.predictor, rows, decoding)
             for number, text in zip(tqdm(numbers, disable=disable_tqdm), texts, strict=True):
                 whole = self.tokenizer.decode(text.ids, skip_special_tokens=True)
-                found[number] = postprocess_generated_text(whole, list(decoding.stop), None)
-                self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
-        return [found[n] for n in range(len(requests))]
+                answers[number] = postprocess_generated_text(whole, list(decoding.stop), None)
+                self.cache_hook.add_partial(
+                    "generate_until", requests[number].args, answers[number]
+                )
+        return [answers[n] for n in range(len(requests))]
 
     def _decoding(self, asked: dict[str, Any]) -> Decoding:
-        given = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
-        stop = handle_stop_sequences(given.pop("until", None), eos=None)
-        settings = {name: given.pop(name) for name in _DECODING if name in given}
+        options = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
+        stop = handle_stop_sequences(options.pop("until", None), eos=None)
+        settings = {name: options.pop(name) for name in _DECODING if name in options}
         if not settings.get("do_sample"):
             settings = {}  # the harness then writes temperature 0
-        tokens = given.pop("max_gen_toks")
-        if given:
+        tokens = options.pop("max_gen_toks")
+        if options:
             raise ValueError(
-                f"a task asks for {sorted(given)} in generation_kwargs: expected until,"
+                f"a task asks for {sorted(options)} in generation_kwargs: expected until,"
                 f" max_gen_toks, {', '.join(_DECODING)}"
             )
         return Decoding(tokens, **settings, stop=tuple(stop), weights="posterior", seed=self.seed)
@@ -217,9 +219,9 @@ def _predictor(run: str | Path | Run | Predictor, draws: int | None, seed: int) 
         return run
     loaded = run if isinstance(run, Run) else load_run(run)
     loaded.subspace_predictor()
-    found = make_predictor(loaded, PredictionConfig(draws=draws, seed=seed if draws else 0))
-    assert isinstance(found, Predictor)
-    return found
+    predictor = make_predictor(loaded, PredictionConfig(draws=draws, seed=seed if draws else 0))
+    assert isinstance(predictor, Predictor)
+    return predictor
 
 
 if __name__ == "__main__":

@@ -92,39 +92,47 @@ class PosteriorEnsemble(StatCalculator):
             "greedy_log_likelihoods": [text.log_probs.tolist() for text in greedy],
             "entropy": [text.entropy.tolist() for text in greedy],
         }
-        found = [[text] for text in greedy]
+        per_prompt = [[text] for text in greedy]
         if self.samples:
             decoding = Decoding(max_new_tokens, do_sample=True, seed=self.seed)
             repeated = [row for row in rows for _ in range(self.samples)]
             drawn = list(continue_tokens(self.predictor, repeated, decoding))
-            found = [drawn[n : n + self.samples] for n in range(0, len(drawn), self.samples)]
+            per_prompt = [drawn[n : n + self.samples] for n in range(0, len(drawn), self.samples)]
             stats |= {
-                "sample_texts": [[text.text for text in some] for some in found],
-                "sample_tokens": [[text.ids.tolist() for text in some] for some in found],
-                "sample_log_probs": [[text.log_prob for text in some] for some in found],
+                "sample_texts": [[text.text for text in of_prompt] for of_prompt in per_prompt],
+                "sample_tokens": [
+                    [text.ids.tolist() for text in of_prompt] for of_prompt in per_prompt
+                ],
+                "sample_log_probs": [
+                    [text.log_prob for text in of_prompt] for of_prompt in per_prompt
+                ],
                 "sample_log_likelihoods": [
-                    [text.log_probs.tolist() for text in some] for some in found
+                    [text.log_probs.tolist() for text in of_prompt] for of_prompt in per_prompt
                 ],
             }
-        return stats | {_ENSEMBLE: self._ensemble(rows, found)}
+        return stats | {_ENSEMBLE: self._ensemble(rows, per_prompt)}
 
     def _ensemble(
-        self, rows: Sequence[list[int]], found: Sequence[Sequence[ScoredText]]
+        self, rows: Sequence[list[int]], per_prompt: Sequence[Sequence[ScoredText]]
     ) -> dict[str, Any]:
         """What lm-polygraph's estimators of ensembles read, in arrays (N, B): B texts a prompt."""
         measured = [
-            [_measures(self.predictor, row, text.ids) for text in some]
-            for row, some in zip(rows, found, strict=True)
+            [_measures(self.predictor, row, text.ids) for text in of_prompt]
+            for row, of_prompt in zip(rows, per_prompt, strict=True)
         ]
         # A decoder's text has no start token, so that all means are over its T tokens.
-        log_probas = [[text.draw_log_probs.mean(-1).numpy() for text in some] for some in found]
+        log_probas = [
+            [text.draw_log_probs.mean(-1).numpy() for text in of_prompt] for of_prompt in per_prompt
+        ]
         own = np.array(log_probas).swapaxes(1, 2)  # (N, S, B)
-        scores = np.array([[float(text.log_probs.mean()) for text in some] for some in found])
+        scores = np.array(
+            [[float(text.log_probs.mean()) for text in of_prompt] for of_prompt in per_prompt]
+        )
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         shared = {"log_probas": own, "probas": np.exp(own), "weights": weights}
         return {
             f"{mode}_token_level_scores": {
-                name: np.array([[text[mode][name] for text in some] for some in measured])
+                name: np.array([[text[mode][name] for text in of_prompt] for of_prompt in measured])
                 for name in measured[0][0][mode]
             }
             | shared
@@ -147,7 +155,7 @@ def _measures(
     data = torch.special.entr(each.exp()).sum(-1).mean(0)  # (T,)
     expected = each.mean(0)  # (T, C)
     top = averages["pe"].exp().topk(max(_TOP)).values
-    found = {}
+    by_mode = {}
     for mode, log_mean in averages.items():
         mean = log_mean.exp()
         total = torch.special.entr(mean).sum(-1)
@@ -163,8 +171,8 @@ def _measures(
         for k in _TOP:
             few = top[:, :k] / top[:, :k].sum(-1, keepdim=True)
             measures[f"entropy_top{k}"] = torch.special.entr(few).sum(-1)
-        found[mode] = {name: float(value.mean()) for name, value in measures.items()}
-    return found
+        by_mode[mode] = {name: float(value.mean()) for name, value in measures.items()}
+    return by_mode
 
 
 def calculators(*, samples: int = 0, seed: int = 0) -> list[StatCalculatorContainer]:

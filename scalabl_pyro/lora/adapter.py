@@ -275,7 +275,7 @@ class SubspaceAdapter:
         :param s: (M, r), or (M, r + k) with s_perp, whose rows are a second adapter of PEFT's.
         """
         matrices = [*self._A, *self.perp_A]
-        kept = [A.weight.clone() for A in matrices]
+        originals = [A.weight.clone() for A in matrices]
         parts = self._hooks.effective(s).split([self.rank, self.perp], dim=-1)
         scales = [scale for part in parts[: 1 + bool(self.perp)] for scale in part]
         for A, scale in zip(matrices, scales, strict=True):
@@ -284,7 +284,7 @@ class SubspaceAdapter:
             with self._hooks.rebound(Bound()):
                 yield self.peft_model
         finally:
-            for A, weight in zip(matrices, kept, strict=True):
+            for A, weight in zip(matrices, originals, strict=True):
                 A.weight.copy_(weight)
 
     @contextmanager
@@ -295,13 +295,13 @@ class SubspaceAdapter:
         :param weights: by the names of :meth:`state`.
         """
         stored = self.state()
-        kept = {name: stored[name].clone() for name in weights}
+        originals = {name: stored[name].clone() for name in weights}
         for name, value in weights.items():
             stored[name].copy_(value)
         try:
             yield
         finally:
-            for name, value in kept.items():
+            for name, value in originals.items():
                 stored[name].copy_(value)
 
     def shard(self) -> None:
@@ -314,13 +314,13 @@ class SubspaceAdapter:
         """A hash of the frozen base model: names, shapes and the first values of its parameters."""
         if self._fingerprint is not None:
             return self._fingerprint
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, parameter in self.peft_model.named_parameters():
             # A head's untrained original is random, and of no effect.
             if not (name in self._stored or ".original_module." in name):
                 values = parameter.detach().flatten()[:64].float().cpu().tolist()
-                found.update(f"{name} {tuple(parameter.shape)} {values}".encode())
-        return found.hexdigest()
+                digest.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+        return digest.hexdigest()
 
     # ------------------------------------------------------------------ forward
 

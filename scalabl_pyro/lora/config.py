@@ -92,8 +92,8 @@ class ModelConfig(ReadoutConfig):
                 f"shots is {self.shots}, but {len(shots)} records are given to be shown: give as"
                 " many, as draw_shots does"
             )
-        found = READOUTS[self.readout].classes(records, prompt=self.prompt)
-        return replace(found, shots=tuple(shots))
+        classes = READOUTS[self.readout].classes(records, prompt=self.prompt)
+        return replace(classes, shots=tuple(shots))
 
 
 @dataclass(frozen=True, slots=True)

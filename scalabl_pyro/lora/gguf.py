@@ -25,7 +25,7 @@ def find_gguf(name: str) -> tuple[str, str | None]:
         if path.parent.is_dir() and not path.is_file():
             raise FileNotFoundError(f"model {str(path)!r} not found: there is no such file")
     elif path.is_dir() and not (path / "config.json").exists():
-        files = sorted(found.name for found in path.glob("*.gguf"))
+        files = sorted(entry.name for entry in path.glob("*.gguf"))
         if len(files) > 1:
             raise ValueError(
                 f"model {name!r} holds {files}: name one of them, as in"

@@ -125,11 +125,11 @@ class Hooks:
     @contextmanager
     def rebound(self, bound: Bound) -> Iterator[None]:
         """Let the hooks read something else, until the context ends."""
-        kept, self.bound = self.bound, bound
+        before, self.bound = self.bound, bound
         try:
             yield
         finally:
-            self.bound = kept
+            self.bound = before
 
     def start_pass(self, rows: int, T: int) -> None:
         """Count the calls of each A from here on, unless :meth:`check_calls` has passed.

@@ -71,7 +71,7 @@ def add_perp(layers: Mapping[str, LoraLayer], k: int) -> dict[str, nn.Parameter]
 
     :returns: the 2·M matrices by the names of their weights.
     """
-    found = {}
+    weights = {}
     for name, layer in layers.items():
         layer.update_layer(PERP, k, lora_alpha=k, config=LoraConfig(r=k))
         layer.scaling[PERP] = layer.scaling[ADAPTER]
@@ -79,8 +79,8 @@ def add_perp(layers: Mapping[str, LoraLayer], k: int) -> dict[str, nn.Parameter]
         for part in ("lora_A", "lora_B"):
             matrices = getattr(layer, part)
             matrices[PERP].to(matrices[ADAPTER].weight).requires_grad_(False)
-            found[f"{name}.{part}.{PERP}.weight"] = matrices[PERP].weight.zero_()
-    return found
+            weights[f"{name}.{part}.{PERP}.weight"] = matrices[PERP].weight.zero_()
+    return weights
 
 
 @contextmanager
@@ -98,19 +98,19 @@ def read_config(start: str | Path) -> LoraConfig:
     :raises ValueError: if there is none, or it is no plain LoRA.
     """
     try:
-        found = PeftConfig.from_pretrained(str(start))
+        config = PeftConfig.from_pretrained(str(start))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(start)!r} is no PEFT adapter: expected a folder with adapter_config.json, whole,"
             f" or a name on the Hub; copy it again from where it was made (PEFT says: {error})"
         ) from error
-    kind = getattr(found.peft_type, "value", found.peft_type)
+    kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != PeftType.LORA.value:
         raise ValueError(
             f"the adapter {str(start)!r} is of PEFT's type {kind}: expected LORA, whose layers call"
             " lora_B(lora_A(x)); train a LoRA adapter, or leave lora.start out"
         )
-    return cast(LoraConfig, found)
+    return cast(LoraConfig, config)
 
 
 def _check_model(llm: PreTrainedModel) -> None:
@@ -171,8 +171,8 @@ def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> 
     lora.inference_mode = False
     model = cast(PeftModel, get_peft_model(llm, lora))
     try:
-        found = model.load_adapter(str(start), ADAPTER, is_trainable=True)
-        wrong = [*found.missing_keys, *found.unexpected_keys]
+        loaded = model.load_adapter(str(start), ADAPTER, is_trainable=True)
+        wrong = [*loaded.missing_keys, *loaded.unexpected_keys]
         if wrong:
             raise RuntimeError(f"only one of them has {wrong}")
     except SafetensorError as error:
@@ -259,7 +259,7 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig, *, trained: bool) -> N
         ]
         for target in ([targets] if isinstance(targets, str) else targets)
     }
-    missing = [target for target, found in matches.items() if not found]
+    missing = [target for target, matching in matches.items() if not matching]
     if missing:
         linear = {
             n.rpartition(".")[2]
@@ -278,11 +278,11 @@ def _check_config(llm: PreTrainedModel, lora: LoraConfig, *, trained: bool) -> N
     if trained:
         return  # it was trained so, with the head alone
     whole = {name for name in names if any(_ends(name, head) for head in asked)}
-    for target, found in matches.items():
-        within = [n for n in found if any(n == w or n.startswith(f"{w}.") for w in whole)]
-        if whole & set(found) or len(within) == len(found):
+    for target, matching in matches.items():
+        within = [n for n in matching if any(n == w or n.startswith(f"{w}.") for w in whole)]
+        if whole & set(matching) or len(within) == len(matching):
             raise ValueError(
-                f"{sorted(whole & set(found) or within)} are both in target_modules, as"
+                f"{sorted(whole & set(matching) or within)} are both in target_modules, as"
                 f" {target!r}, and in modules_to_save: a layer is adapted or trained whole, so"
                 " leave it out of one of them"
             )

@@ -92,10 +92,12 @@ def load_llm(
                 " which is unpacked to plain weights: set quantization=null"
             )
         options["quantization_config"] = GgufConfig(dequantize=True)
-    llm, found = _load(
+    llm, loading_info = _load(
         config, auto_class, output_loading_info=True, use_safetensors=True, **options
     )
-    untrained = [key for key in found["missing_keys"] if not set(key.split(".")) & set(heads)]
+    untrained = [
+        key for key in loading_info["missing_keys"] if not set(key.split(".")) & set(heads)
+    ]
     if untrained:
         prefix = f"{llm.base_model_prefix}."
         modules = sorted({key.removeprefix(prefix).split(".")[0] for key in untrained})

@@ -54,9 +54,9 @@ class OutputRows:
             return None
         if base.weight.dtype == torch.float32 or base.weight.is_meta:
             return None
-        found = cls(cast(nn.Module, head), ids)
-        if found._agrees(run):
-            return found
+        rows = cls(cast(nn.Module, head), ids)
+        if rows._agrees(run):
+            return rows
         log.warning(
             "%s does more with its logits than its output layer: they stay in %s",
             type(llm).__name__,
@@ -71,39 +71,39 @@ class OutputRows:
         B = None
         if isinstance(self._head, LoraLayer):
             B = cast(nn.Linear, self._head.lora_B[ADAPTER]).weight
-        kept = None if B is None else B.clone()
+        original_B = None if B is None else B.clone()
         try:
             if B is not None:  # 0 at first; not random, for that would move the random state
                 B.copy_(torch.linspace(-0.1, 0.1, B.numel()).view_as(B))
             own = run()
             with self.in_place():
-                some = run()
+                selected = run()
             self._ids = None
             with self.in_place():
                 every = run()
         finally:
             self._ids = ids
-            if B is not None and kept is not None:
-                B.copy_(kept)
+            if B is not None and original_B is not None:
+                B.copy_(original_B)
         size = every.abs().max()
-        same = some.shape == every.shape == own.shape and some.isfinite().all()
+        same = selected.shape == every.shape == own.shape and selected.isfinite().all()
         return bool(
             same
-            and (some - every).abs().max() <= 1e-4 * size
+            and (selected - every).abs().max() <= 1e-4 * size
             and (own - every).abs().max() <= 2**-5 * size
         )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model with these rows alone, others being 0, until the context ends."""
-        kept = vars(self._head).get("forward")
+        own_forward = vars(self._head).get("forward")
         self._head.forward = self._forward  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             del self._head.forward
-            if kept is not None:
-                self._head.forward = kept  # type: ignore[method-assign, assignment]
+            if own_forward is not None:
+                self._head.forward = own_forward  # type: ignore[method-assign, assignment]
 
     def _forward(self, x: Tensor) -> Tensor:
         """(..., vocabulary), in float32."""
@@ -113,17 +113,17 @@ class OutputRows:
         ids = None if self._ids is None else self._ids.to(x.device)
         parts = base.weight.split(_CHUNK) if ids is None else (base.weight[ids],)
         wide = x.float()
-        found = torch.cat([nn.functional.linear(wide, part.float()) for part in parts], -1)
+        logits = torch.cat([nn.functional.linear(wide, part.float()) for part in parts], -1)
         if base.bias is not None:
-            found = found + (base.bias if ids is None else base.bias[ids]).float()
+            logits = logits + (base.bias if ids is None else base.bias[ids]).float()
         if isinstance(head, LoraLayer) and not head.disable_adapters:
             for name in head.active_adapters:
                 A, B = cast(nn.Linear, head.lora_A[name]), cast(nn.Linear, head.lora_B[name])
                 update = B(A(head.lora_dropout[name](x.to(A.weight.dtype)))) * head.scaling[name]
-                found = found + (update if ids is None else update[..., ids]).float()
+                logits = logits + (update if ids is None else update[..., ids]).float()
         if ids is None:
-            return found
-        return found.new_zeros(*x.shape[:-1], base.out_features).index_copy(-1, ids, found)
+            return logits
+        return logits.new_zeros(*x.shape[:-1], base.out_features).index_copy(-1, ids, logits)
 
 
 def prepare_output_layer(

@@ -93,7 +93,7 @@ def from_pretrained(
         guide = sp.AutoSubspaceNormal(model)
         svi = infer.SVI(model, guide, optim.Adam({"lr": 1e-3}), infer.Trace_ELBO())
         losses = [svi.step(batch) for _, batch in zip(range(20), train.minibatches(4, seed=0))]
-        found = sp.predict(sp.Predictor(adapter, sp.draw(guide, 10, seed=0)), records)
+        predictions = sp.predict(sp.Predictor(adapter, sp.draw(guide, 10, seed=0)), records)
     """
     unknown = sorted(loading.keys() - LoadOptions.__annotations__.keys())
     if unknown:

@@ -80,15 +80,15 @@ class RowCheck:
         self._llm.eval()  # masks of dropout would differ
         try:
             together = self._seen(both, layers, run)
-            alone = [self._seen(some, layers, run) for some in (first, second)]
+            alone = [self._seen(single, layers, run) for single in (first, second)]
         finally:
             for module, mode in modes:
                 module.training = mode
         for index in layers:
-            found = together[index].float()
+            in_batch = together[index].float()
             expected = torch.cat([seen[index] for seen in alone]).float()
-            if found.shape != expected.shape or (
-                (found - expected).norm() > 0.05 * expected.norm()
+            if in_batch.shape != expected.shape or (
+                (in_batch - expected).norm() > 0.05 * expected.norm()
             ):
                 raise self._no_rows(index, "does not hold row after row")
         self._verified |= layers

@@ -25,10 +25,10 @@ def save_peft(peft_model: PeftModel, folder: Path) -> dict[str, Tensor]:
     # The base model's own embeddings are never part of an adapter.
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     saved = load_file(folder / WEIGHTS)
-    kept = {name: value for name, value in saved.items() if f".{PERP}." not in name}
-    if kept.keys() != saved.keys():
-        write_weights(kept, folder)
-    return kept
+    tensors = {name: value for name, value in saved.items() if f".{PERP}." not in name}
+    if tensors.keys() != saved.keys():
+        write_weights(tensors, folder)
+    return tensors
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -58,9 +58,9 @@ def set_subspace(adapter: SubspaceAdapter, name: str, prompts: Split | None = No
             f"subspace is {name!r}, but B is not 0: what was trained has a V of its own; take"
             " 'random', which leaves it as it is, or a fresh adapter"
         )
-    found = SUBSPACES[name](adapter, prompts)
-    copy_from_main(found)  # rounding on another device may turn a direction round
-    for A, V in zip(adapter.matrices.A.values(), found, strict=True):
+    directions = SUBSPACES[name](adapter, prompts)
+    copy_from_main(directions)  # rounding on another device may turn a direction round
+    for A, V in zip(adapter.matrices.A.values(), directions, strict=True):
         sigma = torch.linalg.svdvals(A.weight.float())  # 1 in the subspace form
         A.weight.copy_(sigma[:, None] * V)
 
@@ -81,9 +81,9 @@ def set_perp(adapter: SubspaceAdapter, prompts: Split) -> None:
         once. Labels are not looked at.
     :raises ValueError: if a module has fewer than r + k inputs, or no token reaches it.
     """
-    found = []
+    directions = []
     for (name, C), A in zip(
-        second_moments(adapter, _some(prompts)).items(), adapter.matrices.A.values(), strict=True
+        second_moments(adapter, _sample(prompts)).items(), adapter.matrices.A.values(), strict=True
     ):
         if len(C) < adapter.rank + adapter.perp:
             raise ValueError(
@@ -93,14 +93,14 @@ def set_perp(adapter: SubspaceAdapter, prompts: Split) -> None:
         V = A.weight.double()
         outside = torch.linalg.svd(V).Vh[adapter.rank :].to(C)  # (d - r, d), orthonormal
         vectors = torch.linalg.eigh(outside @ C @ outside.mT).eigenvectors  # the least first
-        found.append(vectors[:, : adapter.perp].mT @ outside)
-    copy_from_main(found)
-    for A, B, V in zip(adapter.perp_A, adapter.perp_B, found, strict=True):
+        directions.append(vectors[:, : adapter.perp].mT @ outside)
+    copy_from_main(directions)
+    for A, B, V in zip(adapter.perp_A, adapter.perp_B, directions, strict=True):
         A.weight.copy_(V)
         B.weight.copy_(torch.randn(B.weight.shape) / len(B.weight) ** 0.5)
 
 
-def _some(prompts: Split) -> Split:
+def _sample(prompts: Split) -> Split:
     """Up to 256 of them, evenly spread."""
     return prompts.select(range(0, len(prompts), -(-len(prompts) // _PROMPTS)))
 
@@ -155,30 +155,30 @@ def _of_activations(adapter: SubspaceAdapter, prompts: Split | None) -> list[Ten
         )
     if prompts is None:
         raise ValueError("subspace is 'activations': give prompts, a split of training examples")
-    some = _some(prompts)
-    found = []
-    for name, C in second_moments(adapter, some).items():
+    sample = _sample(prompts)
+    directions = []
+    for name, C in second_moments(adapter, sample).items():
         values, V = _leading(C, adapter.rank)
         least = len(C) * torch.finfo(torch.float32).eps * values[0]  # of inputs that are rounded
         if not values[-1] > least:
             raise ValueError(
-                f"the inputs of {name} at {len(some)} prompts have {int((values > least).sum())}"
+                f"the inputs of {name} at {len(sample)} prompts have {int((values > least).sum())}"
                 f" directions, fewer than the rank {adapter.rank}: give more prompts, or a smaller"
                 " r"
             )
-        found.append(V * (C.trace() / len(C) / values).sqrt()[:, None])
-    return found
+        directions.append(V * (C.trace() / len(C) / values).sqrt()[:, None])
+    return directions
 
 
 def _of_weights(adapter: SubspaceAdapter, prompts: Split | None) -> list[Tensor]:
-    found = []
+    directions = []
     for layer in adapter.layers.values():
         base = layer.get_base_layer()
         W = dequantize_module_weight(base).double()  # (d_out, d_in)
         if isinstance(base, Conv1D):
             W = W.mT
-        found.append(_leading(W.mT @ W, adapter.rank)[1])
-    return found
+        directions.append(_leading(W.mT @ W, adapter.rank)[1])
+    return directions
 
 
 def _as_it_is(adapter: SubspaceAdapter, prompts: Split | None) -> list[Tensor]:

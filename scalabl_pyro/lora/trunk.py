@@ -190,8 +190,8 @@ class Trunk:
         if not self.depth:
             raise ValueError(f"there is no trunk to compute once: {self.why_not}")
         examples: list[Example] = []
-        for some in split.batches(batch_size):
-            batch = some.collate(some.examples)
+        for chunk in split.batches(batch_size):
+            batch = chunk.collate(chunk.examples)
             mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
             # With gradients on, the first batch tells whether a trained parameter has a part in it.
             with torch.set_grad_enabled(not examples):
@@ -205,7 +205,7 @@ class Trunk:
             hidden = leaving.hidden.detach().cpu().unflatten(0, mask.shape[:-1])  # (B, [C,] T, H)
             examples += [
                 _CachedExample(**_fields(example), hidden=hidden[b][mask[b]])
-                for b, example in enumerate(some)
+                for b, example in enumerate(chunk)
             ]
 
         def collate(examples: Sequence[Any]) -> Batch:
@@ -224,16 +224,18 @@ class Trunk:
 
         :raises ValueError: if they were cached for another depth.
         """
-        found = {name: value for name, value in inputs.items() if name.startswith(_KEY)}
-        for name in found:
+        cached = {name: value for name, value in inputs.items() if name.startswith(_KEY)}
+        for name in cached:
             if name != f"{_KEY}{self.depth - 1}":
                 raise ValueError(
                     f"the batch holds {name}, but the adapter's trunk has {self.depth} blocks:"
                     " cache it again with this adapter"
                 )
-        rest = {name: value for name, value in inputs.items() if name not in found}
+        rest = {name: value for name, value in inputs.items() if name not in cached}
         # (B, [C,] T, H) → (R, T, H)
-        return rest, next((TrunkOutput(h.flatten(0, -3), self.depth) for h in found.values()), None)
+        return rest, next(
+            (TrunkOutput(h.flatten(0, -3), self.depth) for h in cached.values()), None
+        )
 
     @contextmanager
     def replaced(self, leaving: TrunkOutput, *, draws: int) -> Iterator[None]:
@@ -250,9 +252,9 @@ class Trunk:
         """
         output: Any = None
 
-        def keep(module: nn.Module, args: Any, found: Any) -> None:
+        def keep(module: nn.Module, args: Any, returned: Any) -> None:
             nonlocal output
-            output = found
+            output = returned
 
         # Run to its end, not stopped by an exception: other libraries' hooks need to close.
         with (
@@ -290,13 +292,13 @@ def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterat
     """Let blocks return something else than they compute."""
     # A forward of its own hides the class's: the blocks stay in place, with what a model may read
     # from them. Libraries that place layers on devices give them such a forward too.
-    kept = [vars(block).get("forward") for block in blocks]
+    forwards = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
             block.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for block, own in zip(blocks, kept, strict=True):
+        for block, own in zip(blocks, forwards, strict=True):
             del block.forward
             if own is not None:
                 block.forward = own  # type: ignore[method-assign]
@@ -330,12 +332,12 @@ def _find_blocks(
     if len(holding) > 1:
         return "", [], f"{kind} has adapted modules in several lists of blocks: {holding}"
     # With all adapted modules outside, the longest stack is the trunk.
-    found = max(holding or outer, key=lambda x: len(lists[x]), default="")
-    if not found:
+    longest = max(holding or outer, key=lambda x: len(lists[x]), default="")
+    if not longest:
         return "", [], f"{kind} keeps its blocks in no nn.ModuleList"
-    if len(set(map(id, lists[found]))) < len(lists[found]):
+    if len(set(map(id, lists[longest]))) < len(lists[longest]):
         return "", [], f"{kind} runs the same block more than once"
-    rowless = _ROWLESS & set(inspect.signature(lists[found][0].forward).parameters)
+    rowless = _ROWLESS & set(inspect.signature(lists[longest][0].forward).parameters)
     if rowless:
         return (
             "",
@@ -344,4 +346,4 @@ def _find_blocks(
         )
     if llm.config._attn_implementation == "flex_attention":
         return "", [], "the block masks of flex attention cannot be cut to the rows of one draw"
-    return found, lists[found], None
+    return longest, lists[longest], None

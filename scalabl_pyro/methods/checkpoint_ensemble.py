@@ -24,5 +24,5 @@ class CheckpointEnsemble(IterateAveraging):
 
     def make_predictor(self, model: LoRAModel, posterior: Iterates, *, seed: int) -> RunPredictor:
         """Averages over the iterates so far, or is at the present one before the first."""
-        found = posterior.iterates()
-        return WeightAverage(model.adapter, found) if found else Predictor(model.adapter)
+        iterates = posterior.iterates()
+        return WeightAverage(model.adapter, iterates) if iterates else Predictor(model.adapter)

@@ -50,8 +50,8 @@ class Iterates(torch.optim.AdamW):
     def iterates(self) -> dict[str, Tensor]:
         """(≤ K, *shape) by the names of ``adapter.state()``, the oldest first; nothing before the
         first is due."""
-        found = {name: self.state.get(p, {}) for name, p in self._named.items()}
-        return {name: state["iterates"] for name, state in found.items() if "iterates" in state}
+        states = {name: self.state.get(p, {}) for name, p in self._named.items()}
+        return {name: state["iterates"] for name, state in states.items() if "iterates" in state}
 
 
 @dataclass(frozen=True)

@@ -74,22 +74,22 @@ class VariationalOnlineNewton(torch.optim.Optimizer):
     def scale(self, parameter: Tensor) -> Tensor:
         """σ of a parameter's numbers."""
         (delta,) = {group["weight_decay"] for group in self.param_groups}
-        found: Tensor = (self._ess * (self.state[parameter]["hess"] + delta)).rsqrt()
-        return found
+        sigma: Tensor = (self._ess * (self.state[parameter]["hess"] + delta)).rsqrt()
+        return sigma
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """The parameters at a draw of q, until the context ends."""
         with torch.no_grad():
-            kept = {p: p.detach().clone() for p in self._parameters()}
-            self._noise = {p: torch.randn_like(p) for p in kept}
+            means = {p: p.detach().clone() for p in self._parameters()}
+            self._noise = {p: torch.randn_like(p) for p in means}
             for p, epsilon in self._noise.items():
                 p.addcmul_(self.scale(p), epsilon)
         try:
             yield
         finally:
             with torch.no_grad():
-                for p, mean in kept.items():
+                for p, mean in means.items():
                     p.copy_(mean)
 
     @torch.no_grad()

@@ -44,11 +44,15 @@ class LaplaceAverage:
 
     def state(self) -> dict[str, Tensor]:
         """The factors and λ, by the names of a run folder."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, factor in self.factors.items():
             precision = torch.tensor(self.precision[name], dtype=torch.float64)
-            found |= {f"x.{name}": factor.x, f"g.{name}": factor.g, f"precision.{name}": precision}
-        return found
+            tensors |= {
+                f"x.{name}": factor.x,
+                f"g.{name}": factor.g,
+                f"precision.{name}": precision,
+            }
+        return tensors
 
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
@@ -129,9 +133,9 @@ class LaplaceLoRA(LoRAMethod):
         factors = {name: factors[name] for name in self._random(adapter)}
         parts = [{name: factor} for name, factor in factors.items()]
         precision: dict[str, float] = {}
-        for some in parts if self.per_matrix else [factors]:
-            found = self.prior_precision or kfac_precision_by_evidence(adapter, some)
-            precision |= dict.fromkeys(some, found)
+        for group in parts if self.per_matrix else [factors]:
+            group_precision = self.prior_precision or kfac_precision_by_evidence(adapter, group)
+            precision |= dict.fromkeys(group, group_precision)
         log.info("the prior precision is %s", sorted({float(f"{x:g}") for x in precision.values()}))
         predictor = LaplaceAverage(adapter, factors, precision, self.draws, seed)
         return replace(fitted, predictor=predictor)

@@ -33,8 +33,8 @@ def last_layer(adapter: SubspaceAdapter) -> nn.Linear:
     module = None
     with adapter.bound(None) as llm:
         for name in heads:
-            found = llm.get_submodule(name.rpartition(".")[0])
-            module = found if isinstance(found, nn.Linear) else module
+            layer = llm.get_submodule(name.rpartition(".")[0])
+            module = layer if isinstance(layer, nn.Linear) else module
     if module is None:
         raise ValueError(
             "method last_layer_laplace needs a head that is trained, a linear layer in lora.heads:"
@@ -151,8 +151,8 @@ class LastLayerLaplace(LoRAMethod):
         adapter = fitted.model.adapter
         adapter.eval()
         H = torch.zeros((), dtype=torch.float64, device=adapter.device)
-        for some in train.batches(self.config.batch_size):
-            f, J = head_jacobian(adapter, some.collate(some.examples))
+        for chunk in train.batches(self.config.batch_size):
+            f, J = head_jacobian(adapter, chunk.collate(chunk.examples))
             p = f.double().softmax(-1)
             curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
             H = H + torch.einsum("bcd,bce,bef->df", J, curvature, J)

@@ -37,16 +37,16 @@ class DropoutAverage:
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
         device = self.adapter.device
-        found = []
+        logits = []
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):
             torch.manual_seed(self.seed)
             self.adapter.train()
             try:
                 for _ in range(self.num_draws):
-                    found.append(self.adapter(batch))
+                    logits.append(self.adapter(batch))
             finally:
                 self.adapter.eval()
-        return torch.stack(found)
+        return torch.stack(logits)
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,14 @@ class SWAG(IterateAveraging):
 
     def make_predictor(self, model: LoRAModel, posterior: Iterates, *, seed: int) -> RunPredictor:
         """Averages over S draws, or is at the present iterate while there are none."""
-        found = posterior.iterates()
-        if not found or len(next(iter(found.values()))) < 2:
+        iterates = posterior.iterates()
+        if not iterates or len(next(iter(iterates.values()))) < 2:
             return Predictor(model.adapter)
-        flat = torch.cat([value.reshape(len(value), -1) for value in found.values()], 1)
+        flat = torch.cat([value.reshape(len(value), -1) for value in iterates.values()], 1)
         draws = swag_draws(flat, self.draws, torch.Generator().manual_seed(seed))
-        parts = draws.split([value[0].numel() for value in found.values()], 1)
+        parts = draws.split([value[0].numel() for value in iterates.values()], 1)
         weights = {
             name: part.reshape(-1, *value.shape[1:])
-            for (name, value), part in zip(found.items(), parts, strict=True)
+            for (name, value), part in zip(iterates.items(), parts, strict=True)
         }
         return WeightAverage(model.adapter, weights)

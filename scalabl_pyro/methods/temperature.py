@@ -57,8 +57,8 @@ class TemperatureScaling(LoRAMethod):
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:
         """The same trained model at its best temperature."""
-        found = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
-        assert found.labels is not None
-        temperature = best_temperature(found.logits[0], found.labels)
+        predictions = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
+        assert predictions.labels is not None
+        temperature = best_temperature(predictions.logits[0], predictions.labels)
         assert isinstance(fitted.predictor, Predictor)
         return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))

@@ -94,8 +94,8 @@ class TFB(DrawsWeights, LoRAMethod):
         anchor = train.select(chosen)
         adapter = fitted.model.adapter
         if self.pseudo_labels:
-            found = predict(Predictor(adapter), anchor, batch_size=self.eval_batch_size)
-            anchor = anchor.relabelled(found.probabilities.argmax(-1).tolist())
+            predictions = predict(Predictor(adapter), anchor, batch_size=self.eval_batch_size)
+            anchor = anchor.relabelled(predictions.probabilities.argmax(-1).tolist())
         plain = self.nll(Predictor(adapter), anchor)
         matrices = adapter.matrices
         d = matrices.decompose_product()

@@ -51,7 +51,9 @@ def assess(
             "lengths": torch.tensor([len(text.ids) for text in texts]),
         }
         return Assessment(evaluate_texts(texts), rows)
-    found = predict(predictor, split, batch_size=batch_size, tolerance=tolerance, progress=progress)
-    metrics = evaluate(found.logits, found.labels)
-    assert found.labels is not None
-    return Assessment(metrics, {"logits": found.logits, "labels": found.labels})
+    predictions = predict(
+        predictor, split, batch_size=batch_size, tolerance=tolerance, progress=progress
+    )
+    metrics = evaluate(predictions.logits, predictions.labels)
+    assert predictions.labels is not None
+    return Assessment(metrics, {"logits": predictions.logits, "labels": predictions.labels})

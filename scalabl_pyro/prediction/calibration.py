@@ -198,10 +198,10 @@ def _calibrated(
         raise ValueError(f"draws is {draws}: expected 1 or more")
     member = torch.nn.functional.one_hot(bin_of(confidence, bins), bins).double()  # (N, bins)
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    right = []
     N = len(confidence)
     for chunk in torch.arange(draws).split(max(1, _AT_ONCE // N)):
         uniform = torch.rand(len(chunk), N, generator=generator, dtype=torch.float64)
         # The answer is the class that the label is drawn to be with probability max_c p_c.
-        found.append((uniform < confidence).double() @ member)
-    return member.sum(0), confidence.double() @ member, torch.cat(found)
+        right.append((uniform < confidence).double() @ member)
+    return member.sum(0), confidence.double() @ member, torch.cat(right)

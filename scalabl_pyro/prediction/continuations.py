@@ -81,8 +81,8 @@ def score_tokens(
     # In the order of their length, so that little is padded.
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
     read = tqdm(in_chunks(predictor, order, run), total=len(order), disable=not progress)
-    found = dict(zip(order, read, strict=True))
-    return [found[n] for n in range(len(rows))]
+    by_number = dict(zip(order, read, strict=True))
+    return [by_number[n] for n in range(len(rows))]
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def _read(
     tokens = whole[:, -K:].to(adapter.device)
     vocabulary = language_model(predictor).config.get_text_config().vocab_size
     at_once = max(1, MOST_LOGITS // (B * K * vocabulary))
-    found: list[Tensor] = []
+    log_probs: list[Tensor] = []
     total: Tensor | None = None  # (B, K, C), log Σ_k p_k(y_<t) p_k(·)
     for draws in [None] if predictor.draws is None else predictor.draws.split(at_once):
         with adapter.bound(draws) as llm:
@@ -114,12 +114,12 @@ def _read(
         _check_finite(logits, there, numbers)
         each = logits.log_softmax(-1)
         own = each.gather(-1, tokens.expand(many, B, K)[..., None])[..., 0].masked_fill(~there, 0)
-        found.append(own.sum(-1))
+        log_probs.append(own.sum(-1))
         part = each.add_((own.cumsum(-1) - own)[..., None]).logsumexp(0)
         total = part if total is None else torch.logaddexp(total, part)
     assert total is not None
     greedy = ((total.argmax(-1) == tokens) | ~there).all(-1)
-    draw_log_probs = torch.cat(found).cpu()  # (S, B)
+    draw_log_probs = torch.cat(log_probs).cpu()  # (S, B)
     return [Continuation(*each) for each in zip(draw_log_probs.T, greedy.tolist(), strict=True)]
 
 

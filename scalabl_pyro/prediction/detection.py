@@ -48,8 +48,8 @@ def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
     hits, false = counts_above(scores, positive)
     if not len(hits) or not hits[-1] or not false[-1]:
         return math.nan
-    found = hits / hits[-1] >= tpr
-    return float((false / false[-1])[int(found.int().argmax())])
+    reached = hits / hits[-1] >= tpr
+    return float((false / false[-1])[int(reached.int().argmax())])
 
 
 def counts_above(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,6 @@ def counts_above(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         )
     levels, place = scores.unique(return_inverse=True)  # from the lowest up
     held = positive.to(scores.device).bool()
-    counts = (torch.bincount(place[some], minlength=len(levels)) for some in (held, ~held))
+    counts = (torch.bincount(place[members], minlength=len(levels)) for members in (held, ~held))
     hits, false = (count.double().flip(0).cumsum(0) for count in counts)
     return hits, false

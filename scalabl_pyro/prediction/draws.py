@@ -69,11 +69,11 @@ def _independent(
             f"{type(guide).__name__} is made at its first call, with what the model is called"
             " with: give batch=, a batch of the training split"
         )
-    found = [guide(batch) for _ in range(num_draws)]
+    samples = [guide(batch) for _ in range(num_draws)]
     parts = [
-        torch.stack([sites[name] for sites in found])
+        torch.stack([sites[name] for sites in samples])
         for name in ("s", "s_perp")
-        if name in found[0]
+        if name in samples[0]
     ]
     return torch.cat(parts, -1)
 

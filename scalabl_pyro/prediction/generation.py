@@ -101,14 +101,14 @@ class Decoding:
 
     def warpers(self) -> LogitsProcessorList:
         """What changes log-probabilities before a draw, in the order of ``transformers``."""
-        found = LogitsProcessorList()
+        warpers = LogitsProcessorList()
         if self.temperature != 1:
-            found.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        return found
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
 
     def generator(self, number: int) -> torch.Generator:
         """The source of the draws of the prompt with this number."""
@@ -150,8 +150,8 @@ class ModelAverage(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         logits = scores.unflatten(0, (self.num_draws, -1)) / self.temperature  # (S, B, C)
         log_weights = self.weights(torch.zeros_like(logits[..., 0]) + self.read)
-        found = token_scores(logits, log_weights)
-        log_probs: Any = found.log_probs  # (B, C)
+        measures = token_scores(logits, log_weights)
+        log_probs: Any = measures.log_probs  # (B, C)
         if self.generators is None:
             token = log_probs.argmax(-1)
         else:
@@ -161,7 +161,7 @@ class ModelAverage(LogitsProcessor):
             token = token.to(scores.device)
         self.tokens.append(token)
         draw_log_probs = log_probs_of(token, logits)
-        self.measured.append((draw_log_probs, log_weights, *found[1:]))
+        self.measured.append((draw_log_probs, log_weights, *measures[1:]))
         self.read = self.read + draw_log_probs
         only = torch.full_like(log_probs, float("-inf")).scatter(-1, token[:, None], 0.0)
         return cast(torch.FloatTensor, only.repeat(self.num_draws, 1))
@@ -333,19 +333,19 @@ def _generate(
     lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, ids.shape[1] + 1)
     for stop in stops:
         lengths = torch.minimum(lengths, stop.lengths(ids))
-    found = []
+    texts = []
     for b, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
-        kept = ids[b, :length]
+        text_ids = ids[b, :length]
         # Decoded with the prompt, so that a space between them stays.
-        whole = str(tokenizer.decode(prompt + kept.tolist(), skip_special_tokens=True))
+        whole = str(tokenizer.decode(prompt + text_ids.tolist(), skip_special_tokens=True))
         draw_log_probs, log_weights, own_entropy, information, epkl = (
             x[..., b, :length] for x in measured
         )
-        found.append(
+        texts.append(
             ScoredText(
                 whole[len(str(tokenizer.decode(prompt, skip_special_tokens=True))) :],
-                tuple(tokenizer.convert_ids_to_tokens(kept.tolist())),
-                kept,
+                tuple(tokenizer.convert_ids_to_tokens(text_ids.tolist())),
+                text_ids,
                 draw_log_probs,
                 log_weights,
                 own_entropy,
@@ -354,7 +354,7 @@ def _generate(
                 "stop" if length <= ids.shape[1] else "length",
             )
         )
-    return found
+    return texts
 
 
 @torch.no_grad()
@@ -390,15 +390,15 @@ def _ends(llm: PreTrainedModel, readout: Readout) -> list[int]:
     """The tokens that end a text: the checkpoint's, and the one that ends a turn."""
     end = llm.generation_config.eos_token_id  # type: ignore[union-attr]  # it can generate
     end = readout.tokenizer.eos_token_id if end is None else end
-    found = [] if end is None else [end] if isinstance(end, int) else list(end)
-    return [*found, *(turn_end_ids(readout.tokenizer) if readout.chat else [])]
+    ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+    return [*ids, *(turn_end_ids(readout.tokenizer) if readout.chat else [])]
 
 
 @contextmanager
 def _without_defaults(llm: PreTrainedModel) -> Iterator[None]:
     """``generate`` fills what is not set from the checkpoint's own decoding defaults."""
-    kept, llm.generation_config = llm.generation_config, GenerationConfig()
+    defaults, llm.generation_config = llm.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        llm.generation_config = kept
+        llm.generation_config = defaults

@@ -193,11 +193,11 @@ def auroc_per_question(
     if math.isnan(area):
         raise ValueError("there is no pair of a positive and a negative example to compare")
     # Σ_j w_ij (h_ij − A) of each positive i, and Σ_i of each negative j.
-    found = torch.empty(len(scores), dtype=torch.float64)
+    sums = torch.empty(len(scores), dtype=torch.float64)
     if lengths is None:
         below = _below(scores)
-        found[held] = below[held] - _below(scores[held]) - (~held).sum() * area
-        found[~held] = held.sum() * (1 - area) - (below[~held] - _below(scores[~held]))
+        sums[held] = below[held] - _below(scores[held]) - (~held).sum() * area
+        sums[~held] = held.sum() * (1 - area) - (below[~held] - _below(scores[~held]))
     else:
         known, others, theirs = scores[held], scores[~held], lengths[~held]
         rows, columns, pairs = [], torch.zeros(len(others), dtype=torch.float64), 0
@@ -208,8 +208,8 @@ def auroc_per_question(
             rows.append(surplus.sum())
             columns += surplus
             pairs += int(near.sum())
-        found[held], found[~held] = torch.stack(rows), columns
-    return area + len(scores) * found / pairs
+        sums[held], sums[~held] = torch.stack(rows), columns
+    return area + len(scores) * sums / pairs
 
 
 def _below(scores: Tensor) -> Tensor:

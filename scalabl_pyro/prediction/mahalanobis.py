@@ -74,9 +74,9 @@ def pooled_features(
     adapter.eval()
     backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
     order = sorted(range(len(split)), key=split.lengths.__getitem__)  # so that little is padded
-    found = []
-    for some in split.select(order).batches(batch_size):
-        batch = some.collate(some.examples).to(adapter.device)
+    features = []
+    for chunk in split.select(order).batches(batch_size):
+        batch = chunk.collate(chunk.examples).to(adapter.device)
         mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
         if mask.dim() == 3:
             mask = mask & batch.choices[..., None]
@@ -92,5 +92,5 @@ def pooled_features(
             handle.remove()
         weight = mask.flatten(1)[..., None].to(hidden[0])  # (B, [C·]T, 1)
         rows = hidden[0].reshape(len(batch), -1, hidden[0].shape[-1])
-        found.append(((rows * weight).sum(1) / weight.sum(1)).cpu())
-    return torch.cat(found)[torch.tensor(order).argsort()]
+        features.append(((rows * weight).sum(1) / weight.sum(1)).cpu())
+    return torch.cat(features)[torch.tensor(order).argsort()]

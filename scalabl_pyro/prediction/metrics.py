@@ -249,11 +249,11 @@ def average(logits: Tensor, log_weights: Tensor | None = None) -> Tensor:
     _check_draws(logits)
     each = logits.log_softmax(-1)
     if log_weights is None:
-        found = each.logsumexp(0) - math.log(len(logits))
+        log_probs = each.logsumexp(0) - math.log(len(logits))
     else:
-        found = (each + log_weights[..., None]).logsumexp(0)
+        log_probs = (each + log_weights[..., None]).logsumexp(0)
     # Rounding may leave a sure answer just above probability 1.
-    return _numbers(found.clamp(max=0))
+    return _numbers(log_probs.clamp(max=0))
 
 
 def _check_draws(logits: Tensor) -> None:

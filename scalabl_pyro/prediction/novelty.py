@@ -99,8 +99,8 @@ def weight_novelty(
     folded = torch.ones(adapter.shape, device=adapter.device) if s is None else s
     with adapter.folded(folded):
         parts: list[Tensor] = []
-        for some in train.batches(batch_size):
-            f, J = _flat(adapter, some.collate(some.examples))
+        for chunk in train.batches(batch_size):
+            f, J = _flat(adapter, chunk.collate(chunk.examples))
             p = f.double().softmax(-1)
             roots = p.sqrt()[..., None] * (torch.eye(f.shape[1]) - p[:, None])  # (B, C, C)
             parts.append((roots.float() @ J).flatten(0, 1))
@@ -127,11 +127,11 @@ def _shares(
 ) -> Tensor:
     """(N,), the first of two variances (B,) over the second, in the order of the split."""
     order = sorted(range(len(split)), key=split.lengths.__getitem__)  # so that little is padded
-    found = []
-    for some in split.select(order).batches(batch_size):
-        after, before = variances(some.collate(some.examples).to(adapter.device))
-        found.append((after / before).clamp(0, 1).float().cpu())  # but for rounding it is there
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    shares = []
+    for chunk in split.select(order).batches(batch_size):
+        after, before = variances(chunk.collate(chunk.examples).to(adapter.device))
+        shares.append((after / before).clamp(0, 1).float().cpu())  # but for rounding it is there
+    return torch.cat(shares)[torch.tensor(order).argsort()]
 
 
 def _contrasts(J: Tensor, batch: Batch) -> Tensor:

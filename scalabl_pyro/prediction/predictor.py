@@ -78,9 +78,9 @@ class Predictor:
     Usage::
 
         predictor = Predictor(adapter, draw(guide, 10, seed=0))
-        found = predict(predictor, records)
-        found.probabilities, found.mutual_information  # (N, C) and (N,)
-        metrics = evaluate(found.logits, found.labels)
+        predictions = predict(predictor, records)
+        predictions.probabilities, predictions.mutual_information  # (N, C) and (N,)
+        metrics = evaluate(predictions.logits, predictions.labels)
     """
 
     adapter: SubspaceAdapter
@@ -133,7 +133,7 @@ class Predictor:
         *shape, tokens = batch.inputs["input_ids"].shape
         rows = math.prod(shape)
         draws = self.draws[some]
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         run: Callable[[Tensor], Tensor] = partial(self.adapter, batch)
         done = 0
         while done < len(draws):
@@ -141,7 +141,7 @@ class Predictor:
             try:
                 if not done and size < len(draws):
                     run = self.adapter.above_trunk(batch, draws)
-                found.append(run(draws[done : done + size]))
+                logits.append(run(draws[done : done + size]))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -156,7 +156,7 @@ class Predictor:
                 rows,
                 size // 2,
             )
-        return torch.cat(found) / self.temperature
+        return torch.cat(logits) / self.temperature
 
     def most_rows(self, tokens: int = 1) -> int:
         """Sequences of so many tokens, padding included, that may run in one forward pass."""
@@ -233,18 +233,18 @@ def predict(
     split = data if isinstance(data, Split) else predictor.adapter.readout.encode(data)
     predictor.adapter.eval()
     order = sorted(range(len(split)), key=split.lengths.__getitem__)
-    found, used = [], []
-    for some in tqdm(split.select(order).batches(batch_size), disable=not progress):
+    parts, used = [], []
+    for chunk in tqdm(split.select(order).batches(batch_size), disable=not progress):
         if tolerance is not None and isinstance(predictor, Predictor):
-            logits, draws = _until_settled(predictor, some, tolerance)
+            logits, draws = _until_settled(predictor, chunk, tolerance)
             used.append(draws)
         else:
-            batch = some.collate(some.examples)
-            logits = _finite(predictor.logits(batch).cpu(), batch, some)
-        found.append(logits)
+            batch = chunk.collate(chunk.examples)
+            logits = _finite(predictor.logits(batch).cpu(), batch, chunk)
+        parts.append(logits)
     place = torch.tensor(order).argsort()
     return Predictions(
-        torch.cat(found, dim=1)[:, place],
+        torch.cat(parts, dim=1)[:, place],
         split.labels,
         torch.cat(used)[place] if used else None,
     )
@@ -294,10 +294,10 @@ def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tupl
     pending = torch.arange(len(split))
     done = 0
     for stop in stops:
-        some = split.select(pending.tolist())
-        batch = some.collate(some.examples)
+        unsettled = split.select(pending.tolist())
+        batch = unsettled.collate(unsettled.examples)
         part = predictor.logits(batch, slice(done, stop)).cpu()
-        logits[done:stop, pending] = _finite(part, batch, some)
+        logits[done:stop, pending] = _finite(part, batch, unsettled)
         settled = half_width(logits[:stop, pending]) <= tolerance
         if stop < S:
             for b in pending[settled].tolist():

@@ -123,9 +123,9 @@ def _novelty(pool: Pool) -> Tensor:
             " model, guide and train, or use by='entropy'"
         )
     loc = pool.guide.median()["s"]
-    found = novelty(pool.model, pool.train, pool.split, loc=loc, batch_size=pool.batch_size)
+    shares = novelty(pool.model, pool.train, pool.split, loc=loc, batch_size=pool.batch_size)
     # Where no contrast depends on s there is nothing to learn of it.
-    return found.nan_to_num(0.0)
+    return shares.nan_to_num(0.0)
 
 
 def _random(pool: Pool) -> Tensor:

@@ -103,8 +103,10 @@ def token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:
     """
     size = max(1, _AT_ONCE // (len(logits) * logits.shape[-1]))
     parts = zip(logits.split(size, 1), log_weights.split(size, 1), strict=True)
-    found = [_token_scores(*part) for part in parts]
-    return TokenScores(*(torch.cat(some).to(logits.dtype) for some in zip(*found, strict=True)))
+    scores = [_token_scores(*part) for part in parts]
+    return TokenScores(
+        *(torch.cat(pieces).to(logits.dtype) for pieces in zip(*scores, strict=True))
+    )
 
 
 def _token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:

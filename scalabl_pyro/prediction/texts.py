@@ -142,17 +142,17 @@ def score(
 
     @torch.no_grad()
     def run(numbers: Sequence[int]) -> list[ScoredText]:
-        some = split.select(numbers)
-        batch = some.collate(some.examples).to(adapter.device)
+        chunk = split.select(numbers)
+        batch = chunk.collate(chunk.examples).to(adapter.device)
         rows = {k: v.repeat(predictor.num_draws, 1) for k, v in batch.inputs.items()}
         with adapter.bound(predictor.draws) as llm:
             logits = readout(llm, rows).unflatten(0, (predictor.num_draws, -1))
-        return _scored(readout, some, batch, logits / predictor.temperature, weights)
+        return _scored(readout, chunk, batch, logits / predictor.temperature, weights)
 
     # In the order of their length, so that little is padded.
     order = sorted(range(len(split)), key=split.lengths.__getitem__)
-    found = dict(zip(order, in_chunks(predictor, order, run), strict=True))
-    return [found[n] for n in range(len(split))]
+    by_number = dict(zip(order, in_chunks(predictor, order, run), strict=True))
+    return [by_number[n] for n in range(len(split))]
 
 
 def score_split(predictor: Predicts, split: Split, *, progress: bool = False) -> list[ScoredText]:
@@ -163,18 +163,18 @@ def score_split(predictor: Predicts, split: Split, *, progress: bool = False) ->
     """
     readout = predictor.adapter.readout
     predictor.adapter.eval()
-    found: dict[int, ScoredText] = {}
+    by_number: dict[int, ScoredText] = {}
     with tqdm(total=len(split), disable=not progress) as bar:
         for numbers in _few_logits(split.lengths, predictor.num_draws * readout.num_classes):
-            some = split.select(numbers)
-            batch = some.collate(some.examples)
+            chunk = split.select(numbers)
+            batch = chunk.collate(chunk.examples)
             with torch.no_grad():
                 logits = predictor.logits(batch)  # (S, B, K, C)
-            found |= zip(
-                numbers, _scored(readout, some, batch.to(logits.device), logits), strict=True
+            by_number |= zip(
+                numbers, _scored(readout, chunk, batch.to(logits.device), logits), strict=True
             )
             bar.update(len(numbers))
-    return [found[n] for n in range(len(split))]
+    return [by_number[n] for n in range(len(split))]
 
 
 def evaluate_texts(texts: Sequence[ScoredText]) -> dict[str, float]:
@@ -285,12 +285,12 @@ def in_chunks(
     while done < len(numbers):
         chunk = numbers[done : done + chunk_size(predictor)]
         try:
-            found = run(chunk)
+            texts = run(chunk)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
         else:
-            yield from found
+            yield from texts
             done += len(chunk)
             continue
         # Outside the handler, whose traceback keeps the failed pass in memory.

@@ -54,8 +54,8 @@ class WeightAverage:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
-        found = []
+        logits = []
         for k in range(self.num_draws):
             with self.adapter.holding({name: draws[k] for name, draws in self.weights.items()}):
-                found.append(self.adapter(batch))
-        return torch.stack(found)
+                logits.append(self.adapter(batch))
+        return torch.stack(logits)

@@ -174,10 +174,10 @@ class Readout(ABC):
         :raises ValueError: if it differs from :meth:`llm_options`.
         """
         for key, value in self.llm_options().items():
-            found = getattr(llm_config, key, None)
-            if found != value:
+            actual = getattr(llm_config, key, None)
+            if actual != value:
                 raise ValueError(
-                    f"{name!r} has a head with {key} {found}, but the data needs {value}: use its"
+                    f"{name!r} has a head with {key} {actual}, but the data needs {value}: use its"
                     " base model without a head"
                 )
 
@@ -261,15 +261,15 @@ class Readout(ABC):
                     rows = self._truncate(record)
             examples.append(Example(rows, len(record.choices), record.label))
         if too_long:
-            found = (
+            problem = (
                 f"{too_long} of {len(examples)} prompts exceed the context of {self.max_length}"
                 f" tokens (longest: {longest})"
             )
             if not self.truncate:
                 raise DataError(
-                    f"{found}; shorten them, or train with model.truncate=true, which cuts them"
+                    f"{problem}; shorten them, or train with model.truncate=true, which cuts them"
                 )
-            log.warning("%s; they were cut", found)
+            log.warning("%s; they were cut", problem)
         return Split(records, examples, self.collate)
 
     def reading(self, record: Record) -> Reading:

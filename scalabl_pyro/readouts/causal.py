@@ -131,8 +131,8 @@ def _check_system(tokenizer: PreTrainedTokenizerBase, system: str, *, chat: bool
             f"system is {system!r}, but chat is false: a system message is part of a chat template;"
             " set chat=true, or write it into the template"
         )
-    found, reasons = in_template(tokenizer, [("system", system), ("user", "Why?")])
-    if found is None and in_template(tokenizer, [("user", "Why?")])[0] is not None:
+    rendered, reasons = in_template(tokenizer, [("system", system), ("user", "Why?")])
+    if rendered is None and in_template(tokenizer, [("user", "Why?")])[0] is not None:
         raise ValueError(
             f"system is {system!r}, but the tokenizer's chat template does not write it"
             f" ({reasons[0]}): leave system out, or write it into the template"
@@ -174,15 +174,15 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, 
     :param messages: role, such as ``user``, and text.
     :raises DataError: if the template leaves a text out.
     """
-    found, reasons = in_template(tokenizer, messages)
-    if found is None:
+    rendered, reasons = in_template(tokenizer, messages)
+    if rendered is None:
         shots = " or what is shown before it" if len(messages) > 1 else ""
         raise DataError(
             f"the chat template leaves the prompt {messages[-1][1][:40]!r} out{shots}, as a text"
             f" ({reasons[0]}) and as a list of parts ({reasons[1]}); set chat=false, or give the"
             " tokenizer a template that writes the user's message as it is"
         )
-    return found
+    return rendered
 
 
 def in_template(
@@ -200,7 +200,7 @@ def in_template(
     reasons = []
     for form in forms:
         try:
-            found = str(
+            rendered = str(
                 tokenizer.apply_chat_template(
                     [{"role": role, "content": form(text)} for role, text in messages],
                     add_generation_prompt=not answered,
@@ -211,18 +211,18 @@ def in_template(
         except (TemplateError, TypeError, AttributeError, LookupError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        absent = _absent(found, messages)
+        absent = _absent(rendered, messages)
         if absent is None:
-            return found, []
-        reasons.append(f"gave {found[:80]!r}, where {absent[:40]!r} is left out")
+            return rendered, []
+        reasons.append(f"gave {rendered[:80]!r}, where {absent[:40]!r} is left out")
     return None, reasons
 
 
-def _absent(found: str, messages: Sequence[tuple[str, str]]) -> str | None:
+def _absent(rendered: str, messages: Sequence[tuple[str, str]]) -> str | None:
     """The first message that a text does not hold: turns in their order, the system's anywhere."""
     place = 0
     for role, text in messages:
-        start = found.find(text.strip(), 0 if role == "system" else place)
+        start = rendered.find(text.strip(), 0 if role == "system" else place)
         if start < 0:
             return text
         if role != "system":

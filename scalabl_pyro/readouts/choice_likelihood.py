@@ -171,12 +171,12 @@ class ChoiceLikelihood(CausalReadout):
         rows: list[list[int]] = []
         starts: list[int] = []
         sizes: list[int] = []
-        for given, scored in self._texts(record, question):
-            row = self._ids(given + scored)
-            start = common(self._ids(given), row)
+        for prompt, scored in self._texts(record, question):
+            row = self._ids(prompt + scored)
+            start = common(self._ids(prompt), row)
             if not 0 < start < len(row):
                 raise DataError(
-                    f"record {record.id!r}: the prompt {given!r} and {scored!r} behind it are"
+                    f"record {record.id!r}: the prompt {prompt!r} and {scored!r} behind it are"
                     f" {start} and {len(row) - start} tokens: expected one or more of each"
                 )
             rows.append(row)
@@ -199,12 +199,12 @@ class ChoiceLikelihood(CausalReadout):
         self, record: Record, rows: dict[str, list[list[int]]]
     ) -> tuple[str, list[tuple[str, str]]]:
         shared = rows["shared"][0][0]
-        found = []
+        answers = []
         for row, scored in zip(rows["input_ids"], rows["scored"], strict=True):
             start = scored.index(1)
-            given = self._decode(row[shared:start], behind=row[:shared])
-            found.append((given, self._decode(row[start:], behind=row[:start])))
-        return self._decode(rows["input_ids"][0][:shared]), found
+            context = self._decode(row[shared:start], behind=row[:shared])
+            answers.append((context, self._decode(row[start:], behind=row[:start])))
+        return self._decode(rows["input_ids"][0][:shared]), answers
 
     # ------------------------------------------------------------------ rows to batches
 
@@ -251,10 +251,10 @@ class ChoiceLikelihood(CausalReadout):
             return {}
         apart = -(-len(train) // _QUESTIONS)
         chosen = train.examples[::apart]
-        found = [
+        parts = [
             logits(train.collate(chosen[begin : begin + 16])) for begin in range(0, len(chosen), 16)
         ]
-        scores = torch.cat(found) / self.kappa(llm)
+        scores = torch.cat(parts) / self.kappa(llm)
         kappa = fit_kappa(scores, train.labels[::apart].to(scores.device))
         log.info("κ starts at %g", kappa)
         return {"log_kappa": math.log(kappa)}
@@ -323,8 +323,8 @@ class ChoiceLikelihood(CausalReadout):
             # A slice is no whole block of memory, on which bfloat16 is slow on CPUs. On others by
             # number: positions would have to be where the output layer is.
             on_cpu = ids.device.type == "cpu"
-            kept = torch.arange(first - 1, ids.shape[1] - 1) if on_cpu else scored.shape[1] + 1
-            logits = llm(ids, use_cache=False, logits_to_keep=kept, **options).logits
+            to_keep = torch.arange(first - 1, ids.shape[1] - 1) if on_cpu else scored.shape[1] + 1
+            logits = llm(ids, use_cache=False, logits_to_keep=to_keep, **options).logits
             logits = logits[:, : scored.shape[1]]
         else:
             logits = llm(ids, use_cache=False, **options).logits[:, first - 1 : -1]
@@ -366,11 +366,11 @@ class ChoiceLikelihood(CausalReadout):
             _choices_apart(packed["attention_mask"], packed["segment"]), llm
         )
         try:
-            found = self._log_probs_of_packed(llm, packed, apart)[0]
+            masked = self._log_probs_of_packed(llm, packed, apart)[0]
             in_sight = self._log_probs_of_packed(llm, packed, packed["attention_mask"])[0]
         except Exception as error:  # models refuse such a mask in ways of their own
             return f"it takes no mask of four dimensions ({error})"
-        if not (found - right).norm() <= _ROUNDING * (in_sight - right).norm():
+        if not (masked - right).norm() <= _ROUNDING * (in_sight - right).norm():
             return "with a mask of four dimensions it computes something else"
         return None
 
@@ -387,7 +387,7 @@ def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     """
     prompts = [example.rows["shared"][0][0] for example in examples]
     width = max(1, *prompts)
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     for example, shared in zip(examples, prompts, strict=True):
         left, rows = [0] * (width - shared), example.rows["input_ids"]
         tails = [row[shared:] for row in rows]
@@ -402,26 +402,26 @@ def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:
             "scored": [bool(x) for row in example.rows["scored"] for x in row[shared:]],
         }
         for name, value in values.items():
-            found.setdefault(name, []).append(torch.tensor(value))
+            by_name.setdefault(name, []).append(torch.tensor(value))
     return {
         name: pad_sequence(value, batch_first=True, padding_value=-1 if name == "segment" else 0)
-        for name, value in found.items()
+        for name, value in by_name.items()
     }
 
 
 def _separate(examples: Sequence[Example], num_classes: int) -> dict[str, Tensor]:
     """Rows (B, C, T), padded on the right; ``scored`` is (B, C, K) of the last K columns, from the
     first that is scored in any row on."""
-    found: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "scored": []}
+    by_name: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "scored": []}
     for example in examples:
         # A missing choice is scored as a copy of the first one and masked afterwards.
         places = [*range(example.num_choices), *[0] * (num_classes - example.num_choices)]
         for c in places:
             row = torch.tensor(example.rows["input_ids"][c])
-            found["input_ids"].append(row)
-            found["attention_mask"].append(torch.ones_like(row))
-            found["scored"].append(torch.tensor(example.rows["scored"][c], dtype=torch.bool))
-    padded = {name: pad_sequence(value, batch_first=True) for name, value in found.items()}
+            by_name["input_ids"].append(row)
+            by_name["attention_mask"].append(torch.ones_like(row))
+            by_name["scored"].append(torch.tensor(example.rows["scored"][c], dtype=torch.bool))
+    padded = {name: pad_sequence(value, batch_first=True) for name, value in by_name.items()}
     first = int(padded["scored"].any(0).int().argmax())
     padded["scored"] = padded["scored"][:, first:]
     return {name: value.unflatten(0, (-1, num_classes)) for name, value in padded.items()}

@@ -118,11 +118,11 @@ class CompletionTokens(Readout):
     def _tokenize(self, record: Completion) -> dict[str, list[list[int]]]:  # type: ignore[override]
         record.known()
         try:
-            given = given_text(self.tokenizer, record, chat=self.chat)
+            prompt_text = given_text(self.tokenizer, record, chat=self.chat)
             answer = answer_text(self.tokenizer, record, chat=self.chat, end=self.end_token)
         except DataError as error:
             raise DataError(f"record {record.id!r}: {error}") from error
-        prompt, whole = self._ids(given), self._ids(given + answer)
+        prompt, whole = self._ids(prompt_text), self._ids(prompt_text + answer)
         start = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         )

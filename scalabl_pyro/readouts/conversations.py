@@ -44,16 +44,16 @@ def answer_text(
     answer = record.known()
     if not chat:
         return answer
-    given = given_text(tokenizer, record, chat=True)
+    prompt = given_text(tokenizer, record, chat=True)
     turns = (*record.messages, Message("assistant", answer))
     whole = _rendered(tokenizer, turns, answered=True)
-    if not whole.startswith(given):
+    if not whole.startswith(prompt):
         raise DataError(
             "the chat template writes a conversation that is answered in another way than before"
-            f" the answer, {given[-60:]!r} at the end; give prompts and completions as texts, with"
+            f" the answer, {prompt[-60:]!r} at the end; give prompts and completions as texts, with"
             " chat=false"
         )
-    rest = whole[len(given) :]
+    rest = whole[len(prompt) :]
     return rest.rstrip() if end else rest[: rest.rindex(answer.strip()) + len(answer.strip())]
 
 
@@ -73,9 +73,9 @@ def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answered: bool
 ) -> str:
     """:raises DataError: if the template refuses the messages, or leaves one out."""
-    found, reasons = in_template(tokenizer, messages, answered=answered)
-    if found is not None:
-        return found
+    rendered, reasons = in_template(tokenizer, messages, answered=answered)
+    if rendered is not None:
+        return rendered
     raise DataError(
         f"the chat template does not take messages of the roles"
         f" {[role for role, _ in messages]}, as texts ({reasons[0]}) or as lists of parts"

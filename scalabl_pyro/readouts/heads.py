@@ -135,8 +135,8 @@ class SequenceClassification(_HeadReadout):
     def _rows(
         self, record: Record, question: str | None = None, **options: Any
     ) -> dict[str, list[list[int]]]:
-        found = self.tokenizer(self.prompt.render(record, question), **options)
-        return {name: [ids] for name, ids in found.items()}
+        encoding = self.tokenizer(self.prompt.render(record, question), **options)
+        return {name: [ids] for name, ids in encoding.items()}
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         return llm(**inputs).logits.float()

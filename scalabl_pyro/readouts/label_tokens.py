@@ -134,8 +134,8 @@ class LabelTokens(CausalReadout):
         self, record: Record, rows: dict[str, list[list[int]]]
     ) -> tuple[str, list[tuple[str, str]]]:
         (row,) = rows["input_ids"]
-        some = self.label_ids.tolist()[: len(record.choices)]
-        return self._decode(row), [("", self._decode([label], behind=row)) for label in some]
+        labels = self.label_ids.tolist()[: len(record.choices)]
+        return self._decode(row), [("", self._decode([label], behind=row)) for label in labels]
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         logits = last_logits(llm, left_padded(inputs), 1)[:, 0]

@@ -31,7 +31,7 @@ def with_intervals(
 
     :param tensors: by split, see :class:`~scalabl_pyro.prediction.Assessment`.
     """
-    found: dict[str, dict[str, Figure]] = {}
+    figures: dict[str, dict[str, Figure]] = {}
     for split, values in metrics.items():
         known = tensors[split]
         each = (
@@ -40,8 +40,8 @@ def with_intervals(
             else per_text(known["log_probs"], known["lengths"])
         )
         intervals = {name: crossed_interval(value[None]) for name, value in each.items()}
-        found[split] = {name: intervals.get(name, value) for name, value in values.items()}
-    return found
+        figures[split] = {name: intervals.get(name, value) for name, value in values.items()}
+    return figures
 
 
 def run_card(

@@ -149,10 +149,10 @@ def _size(f: Tensor) -> Tensor:
     return f.abs().max().clamp(min=1e-2)
 
 
-def _same(adapter: SubspaceAdapter, found: Tensor, expected: Tensor) -> str:
+def _same(adapter: SubspaceAdapter, actual: Tensor, expected: Tensor) -> str:
     """:raises Wrong: if they differ by more than the bound."""
-    found, expected = found.detach(), expected.detach()
-    return _judged(adapter, float((found - expected).abs().max() / _size(expected)))
+    actual, expected = actual.detach(), expected.detach()
+    return _judged(adapter, float((actual - expected).abs().max() / _size(expected)))
 
 
 def _judged(adapter: SubspaceAdapter, share: float) -> str:
@@ -222,10 +222,10 @@ def shared_trunk(candidate: Candidate) -> str:
     loop = _loop(adapter, candidate.batch, s)
     if not adapter.trunk.depth:
         raise Needless(f"every block runs for every draw: {adapter.trunk.why_not}")
-    found = _same(adapter, adapter(candidate.batch, s), loop)
+    verdict = _same(adapter, adapter(candidate.batch, s), loop)
     if not adapter.trunk.sharing:
         raise Needless("every block runs for every draw, as a pass showed")
-    return f"{found}; {adapter.trunk.depth} of {adapter.trunk.num_blocks} blocks run once"
+    return f"{verdict}; {adapter.trunk.depth} of {adapter.trunk.num_blocks} blocks run once"
 
 
 def checkpointed(candidate: Candidate) -> str:
@@ -292,12 +292,12 @@ def generates(candidate: Candidate) -> str:
     if not candidate.prompts or not llm.can_generate():
         raise Needless(f"{type(llm).__name__} does not continue texts")
     s, tokenizer = draws_of(adapter), adapter.readout.tokenizer
-    found, expected, size = [], [], 0.0
+    generated, expected, size = [], [], 0.0
     texts = generate(Predictor(adapter, s), candidate.prompts, Decoding(max_new_tokens=6))
     for prompt, text in zip(candidate.prompts, texts, strict=True):
         begin = prompt_ids(tokenizer, prompt)
         ids = torch.tensor([[*begin, *text.ids.tolist()]], device=adapter.device)
-        found.append(text.draw_log_probs.flatten())
+        generated.append(text.draw_log_probs.flatten())
         for each in s:
             with adapter.bound(each[None]):
                 logits = llm(ids, use_cache=False).logits[0, len(begin) - 1 : -1].float()
@@ -305,7 +305,7 @@ def generates(candidate: Candidate) -> str:
             own = logits.log_softmax(-1).gather(-1, ids[0, len(begin) :, None])
             expected.append(own.flatten().cpu())
     # As shares of the largest logit, of which these are differences.
-    shares = (torch.cat(found).cpu() - torch.cat(expected)).abs() / size
+    shares = (torch.cat(generated).cpu() - torch.cat(expected)).abs() / size
     return _judged(adapter, float(shares.max()))
 
 
@@ -329,14 +329,14 @@ def examine(candidate: Candidate) -> Iterator[tuple[str, Finding]]:
     def build(candidate: Candidate) -> str:
         return f"loads; {candidate.settle()}"
 
-    found = _tried(build, candidate)
-    yield "build", found
-    if found.state == "ok":
+    finding = _outcome(build, candidate)
+    yield "build", finding
+    if finding.state == "ok":
         for name, check in CHECKS.items():
-            yield name, _tried(check, candidate)
+            yield name, _outcome(check, candidate)
 
 
-def _tried(check: Callable[[Candidate], str], candidate: Candidate) -> Finding:
+def _outcome(check: Callable[[Candidate], str], candidate: Candidate) -> Finding:
     pyro.set_rng_seed(0)
     try:
         with _quiet():

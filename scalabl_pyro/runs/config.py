@@ -253,9 +253,11 @@ class RunConfig:
         them."""
         values = asdict(self)
         parts = {name: values[name] for name in ("model", "lora", "method")}
-        found = flat(parts | {"data": {"classes": self.data.classes}})
-        kept = {key: value for key, value in found.items() if key not in NOT_PART_OF_FUNCTION}
-        return dict(json.loads(json_text(kept)))
+        settings = flat(parts | {"data": {"classes": self.data.classes}})
+        of_function = {
+            key: value for key, value in settings.items() if key not in NOT_PART_OF_FUNCTION
+        }
+        return dict(json.loads(json_text(of_function)))
 
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""
@@ -284,11 +286,11 @@ class RunConfig:
 
 def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     """A nested mapping by full names, such as ``fit.lr``."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
-        found |= flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
-    return found
+        flattened |= flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
+    return flattened
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -175,12 +175,12 @@ def save_adapter(
     (folder / "README.md").unlink()  # PEFT's template; the exported folder has a card of its own
     if not (drop or adapter.perp):
         return
-    kept = {
+    remaining = {
         name: value
         for name, value in tensors.items()
         if not any(name.startswith(f"base_model.model.{module}.lora_") for module in drop)
     }
-    write_weights(kept, folder)
+    write_weights(remaining, folder)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text())
     if drop:
@@ -230,8 +230,8 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
         manifest["base_model"]["gguf_file"] = gguf_file
     llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
     if model.quantization is not None:
-        kept = llm.config.quantization_config.llm_int8_skip_modules
-        manifest["base_model"]["unquantized"] = list(kept)
+        unquantized = llm.config.quantization_config.llm_int8_skip_modules
+        manifest["base_model"]["unquantized"] = list(unquantized)
     manifest |= readout.manifest(llm)
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest
@@ -295,8 +295,8 @@ def _snippet(manifest: Mapping[str, Any]) -> list[str]:
                 "bnb_4bit_compute_dtype": f"torch.{base['dtype']}",
             }
         settings["llm_int8_skip_modules"] = repr(base["unquantized"])
-        given = [f"    {name}={value}," for name, value in settings.items()]
-        setup = ["quantization = BitsAndBytesConfig(", *given, ")"]
+        arguments = [f"    {name}={value}," for name, value in settings.items()]
+        setup = ["quantization = BitsAndBytesConfig(", *arguments, ")"]
         classes.append("BitsAndBytesConfig")
         options.append("quantization_config=quantization")
     return [
@@ -310,16 +310,16 @@ def _snippet(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _how_choices_are_scored(manifest: Mapping[str, Any]) -> list[str]:
-    found = manifest.get("choice_likelihood")
-    if found is None:
+    scoring = manifest.get("choice_likelihood")
+    if scoring is None:
         return []
     per = (
         ""
-        if found["normalise"] == "none"
-        else f", divided by the number of its {found['normalise']}"
+        if scoring["normalise"] == "none"
+        else f", divided by the number of its {scoring['normalise']}"
     )
     return [
-        f"The logit of a choice is {found['kappa']:.6g} · log p(choice | prompt), summed over its"
+        f"The logit of a choice is {scoring['kappa']:.6g} · log p(choice | prompt), summed over its"
         f" tokens{per}."
     ]
 

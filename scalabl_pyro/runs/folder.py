@@ -222,12 +222,14 @@ def _write_run(
     _write_json(part / "posterior.json", asdict(info))
     tensors = {
         f"{split}.{name}": value
-        for split, found in assessed.items()
-        for name, value in found.tensors.items()
+        for split, assessment in assessed.items()
+        for name, value in assessment.tensors.items()
     }
     save_file(_tensors(tensors), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
-    _write_json(part / "metrics.json", {name: found.metrics for name, found in assessed.items()})
+    _write_json(
+        part / "metrics.json", {name: assessment.metrics for name, assessment in assessed.items()}
+    )
     if trials:
         _write_json(part / "trials.json", list(trials))
     _write_history(part / "history.csv", history)
@@ -239,12 +241,14 @@ def _write_cards(
     part: Path, config: RunConfig, fitted: Fitted, assessed: Mapping[str, Assessment]
 ) -> None:
     figures = with_intervals(
-        {split: found.metrics for split, found in assessed.items()},
-        {split: found.tensors for split, found in assessed.items()},
+        {split: assessment.metrics for split, assessment in assessed.items()},
+        {split: assessment.tensors for split, assessment in assessed.items()},
     )
     sizes = {"train": fitted.model.num_data}
-    for split, found in assessed.items():
-        sizes[split] = len(found.tensors["labels" if "labels" in found.tensors else "lengths"])
+    for split, assessment in assessed.items():
+        sizes[split] = len(
+            assessment.tensors["labels" if "labels" in assessment.tensors else "lengths"]
+        )
     for folder in (part, part / "adapter"):
         text = run_card(config, sizes, figures, adapter=folder != part)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -365,9 +369,9 @@ def _check_settings(config: RunConfig, info: PosteriorInfo, folder: Path) -> Non
 @torch.no_grad()
 def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
     shapes = {name: tuple(value.shape) for name, value in targets.items()}
-    found = {name: tuple(value.shape) for name, value in saved.items()}
-    if shapes != found:
-        wrong = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
+    saved_shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != saved_shapes:
+        wrong = sorted(n for n in shapes | saved_shapes if shapes.get(n) != saved_shapes.get(n))
         raise RunFolderError.damaged(
             path, f"these tensors are missing, unknown or of another shape: {wrong}"
         )
@@ -376,14 +380,14 @@ def _load_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], path:
 
 
 def _finite_tensors(path: Path) -> dict[str, Tensor]:
-    found = read_tensors(path)
-    bad = sorted(name for name, value in found.items() if not value.isfinite().all())
+    tensors = read_tensors(path)
+    bad = sorted(name for name, value in tensors.items() if not value.isfinite().all())
     if bad:
         raise RunFolderError(
             f"{path} holds NaN or infinity in {bad}: expected finite numbers; train again with a"
             " lower lr"
         )
-    return found
+    return tensors
 
 
 def _tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

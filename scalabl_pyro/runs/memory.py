@@ -101,8 +101,8 @@ class Memory:
 
     def gib(self) -> dict[str, float]:
         """All of it in GiB (2³⁰ bytes)."""
-        found = asdict(self) | {"training": self.training, "predicting": self.predicting}
-        return {name: round(value / 2**30, 3) for name, value in found.items()}
+        in_bytes = asdict(self) | {"training": self.training, "predicting": self.predicting}
+        return {name: round(value / 2**30, 3) for name, value in in_bytes.items()}
 
 
 def estimate(config: MemoryConfig) -> Memory:

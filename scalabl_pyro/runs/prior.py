@@ -56,10 +56,10 @@ def prior_fingerprint(config: RunConfig) -> str:
     """
     if config.prior_run is None:
         return ""
-    folder, found = find_run(config.prior_run), hashlib.sha256()
+    folder, digest = find_run(config.prior_run), hashlib.sha256()
     for name in ("projections.safetensors", "posterior.safetensors"):
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _checked(config: RunConfig) -> tuple[Path, PosteriorInfo]:

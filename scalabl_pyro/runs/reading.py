@@ -68,12 +68,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
     this kind."""
     content = _existing(path).read_bytes()
     try:
-        found = json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RunFolderError.damaged(path, f"it is no JSON ({error})") from error
-    if not isinstance(found, kind):
-        raise RunFolderError.damaged(path, f"it holds a {type(found).__name__}, no {kind.__name__}")
-    return found
+    if not isinstance(value, kind):
+        raise RunFolderError.damaged(path, f"it holds a {type(value).__name__}, no {kind.__name__}")
+    return value
 
 
 def read_settings(folder: Path) -> RunConfig:
@@ -120,13 +120,13 @@ def read_trained_on(folder: Path) -> set[str]:
 
 def weights_fingerprint(folder: Path) -> str:
     """A hash of the tensors that a run predicts with."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in ("projections.safetensors", "posterior.safetensors", "posterior.json"):
         path = folder / name
         if path.exists():
             with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -136,11 +136,11 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
     :raises RunFolderError: if they are missing or damaged.
     """
     path = folder / "predictions.safetensors"
-    found: dict[str, dict[str, Tensor]] = {}
+    by_split: dict[str, dict[str, Tensor]] = {}
     for name, value in read_tensors(path).items():
         split, _, part = name.rpartition(".")
-        found.setdefault(split, {})[part] = value
-    for split, parts in sorted(found.items()):
+        by_split.setdefault(split, {})[part] = value
+    for split, parts in sorted(by_split.items()):
         shapes = {name: tuple(value.shape) for name, value in parts.items()}
         texts = {"log_probs", "entropy", "mutual_information", "lengths"}
         if shapes.keys() == texts and shapes["log_probs"][1:] == (int(parts["lengths"].sum()),):
@@ -149,7 +149,7 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise RunFolderError.damaged(
                 path, f"{split} has {shapes}: expected logits (S, N, C) and labels (N,)"
             )
-    return found
+    return by_split
 
 
 def _existing(path: Path) -> Path:

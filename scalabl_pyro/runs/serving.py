@@ -91,7 +91,7 @@ class ServedAverage:
     def _log_probs(self, draw: str, split: Split) -> Tensor:
         """(N, C), of the label words after each prompt."""
         prompts = [example.rows["input_ids"][0] for example in split.examples]
-        found = self._ask(
+        reply = self._ask(
             "completions",
             {
                 "model": draw,
@@ -102,7 +102,7 @@ class ServedAverage:
                 "return_tokens_as_token_ids": True,
             },
         )
-        choices = sorted(found["choices"], key=lambda choice: choice["index"])
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(prompts):
             raise ServerError(
                 f"{self._url} answers {len(choices)} of {len(prompts)} prompts at {draw}"
@@ -134,10 +134,10 @@ class ServedAverage:
         request = Request(f"{self._url}/{path}", data, {"Content-Type": "application/json"})
         try:
             with urlopen(request, timeout=self._timeout) as answer:
-                found = json.load(answer)
+                reply = json.load(answer)
         except HTTPError as error:
             told = error.read().decode(errors="replace")[:500]
             raise ServerError(f"{request.full_url} refuses ({error.code}): {told}") from error
         except (URLError, TimeoutError, ValueError) as error:
             raise ServerError(f"{request.full_url} gives no answer: {error}") from error
-        return dict(found)
+        return dict(reply)

@@ -112,7 +112,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
             training=trainer.spent[name],
             prediction=counter.passes(sum(map(len, encoded.values()))),
         )
-    metrics: dict[str, Any] = {name: found.metrics for name, found in assessed.items()}
+    metrics: dict[str, Any] = {name: assessment.metrics for name, assessment in assessed.items()}
     return {**metrics, "trials": trials} if trials else metrics
 
 
@@ -232,15 +232,15 @@ def _check_inputs(
         "data.sha256": (fingerprint(splits), "records than those that its data settings name"),
         "prior.sha256": (prior_fingerprint(config), "tensors than those of its prior_run"),
     }
-    for name, (found, others) in inputs.items():
+    for name, (digest, others) in inputs.items():
         path = checkpoints.folder / name
-        if checkpoints.exist and path.exists() and path.read_text() != found:
+        if checkpoints.exist and path.exists() and path.read_text() != digest:
             raise ConfigError(
                 f"the unfinished run in {checkpoints.folder} began with other {others} now: put"
                 " them back, or choose another run_dir"
             )
         if is_main():
-            write_whole(path, found)
+            write_whole(path, digest)
 
 
 def unfinished_folder(run_dir: Path) -> Path:

@@ -42,27 +42,27 @@ def last_line(ablation, monkeypatch, capsys, words: list[str]) -> dict:
 
 def test_every_row_runs_and_is_kept(ablation, monkeypatch, capsys, words, tmp_path):
     monkeypatch.setattr(ablation, "MOMENT_DRAWS", 500)
-    found = last_line(ablation, monkeypatch, capsys, words)
-    assert found["trials"][found["chosen"]] == min(found["trials"].values())
+    tables = last_line(ablation, monkeypatch, capsys, words)
+    assert tables["trials"][tables["chosen"]] == min(tables["trials"].values())
     for group, expected in ablation.GROUPS.items():
-        assert found[group].keys() == expected.rows.keys()
-        for row in found[group].values():
+        assert tables[group].keys() == expected.rows.keys()
+        for row in tables[group].values():
             # So few questions may all be answered wrongly, and then no score can tell them apart.
             figures = [
                 row[key] for key in row if not key.startswith(("auroc", "aupr", "fpr95", "prr"))
             ]
             assert all(math.isfinite(x) for pair in figures for x in pair)
-    guides, D = found["guides"], 4 * 8
+    guides, D = tables["guides"], 4 * 8
     assert guides["normal"]["numbers"][0] == 2 * D
     assert guides["delta"]["numbers"][0] == D
     assert guides["low rank 4"]["numbers"][0] == (2 + 4) * D
     assert {"kl", "elbo", "elpd_loo", "k_hat", "entropy_gain"} < guides["IAF, moved"].keys()
     assert "kl" not in guides["delta"]
     runs = (tmp_path / "runs").read_text()
-    assert found["kl"]["linear"] == found["scale"]["initial σ 0.05"] == guides["normal"]
+    assert tables["kl"]["linear"] == tables["scale"]["initial σ 0.05"] == guides["normal"]
     assert "linear" not in runs  # what changes nothing runs once, with the guides
     again = last_line(ablation, monkeypatch, capsys, words)
-    assert again == found
+    assert again == tables
     assert (tmp_path / "runs").read_text() == runs
 
 
@@ -72,9 +72,9 @@ def test_the_entropy_gain_is_that_of_a_normal(ablation):
     joint = torch.distributions.MultivariateNormal(
         torch.zeros(2), torch.tensor([[1.0, 3 * rho], [3 * rho, 9.0]])
     )
-    found = ablation.correlations(joint.sample((100_000,)).view(-1, 1, 2))
-    assert found["correlation"] == pytest.approx(rho, abs=0.01)
-    assert found["entropy_gain"] == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.01)
+    figures = ablation.correlations(joint.sample((100_000,)).view(-1, 1, 2))
+    assert figures["correlation"] == pytest.approx(rho, abs=0.01)
+    assert figures["entropy_gain"] == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.01)
 
 
 def test_the_diagonal_gap_is_that_of_the_nearest_diagonal_normal(ablation):
@@ -83,10 +83,10 @@ def test_the_diagonal_gap_is_that_of_the_nearest_diagonal_normal(ablation):
     p = torch.distributions.MultivariateNormal(torch.zeros(3), scale_tril=half)
     sd = p.precision_matrix.diagonal().rsqrt()
     q = torch.distributions.MultivariateNormal(torch.zeros(3), scale_tril=sd.diag())
-    found = ablation.correlations(p.sample((100_000,)).view(-1, 1, 3))
+    figures = ablation.correlations(p.sample((100_000,)).view(-1, 1, 3))
     expected = float(torch.distributions.kl_divergence(q, p))
-    assert found["diagonal_gap"] == pytest.approx(expected, abs=0.02)
-    assert abs(found["diagonal_gap"] - found["entropy_gain"]) > 0.1  # another number
+    assert figures["diagonal_gap"] == pytest.approx(expected, abs=0.02)
+    assert abs(figures["diagonal_gap"] - figures["entropy_gain"]) > 0.1  # another number
 
 
 def test_the_elbo_is_that_of_pyro(ablation, words, tmp_path):
@@ -107,11 +107,11 @@ def test_the_elbo_is_that_of_pyro(ablation, words, tmp_path):
     fitted, seconds = work.fit(row, ablation.Setting(1e-3, 1.0), 0, 2)
     assert seconds > 0
     train = work.splits["train"]
-    found = ablation.training_figures(fitted, train, 400)
+    figures = ablation.training_figures(fitted, train, 400)
     pyro.set_rng_seed(1)
     elbo = Trace_ELBO(max_plate_nesting=1)
     batch = train.collate(list(train))
     with torch.no_grad():
         losses = torch.tensor([elbo.loss(fitted.model, fitted.guide, batch) for _ in range(400)])
     error = float(losses.std()) / 400**0.5
-    assert found["elbo"] == pytest.approx(-float(losses.mean()), abs=6 * error)
+    assert figures["elbo"] == pytest.approx(-float(losses.mean()), abs=6 * error)

@@ -18,13 +18,13 @@ def last_line(script: str, *words: str) -> dict:
 
 
 def test_train_step_reports_ratios():
-    found = last_line("cost.train_step", "--pairs=3", "--hidden=64", "--blocks=1", "--tokens=4")
-    assert found["figures"]["step_ratio"] > 0
-    low, high = found["figures"]["step_ratio_95"]
+    contents = last_line("cost.train_step", "--pairs=3", "--hidden=64", "--blocks=1", "--tokens=4")
+    assert contents["figures"]["step_ratio"] > 0
+    low, high = contents["figures"]["step_ratio_95"]
     assert low <= high
-    assert set(found["figures"]["pyro_ms"]) == {"57", "129"}
-    assert {"torch", "pyro-ppl"} <= found["versions"].keys()
-    assert found["command"].startswith("python -m benchmarks.cost.train_step")
+    assert set(contents["figures"]["pyro_ms"]) == {"57", "129"}
+    assert {"torch", "pyro-ppl"} <= contents["versions"].keys()
+    assert contents["command"].startswith("python -m benchmarks.cost.train_step")
 
 
 def test_startup_is_measured_in_turns_with_another_checkout():
@@ -37,5 +37,5 @@ def test_startup_is_measured_in_turns_with_another_checkout():
 
 def test_committed_results_say_how_they_were_made():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        found = json.loads(path.read_text())
-        assert {"command", "versions", "hardware"} <= found.keys(), path.name
+        contents = json.loads(path.read_text())
+        assert {"command", "versions", "hardware"} <= contents.keys(), path.name

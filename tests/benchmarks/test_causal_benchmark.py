@@ -25,10 +25,10 @@ def test_zero_shot_figures_of_every_size(causal, local_model, tmp_path):
     figures = causal.zero_shot(str(local_model), str(tmp_path / "data"), "task")
     assert (figures["n"], figures["n_kappa"]) == (30, 40)
     for normalise in ("characters", "tokens", "none"):
-        found = figures[normalise]
-        assert 0 <= found["acc"] <= 1
-        assert found["kappa"] > 0
-        assert found["nll"] == pytest.approx(math.log(4), abs=0.2)  # a model that knows nothing
+        row = figures[normalise]
+        assert 0 <= row["acc"] <= 1
+        assert row["kappa"] > 0
+        assert row["nll"] == pytest.approx(math.log(4), abs=0.2)  # a model that knows nothing
     nll = {figures[normalise]["nll"] for normalise in ("characters", "tokens", "none")}
     assert len(nll) == 3
 
@@ -78,11 +78,11 @@ def test_finished_runs_are_kept_and_each_row_is_tested_at_its_own_best_trial(
         "V frozen, posterior mean",
     }
     for row in ("MLE", "MLE, tempered", "MLE, early-stopped"):
-        trials = {label: found[row] for label, found in figures["trials"]["MLE"].items()}
+        trials = {label: nll[row] for label, nll in figures["trials"]["MLE"].items()}
         assert trials[figures["chosen"][row]] == min(trials.values())
     trials = figures["trials"]["MLE"].values()
-    assert all(found["MLE, early-stopped"] <= found["MLE"] for found in trials)
-    assert all(found["MLE, tempered"] <= found["MLE"] + 1e-6 for found in trials)
+    assert all(nll["MLE, early-stopped"] <= nll["MLE"] for nll in trials)
+    assert all(nll["MLE, tempered"] <= nll["MLE"] + 1e-6 for nll in trials)
     mean, drawn = (figures["test"][f"V frozen{of}"] for of in (", posterior mean", ""))
     assert "auroc_wrong_mutual_information" in drawn
     assert "auroc_wrong_mutual_information" not in mean

@@ -55,11 +55,11 @@ def test_the_benchmark_ends_with_its_figures(contraction, monkeypatch, capsys):
     words = ["contraction.py", "--sizes", "20", "30", "--seeds", "2", "--steps", "3"]
     monkeypatch.setattr(sys, "argv", words)
     contraction.main()
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["figures"]["steps"] == {"scalabl": 3, "reference": 3}
+    contents = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert contents["figures"]["steps"] == {"scalabl": 3, "reference": 3}
     for method in ("scalabl", "reference"):
         for labels in contraction.LABELS:
-            rows = found["figures"][method][labels]
+            rows = contents["figures"][method][labels]
             assert rows.keys() == {"20", "30"}
             for row in rows.values():
                 mean, error = row["sigma"]

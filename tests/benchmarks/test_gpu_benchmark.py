@@ -30,11 +30,11 @@ def test_a_dry_run_on_a_bare_machine_reports_every_part():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {"cpu", "gpu"} <= found["hardware"].keys()
-    assert found["figures"].keys() == {"tiny", "tiny_4bit"}
+    contents = json.loads(done.stdout.splitlines()[-1])
+    assert {"cpu", "gpu"} <= contents["hardware"].keys()
+    assert contents["figures"].keys() == {"tiny", "tiny_4bit"}
     for size, weights in (("tiny", "bfloat16"), ("tiny_4bit", "4bit")):
-        figures = found["figures"][size]
+        figures = contents["figures"][size]
         assert figures["weights"] == weights
         assert figures["modules"] == 9  # q_proj and v_proj of four blocks, and lm_head
         low, high = figures["train"]["step_ratio_95"]

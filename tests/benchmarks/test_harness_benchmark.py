@@ -32,9 +32,9 @@ def test_other_predictions_are_counted():
     records = make_records(3, choices=2)
     mine = torch.tensor([[-1.0, -5.0]] * 3)
     other = torch.tensor([[-1.0, -5.0], [-1.0, -5.0], [-5.0, -1.0]])
-    found = harness.compared(records, mine, other, {"acc": 0.5, "acc_norm": 0.5})
-    assert found["largest_difference_of_log_p"] == 4
-    assert found["acc"]["predictions_equal"] == 2
+    figures = harness.compared(records, mine, other, {"acc": 0.5, "acc_norm": 0.5})
+    assert figures["largest_difference_of_log_p"] == 4
+    assert figures["acc"]["predictions_equal"] == 2
     right = sum(record.label == 0 for record in records) / 3
-    assert found["acc"]["ours"] == pytest.approx(right)
-    assert found["acc"]["standard_error"] == pytest.approx((right * (1 - right) / 3) ** 0.5)
+    assert figures["acc"]["ours"] == pytest.approx(right)
+    assert figures["acc"]["standard_error"] == pytest.approx((right * (1 - right) / 3) ** 0.5)

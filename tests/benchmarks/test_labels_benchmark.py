@@ -63,12 +63,12 @@ def test_rounds_buy_new_labels_and_go_on_where_they_stopped(labels, bench):
     scores = ["random", "bald", "entropy", "novelty"]
     firsts = {}
     for by in scores:
-        found = labels.rounds(bench, scores, by, 0)
-        firsts[by] = found[0]["bought"]
-        ids = [*found[0]["bought"], *found[0]["chosen"][by], *found[1]["chosen"]]
+        outcomes = labels.rounds(bench, scores, by, 0)
+        firsts[by] = outcomes[0]["bought"]
+        ids = [*outcomes[0]["bought"], *outcomes[0]["chosen"][by], *outcomes[1]["chosen"]]
         assert len(ids) == len(set(ids)) == 12
-        assert found[-1]["chosen"] == []
-        assert [each["acc"][0] for each in found] == [0.2, 0.4, 0.6]
+        assert outcomes[-1]["chosen"] == []
+        assert [each["acc"][0] for each in outcomes] == [0.2, 0.4, 0.6]
     assert all(first == firsts["random"] for first in firsts.values())
     asked = list(bench.asked)
     assert len(asked) == 1 + 2 * len(scores)
@@ -84,13 +84,13 @@ def test_differences_are_paired_by_seed(labels, monkeypatch):
         return [{"acc": row, "nll": row} for row in acc]
 
     monkeypatch.setattr(labels, "rounds", rounds)
-    found = labels.table(None, {"random": 3, "bald": 2})
-    assert found["bald"]["seeds"] == 2
-    assert found["bald"]["minus random"]["acc"]["4"]["mean"] == 0
-    assert found["bald"]["minus random"]["acc"]["8"]["mean"] == pytest.approx(0.25)
-    assert found["bald"]["minus random"]["acc"]["mean after the first"]["high"] == pytest.approx(
+    figures = labels.table(None, {"random": 3, "bald": 2})
+    assert figures["bald"]["seeds"] == 2
+    assert figures["bald"]["minus random"]["acc"]["4"]["mean"] == 0
+    assert figures["bald"]["minus random"]["acc"]["8"]["mean"] == pytest.approx(0.25)
+    assert figures["bald"]["minus random"]["acc"]["mean after the first"]["high"] == pytest.approx(
         0.25
     )
     expected = torch.tensor([0.5, 0.625, 0.75, 0.25, 0.25, 0.25]).mean()
-    assert found["random"]["acc"]["8"]["mean"] == pytest.approx(float(expected))
-    assert found["random"]["minus random"] == {}
+    assert figures["random"]["acc"]["8"]["mean"] == pytest.approx(float(expected))
+    assert figures["random"]["minus random"] == {}

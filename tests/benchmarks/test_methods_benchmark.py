@@ -64,30 +64,30 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
         monkeypatch.setattr(sys, "argv", ["methods.py", *places, "--rows", *rows])
         methods.main()
         outputs.append(capsys.readouterr().out.splitlines())
-    found = [json.loads(lines[-1])["figures"] for lines in outputs]
-    assert found[0] == found[1]
-    assert list(found[0]["metrics"]) == rows
+    figures = [json.loads(lines[-1])["figures"] for lines in outputs]
+    assert figures[0] == figures[1]
+    assert list(figures[0]["metrics"]) == rows
     assert all(line.startswith("running") for line in outputs[0][:1])
     assert not any(line.startswith("running") for line in outputs[1])
     # Against a loop over the files that the runs left.
     labels = torch.tensor([record.label for record in make_records(6)])
     row = "MLE, checkpoint ensemble"
-    label = found[0]["chosen"][row]
+    label = figures[0]["chosen"][row]
     nll = [
         -load_file(path)["log_probs"][torch.arange(6), labels].mean()
         for path in (tmp_path / "runs").glob(f"MLE_checkpoint_ensemble_{label}_seed_*.safetensors")
     ]
     assert len(nll) == 2
-    assert found[0]["metrics"][row]["test"]["nll"]["mean"] == pytest.approx(float(sum(nll) / 2))
+    assert figures[0]["metrics"][row]["test"]["nll"]["mean"] == pytest.approx(float(sum(nll) / 2))
     members = [
         load_file(tmp_path / "runs" / f"ensemble_of_5_{label}_seed_{seed}.safetensors")
-        for label in [found[0]["chosen"]["ensemble of 5"]]
+        for label in [figures[0]["chosen"]["ensemble of 5"]]
         for seed in range(2)
     ]
     p = sum(m["log_probs"].exp() for m in members)[torch.arange(6), labels] / 2
-    ensemble = found[0]["metrics"]["ensemble of 5"]["test"]["nll"]
+    ensemble = figures[0]["metrics"]["ensemble of 5"]["test"]["nll"]
     assert ensemble["mean"] == pytest.approx(float(-p.log().mean()))
     assert {f"{what} by entropy" for what in ("wrong", "physics", "chemistry")} <= set(
-        found[0]["auroc"][row]
+        figures[0]["auroc"][row]
     )
     assert (tmp_path / "runs" / "report" / "report.html").exists()

@@ -10,17 +10,17 @@ from benchmarks.correctness import sbc
 
 @pytest.mark.parametrize("name", ["full_rank", "mean_field"])
 def test_ranks_tell_a_right_posterior_from_one_that_is_too_narrow(name):
-    found = sbc.calibrate(name, 20)
-    counts = torch.tensor(found["rank_counts"])
+    figures = sbc.calibrate(name, 20)
+    counts = torch.tensor(figures["rank_counts"])
     assert counts.shape == (4, 20)
     assert counts.sum(-1).tolist() == [20] * 4
-    assert found["mean_error"] < 0.1
+    assert figures["mean_error"] < 0.1
     if name == "full_rank":
-        assert found["sd_ratio"] == pytest.approx(1, abs=0.03)
-        assert found["outer"] < 0.35
+        assert figures["sd_ratio"] == pytest.approx(1, abs=0.03)
+        assert figures["outer"] < 0.35
     else:
-        assert found["sd_ratio"] < 0.6
-        assert found["outer"] > 0.4
+        assert figures["sd_ratio"] < 0.6
+        assert figures["outer"] > 0.4
 
 
 def test_exact_draws_pass_and_shifted_ones_fail(monkeypatch):

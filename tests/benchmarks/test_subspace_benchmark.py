@@ -60,14 +60,16 @@ def test_all_rows_share_one_setting_or_have_the_best_of_three(subspace):
 
 
 def test_differences_are_paired_by_seed(subspace):
-    found = subspace.table(Bench(), ["random", "activations", "weights"], "same", 5)
+    figures = subspace.table(Bench(), ["random", "activations", "weights"], "same", 5)
     logs = [
         (torch.tensor(0.75 + 0.01 * k).log(), torch.tensor(0.5 + 0.01 * k).log()) for k in range(5)
     ]
     expected = -sum(float(a - b) for a, b in logs) / 5
-    assert found["minus random"]["activations"]["nll"]["mean"] == pytest.approx(expected, abs=1e-6)
-    assert found["minus random"]["weights"]["nll"]["mean"] == 0
-    assert found["test"]["random"]["kl"] == 2.0
-    assert found["test"]["random"]["auroc"] == {"entropy": {"wrong": 0.6}}
+    assert figures["minus random"]["activations"]["nll"]["mean"] == pytest.approx(
+        expected, abs=1e-6
+    )
+    assert figures["minus random"]["weights"]["nll"]["mean"] == 0
+    assert figures["test"]["random"]["kl"] == 2.0
+    assert figures["test"]["random"]["auroc"] == {"entropy": {"wrong": 0.6}}
     # One confidence c for all: labels drawn from it are right in k of 4, E|k/4 − c| in the mean.
-    assert 0.1 < found["test"]["random"]["ece_floor"] < 0.3
+    assert 0.1 < figures["test"]["random"]["ece_floor"] < 0.3

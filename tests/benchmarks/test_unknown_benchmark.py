@@ -30,10 +30,10 @@ def test_labels_say_what_a_trial_trains(unknown):
             for part in label.split():
                 name, value = part.split("=")
                 places = (method, method.config, getattr(method.config.kl, "weight", None))
-                found = places[2] if name == "kl_weight" else None
+                setting = places[2] if name == "kl_weight" else None
                 for place in places[:2]:
-                    found = getattr(place, name, found)
-                assert found == float(value), label
+                    setting = getattr(place, name, setting)
+                assert setting == float(value), label
 
 
 def test_an_area_over_pairs_is_that_of_the_package(unknown):
@@ -50,10 +50,10 @@ def test_an_area_over_pairs_is_that_of_the_package(unknown):
 
 def test_the_interval_of_a_mean_is_the_known_one(unknown):
     x = torch.randn(400, dtype=torch.float64)
-    found = unknown.bootstrapped(lambda k, i: float(x[i].mean()), 1, [400], 2000)
+    interval = unknown.bootstrapped(lambda k, i: float(x[i].mean()), 1, [400], 2000)
     half = 1.96 * float(x.std()) / 20
-    assert found["mean"] == pytest.approx(float(x.mean()))
-    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.1)
+    assert interval["mean"] == pytest.approx(float(x.mean()))
+    assert interval["high"] - interval["low"] == pytest.approx(2 * half, rel=0.1)
     # Seeds that differ make it wider: here nothing else does.
     by_seed = unknown.bootstrapped(lambda k, i: float(k), 5, [3], 2000)
     assert by_seed["mean"] == 2
@@ -69,8 +69,8 @@ def test_how_far_the_choices_are_apart(unknown, make_choice, tokenizer):
     records = make_records(5)
     torch.manual_seed(1)
     plain = BertForMultipleChoice(tiny_bert_config()).eval()
-    found = unknown.contrast(adapter, adapter.encode(records))
-    for value, example in zip(found, adapter.encode(records), strict=True):
+    distances = unknown.contrast(adapter, adapter.encode(records))
+    for value, example in zip(distances, adapter.encode(records), strict=True):
         means = []
         for c in range(4):
             rows = {n: torch.tensor([ids[c]]) for n, ids in example.rows.items()}
@@ -114,9 +114,9 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path):
         scores = {"log_probs": log_probs.contiguous(), "novelty": high_for_physics}
         save_file(scores, file)
     save_file({"tokens": torch.ones(16)}, unknown.run_file(bench, "controls"))
-    found = unknown.table(bench, ["V random, s_perp"], 2, 10)
-    assert found["chosen"] == {"V random, s_perp": "perp_scale=1"}
-    row = found["rows"]["V random, s_perp"]
+    contents = unknown.table(bench, ["V random, s_perp"], 2, 10)
+    assert contents["chosen"] == {"V random, s_perp": "perp_scale=1"}
+    row = contents["rows"]["V random, s_perp"]
     wrong = torch.arange(10) < 4
     assert row["novelty"]["wrong"]["auroc"]["mean"] == pytest.approx(auroc(high_for_wrong, wrong))
     assert row["novelty"]["wrong"]["aurc"]["mean"] == pytest.approx(
@@ -149,18 +149,18 @@ def test_every_question_has_every_score(unknown, make_choice, monkeypatch, kind)
         guide = AutoSubspaceNormal(model)
         predictor = Predictor(adapter, draw(guide, 3, seed=0))
     bench = SimpleNamespace(splits={"train": train, "all": new})
-    found = unknown.scores(bench, predictor, Fitted(predictor, None, model, guide))
+    by_score = unknown.scores(bench, predictor, Fitted(predictor, None, model, guide))
     of_draws = {"mutual_information", "noise_to_signal", "novelty"}
     names = {"log_probs", "max_probability", "entropy", "mahalanobis", "weight_novelty"}
-    assert found.keys() == names | (set() if kind == "point" else of_draws)
-    for values in found.values():
+    assert by_score.keys() == names | (set() if kind == "point" else of_draws)
+    for values in by_score.values():
         assert len(values) == 7
         assert values.isfinite().all()
-    p = found["log_probs"].exp()
-    torch.testing.assert_close(-found["max_probability"], p.amax(-1))
-    assert float(found["weight_novelty"].min()) > 0
-    assert float(found["weight_novelty"].max()) < 1
-    assert unknown.scores(bench, predictor, None).keys() == found.keys() - {
+    p = by_score["log_probs"].exp()
+    torch.testing.assert_close(-by_score["max_probability"], p.amax(-1))
+    assert float(by_score["weight_novelty"].min()) > 0
+    assert float(by_score["weight_novelty"].max()) < 1
+    assert unknown.scores(bench, predictor, None).keys() == by_score.keys() - {
         "novelty",
         "weight_novelty",
         "mahalanobis",

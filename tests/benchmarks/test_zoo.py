@@ -20,15 +20,15 @@ PASS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model_type"), PASS)
 def test_an_architecture_passes_every_check(kind, model_type):
-    found = zoo.examine(kind, model_type)
+    outcomes = zoo.examine(kind, model_type)
     # Of the others nobody expects that they continue texts.
     expected = [name for name in CHECKS if kind == "causal" or name != "generation"]
-    assert list(found) == ["build", *expected]
-    assert set(found.values()) == {"ok"}
+    assert list(outcomes) == ["build", *expected]
+    assert set(outcomes.values()) == {"ok"}
 
 
 @pytest.mark.slow
 def test_a_refusal_has_its_reason():
-    found = zoo.examine("classes", "longformer")
-    assert "one draw at a time" in found["draws at once"]
-    assert found["plain PEFT"] == found["padded rows"] == found["exported draw"] == "ok"
+    outcomes = zoo.examine("classes", "longformer")
+    assert "one draw at a time" in outcomes["draws at once"]
+    assert outcomes["plain PEFT"] == outcomes["padded rows"] == outcomes["exported draw"] == "ok"

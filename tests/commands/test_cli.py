@@ -103,20 +103,20 @@ def test_train_evaluate_predict(local_model, data, tmp_path, capsys, method):
 
 
 def test_two_runs_with_one_seed_give_the_same_metrics_to_the_bit(local_model, data, capsys):
-    found = []
+    outputs = []
     for name in ("a", "b"):
         where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={name}"]
         assert scalabl("train", *where, *FAST) == 0
-        found.append(json.loads(capsys.readouterr().out) | {"run": ""})
-    assert found[0] == found[1]
+        outputs.append(json.loads(capsys.readouterr().out) | {"run": ""})
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("words", [["method=mle"], ["--multirun", "method=mle"]], ids=" ".join)
 def test_a_run_keeps_the_command_that_made_it(local_model, data, words):
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     assert scalabl("train", *where, *FAST, *words) == 0
-    found = json.loads(Path("out/environment.json").read_text())["command"]
-    assert found == ["scalabl", "train", *where, *FAST, *words]
+    command = json.loads(Path("out/environment.json").read_text())["command"]
+    assert command == ["scalabl", "train", *where, *FAST, *words]
 
 
 def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, capsys):
@@ -432,13 +432,13 @@ def test_train_keeps_the_trial_with_the_lowest_validation_nll(local_model, data,
     where = [f"model.name={local_model}", f"data.root={data}", "run_dir=out"]
     trials = "trials=[{fit:{lr:1.0e+30}},{fit:{lr:0.1}},{method:{name:mle},fit:{lr:0.0}}]"
     assert scalabl("train", *where, *FAST, trials) == 0
-    found = json.loads(capsys.readouterr().out)
-    nll = [trial["validation_nll"] for trial in found["trials"]]
+    printed = json.loads(capsys.readouterr().out)
+    nll = [trial["validation_nll"] for trial in printed["trials"]]
     assert nll[0] is None  # diverged
-    assert found["validation"]["nll"] == min(nll[1:])
-    assert json.loads(Path("out/trials.json").read_text()) == found["trials"]
-    kept = OmegaConf.load("out/config.yaml")
-    assert kept.fit.lr == found["trials"][nll.index(min(nll[1:]))]["trial"]["fit"]["lr"]
+    assert printed["validation"]["nll"] == min(nll[1:])
+    assert json.loads(Path("out/trials.json").read_text()) == printed["trials"]
+    config = OmegaConf.load("out/config.yaml")
+    assert config.fit.lr == printed["trials"][nll.index(min(nll[1:]))]["trial"]["fit"]["lr"]
     assert load_run("out").predictor is not None
 
     assert scalabl("train", *where, *FAST, "trials=[{lora:{r:2}}]", "run_dir=other") == 1
@@ -525,9 +525,9 @@ def test_other_ways_to_predict(run, data, capsys, words):
     assert scalabl("evaluate", *where) == 0
     saved = json.loads(capsys.readouterr().out)
     assert scalabl("evaluate", *where, *words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["nll"] == pytest.approx(saved["nll"], abs=0.3)
-    assert found["nll"] != saved["nll"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["nll"] == pytest.approx(saved["nll"], abs=0.3)
+    assert printed["nll"] != saved["nll"]
 
 
 def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
@@ -596,11 +596,11 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     assert "'records': " in capsys.readouterr().err
     asked.write_text(before)
     weights = Path(words[0].removeprefix("run=")) / "projections.safetensors"
-    kept = load_file(weights)
-    save_file({name: value + 1 for name, value in kept.items()}, weights)
+    tensors = load_file(weights)
+    save_file({name: value + 1 for name, value in tensors.items()}, weights)
     assert scalabl("predict", *words, "output=out.jsonl") == 1
     assert "'weights': " in capsys.readouterr().err
-    save_file(kept, weights)
+    save_file(tensors, weights)
     assert scalabl("predict", *words, "output=out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
@@ -685,8 +685,8 @@ def test_distill_writes_a_plain_adapter(run, data, local_model, capsys):
     write_jsonl(Path("in.jsonl"), unlabelled)
     words = [f"run={run}", "input=in.jsonl", "output=student", "progress=false"]
     assert scalabl("distill", *words, "fit.steps=30", "fit.batch_size=8", "fit.lr=0.01") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert 0 <= found["kl_after"] < found["kl_before"]
+    summary = json.loads(capsys.readouterr().out)
+    assert 0 <= summary["kl_after"] < summary["kl_before"]
     assert json.loads(Path("student/distilled.json").read_text())["records"] == 16
 
     trained = load_run(run)

@@ -70,11 +70,11 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
         for p in sorted((tmp_path / "out/runs").iterdir())
         if p.name.startswith("scalabl") and p.name in second
     ]
-    found = table["metrics"]["scalabl"]["unseen"]["nll"]
-    assert found["mean"] == pytest.approx(sum(seeds) / 2)
+    nll = table["metrics"]["scalabl"]["unseen"]["nll"]
+    assert nll["mean"] == pytest.approx(sum(seeds) / 2)
     # Over questions too, and so more than over seeds alone.
-    assert found["standard_error"] > abs(seeds[0] - seeds[1]) / 2
-    assert found["low"] < found["mean"] < found["high"]
+    assert nll["standard_error"] > abs(seeds[0] - seeds[1]) / 2
+    assert nll["low"] < nll["mean"] < nll["high"]
     assert 0 <= table["auroc_of_entropy"]["mle"]["unseen"]["mean"] <= 1
     assert 0 <= table["minus_mle"]["scalabl"]["test"]["nll"]["p"] <= 1
     floor = table["ece_floor"]["mle"]["test"]
@@ -118,12 +118,12 @@ def test_predictions_of_a_run_are_kept(compare, tmp_path):
     words = ["methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]", *others]
     assert compare("seeds=[0]", *words) == 0
     (folder,) = (tmp_path / "out/runs").iterdir()
-    found = load_predictions(folder)
-    assert set(found) == {"validation", "test", "unseen"}
-    assert isinstance(found["test"], Predictions)
-    assert found["test"].logits.shape == (3, 9, 4)
-    assert torch.equal(found["unseen"].labels, torch.arange(7) % 4)
-    assert math.isfinite(float(found["test"].logits.sum()))
+    predictions = load_predictions(folder)
+    assert set(predictions) == {"validation", "test", "unseen"}
+    assert isinstance(predictions["test"], Predictions)
+    assert predictions["test"].logits.shape == (3, 9, 4)
+    assert torch.equal(predictions["unseen"].labels, torch.arange(7) % 4)
+    assert math.isfinite(float(predictions["test"].logits.sum()))
 
 
 def test_the_base_model_is_the_first_row(compare, tmp_path, local_model, capsys):
@@ -138,8 +138,8 @@ def test_the_base_model_is_the_first_row(compare, tmp_path, local_model, capsys)
     assert scalabl("evaluate", *words) == 0
     alone = json.loads(capsys.readouterr().out)
     for metric in ("acc", "nll", "brier", "ece"):
-        found = table["metrics"]["zero_shot"]["test"][metric]["mean"]
-        assert found == pytest.approx(alone[metric], abs=1e-6)
+        mean = table["metrics"]["zero_shot"]["test"][metric]["mean"]
+        assert mean == pytest.approx(alone[metric], abs=1e-6)
 
 
 def test_a_base_model_without_a_head_is_left_out(compare, capsys):
@@ -210,8 +210,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 def test_every_method_is_a_row_of_one_comparison():
     """But the one that needs a head, which the embedded model has none of."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        found = OmegaConf.to_container(compose("methods"), resolve=True)
-    config = build(CompareConfig, found)
+        settings = OmegaConf.to_container(compose("methods"), resolve=True)
+    config = build(CompareConfig, settings)
     names = {trial["method"]["name"] for row in config.methods.values() for trial in row}
     assert names == METHODS.keys() - {"last_layer_laplace"}
     assert all(len(row) == 1 for row in config.methods.values()), "nothing is tuned"

@@ -47,8 +47,8 @@ def run(local_model, data, capsys):
 
 def predicted(capsys, *words, output="o.jsonl"):
     """What the command prints, and the lines it writes."""
-    given = ["run=run", "input=in.jsonl", f"output={output}", "progress=false", *words]
-    assert scalabl("predict", *given) == 0
+    settings = ["run=run", "input=in.jsonl", f"output={output}", "progress=false", *words]
+    assert scalabl("predict", *settings) == 0
     said = json.loads(capsys.readouterr().out)
     return said, [json.loads(line) for line in Path(output).read_text().splitlines()]
 
@@ -86,14 +86,14 @@ def test_a_risk_takes_its_threshold_from_the_validation_split(run, capsys):
     risk = sorted(errors)[len(errors) // 2]
     k = max(k for k in range(1, 40) if errors[k - 1] <= risk)
     said, rows = predicted(capsys, f"risk={risk}")
-    found = said["calibration"]
-    assert found["records"] == 39
-    assert found["abstain_below"] == pytest.approx(ranked[k - 1][0], abs=1e-6)
-    assert (found["coverage"], found["risk"]) == pytest.approx((k / 39, errors[k - 1]))
+    calibration = said["calibration"]
+    assert calibration["records"] == 39
+    assert calibration["abstain_below"] == pytest.approx(ranked[k - 1][0], abs=1e-6)
+    assert (calibration["coverage"], calibration["risk"]) == pytest.approx((k / 39, errors[k - 1]))
     for row in rows:
         largest = max(row["probabilities"])
-        if largest != pytest.approx(found["abstain_below"], abs=1e-6):
-            assert row["abstained"] == (largest < found["abstain_below"])
+        if largest != pytest.approx(calibration["abstain_below"], abs=1e-6):
+            assert row["abstained"] == (largest < calibration["abstain_below"])
 
 
 def test_a_risk_from_few_answers_is_doubted(run, data, capsys):
@@ -133,11 +133,11 @@ def scores_by_hand(name, probabilities, key):
     if name == "lac":
         return [1 - p for p in probabilities]
     u = random.Random(f"0 {key}").random()
-    found = []
+    scores = []
     for p in probabilities:
         above = [other for other in probabilities if other > p]
-        found.append(sum(above) + u * p + (0.1 * len(above) if name == "raps" else 0))
-    return found
+        scores.append(sum(above) + u * p + (0.1 * len(above) if name == "raps" else 0))
+    return scores
 
 
 @pytest.mark.parametrize("name", ["lac", "aps", "raps"])
@@ -166,7 +166,7 @@ def test_sets_hold_the_choices_whose_score_is_at_most_that_of_validation(run, ca
 @pytest.mark.parametrize("words", [["conformal=aps"], ["conformal=lac", "risk=0.8"]], ids=" ".join)
 def test_a_record_is_decided_on_alone_and_after_an_interruption(run, capsys, monkeypatch, words):
     _, whole = predicted(capsys, *words, output="whole.jsonl")
-    given = ["run=run", "input=in.jsonl", "output=o.jsonl", "progress=false", "batch_size=7"]
+    settings = ["run=run", "input=in.jsonl", "output=o.jsonl", "progress=false", "batch_size=7"]
     original, calls = predict_command.predict, []
 
     def ends(*args, **options):
@@ -177,11 +177,11 @@ def test_a_record_is_decided_on_alone_and_after_an_interruption(run, capsys, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(predict_command, "predict", ends)
-        assert scalabl("predict", *given, *words) == 1
+        assert scalabl("predict", *settings, *words) == 1
     assert Path("o.jsonl.part").exists()
-    assert scalabl("predict", *given, "conformal=raps") == 1
+    assert scalabl("predict", *settings, "conformal=raps") == 1
     assert "was begun with other settings" in capsys.readouterr().err
-    assert scalabl("predict", *given, *words) == 0
+    assert scalabl("predict", *settings, *words) == 0
     rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert [row["set"] for row in rows] == [row["set"] for row in whole]
     assert [row.get("abstained") for row in rows] == [row.get("abstained") for row in whole]
@@ -194,12 +194,12 @@ def test_other_labelled_records_calibrate_where_they_are_given(run, data, capsys
     (data / "validation.jsonl").unlink()
     for path in data.glob("*.jsonl"):
         path.rename(path.name)
-    given = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
-    assert scalabl("predict", *given) == 1
+    settings = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
+    assert scalabl("predict", *settings) == 1
     message = capsys.readouterr().err
     assert "validation split of the run cannot be read" in message
     assert "give calibration=FILE" in message
-    assert scalabl("predict", *given, "calibration=test.jsonl") == 0
+    assert scalabl("predict", *settings, "calibration=test.jsonl") == 0
 
 
 @pytest.mark.parametrize(
@@ -257,12 +257,12 @@ def test_files_in_another_layout_are_read_by_their_columns(run, data, capsys):
         ]
         datasets.Dataset.from_list(rows).to_parquet(new)
     for words in (["in.parquet", "a.jsonl", *columns], ["in.jsonl", "b.jsonl"]):
-        given = ["run=run", f"input={words[0]}", f"output={words[1]}", *words[2:], "count=3"]
-        assert scalabl("select", *given) == 0
+        settings = ["run=run", f"input={words[0]}", f"output={words[1]}", *words[2:], "count=3"]
+        assert scalabl("select", *settings) == 0
     assert read_records("a.jsonl") == read_records("b.jsonl")
     capsys.readouterr()
-    given = ["run=run", "input=in.parquet", "output=p.jsonl", "risk=0.9", *columns]
-    assert scalabl("predict", *given, "calibration=known.parquet", "progress=false") == 0
+    settings = ["run=run", "input=in.parquet", "output=p.jsonl", "risk=0.9", *columns]
+    assert scalabl("predict", *settings, "calibration=known.parquet", "progress=false") == 0
     assert json.loads(capsys.readouterr().out)["calibration"]["records"] == 60
     asked = ["run=run", "input=in.parquet", "output=o.jsonl", f"data.{columns[0]}"]
     capsys.readouterr()
@@ -298,8 +298,8 @@ def test_records_that_are_not_the_runs_calibrate_nothing(run, data, capsys):
     others[0]["label"] = 3 - others[0]["label"]
     write = "".join(json.dumps(row) + "\n" for row in others)
     (data / "validation.jsonl").write_text(write)
-    given = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
-    assert scalabl("predict", *given) == 1
+    settings = ["run=run", "input=in.jsonl", "output=n.jsonl", "conformal=lac"]
+    assert scalabl("predict", *settings) == 1
     message = capsys.readouterr().err
     assert "its data settings lead to 39 other records" in message
     assert not list(Path().glob("n.jsonl*"))
@@ -344,8 +344,8 @@ def test_the_configurations_hold_the_defaults(name, kind):
     values = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     values.pop("defaults")
     values |= dict(run="a", input="b", output="c")
-    given = {"count": 4} if name == "select" else {}
-    assert build(kind, values | given) == kind("a", "b", "c", **given)
+    count = {"count": 4} if name == "select" else {}
+    assert build(kind, values | count) == kind("a", "b", "c", **count)
 
 
 def test_scores_of_one_draw_select_by_entropy(run, capsys):

@@ -27,8 +27,8 @@ needs_minilm = pytest.mark.skipif(
 
 def demo_config(*overrides: str) -> DemoConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        found = compose("demo", list(overrides))
-    return build(DemoConfig, OmegaConf.to_container(found, resolve=True))
+        settings = compose("demo", list(overrides))
+    return build(DemoConfig, OmegaConf.to_container(settings, resolve=True))
 
 
 @needs_minilm
@@ -38,10 +38,10 @@ def test_the_demo_says_how_sure_each_row_is_and_how_often_it_is_right(tmp_path):
         short.append(f"methods.{name}=[{{method:{{name:{name}}},fit:{{{rest}steps:1}}}}]")
     text = demonstrate(demo_config(f"out={tmp_path / 'demo'}", "jobs=1", *short))
     (folder,) = (tmp_path / "demo" / "runs").glob("mle-*")
-    found = load_file(folder / "predictions.safetensors")
-    probs = found["test.logits"].softmax(-1).mean(0)
+    tensors = load_file(folder / "predictions.safetensors")
+    probs = tensors["test.logits"].softmax(-1).mean(0)
     sure = 100 * float(probs.amax(-1).mean())
-    right = 100 * float((probs.argmax(-1) == found["test.labels"]).float().mean())
+    right = 100 * float((probs.argmax(-1) == tensors["test.labels"]).float().mean())
     line = f"mle        says {sure:3.0f} % on average and is right in {right:3.0f} %"
     assert line in text
     assert "scalabl    says" in text
@@ -49,12 +49,12 @@ def test_the_demo_says_how_sure_each_row_is_and_how_often_it_is_right(tmp_path):
 
 
 def test_the_kept_table_is_that_of_the_settings_of_today():
-    kept = json.loads((files(embedded) / "demo.json").read_text())
+    table = json.loads((files(embedded) / "demo.json").read_text())
     config = demo_config()
-    assert kept["figures"]["chosen"].keys() == config.methods.keys()
-    for name, trial in kept["figures"]["chosen"].items():
+    assert table["figures"]["chosen"].keys() == config.methods.keys()
+    for name, trial in table["figures"]["chosen"].items():
         assert trial in config.methods[name]
-    assert len(confidence(kept["figures"])) == len(config.methods)
+    assert len(confidence(table["figures"])) == len(config.methods)
 
 
 def test_the_questions_of_the_package_are_those_of_openbookqa(shared):
@@ -110,14 +110,14 @@ def test_the_documented_table_is_the_kept_one():
         return f"{mean} ({low} to {high})"
 
     for name, row in figures["metrics"].items():
-        found = row["test"]
+        metrics = row["test"]
         sure = 100 * figures["confidence"][name]["test"]["mean"]
         floor = 100 * figures["ece_floor"][name]["test"]["mean"]
         cells = [
             f"{sure:.1f}",
-            cell(found["acc"], 100, 1),
-            f"{100 * found['ece']['mean']:.1f} ({floor:.1f})",
-            cell(found["nll"], 1, 2),
-            cell(found["brier"], 1, 2),
+            cell(metrics["acc"], 100, 1),
+            f"{100 * metrics['ece']['mean']:.1f} ({floor:.1f})",
+            cell(metrics["nll"], 1, 2),
+            cell(metrics["brier"], 1, 2),
         ]
         assert f"| {' | '.join(cells)} |" in text, cells

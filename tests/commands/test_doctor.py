@@ -23,12 +23,12 @@ def rows(text: str) -> dict[str, tuple[str, str]]:
 def test_doctor_says_what_works_here(capsys):
     assert scalabl("doctor") == 0
     shown = capsys.readouterr()
-    found = rows(shown.out)
-    assert list(found) == list(doctor.CHECKS)
+    by_name = rows(shown.out)
+    assert list(by_name) == list(doctor.CHECKS)
     assert shown.err == ""
-    assert f"torch {torch.__version__}" in found["versions"][1]
-    assert found["embedded model"][0] == found["CPU"][0] == "ok"
-    assert (found["CUDA"][0] == "ok") == torch.cuda.is_available()
+    assert f"torch {torch.__version__}" in by_name["versions"][1]
+    assert by_name["embedded model"][0] == by_name["CPU"][0] == "ok"
+    assert (by_name["CUDA"][0] == "ok") == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("name", ["versions", "embedded model"])
@@ -58,9 +58,9 @@ def test_doctor_fails_only_if_the_basics_are_broken(name, capsys, monkeypatch):
 def test_doctor_names_the_fix(name, target, value, state, fix, capsys, monkeypatch):
     monkeypatch.setattr(f"scalabl_pyro.commands.doctor.{target}", value)
     assert scalabl("doctor") == 0
-    found = rows(capsys.readouterr().out)[name]
-    assert found[0] == state
-    assert fix in found[1]
+    row = rows(capsys.readouterr().out)[name]
+    assert row[0] == state
+    assert fix in row[1]
 
 
 def model_rows(text: str) -> dict[str, tuple[str, str]]:
@@ -77,10 +77,10 @@ def test_doctor_tries_a_model(local_model, capsys):
     assert scalabl("doctor", *words) == 0
     shown = capsys.readouterr().out
     assert f"{local_model}, label_tokens, bfloat16" in shown
-    found = model_rows(shown)
-    assert list(found) == ["build", *checks.CHECKS]
+    by_check = model_rows(shown)
+    assert list(by_check) == ["build", *checks.CHECKS]
     # lm_head is adapted in every half.
-    assert {name: f for name, f in found.items() if f[0] != "ok"} == {}
+    assert {name: f for name, f in by_check.items() if f[0] != "ok"} == {}
     assert shown.endswith("all of it works\n")
 
 

@@ -88,8 +88,8 @@ def test_it_trains_predicts_and_generates(run, capsys):
     assert len(turns) == 4
     for row, answer in zip(asked, answers, strict=True):
         messages = [*turns, {"role": "user", "content": shown(row)}]
-        given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        scores = [log_prob(llm, tokenizer, given, name) / len(name) for name in sorted(CLASSES)]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        scores = [log_prob(llm, tokenizer, prompt, name) / len(name) for name in sorted(CLASSES)]
         expected = (kappa * torch.tensor(scores)).softmax(-1).tolist()
         assert answer["probabilities"] == pytest.approx(expected, abs=1e-5)
 
@@ -100,8 +100,8 @@ def test_it_trains_predicts_and_generates(run, capsys):
 
 
 @torch.no_grad()
-def log_prob(llm, tokenizer, given: str, answer: str) -> float:
-    start = tokenizer(given, add_special_tokens=False).input_ids
+def log_prob(llm, tokenizer, prompt: str, answer: str) -> float:
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
     ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids]
     logits = llm(torch.tensor([ids])).logits[0]
     targets = torch.tensor(ids[len(start) :])
@@ -151,6 +151,6 @@ def test_nuts_predictive_and_predictor_agree(run):
     batch = replace(whole(split), labels=None)
     predictive = pyro.infer.Predictive(model, {"s": s}, return_sites=["_RETURN"])
     with torch.no_grad():
-        found = predictive(batch)["_RETURN"]
-    torch.testing.assert_close(found, Predictor(adapter, s).logits(batch), atol=1e-5, rtol=1e-5)
+        logits = predictive(batch)["_RETURN"]
+    torch.testing.assert_close(logits, Predictor(adapter, s).logits(batch), atol=1e-5, rtol=1e-5)
     assert len(torch.unique(s, dim=0)) > 1

@@ -24,8 +24,8 @@ PROTOCOLS = sorted(path.stem for path in (CONFIGS / "protocol").glob("*.yaml"))
 
 def composed(command: str, *words: str) -> dict:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        found = compose(command, ["model.name=x", "data.task=embedded", *words])
-    return OmegaConf.to_container(found, resolve=True)
+        settings = compose(command, ["model.name=x", "data.task=embedded", *words])
+    return OmegaConf.to_container(settings, resolve=True)
 
 
 def check_published(config: RunConfig, *, chat: bool) -> None:
@@ -127,5 +127,5 @@ def test_the_commands_of_the_documentation_train(tmp_path, local_model, tokenize
     table = json.loads(Path("runs/bag/table.json").read_text())
     assert table["metrics"].keys() == {"reference"}
     (run,) = Path("runs/bag/runs").glob("reference-*")
-    kept = OmegaConf.load(run / "config.yaml")
-    assert (kept.model.chat, kept.fit.steps, kept.fit.eps) == (True, 2, 1e-6)
+    config = OmegaConf.load(run / "config.yaml")
+    assert (config.model.chat, config.fit.steps, config.fit.eps) == (True, 2, 1e-6)

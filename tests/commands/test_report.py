@@ -181,14 +181,14 @@ def test_the_best_is_marked_and_what_is_not_told_apart_from_it(written):
     table, page, _ = written
     nll = {name: table["metrics"][name]["test"]["nll"]["mean"] for name in table["metrics"]}
     best = min(nll, key=nll.get)
-    found = table["best"]["test"]["nll"]
-    assert found["row"] == best
-    assert EVIL not in found["not_told_apart"], "its answers are almost a guess"
+    nll_best = table["best"]["test"]["nll"]
+    assert nll_best["row"] == best
+    assert EVIL not in nll_best["not_told_apart"], "its answers are almost a guess"
     rows = {row[0]: row for row in page.rows if len(row) == 11}
     assert "★" in rows[best][3]
     assert not set("★≈") & set(rows[EVIL][3])
     (other,) = {"mle", "ten"} - {best}
-    near = other in found["not_told_apart"]
+    near = other in nll_best["not_told_apart"]
     assert ("≈" in rows[other][3]) == near
 
 
@@ -203,10 +203,10 @@ def test_not_told_apart_is_what_the_paired_difference_says(written, rows):
                 for run in runs
             ]
         )
-    found = table["best"]["test"]["nll"]
-    for name in rows.keys() - {found["row"]}:
-        between = paired_difference(loss[name], loss[found["row"]])
-        assert (between.low <= 0 <= between.high) == (name in found["not_told_apart"])
+    best = table["best"]["test"]["nll"]
+    for name in rows.keys() - {best["row"]}:
+        between = paired_difference(loss[name], loss[best["row"]])
+        assert (between.low <= 0 <= between.high) == (name in best["not_told_apart"])
 
 
 def test_costs_are_over_plain_lora_where_both_are_counted(written):
@@ -274,8 +274,8 @@ def test_the_markdown_is_a_table_of_equal_lines(written):
     text = (out / "table.md").read_text()
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert len(tables) == 3
-    for found in tables:
-        assert len({line.count("|") for line in found.splitlines()}) == 1
+    for lines in tables:
+        assert len({line.count("|") for line in lines.splitlines()}) == 1
 
 
 def test_report_reads_the_trials_of_runs(tmp_path, monkeypatch, capsys):
@@ -305,10 +305,12 @@ def luminance(colour: str) -> float:
 
 def test_texts_have_the_contrast_of_wcag_aa(written):
     _, _, out = written
-    found = dict(re.findall(r"--(\w+): (#\w{6});", (out / "report.html").read_text()))
+    colours = dict(re.findall(r"--(\w+): (#\w{6});", (out / "report.html").read_text()))
     for ink in ("ink", "quiet", "link", "mark"):
         for ground in ("paper", "stripe"):
-            light, dark = sorted((luminance(found[ink]), luminance(found[ground])), reverse=True)
+            light, dark = sorted(
+                (luminance(colours[ink]), luminance(colours[ground])), reverse=True
+            )
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
 
 
@@ -334,7 +336,7 @@ def test_nothing_is_wider_than_the_window(written, width, tmp_path):
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
     command += ["--virtual-time-budget=10000", f"file://{out / 'measure.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    found = re.search(r"wide (\d+) shown (\w+)", done.stdout)
-    assert found is not None, done.stderr
-    assert int(found[1]) <= width
-    assert found[2] == "true"
+    measured = re.search(r"wide (\d+) shown (\w+)", done.stdout)
+    assert measured is not None, done.stderr
+    assert int(measured[1]) <= width
+    assert measured[2] == "true"

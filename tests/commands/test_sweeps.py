@@ -50,9 +50,9 @@ def test_a_sweep_skips_finished_runs_and_makes_one_table(train, tmp_path, capsys
         for name in names
     ]
     for row, values in (("mle", nll[:2]), ("scalabl", nll[2:])):
-        found = table["metrics"][row]["test"]["nll"]
-        assert found["mean"] == pytest.approx(sum(values) / 2)
-        assert found["standard_error"] > abs(values[0] - values[1]) / 2, "questions are in it"
+        of_row = table["metrics"][row]["test"]["nll"]
+        assert of_row["mean"] == pytest.approx(sum(values) / 2)
+        assert of_row["standard_error"] > abs(values[0] - values[1]) / 2, "questions are in it"
     paired = table["minus_mle"]["scalabl"]["test"]["nll"]["mean"]
     assert paired == pytest.approx((nll[2] - nll[0] + nll[3] - nll[1]) / 2, abs=1e-6)
 
@@ -61,11 +61,11 @@ def test_a_finished_run_is_resumed_as_it_is_but_not_with_other_settings(train, t
     trials = "trials=[{fit:{lr:0.01}},{fit:{lr:0.1}}]"
     words = ["method=mle", "run_dir=runs/a", trials]
     assert train(*words) == 0
-    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     before = written(tmp_path / "runs/a")
     (tmp_path / "runs/a.unfinished").mkdir()  # a kill came before its removal
     assert train(*words, "resume=true") == 0
-    assert json.loads(capsys.readouterr().out) == found
+    assert json.loads(capsys.readouterr().out) == metrics
     assert written(tmp_path / "runs/a") == before
     assert not (tmp_path / "runs/a.unfinished").exists()
     assert train(*words, "resume=true", "lora.r=2") == 1
@@ -154,17 +154,17 @@ def test_a_sweep_on_ray_survives_a_kill():
     command = [sys.executable, "-m", "benchmarks.robustness.ray_sweep", "--steps=100"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["figures"]
-    assert found["table_equal"]
-    assert found["runs_bit_equal"]
-    killed = found["after_kill"]
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert figures["table_equal"]
+    assert figures["runs_bit_equal"]
+    killed = figures["after_kill"]
     assert killed["table_equal"]
     assert killed["runs_bit_equal"]
     assert killed["finished_before"]
     assert killed["recomputed_runs"] == []
     assert killed["checkpoints_before"] > 0
     assert killed["recomputed_checkpoints"] == 0
-    assert found["given_again"]["changed_files"] == []
+    assert figures["given_again"]["changed_files"] == []
 
 
 def test_two_runs_of_one_row_and_seed_or_one_without_a_test_split_make_no_table(

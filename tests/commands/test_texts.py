@@ -106,26 +106,28 @@ def test_a_run_on_conversations_is_measured_as_plain_peft_measures_it(chat_run, 
 
 def test_a_chat_run_answers_from_the_rendered_conversation(chat_run, capsys, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained("chat")
-    given = []
+    inputs = []
     plain = type(tiny_llama()).generate
 
     def spy(self, **options):
-        given.append(options["input_ids"][0].tolist())
+        inputs.append(options["input_ids"][0].tolist())
         return plain(self, **options)
 
     monkeypatch.setattr(type(tiny_llama()), "generate", spy)
     few = ["decoding.max_new_tokens=4", "progress=false"]
     assert scalabl("generate", "run=run", "prompt=a bird, sings: 'the' {cat} ${x}", *few) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["prompt"] == "a bird, sings: 'the' {cat} ${x}"
-    assert {"completion", "log_prob", "spread", "token_mutual_information"} <= found.keys()
-    assert found["finish_reason"] in ("stop", "length")
-    messages = [{"role": "user", "content": found["prompt"]}]
-    assert given[0] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt"] == "a bird, sings: 'the' {cat} ${x}"
+    assert {"completion", "log_prob", "spread", "token_mutual_information"} <= answer.keys()
+    assert answer["finish_reason"] in ("stop", "length")
+    messages = [{"role": "user", "content": answer["prompt"]}]
+    assert (
+        inputs[0] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    )
     assert scalabl("generate", "run=run", f"messages={json.dumps(TURNS[:3])}", *few) == 0
     assert json.loads(capsys.readouterr().out)["messages"] == TURNS[:3]
     expected = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True).input_ids
-    assert given[1] == expected
+    assert inputs[1] == expected
     write_rows("in.jsonl", [{"messages": TURNS[:3]}, {"id": "x", "prompt": "the dog"}])
     assert scalabl("generate", "run=run", "input=in.jsonl", "output=o.jsonl", *few) == 0
     rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
@@ -171,11 +173,11 @@ def test_methods_learn_completions(chat_model, capsys, method, kind):
     assert trained["tokens"] == 3  # two words and the end token
     write_rows("test.jsonl", prompts(5))
     assert scalabl("evaluate", "run=run", "data.path=test.jsonl", "progress=false") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["perplexity"] == pytest.approx(math.exp(found["nll"] / 3), rel=1e-5)
-    assert (found["mutual_information"] is None) == (method in ("mle", "zero_shot"))
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"] / 3), rel=1e-5)
+    assert (metrics["mutual_information"] is None) == (method in ("mle", "zero_shot"))
     if method == "zero_shot":
-        assert found["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
+        assert metrics["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
 
 
 def by_the_base_model(rows: list[dict]) -> float:
@@ -184,12 +186,12 @@ def by_the_base_model(rows: list[dict]) -> float:
     model = AutoModelForCausalLM.from_pretrained("chat", dtype=torch.float32)
     total = 0.0
     for row in rows:
-        given = tokenizer(row["prompt"]).input_ids
-        ids = [*given, *tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(given) + ids[len(given) :]])
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = [*prompt, *tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
         with torch.no_grad():
             loss = model(torch.tensor([ids]), labels=labels).loss
-        total += float(loss) * (len(ids) - len(given))
+        total += float(loss) * (len(ids) - len(prompt))
     return total / len(rows)
 
 
@@ -197,9 +199,9 @@ def test_a_base_model_is_evaluated_on_completions(chat_model, capsys):
     write_rows("test.jsonl", prompts(5))
     words = [f"model.name={chat_model}", "model.readout=completion_tokens", "progress=false"]
     assert scalabl("evaluate", *words, "data.path=test.jsonl", "output=m.json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
-    assert json.loads(Path("m.json").read_text()) == found
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
+    assert json.loads(Path("m.json").read_text()) == metrics
 
 
 def test_a_base_model_is_evaluated_on_letters(chat_model, capsys):
@@ -208,7 +210,7 @@ def test_a_base_model_is_evaluated_on_letters(chat_model, capsys):
     write_jsonl(Path("data/test.jsonl").absolute(), records)
     words = [f"model.name={chat_model}", "data.root=data", "progress=false"]
     assert scalabl("evaluate", *words) == 0
-    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     tokenizer = AutoTokenizer.from_pretrained("chat")
     model = AutoModelForCausalLM.from_pretrained("chat", dtype=torch.float32)
     letters = tokenizer.convert_tokens_to_ids(list("ABCD"))
@@ -219,23 +221,23 @@ def test_a_base_model_is_evaluated_on_letters(chat_model, capsys):
         with torch.no_grad():
             logits = model(tokenizer(text, return_tensors="pt").input_ids).logits[0, -1, letters]
         log_probs.append(logits.log_softmax(-1)[record.label])
-    assert found["nll"] == pytest.approx(-float(torch.stack(log_probs).mean()), abs=1e-5)
+    assert metrics["nll"] == pytest.approx(-float(torch.stack(log_probs).mean()), abs=1e-5)
 
 
 def choice_scores(records) -> torch.Tensor:
     """(N, 4), log p of each choice's words a character, by plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained("chat")
     model = AutoModelForCausalLM.from_pretrained("chat", dtype=torch.float32)
-    found = []
+    scores = []
     for record in records:
-        given = tokenizer(f"Question: {record.question}\nAnswer:").input_ids
+        prompt = tokenizer(f"Question: {record.question}\nAnswer:").input_ids
         for choice in record.choices:
             answer = tokenizer(f" {choice}").input_ids
             with torch.no_grad():
-                logits = model(torch.tensor([[*given, *answer]])).logits[0]
-            log_probs = logits.log_softmax(-1)[len(given) - 1 : -1]
-            found.append(log_probs[range(len(answer)), answer].sum() / len(choice))
-    return torch.stack(found).view(-1, 4).double()
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
+            log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            scores.append(log_probs[range(len(answer)), answer].sum() / len(choice))
+    return torch.stack(scores).view(-1, 4).double()
 
 
 def test_a_base_model_is_evaluated_by_the_likelihood_of_choices(chat_model, capsys):
@@ -254,14 +256,14 @@ def test_a_base_model_is_evaluated_by_the_likelihood_of_choices(chat_model, caps
         return float(torch.nn.functional.cross_entropy(kappa * scores, labels))
 
     assert scalabl("evaluate", *words, "model.temperature=none") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["nll"] == pytest.approx(nll(1.0, choice_scores(test), labels), abs=1e-5)
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["nll"] == pytest.approx(nll(1.0, choice_scores(test), labels), abs=1e-5)
     assert scalabl("evaluate", *words) == 0
     fitted = json.loads(capsys.readouterr().out)
     # What is also asked in test is left out of train.
     asked = {(r.question, frozenset(r.choices)) for r in test}
-    kept = [r for r in train if (r.question, frozenset(r.choices)) not in asked]
-    scores, answers = choice_scores(kept), torch.tensor([r.label for r in kept])
+    known = [r for r in train if (r.question, frozenset(r.choices)) not in asked]
+    scores, answers = choice_scores(known), torch.tensor([r.label for r in known])
     kappa = min(torch.logspace(-2, 4, 4001).tolist(), key=lambda k: nll(k, scores, answers))
     assert 0.1 < kappa < 1000
     assert fitted["nll"] == pytest.approx(nll(kappa, choice_scores(test), labels), abs=2e-3)

@@ -224,10 +224,10 @@ def test_the_same_columns_in_files(tmp_path, name, ending):
         for i, record in enumerate(records, start=1)
     ]
     classes = settings.get("classes", ())
-    found = DataSource(
+    splits = DataSource(
         path=str(tmp_path / f"train.{ending}"), columns=columns, classes=classes
     ).read()
-    assert found == {"train": expected}
+    assert splits == {"train": expected}
     assert read_folder(tmp_path, classes, columns) == {"train": expected}
 
 
@@ -250,8 +250,8 @@ def test_a_table_that_a_spreadsheet_exported(tmp_path):
 def test_texts_with_classes_in_columns_of_other_names(tmp_path):
     (tmp_path / "train.csv").write_text("review,stars\nfine,good\nsad,bad\n")
     (tmp_path / "test.csv").write_text("review,stars\nso,good\nnew,\n")
-    found = read_folder(tmp_path, columns=Columns("review", label="stars"))
-    assert found == {
+    splits = read_folder(tmp_path, columns=Columns("review", label="stars"))
+    assert splits == {
         "train": [Record("1", "fine", ("bad", "good"), 1), Record("2", "sad", ("bad", "good"), 0)],
         "test": [Record("1", "so", ("bad", "good"), 1), Record("2", "new", ("bad", "good"))],
     }
@@ -302,8 +302,8 @@ def test_labels_that_may_count_from_0_or_1_are_refused(tmp_path, labels):
 def test_all_splits_decide_together(tmp_path):
     quiz(tmp_path, [1, 2, 3], name="train.jsonl")
     quiz(tmp_path, [3, 4], name="test.jsonl")
-    found = read_folder(tmp_path, columns=Columns(id="question"))
-    assert {n: [r.label for r in s] for n, s in found.items()} == {
+    splits = read_folder(tmp_path, columns=Columns(id="question"))
+    assert {n: [r.label for r in s] for n, s in splits.items()} == {
         "train": [0, 1, 2],
         "test": [2, 3],
     }
@@ -393,14 +393,14 @@ def test_splits_by_name_and_validation_from_train(tmp_path):
     columns = Columns("q", "opts", "a")
     names = {"train": "train", "test": "dev", "validation": None}
     config = DataConfig(hub="owner/n", hub_path=copy, columns=columns, split_names=names)
-    found = config.splits(seed=0)
-    assert {name: len(records) for name, records in found.items()} == {
+    read = config.splits(seed=0)
+    assert {name: len(records) for name, records in read.items()} == {
         "train": 36,
         "validation": 4,
         "test": 10,
     }
-    assert {r.id for r in found["test"]} == {f"dev-{i}" for i in range(10)}
-    assert config.splits(seed=0) == found
+    assert {r.id for r in read["test"]} == {f"dev-{i}" for i in range(10)}
+    assert config.splits(seed=0) == read
     with pytest.raises(DataError, match="row hidden-0: a is -1: expected"):
         DataSource(hub="owner/n", hub_path=copy, columns=columns).read()
     wrong = DataSource(hub="o/n", hub_path=copy, columns=columns, split_names={"test": "tset"})
@@ -447,13 +447,13 @@ def test_damaged_parquet_is_refused(tmp_path, content):
 
 def test_samples_are_the_same_in_every_run_and_hold_smaller_ones():
     records = make_records(100)
-    found = {count: subsample(records, count) for count in (1, 10, 50, 99)}
-    for count, some in found.items():
-        assert len({record.id for record in some}) == count
-        assert some == [record for record in records if record in some]  # in their order
-        assert some == subsample(make_records(100), count)
-    assert {r.id for r in found[10]} < {r.id for r in found[50]} < {r.id for r in found[99]}
-    assert found[10] != records[:10]
+    samples = {count: subsample(records, count) for count in (1, 10, 50, 99)}
+    for count, sample in samples.items():
+        assert len({record.id for record in sample}) == count
+        assert sample == [record for record in records if record in sample]  # in their order
+        assert sample == subsample(make_records(100), count)
+    assert {r.id for r in samples[10]} < {r.id for r in samples[50]} < {r.id for r in samples[99]}
+    assert samples[10] != records[:10]
     assert subsample(records, 100) == subsample(records, 1000) == records
 
 
@@ -462,14 +462,14 @@ def test_each_split_has_a_limit_of_its_own(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", make_records(count))
     limits = {"train": 20, "test": 5, "validation": None}
     config = DataConfig(root=str(tmp_path), limit=limits)
-    found = config.splits(seed=0)
-    assert {name: len(records) for name, records in found.items()} == {
+    splits = config.splits(seed=0)
+    assert {name: len(records) for name, records in splits.items()} == {
         "train": 20,
         "validation": 31,
         "test": 5,
     }
-    assert found["test"] == config.read_split("test")  # what evaluate reads
-    assert config.splits(seed=1)["train"] == found["train"]
+    assert splits["test"] == config.read_split("test")  # what evaluate reads
+    assert config.splits(seed=1)["train"] == splits["train"]
     with pytest.raises(DataError, match="no split 'tset'; the data set has"):
         DataConfig(root=str(tmp_path), limit={"tset": 5}).splits(seed=0)
 
@@ -486,9 +486,9 @@ def test_own_columns_and_limits_on_the_command_line(tmp_path, local_model, monke
     limits = ["data.limit.train=20", "data.limit.validation=4"]
     model = f"model.name={local_model}"
     assert scalabl("train", model, *own, *quick, *limits, "run_dir=out") == 0
-    kept = (tmp_path / "out" / "config.yaml").read_text()
-    assert re.search(r"limit:\n +train: 20\n +validation: 4\n", kept)
-    assert "question: Question" in kept
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert re.search(r"limit:\n +train: 20\n +validation: 4\n", config)
+    assert "question: Question" in config
     quiet = ["run=out", "progress=false"]
     capsys.readouterr()
     assert scalabl("evaluate", *quiet, *own, "data.limit.test=7") == 0
@@ -517,8 +517,8 @@ def test_numbers_among_choices_and_as_labels_are_texts_too(tmp_path):
         (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(DataError, match="can be read as from_0 and as names, with different"):
             read_records(tmp_path / "n.jsonl", columns=columns)
-        found = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="names"))
-        assert [record.choices[record.label] for record in found] == ["2", "0"]
+        records = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="names"))
+        assert [record.choices[record.label] for record in records] == ["2", "0"]
 
 
 def test_a_choice_that_stands_twice_decides_for_no_other_reading(tmp_path):
@@ -528,16 +528,16 @@ def test_a_choice_that_stands_twice_decides_for_no_other_reading(tmp_path):
     columns = Columns("q", "c", "y")
     with pytest.raises(DataError, match="can be read as letters and as names"):
         read_records(tmp_path / "n.jsonl", columns=columns)
-    found = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="letters"))
-    assert [record.label for record in found] == [0, 3]
+    records = read_records(tmp_path / "n.jsonl", columns=replace(columns, labels="letters"))
+    assert [record.label for record in records] == [0, 3]
 
 
 def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
     rows = [{"prompt": "hi", "completion": " yo"}, {"prompt": "a", "completion": " b"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
     copy = hub_copy(tmp_path / "hub", {"train": rows})
-    found = DataSource(hub="some/name", hub_path=copy).read()["train"]
-    for texts in (read_records(tmp_path / "x.parquet"), found):
+    from_hub = DataSource(hub="some/name", hub_path=copy).read()["train"]
+    for texts in (read_records(tmp_path / "x.parquet"), from_hub):
         assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]
 
 

@@ -139,8 +139,8 @@ def test_real_data_has_the_published_counts(shared, name, counts):
 def test_training_questions_that_are_tested_leave_training(shared, caplog):
     splits = read_folder(shared / "data" / "openbookqa")
     with caplog.at_level(logging.WARNING):
-        kept = without_overlap(splits["train"], splits["test"], name="test")
-    assert len(splits["train"]) - len(kept) == 14
+        remaining = without_overlap(splits["train"], splits["test"], name="test")
+    assert len(splits["train"]) - len(remaining) == 14
     assert "left out 14 questions of train that are also in test" in caplog.text
 
 
@@ -224,8 +224,8 @@ def test_a_text_in_which_nothing_is_seen_is_empty(blank):
 def test_what_is_tested_is_neither_trained_nor_validated_on():
     a, b, c, d, e = make_records(5)
     splits = {"train": [a, b, c, d], "validation": [b, c, e], "test": [c], "shifted": [d]}
-    found = disjoint(splits)
-    assert found == {"train": [a], "validation": [b, e], "test": [c], "shifted": [d]}
+    remaining = disjoint(splits)
+    assert remaining == {"train": [a], "validation": [b, e], "test": [c], "shifted": [d]}
     assert len(splits["train"]) == 4
     with pytest.raises(DataError, match="every question of validation is also in test"):
         disjoint({"train": [a], "validation": [c], "test": [c]})
@@ -261,10 +261,10 @@ def test_minibatches_cover_the_data_group_by_length_and_follow_the_seed(tokenize
 
 def test_batches_of_a_split_are_splits_in_its_order(tokenizer):
     split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(7))
-    assert [len(some) for some in split.batches(3)] == [3, 3, 1]
-    assert [r for some in split.batches(3, start=2) for r in some.records] == [*split.records[2:]]
-    for some, part in zip(split.batches(3), split.labels.split(3), strict=True):
-        assert torch.equal(some.collate(some.examples).labels, part)
+    assert [len(chunk) for chunk in split.batches(3)] == [3, 3, 1]
+    assert [r for chunk in split.batches(3, start=2) for r in chunk.records] == [*split.records[2:]]
+    for chunk, part in zip(split.batches(3), split.labels.split(3), strict=True):
+        assert torch.equal(chunk.collate(chunk.examples).labels, part)
     assert split.batches(3, start=7) == []
     assert split.select([5, 0]).records == (split.records[5], split.records[0])
     with pytest.raises(ValueError, match="batch_size is 0: expected 1 or more"):

@@ -118,10 +118,10 @@ def test_a_gap_may_stand_in_the_template(tokenizer):
 
 def test_shots_come_from_train_by_a_seed():
     train = make_records(12)
-    found = draw_shots(train, 5, seed=3)
-    assert len(set(found)) == 5
-    assert set(found) <= set(train)
-    assert found == draw_shots(train, 5, seed=3)
+    shots = draw_shots(train, 5, seed=3)
+    assert len(set(shots)) == 5
+    assert set(shots) <= set(train)
+    assert shots == draw_shots(train, 5, seed=3)
     assert len({draw_shots(train, 5, seed=seed) for seed in range(8)}) > 1
     assert draw_shots(train, 0, seed=0) == ()
     assert set(draw_shots(train, 12, seed=0)) == set(train)

@@ -50,36 +50,36 @@ class Conjugate:
         s = q.rvs(num_draws, random_state=1)[None]  # (chain, draw)
         likelihood = stats.norm(s[..., None], 1).logpdf(self.y)
         example = {"dims": {"label": ["example"]}, "coords": {"example": range(len(self.y))}}
-        found = {
+        datasets = {
             "posterior": versions.dataset({"s": s}),
             "log_likelihood": versions.dataset({"label": likelihood}, **example),
             "log_prior": versions.dataset({"s": stats.norm.logpdf(s)}),
             "sample_stats": versions.dataset({"log_q": q.logpdf(s)}),
             "prior": versions.dataset({"s": s}).assign_attrs(num_data=len(self.y)),
         }
-        return versions.groups(found)
+        return versions.groups(datasets)
 
 
 def test_groups_are_found_by_name_and_survive_netcdf(tmp_path):
     data = Conjugate().data(1.2, num_draws=50)
     assert isinstance(data, xr.DataTree) == versions.MODULAR
     data.to_netcdf(tmp_path / "data.nc")
-    for found in (data, az.from_netcdf(tmp_path / "data.nc")):
-        assert "posterior" in found
-        assert "posterior_predictive" not in found
-        group = versions.group(found, "log_likelihood")
+    for each in (data, az.from_netcdf(tmp_path / "data.nc")):
+        assert "posterior" in each
+        assert "posterior_predictive" not in each
+        group = versions.group(each, "log_likelihood")
         assert isinstance(group, xr.Dataset)
         assert dict(group.sizes) == {"chain": 1, "draw": 50, "example": 12}
-        assert versions.group(found, "prior").attrs["num_data"] == 12
-        assert list(found["posterior"]["s"]["draw"].values) == list(range(50))
+        assert versions.group(each, "prior").attrs["num_data"] == 12
+        assert list(each["posterior"]["s"]["draw"].values) == list(range(50))
 
 
 def test_names_of_further_dimensions():
     values = {"a": np.zeros((2, 3, 4)), "b": np.zeros((2, 3))}
-    found = versions.dataset(values, coords={"rank": "wxyz", "other": [1]}, dims={"a": ["rank"]})
-    assert found["a"].dims == ("chain", "draw", "rank")
-    assert list(found["rank"].values) == list("wxyz")
-    assert "other" not in found.coords
+    dataset = versions.dataset(values, coords={"rank": "wxyz", "other": [1]}, dims={"a": ["rank"]})
+    assert dataset["a"].dims == ("chain", "draw", "rank")
+    assert list(dataset["rank"].values) == list("wxyz")
+    assert "other" not in dataset.coords
     assert versions.dataset(values)["a"].dims == ("chain", "draw", "a_dim_0")
     assert versions.dataset({"y": np.arange(3)}, dims={"y": ["n"]}, first=())["y"].dims == ("n",)
 
@@ -88,11 +88,11 @@ def test_names_of_further_dimensions():
 def test_k_is_that_of_the_right_tail_of_the_weights(k):
     """Weights of a Pareto distribution with that index; near 0 it is flat, so that 1 / w has 1."""
     weights = stats.genpareto(k).rvs((1, 100_000), random_state=0)
-    smoothed, found = versions.psis(np.log(weights))
+    smoothed, k_hat = versions.psis(np.log(weights))
     tail = (
         3 * 100_000**0.5
     )  # so many weights are looked at, and a standard error is (1 + k) / √tail
-    assert found.item() == pytest.approx(k, abs=3 * (1 + k) / tail**0.5)
+    assert k_hat.item() == pytest.approx(k, abs=3 * (1 + k) / tail**0.5)
     assert versions.psis(-np.log(weights))[1].item() == pytest.approx(1, abs=3 * 2 / tail**0.5)
     np.testing.assert_allclose(np.exp(smoothed).sum(-1), 1)
     body = np.sort(smoothed[0])[:50_000] - np.sort(np.log(weights[0]))[:50_000]
@@ -104,17 +104,17 @@ def test_psis_of_a_samplers_draws_is_the_loo_of_arviz():
     data = Conjugate().data(1.0)
     terms = versions.group(data, "log_likelihood")["label"].values[0].T  # (N, S)
     smoothed, k = versions.psis(-terms)
-    found = az.loo(data, pointwise=True, reff=1.0)
-    pointwise = found.elpd_i if versions.MODULAR else found.loo_i
+    loo = az.loo(data, pointwise=True, reff=1.0)
+    pointwise = loo.elpd_i if versions.MODULAR else loo.loo_i
     np.testing.assert_allclose(np.log(np.exp(smoothed + terms).sum(-1)), pointwise, rtol=1e-6)
-    np.testing.assert_allclose(k, found.pareto_k, atol=1e-6)
+    np.testing.assert_allclose(k, loo.pareto_k, atol=1e-6)
 
 
 def test_loo_of_a_guide_is_exact_where_there_is_a_closed_form():
     exact, psis = Conjugate(), file_of_diagnostics("psis")
     data = {name: exact.data(widening) for name, widening in (("close", 1.2), ("wide", 1.6))}
-    found = {name: psis.loo(each) for name, each in data.items()}
-    for name, each in found.items():
+    by_guide = {name: psis.loo(each) for name, each in data.items()}
+    for name, each in by_guide.items():
         total, pointwise = (
             (each.elpd, each.elpd_i) if versions.MODULAR else (each.elpd_loo, each.loo_i)
         )
@@ -125,8 +125,8 @@ def test_loo_of_a_guide_is_exact_where_there_is_a_closed_form():
     # Of the draws alone arviz judges the guide and not the posterior.
     plain = az.loo(data["wide"])
     assert (plain.elpd if versions.MODULAR else plain.elpd_loo) < exact.elpd.sum() - 0.1
-    table = az.compare(found)
-    assert set(table.index) == set(found)
+    table = az.compare(by_guide)
+    assert set(table.index) == set(by_guide)
     assert table["elpd_diff"].max() < 0.05
 
 

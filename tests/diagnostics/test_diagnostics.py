@@ -47,8 +47,8 @@ def test_every_group_has_named_coordinates_and_survives_netcdf(trained, tmp_path
     data = to_inference_data(predictor, split, model=model, guide=guide, history=HISTORY)
     data.to_netcdf(tmp_path / "posterior.nc")
     names = list(model.adapter.module_names)
-    for found in (data, az.from_netcdf(tmp_path / "posterior.nc")):
-        assert set(found.groups()) == {
+    for each in (data, az.from_netcdf(tmp_path / "posterior.nc")):
+        assert set(each.groups()) == {
             "posterior",
             "prior",
             "posterior_predictive",
@@ -57,16 +57,16 @@ def test_every_group_has_named_coordinates_and_survives_netcdf(trained, tmp_path
             "observed_data",
             "sample_stats",
         }
-        assert found.posterior["s"].dims == ("chain", "draw", "module", "rank")
-        assert list(found.prior["module"].values) == names
-        assert list(found.log_likelihood["example"].values) == [r.id for r in split.records]
-        assert found.posterior_predictive["label"].shape == (1, 30, len(split))
-        assert list(found.sample_stats["kl"].sel(step=[2]).values) == [9.0]
-        assert np.isnan(found.sample_stats["validation_nll"].values[0])
-        np.testing.assert_array_equal(found.posterior["s"][0], predictor.draws)
+        assert each.posterior["s"].dims == ("chain", "draw", "module", "rank")
+        assert list(each.prior["module"].values) == names
+        assert list(each.log_likelihood["example"].values) == [r.id for r in split.records]
+        assert each.posterior_predictive["label"].shape == (1, 30, len(split))
+        assert list(each.sample_stats["kl"].sel(step=[2]).values) == [9.0]
+        assert np.isnan(each.sample_stats["validation_nll"].values[0])
+        np.testing.assert_array_equal(each.posterior["s"][0], predictor.draws)
         for group in data.groups():
-            assert found[group].equals(data[group]), group
-    assert pareto_k(found) == pareto_k(data)
+            assert each[group].equals(data[group]), group
+    assert pareto_k(each) == pareto_k(data)
 
 
 def test_densities_against_the_distributions_themselves(trained):
@@ -253,12 +253,12 @@ def exact() -> Exact:
 
 def test_loo_is_exact_leave_one_out_for_a_guide_that_covers_the_posterior(exact):
     data = exact.data(scale=1.2)
-    found = loo(data)
+    estimate = loo(data)
     assert pareto_k(data) < 0.5
-    assert not found.warning
-    np.testing.assert_allclose(found.loo_i, exact.elpd, atol=0.03)
-    assert found.elpd_loo == pytest.approx(exact.elpd.sum(), abs=0.05)
-    assert found.se == pytest.approx((20 * exact.elpd.var()) ** 0.5, rel=0.05)
+    assert not estimate.warning
+    np.testing.assert_allclose(estimate.loo_i, exact.elpd, atol=0.03)
+    assert estimate.elpd_loo == pytest.approx(exact.elpd.sum(), abs=0.05)
+    assert estimate.se == pytest.approx((20 * exact.elpd.var()) ** 0.5, rel=0.05)
     # Without the correction for q the guide is judged, not the posterior.
     assert az.loo(data).elpd_loo < exact.elpd.sum() - 0.5
 
@@ -267,14 +267,14 @@ def test_loo_is_exact_leave_one_out_for_a_guide_that_covers_the_posterior(exact)
 def test_k_hat_flags_a_guide_that_misses_the_posterior(exact, scale):
     data = exact.data(scale=scale)
     with pytest.warns(UserWarning, match=r"Pareto k is above 0\.70 for \d+ of 20 examples"):
-        found = loo(data)
-    assert found.warning
-    assert (found.pareto_k > found.good_k).any()
+        estimate = loo(data)
+    assert estimate.warning
+    assert (estimate.pareto_k > estimate.good_k).any()
     # az.loo takes the draws for the posterior's: it is optimistic, and sees nothing.
     plain = az.loo(data)
     assert not plain.warning
     assert plain.elpd_loo > exact.elpd.sum() + 0.3
-    assert abs(found.elpd_loo - exact.elpd.sum()) < plain.elpd_loo - exact.elpd.sum()
+    assert abs(estimate.elpd_loo - exact.elpd.sum()) < plain.elpd_loo - exact.elpd.sum()
 
 
 def test_k_hat_of_a_guide_that_is_far_too_narrow(exact):

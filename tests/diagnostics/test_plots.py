@@ -100,11 +100,11 @@ def test_correlation_is_that_of_the_draws_without_its_diagonal(axis):
     s = data.posterior["s"].values
     s[..., 1, 0] = -s[..., 0, 0]
     plot_correlation(axis, data)
-    found = axis.images[0].get_array().filled(np.nan)
-    assert found.shape == (6, 6)
-    assert found[0, 2] == found[2, 0] == pytest.approx(-1)
-    assert np.isnan(found.diagonal()).all()
-    assert abs(found[0, 1]) < 0.6
+    correlations = axis.images[0].get_array().filled(np.nan)
+    assert correlations.shape == (6, 6)
+    assert correlations[0, 2] == correlations[2, 0] == pytest.approx(-1)
+    assert np.isnan(correlations.diagonal()).all()
+    assert abs(correlations[0, 1]) < 0.6
     assert axis.images[0].get_clim() == (-1, 1)
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "0 q_proj",
@@ -155,9 +155,11 @@ def test_reliability_bars_are_the_accuracy_of_their_bin(axis):
 
 
 def test_pictures_are_written_whole(tmp_path):
-    found = Predictions(torch.randn(2, 5, 3), torch.tensor([0, 1, 2, 0, 1]))
+    predictions = Predictions(torch.randn(2, 5, 3), torch.tensor([0, 1, 2, 0, 1]))
     path = tmp_path / "new" / "comparison.png"
-    plot_comparison({"mle": [{"test": found, "validation": found, "ood": found}]}, path)
+    plot_comparison(
+        {"mle": [{"test": predictions, "validation": predictions, "ood": predictions}]}, path
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
     save_figure(plt.figure(), path)
     assert [p.name for p in path.parent.iterdir()] == ["comparison.png"]

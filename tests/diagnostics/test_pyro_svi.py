@@ -57,29 +57,29 @@ def test_groups_names_and_values_are_those_of_arviz_for_mcmc(data):
     chain.run(**data)
     other = az.from_pyro(chain, log_likelihood=True)
     svi = fitted(model, AutoNormal(model), **data)
-    found = from_pyro_svi(svi, model_kwargs=data, log_likelihood=True, num_samples=20)
-    assert set(found.groups()) == set(other.groups()) - {"sample_stats"}
-    assert found.posterior["level"].dims == ("chain", "draw", "place")
-    assert found.log_likelihood["y"].dims == ("chain", "draw", "time", "place")
+    ours = from_pyro_svi(svi, model_kwargs=data, log_likelihood=True, num_samples=20)
+    assert set(ours.groups()) == set(other.groups()) - {"sample_stats"}
+    assert ours.posterior["level"].dims == ("chain", "draw", "place")
+    assert ours.log_likelihood["y"].dims == ("chain", "draw", "time", "place")
     for name, values in other.posterior.items():
-        assert found.posterior[name].shape == values.shape
+        assert ours.posterior[name].shape == values.shape
     # arviz takes the deterministic site for an observed one.
-    assert set(found.observed_data) == set(other.observed_data) - {"mean", "nothing"}
-    np.testing.assert_array_equal(found.observed_data["y"], other.observed_data["y"])
+    assert set(ours.observed_data) == set(other.observed_data) - {"mean", "nothing"}
+    np.testing.assert_array_equal(ours.observed_data["y"], other.observed_data["y"])
 
 
 def test_the_log_likelihood_is_the_closed_form_of_the_draws(data):
-    found = from_pyro_svi(
+    converted = from_pyro_svi(
         fitted(model, AutoMultivariateNormal(model), **data),
         model_kwargs=data,
         log_likelihood=True,
         num_samples=7,
     )
-    level, slope = (found.posterior[name].values[0] for name in ("level", "slope"))
+    level, slope = (converted.posterior[name].values[0] for name in ("level", "slope"))
     mean = level[:, None, :] + slope[:, None, None] * data["x"].numpy()
     expected = stats.norm(mean, 0.5).logpdf(data["y"].numpy())
-    np.testing.assert_allclose(found.log_likelihood["y"].values[0], expected, atol=1e-5)
-    assert set(found.posterior) == {"level", "slope"}  # and not the guide's own site
+    np.testing.assert_allclose(converted.log_likelihood["y"].values[0], expected, atol=1e-5)
+    assert set(converted.posterior) == {"level", "slope"}  # and not the guide's own site
 
 
 def test_draws_have_the_mean_and_scale_of_the_posterior():
@@ -96,14 +96,14 @@ def test_draws_have_the_mean_and_scale_of_the_posterior():
     exact = AutoNormal(conjugate, init_loc_fn=init_to_value(values={"mean": loc}), init_scale=scale)
     exact(y)
     svi = SVI(conjugate, exact, pyro.optim.Adam({}), Trace_ELBO())
-    found = from_pyro_svi(svi, model_args=(y,), num_samples=4000, log_likelihood=True)
-    mean = found.posterior["mean"]
+    converted = from_pyro_svi(svi, model_args=(y,), num_samples=4000, log_likelihood=True)
+    mean = converted.posterior["mean"]
     assert float(mean.mean()) == pytest.approx(float(loc), abs=5 * scale / 4000**0.5)
     assert float(mean.std()) == pytest.approx(scale, rel=0.06)
     # Cross-validation by the stock function, against the closed form of each left-out example.
     without = (y.sum() - y) / len(y)
     elpd = stats.norm(without.numpy(), (1 + 1 / len(y)) ** 0.5).logpdf(y.numpy()).sum()
-    assert float(az.loo(found)["elpd_loo"]) == pytest.approx(elpd, abs=0.2)
+    assert float(az.loo(converted)["elpd_loo"]) == pytest.approx(elpd, abs=0.2)
 
 
 def test_subsampling_scales_nothing_and_masks_count():
@@ -115,12 +115,12 @@ def test_subsampling_scales_nothing_and_masks_count():
         with pyro.plate("n", 40, subsample=torch.arange(4)), poutine.mask(mask=seen):
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
-    found = from_pyro_svi(
+    converted = from_pyro_svi(
         fitted(half, AutoNormal(half), y=y), model_args=(y,), log_likelihood=True, num_samples=5
     )
-    mean = found.posterior["mean"].values[0][:, None]
+    mean = converted.posterior["mean"].values[0][:, None]
     expected = np.where(seen.numpy(), stats.norm(mean, 1.0).logpdf(y.numpy()), 0.0)
-    np.testing.assert_allclose(found.log_likelihood["y"].values[0], expected, atol=1e-5)
+    np.testing.assert_allclose(converted.log_likelihood["y"].values[0], expected, atol=1e-5)
 
 
 def test_a_guide_by_hand_with_a_site_of_its_own(data):
@@ -130,10 +130,10 @@ def test_a_guide_by_hand_with_a_site_of_its_own(data):
         with pyro.plate("place", 3, dim=-1):
             pyro.sample("level", dist.Normal(torch.tensor([-1.0, 0.0, 1.0]), 1e-3))
 
-    found = from_pyro_svi(fitted(model, guide, **data), model_kwargs=data, num_samples=40)
-    assert set(found.posterior) == {"level", "slope"}
-    np.testing.assert_allclose(found.posterior["level"].mean("draw")[0], [-1, 0, 1], atol=1e-2)
-    assert float(found.posterior["slope"].std()) > 0.5  # each draw is one of its own
+    converted = from_pyro_svi(fitted(model, guide, **data), model_kwargs=data, num_samples=40)
+    assert set(converted.posterior) == {"level", "slope"}
+    np.testing.assert_allclose(converted.posterior["level"].mean("draw")[0], [-1, 0, 1], atol=1e-2)
+    assert float(converted.posterior["slope"].std()) > 0.5  # each draw is one of its own
 
 
 def test_predictions_of_pyro_stand_beside_the_posterior(data):
@@ -143,7 +143,7 @@ def test_predictions_of_pyro_stand_beside_the_posterior(data):
         "posterior_predictive": Predictive(model, guide=svi.guide, num_samples=5)(data["x"]),
         "predictions": Predictive(model, guide=svi.guide, num_samples=5)(data["x"] + 1),
     }
-    found = from_pyro_svi(
+    converted = from_pyro_svi(
         svi,
         model_kwargs=data,
         **samples,
@@ -153,22 +153,22 @@ def test_predictions_of_pyro_stand_beside_the_posterior(data):
         dims={"x": ["time", "place"]},
         pred_dims={"y": ["later", "place"]},
     )
-    assert set(found.prior) == {"level", "slope"}
-    assert set(found.prior_predictive) == {"y", "mean"}
-    assert found.prior["slope"].shape == (1, 6)  # (6, 1, 1) of Predictive
-    np.testing.assert_array_equal(found.prior["level"][0], samples["prior"]["level"][:, 0])
-    assert found.posterior_predictive["y"].dims == ("chain", "draw", "time", "place")
-    assert found.predictions["y"].dims == ("chain", "draw", "later", "place")
-    assert found.constant_data["x"].dims == ("time", "place")
-    assert list(found.posterior["place"].values) == PLACES
-    np.testing.assert_array_equal(found.predictions_constant_data["x"], data["x"] + 1)
+    assert set(converted.prior) == {"level", "slope"}
+    assert set(converted.prior_predictive) == {"y", "mean"}
+    assert converted.prior["slope"].shape == (1, 6)  # (6, 1, 1) of Predictive
+    np.testing.assert_array_equal(converted.prior["level"][0], samples["prior"]["level"][:, 0])
+    assert converted.posterior_predictive["y"].dims == ("chain", "draw", "time", "place")
+    assert converted.predictions["y"].dims == ("chain", "draw", "later", "place")
+    assert converted.constant_data["x"].dims == ("time", "place")
+    assert list(converted.posterior["place"].values) == PLACES
+    np.testing.assert_array_equal(converted.predictions_constant_data["x"], data["x"] + 1)
 
 
 def test_samples_alone_need_no_inference(data):
     samples = Predictive(model, num_samples=6)(data["x"])
-    found = from_pyro_svi(prior=samples)
-    assert set(found.groups()) == {"prior"}
-    np.testing.assert_array_equal(found.prior["y"][0], samples["y"])
+    converted = from_pyro_svi(prior=samples)
+    assert set(converted.groups()) == {"prior"}
+    np.testing.assert_array_equal(converted.prior["y"][0], samples["y"])
 
 
 def test_event_dimensions_take_the_names_of_the_statement():
@@ -177,9 +177,9 @@ def test_event_dimensions_take_the_names_of_the_statement():
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer=infer)
         pyro.sample("v", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
 
-    found = from_pyro_svi(fitted(regression, AutoNormal(regression)), num_samples=3)
-    assert found.posterior["w"].dims == ("chain", "draw", "feature")
-    assert found.posterior["v"].dims == ("chain", "draw", "v_dim_0")
+    converted = from_pyro_svi(fitted(regression, AutoNormal(regression)), num_samples=3)
+    assert converted.posterior["w"].dims == ("chain", "draw", "feature")
+    assert converted.posterior["v"].dims == ("chain", "draw", "v_dim_0")
 
 
 def test_a_language_model_with_a_guide_of_its_own_and_of_pyros(make_causal, records):
@@ -190,12 +190,12 @@ def test_a_language_model_with_a_guide_of_its_own_and_of_pyros(make_causal, reco
     guide = AutoSubspaceNormal(program, init_scale=0.3)
     for each in (guide, AutoNormal(program)):
         svi = SVI(program, each, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-        found = from_pyro_svi(svi, model_args=(batch,), log_likelihood=True, num_samples=4)
-        s = torch.from_numpy(found.posterior["s"].values[0])
+        converted = from_pyro_svi(svi, model_args=(batch,), log_likelihood=True, num_samples=4)
+        s = torch.from_numpy(converted.posterior["s"].values[0])
         assert s.shape == (4, len(adapter.module_names), adapter.rank)
         expected = to_inference_data(Predictor(adapter, s), split, model=program)
         np.testing.assert_allclose(
-            found.log_likelihood["label"], expected.log_likelihood["label"], atol=1e-5
+            converted.log_likelihood["label"], expected.log_likelihood["label"], atol=1e-5
         )
     assert draw(guide, 4, seed=0).shape == s.shape
 
@@ -221,6 +221,6 @@ def test_what_cannot_be_converted_is_refused(data):
 
 def test_a_point_is_a_posterior_of_equal_draws(data):
     svi = fitted(model, AutoDelta(model), **data)
-    found = from_pyro_svi(svi, model_kwargs=data, log_likelihood=True, num_samples=3)
-    assert np.ptp(found.posterior["slope"].values) == 0
-    assert math.isfinite(float(found.log_likelihood["y"].sum()))
+    converted = from_pyro_svi(svi, model_kwargs=data, log_likelihood=True, num_samples=3)
+    assert np.ptp(converted.posterior["slope"].values) == 0
+    assert math.isfinite(float(converted.log_likelihood["y"].sum()))

@@ -58,10 +58,10 @@ def test_two_tasks_in_turn_are_both_at_once(name, correlated):
     potential, _, _ = _potential(model, whole_split(model, second, None))
     exact = linear(both).posterior(both)
     s = torch.randn(6, 2, 2)
-    found = torch.stack([-potential({"s": each}) for each in s])
+    log_density = torch.stack([-potential({"s": each}) for each in s])
     expected = exact.log_prob(s.flatten(1))
     torch.testing.assert_close(
-        found - found.mean(), expected - expected.mean(), rtol=1e-3, atol=1e-3
+        log_density - log_density.mean(), expected - expected.mean(), rtol=1e-3, atol=1e-3
     )
 
 

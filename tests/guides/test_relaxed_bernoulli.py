@@ -15,10 +15,10 @@ from scalabl_pyro.methods import DALorRA
 def guide(make_causal):
     adapter = make_causal()
     prior = make_prior(adapter.shape, "relaxed_bernoulli")
-    found = make_guide(ScalaBLModel(adapter, num_data=3, prior=prior), "relaxed_bernoulli")
+    made = make_guide(ScalaBLModel(adapter, num_data=3, prior=prior), "relaxed_bernoulli")
     with torch.no_grad():
-        found.logits_unconstrained.normal_(0.0, 1.5)
-    return found
+        made.logits_unconstrained.normal_(0.0, 1.5)
+    return made
 
 
 def test_samples_have_the_mean_of_a_relaxed_bernoulli(guide):

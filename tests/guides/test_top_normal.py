@@ -30,13 +30,13 @@ def make_upper(tokenizer):
 
 def test_where_the_last_block_alone_is_adapted_it_is_the_diagonal_guide(make_upper, records):
     split = make_upper().readout.encode(records)
-    found = []
+    fits = []
     for guide in ({"name": "normal"}, {"name": "top_normal", "blocks": 1}):
         fitted = ScalaBL(CONFIG, progress=False, guide=guide).fit(make_upper, split, None, seed=0)
-        found.append((fitted.predictor.draws, fitted.predictor.logits(whole(split))))
+        fits.append((fitted.predictor.draws, fitted.predictor.logits(whole(split))))
         kl = [row["kl"] for row in fitted.result.history]
-        found[-1] += (torch.tensor(kl),)
-    for one, two in zip(*found, strict=True):
+        fits[-1] += (torch.tensor(kl),)
+    for one, two in zip(*fits, strict=True):
         torch.testing.assert_close(one, two)
 
 

@@ -238,8 +238,8 @@ def test_train_resumes_to_the_bit(words, tmp_path, capsys, monkeypatch):
     assert "another process works on the run" in capsys.readouterr().err
 
     assert scalabl(*words, "run_dir=out", "resume=true") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["test"] == expected["test"]
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["test"] == expected["test"]
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out"]
     whole, resumed = (load_predictions(tmp_path / name)["test"].logits for name in ("whole", "out"))
     assert torch.equal(whole, resumed)

@@ -111,15 +111,15 @@ def test_log_det_is_that_of_the_dense_matrix():
 
 def test_the_precision_maximises_the_evidence(plain, records):
     factors = kfac(plain, plain.readout.encode(records), rank=1000)
-    found = kfac_precision_by_evidence(plain, factors)
+    precision = kfac_precision_by_evidence(plain, factors)
     weights = torch.cat(
         [m.weight.detach().flatten() for m in plain.matrices.linears.values()]
     ).double()
     # d/dλ = 0: λ‖θ‖² = Σ h / (h + λ), the number of parameters that the data determine
     effective = sum(
-        float((h / (h + found)).sum()) for h in (f.eigenvalues() for f in factors.values())
+        float((h / (h + precision)).sum()) for h in (f.eigenvalues() for f in factors.values())
     )
-    assert found * float(weights.square().sum()) == pytest.approx(effective, rel=0.1)
+    assert precision * float(weights.square().sum()) == pytest.approx(effective, rel=0.1)
 
 
 def test_each_matrix_has_the_precision_of_its_own_evidence(make_choice, records):
@@ -132,9 +132,9 @@ def test_each_matrix_has_the_precision_of_its_own_evidence(make_choice, records)
     names = [name for name in linears if name.startswith("bert.encoder.layer.1.attention.self.val")]
     assert list(predictor.factors) == names
     for name, factor in predictor.factors.items():
-        h, found = factor.eigenvalues(), predictor.precision[name]
+        h, precision = factor.eigenvalues(), predictor.precision[name]
         norm = float(linears[name].weight.detach().double().square().sum())
-        assert found * norm == pytest.approx(float((h / (h + found)).sum()), rel=0.1)
+        assert precision * norm == pytest.approx(float((h / (h + precision)).sum()), rel=0.1)
     assert len(set(predictor.precision.values())) == 2
     again = method.restore(fitted.model.adapter, predictor.state(), seed=0)
     assert torch.equal(again.logits(whole(split)), predictor.logits(whole(split)))

@@ -54,26 +54,26 @@ def test_ggn_of_texts_is_refused_before_any_pass(tokenizer):
 def test_a_gaussian_likelihood_gives_the_exact_posterior(curvature):
     model, split = gaussian()
     exact = model.posterior(split)
-    found = laplace(
+    guide = laplace(
         model, split, loc=exact.mean.reshape(2, 2), curvature=curvature, batch_size=4
     ).guide
-    joint = found.joint()
+    joint = guide.joint()
     torch.testing.assert_close(joint.mean.detach(), exact.mean)
     torch.testing.assert_close(
         joint.covariance_matrix.detach(), exact.covariance_matrix, rtol=1e-3, atol=1e-5
     )
-    assert found.sample(3).shape == (3, 2, 2)
+    assert guide.sample(3).shape == (3, 2, 2)
 
 
 def test_the_evidence_of_a_gaussian_likelihood_is_exact():
     model, split = gaussian()
-    found = laplace(model, split, loc=model.posterior(split).mean.reshape(2, 2))
+    approximation = laplace(model, split, loc=model.posterior(split).mean.reshape(2, 2))
     batch = whole(split)
     X = batch.inputs["features"][:, 0]
     marginal = dist.MultivariateNormal(
         torch.zeros(len(X)), 0.7**2 * torch.eye(len(X)) + X @ X.T
     ).log_prob(batch.labels[:, 0])
-    assert found.log_evidence == pytest.approx(float(marginal), rel=1e-4)
+    assert approximation.log_evidence == pytest.approx(float(marginal), rel=1e-4)
 
 
 def test_curvature_of_softmax_regression_is_the_textbook_one():
@@ -93,13 +93,13 @@ def test_the_prior_adds_its_precision(by_evidence):
     prior = dist.Normal(torch.tensor([[0.5], [-0.5]]), torch.tensor([[0.5], [2.0]]))
     model, split, _ = logistic(prior)
     loc = torch.full((2, 2), 0.4)
-    found = laplace(model, split, loc=loc, by_evidence=by_evidence)
+    approximation = laplace(model, split, loc=loc, by_evidence=by_evidence)
     expected = torch.tensor([4.0, 4.0, 0.25, 0.25])
     if by_evidence:
-        expected = torch.full((4,), found.prior_precision)
+        expected = torch.full((4,), approximation.prior_precision)
     else:
-        assert found.prior_precision is None
-    precision = found.guide.joint().precision_matrix.detach().double()
+        assert approximation.prior_precision is None
+    precision = approximation.guide.joint().precision_matrix.detach().double()
     added = precision - ggn(model, whole(split), loc)
     torch.testing.assert_close(added, expected.double().diag(), rtol=1e-3, atol=1e-3)
 
@@ -141,8 +141,8 @@ def test_curvatures_of_a_language_model(make_causal):
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = torch.autograd.functional.hessian(nll, loc.flatten())
-    found = hessian(model, batch, loc)
-    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4)
+    curvature = hessian(model, batch, loc)
+    torch.testing.assert_close(curvature, expected.double(), rtol=1e-3, atol=1e-4)
 
     J = torch.autograd.functional.jacobian(
         lambda vec: adapter(batch, vec.view(loc.shape)), loc.flatten()
@@ -150,10 +150,10 @@ def test_curvatures_of_a_language_model(make_causal):
     p = adapter(batch, loc).detach().softmax(-1).double()
     Lam = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     expected = torch.einsum("ncd,nce,nef->df", J, Lam, J)
-    found = ggn(model, batch, loc)
-    assert found.isfinite().all()
-    assert found.abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    curvature = ggn(model, batch, loc)
+    assert curvature.isfinite().all()
+    assert curvature.abs().max() > 1e-3
+    torch.testing.assert_close(curvature, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_no_mode_or_no_normal_prior_is_refused(make_causal, records):

@@ -51,11 +51,11 @@ def test_chains_recover_a_known_posterior(linear, kernel, options):
     expected = posterior.covariance_matrix / sd / sd[:, None]
     assert expected[0, 1] < -0.2
     torch.testing.assert_close(correlation, expected, atol=0.25, rtol=0)
-    found = chains.diagnostics()
-    assert found["r_hat"] < 1.1
-    assert found["ess_bulk"] > 50
-    assert found["divergences"] == 0
-    assert found["acceptance"] > 0.5
+    diagnostics = chains.diagnostics()
+    assert diagnostics["r_hat"] < 1.1
+    assert diagnostics["ess_bulk"] > 50
+    assert diagnostics["divergences"] == 0
+    assert diagnostics["acceptance"] > 0.5
 
 
 def test_the_potential_of_batches_is_that_of_the_whole(make_causal, records):
@@ -63,14 +63,14 @@ def test_the_potential_of_batches_is_that_of_the_whole(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split), prior=Horseshoe(adapter.shape))
-    found = []
+    gradients = []
     for size in (None, 5):
         potential, _, start = _potential(model, whole_split(model, split, size))
         z = {name: torch.full_like(value, 0.3).requires_grad_() for name, value in start.items()}
         value = potential(z)
-        found.append((value, *torch.autograd.grad(value, list(z.values()))))
-    assert len(found[0]) == 4
-    for one, many in zip(*found, strict=True):
+        gradients.append((value, *torch.autograd.grad(value, list(z.values()))))
+    assert len(gradients[0]) == 4
+    for one, many in zip(*gradients, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
     # −log p(s, D) by hand for a normal prior, whose transform is the identity
     model = ScalaBLModel(adapter, num_data=len(split), prior=dist.Normal(0.5, 2.0))

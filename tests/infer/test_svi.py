@@ -146,9 +146,9 @@ def test_the_posterior_is_as_wide_as_the_exact_one(make_causal, count, coin_flip
     elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     fit(model, guide, split, config, elbo=elbo, progress=False)
     q = guide.marginals()
-    for found, expected in ((q.loc.detach(), mean), (q.scale.detach(), scale)):
-        error = float(found.std()) / found.numel() ** 0.5
-        assert float(found.mean()) == pytest.approx(expected, abs=4 * error)
+    for estimate, expected in ((q.loc.detach(), mean), (q.scale.detach(), scale)):
+        error = float(estimate.std()) / estimate.numel() ** 0.5
+        assert float(estimate.mean()) == pytest.approx(expected, abs=4 * error)
 
 
 @pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS.keys())
@@ -269,8 +269,8 @@ def test_the_best_state_is_kept_when_asked(make_causal, records):
     config = FitConfig(steps=6, batch_size=4, eval_every=2, keep="best")
     result = fit(model, no_guide, split, config, validate=validate, progress=False)
     assert result.best_step == 4
-    kept = adapter.named_parameters().values()
-    assert all(torch.equal(a, b) for a, b in zip(kept, states[1], strict=True))
+    parameters = adapter.named_parameters().values()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, states[1], strict=True))
     assert math.isfinite(result.history[-1]["kl"])
     assert [row.get("validation_nll") for row in result.history] == [
         None,
@@ -505,14 +505,14 @@ def test_another_optimizer_takes_its_own_steps(make_choice, records):
 def test_an_optimizer_over_something_else_is_refused(make_choice, records):
     adapter = make_choice(svd=False)
     split = adapter.readout.encode(records)
-    some = torch.optim.SGD([next(iter(adapter.named_parameters().values()))], lr=0.1)
+    optimizer = torch.optim.SGD([next(iter(adapter.named_parameters().values()))], lr=0.1)
     for other in (pyro.optim.Adam({"lr": 0.1}), torch.optim.SGD):
         with pytest.raises(ValueError, match=r"optimizer is a .*expected one of torch"):
             fit(LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(), optimizer=other)
     with pytest.raises(ValueError, match="the SGD given is over 1 parameters: expected the 10"):
         fit(
-            LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1), optimizer=some,
-            progress=False,
+            LoRAModel(adapter, num_data=12), no_guide, split, FitConfig(steps=1),
+            optimizer=optimizer, progress=False,
         )  # fmt: skip
 
 
@@ -551,7 +551,7 @@ class ScaledLikelihood(ScalaBLModel):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_kl_of_the_history_is_that_of_any_likelihood(make_causal, elbo, accumulation):
     """Estimated for a guide of Pyro from the loss and the likelihood: the same in both models."""
-    found = []
+    rows = []
     for cls in (ScalaBLModel, ScaledLikelihood):
         pyro.set_rng_seed(0)
         adapter = make_causal()
@@ -561,8 +561,8 @@ def test_the_kl_of_the_history_is_that_of_any_likelihood(make_causal, elbo, accu
         model = cls(adapter, num_data=len(split))
         guide = AutoNormal(model, init_loc_fn=model.init_loc_fn)
         config = FitConfig(steps=1, batch_size=4, accumulation=accumulation, lr_guide=0.0)
-        found.append(fit(model, guide, split, config, elbo=ELBOS[elbo], progress=False).history[0])
-    plain, scaled = found
+        rows.append(fit(model, guide, split, config, elbo=ELBOS[elbo], progress=False).history[0])
+    plain, scaled = rows
     assert scaled["nll"] == pytest.approx(0.25 * plain["nll"], rel=1e-5)
     assert scaled["kl"] == pytest.approx(plain["kl"], abs=1e-3)
     assert plain["kl"] > 1

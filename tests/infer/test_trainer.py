@@ -57,7 +57,7 @@ def test_it_ends_in_evaluation_mode(make_causal, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_it_trains_as_fit_does(request, readout, tmp_path, accumulation):
     make = request.getfixturevalue(readout)
-    found = []
+    states = []
     for way in ("trainer", "fit"):
         torch.manual_seed(0)
         adapter = make()
@@ -90,13 +90,13 @@ def test_it_trains_as_fit_does(request, readout, tmp_path, accumulation):
             )
             fit(model, guide, split, config, seed=3, callbacks=[SeedNext()], progress=False)
         state = {**adapter.state(), **dict(guide.named_parameters())}
-        found.append({name: value.detach().clone() for name, value in state.items()})
+        states.append({name: value.detach().clone() for name, value in state.items()})
     assert (guide.median()["s"] - adapter.init_loc).abs().max() > 0.1
-    for name, value in found[0].items():
+    for name, value in states[0].items():
         # The bias of a head that scores each choice adds the same to all: Adam follows rounding.
         if readout == "make_choice" and name.endswith("default.bias"):
             continue
-        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-5, msg=name)
+        torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_a_point_estimate_lowers_its_loss(make_causal, records, tmp_path):

@@ -98,6 +98,6 @@ def test_its_python_estimates_uncertainty(folder):
     for number, code in enumerate(blocks(PAGE, "python")[1:]):
         exec(compile(code, f"harnesses.md, block {number}", "exec"), names)
     for estimator in ("PETmi", "PETepkl", "PESrmi"):
-        found = names["manager"].estimations["sequence", estimator]
-        assert len(found) == 2
-        assert found == pytest.approx(names[estimator]()(names["stats"]).tolist(), abs=1e-6)
+        estimations = names["manager"].estimations["sequence", estimator]
+        assert len(estimations) == 2
+        assert estimations == pytest.approx(names[estimator]()(names["stats"]).tolist(), abs=1e-6)

@@ -67,9 +67,11 @@ def task_of(folder: Path, records: list[Record], **settings: object) -> dict:
 
 def evaluated(lm, task: dict) -> tuple[dict[str, float], list[list]]:
     """Metrics, and for each question what was answered."""
-    found = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)
-    metrics = {name.removesuffix(",none"): v for name, v in found["results"]["questions"].items()}
-    samples = sorted(found["samples"]["questions"], key=lambda sample: sample["doc_id"])
+    evaluation = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)
+    metrics = {
+        name.removesuffix(",none"): v for name, v in evaluation["results"]["questions"].items()
+    }
+    samples = sorted(evaluation["samples"]["questions"], key=lambda sample: sample["doc_id"])
     return metrics, [[answer for (answer,) in sample["resps"]] for sample in samples]
 
 
@@ -113,18 +115,18 @@ def test_pairs_become_the_tokens_of_hf(base, hf):
     with torch.no_grad():
         (text,) = ask(hf, "generate_until", ("Tom and Lily", {"max_gen_toks": 8, "until": []}))
     pairs = [*PAIRS, ("Tom and Lily", text if text[0] == " " else f" {text}")]
-    found, expected = ask(base, "loglikelihood", *pairs), ask(hf, "loglikelihood", *pairs)
-    assert [log_prob for log_prob, _ in found] == pytest.approx(
+    ours, expected = ask(base, "loglikelihood", *pairs), ask(hf, "loglikelihood", *pairs)
+    assert [log_prob for log_prob, _ in ours] == pytest.approx(
         [value for value, _ in expected], abs=1e-4
     )
-    assert [greedy for _, greedy in found] == [is_greedy for _, is_greedy in expected]
-    assert {greedy for _, greedy in found} == {True, False}
+    assert [greedy for _, greedy in ours] == [is_greedy for _, is_greedy in expected]
+    assert {greedy for _, greedy in ours} == {True, False}
 
 
 def test_whole_texts_have_the_likelihood_of_hf(base, hf):
     texts = [("Once upon a time there was a dog.",), ("One day, Lily saw a cat. " * 150,)]
-    found, expected = (ask(lm, "loglikelihood_rolling", *texts) for lm in (base, hf))
-    assert found == pytest.approx(expected, rel=1e-5)
+    ours, expected = (ask(lm, "loglikelihood_rolling", *texts) for lm in (base, hf))
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_texts_end_where_those_of_hf_end(base, hf):
@@ -136,9 +138,9 @@ def test_texts_end_where_those_of_hf_end(base, hf):
         # What ends it stands in the prompt too, and must come again.
         ("Once upon a time, there was a", {"until": ["a l", "was"], "max_gen_toks": 12}),
     ]
-    found, expected = ask(base, "generate_until", *asked), ask(hf, "generate_until", *asked)
-    assert found == expected
-    assert len(set(found)) > 3
+    ours, expected = ask(base, "generate_until", *asked), ask(hf, "generate_until", *asked)
+    assert ours == expected
+    assert len(set(ours)) > 3
 
 
 # ------------------------------------------------------------------ a trained run
@@ -194,9 +196,9 @@ def test_the_average_is_that_of_a_loop_over_plain_peft(run, tmp_path):
     pairs = [("the cat", " runs"), ("a red dog", " sleeps the tree ."), ("the", " A B C")]
     tokens = [[run.readout.tokenizer.encode(text) for text in pair] for pair in pairs]
     expected = [by_hand(models, *pair) for pair in tokens]
-    found = ask(lm, "loglikelihood", *pairs)
-    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    answers = ask(lm, "loglikelihood", *pairs)
+    assert [value for value, _ in answers] == pytest.approx([v for v, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
     of_one = [by_hand(models[:1], *pair)[0] for pair in tokens]
     assert max(abs(a - b) for a, (b, _) in zip(of_one, expected, strict=True)) > 0.05
     (whole,) = ask(lm, "loglikelihood_rolling", (" ".join(["the cat sings a dog"] * 30),))
@@ -226,9 +228,9 @@ def test_accuracies_are_those_of_evaluate_where_there_is_one_draw(run, normalise
     metrics, answers = evaluated(ModelAverageLM(mean), task_of(tmp_path, records))
     log_probs = torch.tensor([[value for value, _ in row] for row in answers])
     sizes = torch.tensor([[len(choice) for choice in record.choices] for record in records])
-    found = (log_probs / sizes if metric == "acc_norm" else log_probs).argmax(-1).tolist()
-    assert found == predictions
-    assert len(set(found)) > 1
+    favourites = (log_probs / sizes if metric == "acc_norm" else log_probs).argmax(-1).tolist()
+    assert favourites == predictions
+    assert len(set(favourites)) > 1
     right = sum(p == r.label for p, r in zip(predictions, records, strict=True))
     assert metrics[metric] == pytest.approx(right / 40)
 
@@ -269,14 +271,14 @@ def test_models_and_tokenizers_that_the_harness_cannot_use_are_refused(make_choi
 
 
 def test_new_draws_are_made_of_a_run(run):
-    found, again = (ModelAverageLM(run, draws=5, seed=7).predictor.draws for _ in range(2))
-    assert found.shape[0] == 5
-    assert torch.equal(found, again)
+    draws, again = (ModelAverageLM(run, draws=5, seed=7).predictor.draws for _ in range(2))
+    assert draws.shape[0] == 5
+    assert torch.equal(draws, again)
     assert torch.equal(ModelAverageLM(run).predictor.draws, run.predictor.draws)
 
 
 def test_sampled_texts_differ_and_are_fixed_by_the_seed(base):
     request = ("Once upon a time", {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0})
-    found = ask(base, "generate_until", *[request] * 3)
-    assert len(set(found)) == 3
-    assert ask(base, "generate_until", *[request] * 3) == found
+    texts = ask(base, "generate_until", *[request] * 3)
+    assert len(set(texts)) == 3
+    assert ask(base, "generate_until", *[request] * 3) == texts

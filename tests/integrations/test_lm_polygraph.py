@@ -50,13 +50,13 @@ def predictor(tokenizer):
 @pytest.fixture
 def plain(predictor, tmp_path):
     """Each draw as an adapter that PEFT loads on a model of its own."""
-    found = []
+    models = []
     for k, s in enumerate(predictor.draws):
         with predictor.adapter.folded(s) as peft:
             peft.save_pretrained(tmp_path / str(k), save_embedding_layers=False)
         llm = tiny_llama(vocab_size=21)
-        found.append(PeftModel.from_pretrained(llm, tmp_path / str(k)).eval())
-    return found
+        models.append(PeftModel.from_pretrained(llm, tmp_path / str(k)).eval())
+    return models
 
 
 class Ensemble(EnsembleGreedyMixin):
@@ -126,12 +126,12 @@ def test_its_estimators_of_tokens_say_what_ours_do(predictor):
         "PETepkl": lambda text: text.epkl,
         "PETrmi": lambda text: text.epkl - text.mutual_information,
     }.items():
-        found = getattr(library, name)()(stats)
+        estimates = getattr(library, name)()(stats)
         expected = [float(ours(text).mean()) for text in texts]
-        assert found.tolist() == pytest.approx(expected, abs=1e-4), name
-    found = library.PETent5()(stats)
-    assert (found <= math.log(5)).all()
-    assert (found < library.PETent15()(stats)).all()
+        assert estimates.tolist() == pytest.approx(expected, abs=1e-4), name
+    estimates = library.PETent5()(stats)
+    assert (estimates <= math.log(5)).all()
+    assert (estimates < library.PETent15()(stats)).all()
 
 
 def test_its_estimators_of_sampled_texts_say_what_ours_do(predictor):
@@ -139,19 +139,19 @@ def test_its_estimators_of_sampled_texts_say_what_ours_do(predictor):
     drawn = list(
         generate(predictor, [p for p in TEXTS for _ in range(6)], Decoding(T, True, seed=3))
     )
-    found = library.PESrmi()(stats)
-    for n, value in enumerate(found):
-        some = drawn[6 * n : 6 * n + 6]
-        means = torch.stack([text.draw_log_probs.mean(-1) for text in some], dim=-1)  # (S, B)
+    estimates = library.PESrmi()(stats)
+    for n, value in enumerate(estimates):
+        texts = drawn[6 * n : 6 * n + 6]
+        means = torch.stack([text.draw_log_probs.mean(-1) for text in texts], dim=-1)  # (S, B)
         weights = means.logsumexp(0).softmax(0)
         assert value == pytest.approx(sequence_rmi(means, weights), abs=1e-5)
-        mean = torch.tensor([float(text.log_probs.mean()) for text in some])
-        mutual = torch.tensor([float(text.mutual_information.mean()) for text in some])
+        mean = torch.tensor([float(text.log_probs.mean()) for text in texts])
+        mutual = torch.tensor([float(text.mutual_information.mean()) for text in texts])
         expected = float((mean.softmax(0) * mutual).sum())
         assert library.PETmi()(stats)[n] == pytest.approx(expected, abs=1e-5)
-        total = sum(text.log_prob for text in some) / 6
+        total = sum(text.log_prob for text in texts) / 6
         assert library.MonteCarloSequenceEntropy()(stats)[n] == pytest.approx(-total, abs=1e-4)
-    assert (found > 0).all()
+    assert (estimates > 0).all()
 
 
 def test_its_manager_runs_them(predictor):
@@ -180,9 +180,9 @@ def test_its_manager_runs_them(predictor):
     first = PosteriorEnsemble(predictor, samples=2, seed=1)({}, TEXTS[:2], max_new_tokens=T)
     second = PosteriorEnsemble(predictor, samples=2, seed=1)({}, TEXTS[2:], max_new_tokens=T)
     for estimator in own:
-        found = manager.estimations["sequence", str(estimator)]
+        estimates = manager.estimations["sequence", str(estimator)]
         expected = [*estimator(first).tolist(), *estimator(second).tolist()]
-        assert found == pytest.approx(expected, abs=1e-5), str(estimator)
+        assert estimates == pytest.approx(expected, abs=1e-5), str(estimator)
     texts = [text.text for text in generate(predictor, TEXTS, Decoding(T))]
     assert manager.stats["greedy_texts"] == texts
 

@@ -140,13 +140,13 @@ def test_a_gguf_model_trains_saves_reloads_and_exports(tmp_path):
 def test_memory_of_a_gguf_model_is_that_of_its_plain_weights(tmp_path):
     plain = wide_llama()
     write_gguf(tmp_path / "tiny.gguf", plain, "Q8_0")
-    found = estimate(
+    memory = estimate(
         MemoryConfig(
             ModelConfig(str(tmp_path / "tiny.gguf")), AdapterConfig(r=2, targets=("q_proj",))
         )
     )
     held = sum(p.nbytes for p in plain.parameters())
-    assert found.weights == pytest.approx(held, rel=0.01)
+    assert memory.weights == pytest.approx(held, rel=0.01)
 
 
 def test_what_cannot_be_read_is_refused_in_words(tmp_path, monkeypatch):

@@ -54,10 +54,10 @@ def encoded(adapter, *, choices=4):
 
 def passes(adapter):
     """A list that every backward pass through the first matrix B makes longer."""
-    found = []
+    calls = []
     B = next(iter(adapter.matrices.B.values()))
-    B.register_full_backward_hook(lambda *_: found.append(None))
-    return found
+    B.register_full_backward_hook(lambda *_: calls.append(None))
+    return calls
 
 
 def test_it_is_that_of_each_example_alone(made):
@@ -94,8 +94,8 @@ def test_the_curvature_is_that_of_these_jacobians(made):
     for n in range(len(batch)):
         expected += J[n].mT @ (p[n].diag() - torch.outer(p[n], p[n])) @ J[n]
     model = ScalaBLModel(adapter, num_data=len(batch))
-    found = ggn(model, batch, loc)
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    curvature = ggn(model, batch, loc)
+    assert (curvature - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_kronecker_factors_take_as_many_passes_and_are_sums_over_classes(made):

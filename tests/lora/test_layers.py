@@ -137,16 +137,16 @@ def test_a_copy_computes_with_its_own_s(make_causal, records, options):
             for name, parameter in built.state().items():
                 parameter.copy_(made.state()[name])
         before = original(batch, s)
-        found = []
+        tensors = []
         for adapter in (made, built):
             adapter.train()
             own = s.clone().requires_grad_()
             logits = adapter(batch, own)
             original(batch, 3 * s)  # binds another s before the backward pass
             logits.log_softmax(-1)[..., 0].sum().backward()
-            found.append([logits, own.grad, *(p.grad for p in adapter.state().values())])
-        assert found[0][1].abs().max() > 0
-        for one, other in zip(*found, strict=True):
+            tensors.append([logits, own.grad, *(p.grad for p in adapter.state().values())])
+        assert tensors[0][1].abs().max() > 0
+        for one, other in zip(*tensors, strict=True):
             torch.testing.assert_close(one, other)
         torch.testing.assert_close(original(batch, s), before)
     assert all(p.grad is None for p in original.state().values())
@@ -295,10 +295,10 @@ def test_any_head_runs_and_trains_as_in_plain_peft(classes, kind, head, dtype):
     adapter = SubspaceAdapter(build().to(dtype), config, classes, svd=False)
     batch = whole(classes.encode(make_records(6)))
     expected = classes(plain.get_base_model(), batch.inputs)
-    found = adapter(batch)
+    logits = adapter(batch)
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    found[:, 0].sum().backward()
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+    logits[:, 0].sum().backward()
     trained = [p for n, p in adapter.named_parameters().items() if ".lora_" not in n]
     assert trained
     assert all(p.dtype == torch.float32 for p in trained)
@@ -355,8 +355,8 @@ def test_an_adapter_of_a_task_type_is_a_start(tmp_path, tokenizer, build, target
     batch = whole(readout.encode(make_records(6)))
     with torch.no_grad():
         expected = readout(plain.get_base_model(), batch.inputs)
-    found = adapter(batch, adapter.init_loc)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    logits = adapter(batch, adapter.init_loc)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert adapter.num_parameters()["heads"] > 0
 
 

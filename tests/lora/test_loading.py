@@ -97,12 +97,12 @@ def test_a_4_bit_gradient_is_that_of_the_weights_it_stands_for(folder):
         for name, parameter in copy.state().items():
             parameter.copy_(quantised.state()[name])
     batch = whole(quantised.readout.encode(make_records(6)))
-    found = []
+    gradients = []
     for adapter in (quantised, copy):
         s = quantised.init_loc.requires_grad_()
         adapter(batch, s).log_softmax(-1)[:, 0].sum().backward()
-        found.append(s.grad)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        gradients.append(s.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_predicting_leaves_4_bit_weights_as_they_are(folder):
@@ -147,9 +147,9 @@ def test_frozen_weights_have_the_asked_type_and_trained_ones_float32(folder, dty
     assert frozen == {getattr(torch, dtype)}
     batch = whole(adapter.readout.encode(make_records(6)))
     exact = load(folder)(batch, adapter.init_loc)
-    found = adapter(batch, adapter.init_loc)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+    logits = adapter(batch, adapter.init_loc)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, exact, rtol=0.05, atol=0.05)
 
 
 def test_attention_and_device_map_do_not_change_the_logits(folder):

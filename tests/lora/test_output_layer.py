@@ -89,14 +89,14 @@ def test_label_logits_are_those_of_the_body_in_float32(readout, kind):
     target = "query_key_value" if kind == "neox" else "q_proj"
     adapter = make(readout, kind, target)
     batch = whole(readout.encode(make_records(6)))
-    found = adapter(batch)
+    logits = adapter(batch)
     x = last_hidden(adapter, batch).double()
     head = adapter.peft_model.get_base_model().get_output_embeddings()
     expected = x @ head.weight[readout.label_ids].double().mT
     if head.bias is not None:
         expected = expected + head.bias[readout.label_ids].double()
     expected = POST.get(kind, lambda x: x)(expected).float().detach()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     rounded = adapter.readout(adapter.peft_model.get_base_model(), batch.inputs)
     assert (rounded - expected).abs().max() > 1e-3 * expected.abs().max()
 
@@ -206,7 +206,7 @@ def test_mutual_information_of_a_real_model_is_that_of_float32(block, smollm2):
     records = [Record(q, q, choices, 0) for q, choices in QUESTIONS.items()]
     batch = whole(readout.encode(records))
     layers = lora("q_proj", "v_proj", r=8, layers_to_transform=list(range(block, 30)))
-    found = {}
+    by_name = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
         torch.manual_seed(0)
@@ -219,11 +219,11 @@ def test_mutual_information_of_a_real_model_is_that_of_float32(block, smollm2):
         noise = torch.randn(10, *adapter.shape, generator=generator)
         s = adapter.init_loc * (1 + 0.1 * noise)
         with torch.no_grad():
-            found[name] = information(adapter(batch, s))
+            by_name[name] = information(adapter(batch, s))
             adapter._output_rows = None
-            found[f"{name}, own head"] = information(adapter(batch, s))
-    assert (found["bfloat16"] - found["float32"]).abs().max() < 1e-4
-    assert (found["bfloat16, own head"] - found["float32"]).abs().max() > 1e-4
+            by_name[f"{name}, own head"] = information(adapter(batch, s))
+    assert (by_name["bfloat16"] - by_name["float32"]).abs().max() < 1e-4
+    assert (by_name["bfloat16, own head"] - by_name["float32"]).abs().max() > 1e-4
 
 
 def information(logits: torch.Tensor) -> torch.Tensor:

@@ -65,8 +65,8 @@ def test_logits_are_those_of_merged_weights(make, records, unit):
             next(iter(adapter.matrices.A.values())).weight.mul_(2)
     batch = whole(adapter.encode(records))
     draws = torch.randn(4, *adapter.with_perp(adapter.init_loc).shape)
-    found = adapter(batch, draws)
-    for s, logits in zip(draws, found, strict=True):
+    of_draws = adapter(batch, draws)
+    for s, logits in zip(draws, of_draws, strict=True):
         llm = tiny_llama()
         with torch.no_grad():
             for name, (V, V_perp, B, B_perp), s_m in zip(
@@ -113,14 +113,14 @@ def test_the_variance_of_the_logits_of_a_linear_module(make, records):
     guide = sp.AutoSubspaceNormal(model)
     draws = sp.draw(guide, 4000, seed=0)
     draws[..., :4] = adapter.init_loc  # the noise of s away
-    found = predict(sp.Predictor(adapter, draws), split).logits.var(0)
+    variances = predict(sp.Predictor(adapter, draws), split).logits.var(0)
     llm, ((_, V, _, B),) = tiny_llama(), A_and_B(adapter)
     for n, example in enumerate(split):
         with torch.no_grad():
             x = llm.model(torch.tensor(example.rows["input_ids"])).last_hidden_state[0, -1]
         rows = B[adapter.readout.label_ids]  # (C, k)
         expected = (8 / 4 * 0.7) ** 2 * (rows.square() * (V @ x).square()).sum(-1)
-        torch.testing.assert_close(found[n], expected, rtol=0.12, atol=1e-9)
+        torch.testing.assert_close(variances[n], expected, rtol=0.12, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- directions
@@ -227,12 +227,12 @@ def test_particles_run_as_one_batch(make, records):
     guide = sp.AutoSubspaceNormal(model)
     with torch.no_grad(), pyro.plate("particles", 3, dim=-2):
         drawn = poutine.trace(guide).get_trace()
-        found = poutine.replay(model, drawn)(batch)
+        logits = poutine.replay(model, drawn)(batch)
     s, s_perp = (drawn.nodes[name]["value"][:, 0] for name in ("s", "s_perp"))  # (3, M, ...)
     assert s_perp.shape == (3, len(adapter.layers), K)
     with torch.no_grad():
         each = [adapter(batch, torch.cat(pair, -1)) for pair in zip(s, s_perp, strict=True)]
-    torch.testing.assert_close(found, torch.stack(each))
+    torch.testing.assert_close(logits, torch.stack(each))
 
 
 def test_pyros_own_tools_see_a_site(make, records):
@@ -240,8 +240,8 @@ def test_pyros_own_tools_see_a_site(make, records):
     batch = whole(adapter.encode(records))
     model = sp.ScalaBLModel(adapter, num_data=12)
     guide = sp.AutoSubspaceNormal(model)
-    found = Predictive(model, guide=guide, num_samples=3)(batch)
-    assert found["s_perp"].shape == (*found["s"].shape[:-1], K)
+    sites = Predictive(model, guide=guide, num_samples=3)(batch)
+    assert sites["s_perp"].shape == (*sites["s"].shape[:-1], K)
     own = pyro.infer.autoguide.AutoNormal(model, init_loc_fn=model.init_loc_fn)
     draws = sp.draw(own, 2, seed=0, batch=batch)
     assert draws.shape == (2, len(adapter.layers), 4 + K)
@@ -276,7 +276,7 @@ def test_laplace_and_chains_leave_it_at_its_prior(make, records):
             sp.mcmc(model, train, num_samples=6, warmup_steps=4, num_chains=2, progress=False)
         )
     assert laplaces[1].log_evidence == pytest.approx(laplaces[0].log_evidence, rel=1e-5)
-    banks = [sp.draw(found.guide, 500, seed=0) for found in laplaces]
+    banks = [sp.draw(approximation.guide, 500, seed=0) for approximation in laplaces]
     torch.testing.assert_close(banks[1][..., :4], banks[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(banks[1][..., 4:].std(), torch.tensor(3.0), rtol=0.05, atol=0)
     torch.testing.assert_close(chains[1].draws, chains[0].draws, rtol=1e-3, atol=1e-4)
@@ -294,8 +294,8 @@ def test_linear_in_s_perp_too(make, records):
     guide = sp.AutoSubspaceNormal(sp.ScalaBLModel(adapter, num_data=len(split)))
     draws = sp.draw(guide, 5, seed=0)
     exact = predict(sp.Predictor(adapter, draws), split).logits
-    found = predict(Linearised(adapter, guide.median()["s"], draws), split).logits
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+    linearised = predict(Linearised(adapter, guide.median()["s"], draws), split).logits
+    torch.testing.assert_close(linearised, exact, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- files and settings

@@ -34,21 +34,21 @@ def test_the_usage_runs_in_a_cell_of_twelve_lines_with_one_import_of_the_package
     assert [line for line in lines if "scalabl_pyro" in line] == ["import scalabl_pyro as sp"]
     names = {"llm": tiny_llama(), "tokenizer": tokenizer, "records": records}
     exec(compile(usage(), "from_pretrained", "exec"), names)
-    found = names["found"]
-    assert found.logits.shape == (10, 12, 4)
-    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(12))
-    assert (found.entropy > found.mutual_information).all()
-    assert (found.logits.std(0) > 0).all()  # B has left 0: the adapter was trained
+    predictions = names["predictions"]
+    assert predictions.logits.shape == (10, 12, 4)
+    torch.testing.assert_close(predictions.probabilities.sum(-1), torch.ones(12))
+    assert (predictions.entropy > predictions.mutual_information).all()
+    assert (predictions.logits.std(0) > 0).all()  # B has left 0: the adapter was trained
     assert len(names["losses"]) == 20
 
 
 def test_a_loaded_model_and_its_folder_give_the_same(local_model, tokenizer, records):
-    found = []
+    logits = []
     for model, options in ((tiny_llama(), {"tokenizer": tokenizer}), (local_model, {})):
         torch.manual_seed(0)
         adapter = sp.from_pretrained(model, lora("q_proj", "lm_head"), records, **options)
-        found.append(adapter(whole(adapter.encode(records)), adapter.init_loc))
-    torch.testing.assert_close(*found)
+        logits.append(adapter(whole(adapter.encode(records)), adapter.init_loc))
+    torch.testing.assert_close(*logits)
 
 
 def test_the_embedded_model_with_class_names():
@@ -133,10 +133,10 @@ def test_python_and_the_command_line_start_alike_and_train_alike(local_model, re
     guide = sp.AutoSubspaceNormal(model)
     sp.fit(model, guide, train, fit_config, seed=3, progress=False)
     expected = fitted.model.adapter.named_parameters()
-    found = adapter.named_parameters()
-    assert found.keys() == expected.keys()
+    parameters = adapter.named_parameters()
+    assert parameters.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(parameters[name], value, rtol=0, atol=0)
     torch.testing.assert_close(guide.median()["s"], fitted.guide.median()["s"], rtol=0, atol=0)
 
 

@@ -119,8 +119,8 @@ def test_rows_that_are_no_rows_are_refused_by_name(tokenizer, kind, count, lengt
     loop = torch.stack([adapter(batch, each) for each in s])  # one draw at a time is right
     with pytest.raises(ValueError, match=r"calls .* on an input that .*one draw at a time"):
         adapter(batch, s)
-    found = Predictor(adapter, s, max_rows=1).logits(batch)
-    torch.testing.assert_close(found, loop, atol=1e-5, rtol=1e-5)
+    logits = Predictor(adapter, s, max_rows=1).logits(batch)
+    torch.testing.assert_close(logits, loop, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "length", "draws"), [(3, None, 2), (4, 8, 2), (1, 4, 4)])

@@ -52,7 +52,7 @@ def moment(rows: list[torch.Tensor]) -> torch.Tensor:
 def test_moments_are_those_of_a_causal_models_own_hidden_states(make_causal, records):
     adapter = make_causal(filled=False)
     split = adapter.encode(records)
-    found = second_moments(adapter, split)
+    moments = second_moments(adapter, split)
 
     llm = tiny_llama()
     inputs = {name: [] for name in adapter.module_names}
@@ -66,9 +66,9 @@ def test_moments_are_those_of_a_causal_models_own_hidden_states(make_causal, rec
                     inputs[f"model.layers.{layer}.self_attn.{target}"].append(x)
         # The last is behind the model's norm; the output layer reads the last token alone.
         inputs["lm_head"].append(out.hidden_states[-1][0, -1:])
-    assert found.keys() == inputs.keys()
+    assert moments.keys() == inputs.keys()
     for name, rows in inputs.items():
-        torch.testing.assert_close(found[name], moment(rows), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments[name], moment(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_moments_of_an_encoder_leave_out_padding_and_missing_choices(tokenizer):
@@ -80,7 +80,7 @@ def test_moments_of_an_encoder_leave_out_padding_and_missing_choices(tokenizer):
     readout = MultipleChoice(tokenizer, num_classes=4, max_length=64)
     adapter = SubspaceAdapter(llm, lora("query"), readout)
     split = adapter.encode(records)
-    found = second_moments(adapter, split)
+    moments = second_moments(adapter, split)
     inputs = {name: [] for name in adapter.module_names}
     for example in split:
         assert len(example.rows["input_ids"]) == example.num_choices
@@ -94,7 +94,7 @@ def test_moments_of_an_encoder_leave_out_padding_and_missing_choices(tokenizer):
                     out.hidden_states[layer][0]
                 )
     for name, rows in inputs.items():
-        torch.testing.assert_close(found[name], moment(rows), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments[name], moment(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_choices_that_share_a_row_count_their_prompt_once(tokenizer, records):
@@ -102,7 +102,7 @@ def test_choices_that_share_a_row_count_their_prompt_once(tokenizer, records):
     adapter = SubspaceAdapter(tiny_llama(), lora("q_proj", "lm_head"), readout)
     assert readout.packed
     split = adapter.encode(records)
-    found = second_moments(adapter, split)
+    moments = second_moments(adapter, split)
     llm, first, output = tiny_llama(), [], []
     for example in split:
         shared = example.rows["shared"][0][0]
@@ -115,9 +115,9 @@ def test_choices_that_share_a_row_count_their_prompt_once(tokenizer, records):
             output.append(last[shared - 1 : shared] if c == 0 else last[:0])
             output.append(last[shared:] if c < 3 else last[shared:-1])
     torch.testing.assert_close(
-        found["model.layers.0.self_attn.q_proj"], moment(first), rtol=1e-4, atol=1e-5
+        moments["model.layers.0.self_attn.q_proj"], moment(first), rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(found["lm_head"], moment(output), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments["lm_head"], moment(output), rtol=1e-4, atol=1e-5)
 
 
 def test_directions_of_a_known_covariance(tokenizer):
@@ -142,11 +142,11 @@ def test_directions_of_a_known_covariance(tokenizer):
 
     # Inputs are normalised to the norm √16. So C = 16·diag(n_k / 15) and tr C / d = 1, and
     # V_j = e_j / √(16·n_j / 15).
-    (found,) = V(adapter).values()
+    (directions,) = V(adapter).values()
     expected = torch.zeros(4, 16)
     for j, (k, n) in enumerate(zip(ids, counts.values(), strict=True)):
         expected[j, k] = (16 * n / 15) ** -0.5
-    torch.testing.assert_close(found.abs(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(directions.abs(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_each_direction_has_the_energy_of_a_random_one(make_causal, records):
@@ -284,8 +284,8 @@ def test_training_lowers_the_loss_and_a_prior_of_another_support_moves_the_start
     guide = sp.AutoSubspaceNormal(model)
     base = float(cross_entropy(adapter(whole(train)).detach(), train.labels))
     sp.fit(model, guide, train, sp.FitConfig(steps=60, batch_size=12, lr=0.05))
-    found = predict(sp.Predictor(adapter, guide.median()["s"][None]), train)
-    assert float(cross_entropy(found.logits[0], train.labels)) < base - 0.05
+    predictions = predict(sp.Predictor(adapter, guide.median()["s"][None]), train)
+    assert float(cross_entropy(predictions.logits[0], train.labels)) < base - 0.05
     for key, value in V(adapter).items():
         assert torch.equal(value, before[key])
 
@@ -316,10 +316,12 @@ def test_a_run_folder_predicts_the_same_to_the_bit(local_model, tmp_path, name, 
         svd=True,
         prompts=readout.encode(make_records(16)),
     )
-    kept = V(run.predictor.adapter)
-    torch.testing.assert_close(V(fresh), kept)
+    directions = V(run.predictor.adapter)
+    torch.testing.assert_close(V(fresh), directions)
     other = make_adapter(config, AdapterConfig(r=3), readout, svd=True)
-    assert not torch.allclose(projector(V(other)["lm_head"]), projector(kept["lm_head"]), atol=0.1)
+    assert not torch.allclose(
+        projector(V(other)["lm_head"]), projector(directions["lm_head"]), atol=0.1
+    )
 
 
 def test_4_bit_weights_are_those_that_they_stand_for(local_model):
@@ -328,9 +330,9 @@ def test_4_bit_weights_are_those_that_they_stand_for(local_model):
     adapter = make_adapter(config, AdapterConfig(r=3, subspace="weights"), readout, svd=True)
     rows = V(adapter)
     llm = adapter.peft_model.unload().dequantize()
-    for name, found in rows.items():
+    for name, directions in rows.items():
         right = torch.linalg.svd(llm.get_submodule(name).weight.detach().float()).Vh[:3]
-        torch.testing.assert_close(projector(found), projector(right), rtol=0, atol=1e-3)
+        torch.testing.assert_close(projector(directions), projector(right), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["mle", "reference"])
@@ -349,14 +351,14 @@ def test_other_methods_take_it_too(local_model, tmp_path, method):
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_from_pretrained(tokenizer, records, name):
     options = dict(tokenizer=tokenizer, projections="frozen_v")
-    found = sp.from_pretrained(tiny_llama(), lora("q_proj"), records, subspace=name, **options)
+    adapter = sp.from_pretrained(tiny_llama(), lora("q_proj"), records, subspace=name, **options)
     expected = sp.from_pretrained(tiny_llama(), lora("q_proj"), records, **options)
     start = V(expected)
-    for key, value in V(found).items():
+    for key, value in V(adapter).items():
         assert not torch.allclose(projector(value), projector(start[key]), atol=0.1)
     set_subspace(expected, name, expected.encode(records))
     for key, value in V(expected).items():
-        torch.testing.assert_close(V(found)[key], value)
+        torch.testing.assert_close(V(adapter)[key], value)
 
 
 def test_a_module_that_no_token_reaches_is_named(tokenizer, records):

@@ -149,10 +149,10 @@ def test_chunks_of_draws_that_agree_below_go_on_from_there(tokenizer, records):
     below = torch.tensor(adapter.trunk.block_of) < 3
     s[:, below] = s[0, below]
     seen = count_rows(adapter)
-    found = Predictor(adapter, s, max_rows=1).logits(batch)  # one draw at a time
+    logits = Predictor(adapter, s, max_rows=1).logits(batch)  # one draw at a time
     assert seen == [len(records)] * (3 + 3)
     expected = full_path(adapter, batch, s)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, expected.detach(), atol=1e-6, rtol=1e-6)
 
 
 def test_gradients_through_a_shared_trunk_are_those_of_the_full_path(adapter, records):
@@ -163,8 +163,8 @@ def test_gradients_through_a_shared_trunk_are_those_of_the_full_path(adapter, re
         loss = run(adapter, batch, s).log_softmax(-1)[..., 0].sum()
         parameters = [s, *adapter.named_parameters().values()]
         gradients.append(torch.autograd.grad(loss, parameters))
-    for expected, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for expected, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cached_trunk_computes_what_the_full_path_does(adapter, records):
@@ -216,8 +216,8 @@ def test_training_on_a_cached_trunk_ends_where_training_in_full_does(tokenizer, 
         predictor = Predictor(adapter, guide.median()["s"][None])
         ends.append((guide.loc.detach(), predict(predictor, seen, batch_size=5).logits))
     assert (ends[0][0] - adapter.init_loc).abs().max() > 1e-3
-    for expected, found in zip(*ends, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for expected, end in zip(*ends, strict=True):
+        torch.testing.assert_close(end, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_with_only_the_head_adapted_every_block_is_trunk(tokenizer, records):
@@ -381,8 +381,8 @@ def test_an_adapted_module_that_runs_early_lets_every_block_run_for_every_draw(
     assert adapter.trunk.depth == BLOCKS - 1
     batch, s = whole(readout.encode(records)), torch.randn(3, *adapter.shape)
     expected = full_path(adapter, batch, s).detach()
-    found = Predictor(adapter, s, max_rows=1).logits(batch) if chunks else adapter(batch, s)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    logits = Predictor(adapter, s, max_rows=1).logits(batch) if chunks else adapter(batch, s)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
     assert "before the blocks below it: every block runs for every draw" in caplog.text
     with pytest.raises(ValueError, match="before the blocks below it"):
         adapter.cache_trunk(readout.encode(records))

@@ -44,7 +44,7 @@ def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
 
 
 def test_a_checkpointed_gradient_is_that_of_its_own_signs(make_causal, records):
-    found = []
+    gradients = []
     for checkpointed in (False, True):
         adapter = make_causal(svd=False, gradient_checkpointing=checkpointed)
         batch = whole(adapter.readout.encode(records))
@@ -55,9 +55,9 @@ def test_a_checkpointed_gradient_is_that_of_its_own_signs(make_causal, records):
         with torch.no_grad(), adapter.bound(None):  # something else runs in between
             pass
         loss.backward()
-        found.append({name: p.grad for name, p in adapter.named_parameters().items()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient)
+        gradients.append({name: p.grad for name, p in adapter.named_parameters().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_names_and_back(plain):
@@ -84,10 +84,10 @@ def test_with_no_spread_and_no_weight_it_is_maximum_likelihood(make_choice, reco
     split = make_choice().readout.encode(records)
     config = FitConfig(steps=3, batch_size=4, lr=0.01, lr_guide=0.0, kl=KLSchedule(1e-12))
     blob = BLoB(config, progress=False, init_scale=1e-4, draws=2)
-    found = predict(blob.fit(make_choice, split, None, seed=1).predictor, split).logits
+    of_draws = predict(blob.fit(make_choice, split, None, seed=1).predictor, split).logits
     mle = MLE(config, progress=False).fit(make_choice, split, None, seed=1)
     expected = predict(mle.predictor, split).logits[0]
-    for logits in found:
+    for logits in of_draws:
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -147,8 +147,8 @@ def test_the_published_form_takes_a_step_of_each_optimizer(make_choice, records,
         # Not the head's bias, on which nothing depends.
         named = [p for name, p in adapter.state().items() if "bias" not in name]
         ends.append([p.detach().clone() for p in (*named, guide.rho)])
-    for found, expected in zip(*ends, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for end, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-6)
     assert history[0]["kl"] == pytest.approx(expected_kl, rel=1e-5)
     assert history[0]["kl_weight"] == 1
 

@@ -41,16 +41,16 @@ def test_what_a_readout_trains_moves_as_in_plain_training(make_likelihood, recor
     config = replace(CONFIG, lr_guide=0.1, weight_decay=0.5, eps=1e-3)
     if method is IVON:
         config = replace(config, weight_decay=0.0, clip_norm=math.inf)
-        found = IVON(config, draws=3, progress=False).fit(make_likelihood, split, None, seed=0)
+        fitted = IVON(config, draws=3, progress=False).fit(make_likelihood, split, None, seed=0)
     else:
         own = method(config, members=2, progress=False)
-        found = own.fit(make_likelihood, split, None, seed=0)
+        fitted = own.fit(make_likelihood, split, None, seed=0)
         plain = MAP(config, progress=False).fit(make_likelihood, split, None, seed=0)
         for name, expected in plain.model.adapter.named_parameters().items():
-            torch.testing.assert_close(found.model.adapter.named_parameters()[name], expected)
-    (name,) = (name for name in found.predictor.weights if name.endswith("log_kappa"))
-    assert found.predictor.weights[name].shape == (found.predictor.num_draws,)
-    assert predict(found.predictor, split).logits.isfinite().all()
+            torch.testing.assert_close(fitted.model.adapter.named_parameters()[name], expected)
+    (name,) = (name for name in fitted.predictor.weights if name.endswith("log_kappa"))
+    assert fitted.predictor.weights[name].shape == (fitted.predictor.num_draws,)
+    assert predict(fitted.predictor, split).logits.isfinite().all()
 
 
 def test_swag_has_the_moments_of_the_iterates():

@@ -54,13 +54,13 @@ def test_every_method_fits_predicts_and_repeats(make_choice, make_causal, record
             clip_norm=METHODS[name].config.clip_norm,
         )
     split = make().readout.encode(records)
-    found = []
+    logits = []
     for _ in range(2):
         fitted = METHODS[name](**options).fit(make, split, split, seed=3)
         assert fitted.predictor.num_draws == DRAWS.get(name, 1)
-        found.append(predict(fitted.predictor, split).logits)
-    assert torch.equal(*found)
-    assert set(evaluate(found[0], split.labels)) >= {"acc", "ece", "nll", "brier"}
+        logits.append(predict(fitted.predictor, split).logits)
+    assert torch.equal(*logits)
+    assert set(evaluate(logits[0], split.labels)) >= {"acc", "ece", "nll", "brier"}
     if name == "zero_shot":
         assert fitted.result.history == []
     else:
@@ -72,9 +72,9 @@ def test_zero_shot_is_the_base_model(make_causal, records):
     adapter = make_causal(filled=False)
     split = adapter.readout.encode(records)
     fitted = ZeroShot(progress=False).fit(lambda **_: adapter, split, None, seed=0)
-    found = predict(fitted.predictor, split).logits[0]
+    answers = predict(fitted.predictor, split).logits[0]
     llm, tokenizer = tiny_llama(), adapter.readout.tokenizer
-    for record, logits in zip(records, found, strict=True):
+    for record, logits in zip(records, answers, strict=True):
         ids = tokenizer(adapter.readout.prompt.render(record), return_tensors="pt").input_ids
         with torch.no_grad():
             expected = llm(ids).logits[0, -1, adapter.readout.label_ids]
@@ -120,8 +120,8 @@ def test_every_method_goes_on_to_the_bit(make_choice, records, tmp_path, name):
         make_choice, split, split, seed=3, checkpoints=Checkpoints(tmp_path, often)
     )
     assert resumed.result == expected.result
-    found = [predict(fitted.predictor, split).logits for fitted in (resumed, expected)]
-    assert torch.equal(*found)
+    logits = [predict(fitted.predictor, split).logits for fitted in (resumed, expected)]
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

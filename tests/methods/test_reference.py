@@ -72,12 +72,12 @@ def test_the_initial_state_has_the_known_divergences(make_causal):
     assert (q.scale <= high).all()
     assert len(q.scale.unique()) == q.scale.numel()
     p = dist.Normal(0.0, 1.0)
-    for known, found in (
+    for known, divergence in (
         (361.9, torch.distributions.kl_divergence(p, q).detach()),
         (2.82, torch.distributions.kl_divergence(q, p).detach()),
     ):
-        error = float(found.std()) / found.numel() ** 0.5
-        assert float(found.mean()) == pytest.approx(known, abs=4 * error)
+        error = float(divergence.std()) / divergence.numel() ** 0.5
+        assert float(divergence.mean()) == pytest.approx(known, abs=4 * error)
 
 
 def test_the_kl_steps_follow_the_derivatives_of_the_reversed_kl(parts):
@@ -238,8 +238,8 @@ def test_a_run_is_saved_and_loaded_as_it_was(local_model, records, tmp_path, mon
     loaded = load_run(tmp_path / "run")
     assert isinstance(loaded.guide, AutoSubspacePositiveNormal)
     assert loaded.predictor.num_draws == 3
-    found = predict(loaded.predictor, loaded.readout.encode(records))
-    assert found.logits.shape == (3, len(records), 4)
+    predictions = predict(loaded.predictor, loaded.readout.encode(records))
+    assert predictions.logits.shape == (3, len(records), 4)
     again = train_run(replace(config, run_dir=str(tmp_path / "again")))
     assert again == metrics
     mean = loaded.guide.median()["s"]

@@ -62,9 +62,11 @@ def test_it_is_the_most_noise_that_training_data_allow(make_choice, records):
     def change(bisections):
         method = TFB(config, progress=False, bisections=bisections, **settings)
         fitted = method.fit(make_choice, split, None, seed=0)
-        found = evaluate(predict(fitted.predictor, split).logits, split.labels)["nll"]
+        with_noise = evaluate(predict(fitted.predictor, split).logits, split.labels)["nll"]
         name, draws = next(iter(fitted.predictor.weights.items()))
-        return abs(found - nll), float((draws - fitted.model.adapter.state()[name].detach()).std())
+        return abs(with_noise - nll), float(
+            (draws - fitted.model.adapter.state()[name].detach()).std()
+        )
 
     coarse, fine = change(4), change(8)
     assert coarse[0] <= 0.01 * nll
@@ -94,9 +96,9 @@ def test_pseudo_labels_are_the_models_own_answers(make_choice, records):
     own = make_choice().readout.encode(relabelled)
     pseudo = TFB(CONFIG, progress=False, pseudo_labels=True, **settings)
     plain = TFB(CONFIG, progress=False, **settings)
-    found = pseudo.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
-    assert found == plain.finish(trained, own, None, seed=0).result.history[-1]["sigma_q"]
-    assert found != plain.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
+    sigma = pseudo.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
+    assert sigma == plain.finish(trained, own, None, seed=0).result.history[-1]["sigma_q"]
+    assert sigma != plain.finish(trained, split, None, seed=0).result.history[-1]["sigma_q"]
 
 
 def test_the_cap_is_told(make_choice, records, caplog):
@@ -114,10 +116,10 @@ def test_blob_then_tfb_has_its_noise_about_blobs_mean(make_choice, records):
     blob = BLoB(config, progress=False).fit(make_choice, split, None, seed=0)
     expected = predict(Predictor(blob.model.adapter), split).logits[0]
     method = BLoBTFB(config, progress=False, tfb=noise)
-    found = predict(method.fit(make_choice, split, None, seed=0).predictor, split).logits
-    assert len(found) == 3
-    torch.testing.assert_close(found.mean(0), expected, atol=5e-3, rtol=0)
-    assert found.std(0).max() > 1e-6
+    logits = predict(method.fit(make_choice, split, None, seed=0).predictor, split).logits
+    assert len(logits) == 3
+    torch.testing.assert_close(logits.mean(0), expected, atol=5e-3, rtol=0)
+    assert logits.std(0).max() > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,8 @@ def test_noise_on_an_adapter_that_nothing_trained(make_causal, records):
     split = make_causal().readout.encode(records)
     fitted = ZeroShot(progress=False).fit(make_causal, split, None, seed=0)
     method = TFB(CONFIG, progress=False, tolerance=1e6, max_scale=0.1, bisections=3, draws=2)
-    found = method.finish(fitted, split, None, seed=0)
-    assert found.result.history == [{"sigma_q": pytest.approx(0.1 * (1 - 2**-3))}]
+    noisy = method.finish(fitted, split, None, seed=0)
+    assert noisy.result.history == [{"sigma_q": pytest.approx(0.1 * (1 - 2**-3))}]
 
 
 @pytest.mark.parametrize("method", [TFB, LaplaceLoRA, LastLayerLaplace])

@@ -53,9 +53,12 @@ def build_guide(guide_class, model):
 
 def test_pyro_finds_what_depends_on_what(model, split):
     """It follows tensors through the whole language model."""
-    found = get_dependencies(model, (whole(split),))
-    assert found["prior_dependencies"] == {"s": {"s": set()}, "label": {"label": set(), "s": set()}}
-    assert found["posterior_dependencies"] == {"s": {"s": set(), "label": set()}}
+    dependencies = get_dependencies(model, (whole(split),))
+    assert dependencies["prior_dependencies"] == {
+        "s": {"s": set()},
+        "label": {"label": set(), "s": set()},
+    }
+    assert dependencies["posterior_dependencies"] == {"s": {"s": set(), "label": set()}}
 
 
 class ConstantLikelihood(ScalaBLModel):
@@ -71,9 +74,9 @@ def test_kl_equals_the_divergence_from_posterior_to_prior(make_causal, prior):
     guide = AutoSubspaceNormal(model, init_scale=0.3)
     expected = torch.distributions.kl_divergence(guide.get_posterior(), model.prior()).detach()
     reversed_kl = torch.distributions.kl_divergence(model.prior(), guide.get_posterior()).detach()
-    found = TraceMeanField_ELBO().loss(model, guide, None)
-    assert found == pytest.approx(float(expected), rel=1e-5)
-    assert found != pytest.approx(float(reversed_kl), rel=0.1)
+    kl = TraceMeanField_ELBO().loss(model, guide, None)
+    assert kl == pytest.approx(float(expected), rel=1e-5)
+    assert kl != pytest.approx(float(reversed_kl), rel=0.1)
     sampled = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=1)
     assert sampled.loss(model, guide, None) == pytest.approx(float(expected), rel=0.02)
 
@@ -128,8 +131,10 @@ def test_vectorised_particles_give_the_looped_likelihood(model, split, particles
         s = guide_trace.nodes["s"]["value"].reshape(-1, *model.adapter.shape)
         logits = torch.stack([model.adapter(batch, x) for x in s])
         expected = dist.Categorical(logits=logits).log_prob(batch.labels)
-        found = model_trace.nodes["label"]["fn"].log_prob(batch.labels)
-        torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5)
+        log_probs = model_trace.nodes["label"]["fn"].log_prob(batch.labels)
+        torch.testing.assert_close(
+            log_probs.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 # Pyro's joint normals hold their mean as a bare nn.Parameter, which SVI.step cannot read while
@@ -249,8 +254,8 @@ def test_data_plate_scales_a_minibatch_to_the_data_set(model, split):
     log_prob = trace(pyro.condition(model, {"s": s})).get_trace(batch)
     log_prob.compute_log_prob()
     plain = torch.nn.functional.cross_entropy(model.adapter(batch, s), batch.labels).detach()
-    found = float(log_prob.nodes["label"]["log_prob_sum"].detach())
-    assert found == pytest.approx(-float(plain) * len(split), rel=1e-5)
+    log_likelihood = float(log_prob.nodes["label"]["log_prob_sum"].detach())
+    assert log_likelihood == pytest.approx(-float(plain) * len(split), rel=1e-5)
 
 
 def test_draws_do_not_touch_the_global_random_state(model):

@@ -139,7 +139,7 @@ def test_a_prior_on_B_adds_its_log_density(make_causal, records):
 def test_the_density_of_B_is_no_part_of_the_likelihood(make_causal, records, name, particles):
     adapter = make_causal()
     split = adapter.readout.encode(records)
-    found = []
+    rows = []
     for scale_B in (None, 0.01):
         prior = make_prior(adapter.shape, name)
         model = ScalaBLModel(adapter, num_data=len(split), prior=prior, scale_B=scale_B)
@@ -147,10 +147,10 @@ def test_the_density_of_B_is_no_part_of_the_likelihood(make_causal, records, nam
         torch.manual_seed(0)
         config = FitConfig(steps=1, batch_size=len(split), lr=0.0, lr_guide=0.0)
         elbo = make_elbo(num_particles=particles)
-        found.append(fit(model, guide, split, config, elbo=elbo, progress=False).history[0])
-    assert found[0]["nll"] == pytest.approx(found[1]["nll"], rel=1e-5)
-    assert found[0]["kl"] == pytest.approx(found[1]["kl"], rel=0.01)
-    assert found[1]["loss"] > found[0]["loss"]
+        rows.append(fit(model, guide, split, config, elbo=elbo, progress=False).history[0])
+    assert rows[0]["nll"] == pytest.approx(rows[1]["nll"], rel=1e-5)
+    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=0.01)
+    assert rows[1]["loss"] > rows[0]["loss"]
 
 
 def test_a_trained_start_is_moved_off_the_edge_of_the_support(make_causal, records, tmp_path):

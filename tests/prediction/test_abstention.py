@@ -23,13 +23,13 @@ def test_answers_below_the_threshold_are_not_given():
 def by_hand(confidence, wrong, risk):
     """The lowest threshold that passes, its coverage, its share of errors, and the 95 % upper limit
     of that as Clopper and Pearson have it."""
-    found = None
+    chosen = None
     for threshold in sorted(set(confidence), reverse=True):
-        given = [w for c, w in zip(confidence, wrong, strict=True) if c >= threshold]
-        if sum(given) / len(given) <= risk:
-            n, k = len(given), sum(given)
-            found = threshold, n / len(wrong), k / n, beta.ppf(0.95, k + 1, n - k) if k < n else 1
-    return found
+        errors = [w for c, w in zip(confidence, wrong, strict=True) if c >= threshold]
+        if sum(errors) / len(errors) <= risk:
+            n, k = len(errors), sum(errors)
+            chosen = threshold, n / len(wrong), k / n, beta.ppf(0.95, k + 1, n - k) if k < n else 1
+    return chosen
 
 
 def examples(count, levels):
@@ -49,19 +49,19 @@ def test_the_threshold_is_the_lowest_that_passes(count, levels, risk):
         with pytest.raises(ValueError, match=f"risk is {risk}, and no threshold"):
             threshold_at_risk(probabilities, labels, risk)
         return
-    found = threshold_at_risk(probabilities, labels, risk)
-    assert found == pytest.approx(expected)
-    given = ~abstains(probabilities, found.abstain_below)
-    assert float(given.double().mean()) == pytest.approx(found.coverage)
-    errors = (answer != labels)[given].double().mean()
-    assert float(errors) == pytest.approx(found.risk)
+    chosen = threshold_at_risk(probabilities, labels, risk)
+    assert chosen == pytest.approx(expected)
+    answered = ~abstains(probabilities, chosen.abstain_below)
+    assert float(answered.double().mean()) == pytest.approx(chosen.coverage)
+    errors = (answer != labels)[answered].double().mean()
+    assert float(errors) == pytest.approx(chosen.risk)
 
 
 def test_a_lower_threshold_may_pass_where_a_higher_one_does_not():
     """The surest answer is wrong; the four below it make up for that."""
     probabilities, labels = two(0.99, 0.9, 0.8, 0.7, 0.6, 0.55), torch.tensor([1, 0, 0, 0, 0, 1])
-    found = threshold_at_risk(probabilities, labels, 0.2)
-    assert found[:3] == pytest.approx((0.6, 5 / 6, 0.2))
+    chosen = threshold_at_risk(probabilities, labels, 0.2)
+    assert chosen[:3] == pytest.approx((0.6, 5 / 6, 0.2))
     with pytest.raises(ValueError, match=r"lowest share is 0\.2, of 5 answers"):
         threshold_at_risk(probabilities, labels, 0.1)
 
@@ -74,9 +74,9 @@ def test_new_examples_have_more_errors_than_the_estimate_says():
         confidence = 0.5 + torch.rand(2100, generator=generator) / 2
         labels = (torch.rand(2100, generator=generator) > confidence).long()
         probabilities = torch.stack([confidence, 1 - confidence], -1)
-        found = threshold_at_risk(probabilities[:100], labels[:100], 0.2)
-        given = ~abstains(probabilities[100:], found.abstain_below)
-        beyond.append(float(labels[100:][given].double().mean()) - found.risk)
+        chosen = threshold_at_risk(probabilities[:100], labels[:100], 0.2)
+        answered = ~abstains(probabilities[100:], chosen.abstain_below)
+        beyond.append(float(labels[100:][answered].double().mean()) - chosen.risk)
     assert 0.005 < sum(beyond) / len(beyond) < 0.1
 
 

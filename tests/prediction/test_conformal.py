@@ -24,11 +24,11 @@ def by_hand(row, u, *, penalty=0.0, free=0):
     """Scores of one question's probabilities; None is a choice that does not exist."""
     there = [(p, c) for c, p in enumerate(row) if p is not None]
     ranked = sorted(there, key=lambda pair: (-pair[0], pair[1]))
-    found, above = [INF] * len(row), 0.0
+    scores, above = [INF] * len(row), 0.0
     for rank, (p, c) in enumerate(ranked, start=1):
-        found[c] = above + u * p + penalty * max(0, rank - free)
+        scores[c] = above + u * p + penalty * max(0, rank - free)
         above += p
-    return found
+    return scores
 
 
 ROWS = [
@@ -47,9 +47,9 @@ def table(rows):
 
 def log_probs():
     """Zero probability is no missing choice: the last row's are merely tiny."""
-    found = table(ROWS)
-    found[4] = torch.tensor([0.0, -800.0, -801.0])
-    return found
+    log_p = table(ROWS)
+    log_p[4] = torch.tensor([0.0, -800.0, -801.0])
+    return log_p
 
 
 def test_scores_are_those_of_a_loop():
@@ -63,8 +63,8 @@ def test_scores_are_those_of_a_loop():
     ):
         assert one == pytest.approx(by_hand(row, u))
         assert two == pytest.approx(by_hand(row, u, penalty=0.2, free=2))
-    for row, found in zip(ROWS, lac(log_probs(), uniform).tolist(), strict=True):
-        assert found == pytest.approx([INF if p is None else 1 - p for p in row])
+    for row, scores in zip(ROWS, lac(log_probs(), uniform).tolist(), strict=True):
+        assert scores == pytest.approx([INF if p is None else 1 - p for p in row])
 
 
 @pytest.mark.parametrize("name", CONFORMAL_SCORES)
@@ -116,7 +116,7 @@ def test_sets_cover_as_often_as_is_known(name, n, coverage):
     generator = torch.Generator().manual_seed(7)
     m, splits, k = 1000, 20, math.ceil(round((n + 1) * coverage, 9))
     exact = stats.betabinom(m, k, n + 1 - k)
-    found = []
+    coverages = []
     for _ in range(splits):
         told, labels = questions(n + m, generator)
         uniform = torch.rand(n + m, generator=generator, dtype=torch.float64)
@@ -126,8 +126,8 @@ def test_sets_cover_as_often_as_is_known(name, n, coverage):
         hits = int(sets.gather(-1, labels[n:, None]).sum())
         # Twenty splits, each two-sided: together they leave with probability 0.01.
         assert exact.ppf(0.01 / splits / 2) <= hits <= exact.ppf(1 - 0.01 / splits / 2)
-        found.append(hits / m)
-    mean, error = stats.tmean(found), stats.sem(found)
+        coverages.append(hits / m)
+    mean, error = stats.tmean(coverages), stats.sem(coverages)
     assert coverage - 2 * error <= mean <= coverage + 1 / (n + 1) + 2 * error
 
 
@@ -144,10 +144,10 @@ def test_sets_from_probabilities_that_are_right_are_small():
 
 def test_the_number_of_a_name_is_always_the_same_and_uniform():
     names = [f"q{i}" for i in range(2000)]
-    found = uniform_of(names)
-    assert torch.equal(uniform_of(names[::-1]).flip(0), found)
-    assert not torch.equal(uniform_of(names, seed=1), found)
-    assert stats.kstest(found.numpy(), "uniform").pvalue > 0.01
+    numbers = uniform_of(names)
+    assert torch.equal(uniform_of(names[::-1]).flip(0), numbers)
+    assert not torch.equal(uniform_of(names, seed=1), numbers)
+    assert stats.kstest(numbers.numpy(), "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ PAIRS = [([2, 3], [4, 5, 6]), ([7], [8]), ([2, 9, 4, 4, 8, 3], [5, 5]), ([3, 3, 
 @torch.no_grad()
 def by_hand(predictor, context, own):
     """(S, T, C), log-probabilities of the next token: each draw reads the row, alone."""
-    found = []
+    log_probs = []
     for s in predictor.draws:
         with predictor.adapter.bound(s[None]) as llm:
             logits = llm(torch.tensor([[*context, *own]])).logits[0, len(context) - 1 : -1]
-        found.append((logits.double() / predictor.temperature).log_softmax(-1))
-    return torch.stack(found)
+        log_probs.append((logits.double() / predictor.temperature).log_softmax(-1))
+    return torch.stack(log_probs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -31,15 +31,17 @@ def by_hand(predictor, context, own):
 def test_they_are_the_means_of_products(predictor, temperature, most, monkeypatch):
     monkeypatch.setattr(module, "MOST_LOGITS", most)
     predictor = Predictor(predictor.adapter, predictor.draws, temperature, max_rows=10)
-    for (context, own), found in zip(PAIRS, score_tokens(predictor, PAIRS), strict=True):
+    for (context, own), continuation in zip(PAIRS, score_tokens(predictor, PAIRS), strict=True):
         each = by_hand(predictor, context, own)
         picked = each.gather(-1, torch.tensor(own).expand(5, -1)[..., None])[..., 0]  # (S, T)
-        torch.testing.assert_close(found.draw_log_probs.double(), picked.sum(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            continuation.draw_log_probs.double(), picked.sum(-1), atol=1e-5, rtol=0
+        )
         mean = float(picked.sum(-1).exp().mean().log())
-        assert found.log_prob == pytest.approx(mean, abs=1e-5)
+        assert continuation.log_prob == pytest.approx(mean, abs=1e-5)
         before = picked.cumsum(-1) - picked
         weighed = (before.exp()[..., None] * each.exp()).sum(0)
-        assert found.greedy == bool((weighed.argmax(-1) == torch.tensor(own)).all())
+        assert continuation.greedy == bool((weighed.argmax(-1) == torch.tensor(own)).all())
 
 
 def test_greedy_texts_are_greedy_and_no_others(predictor):
@@ -47,9 +49,9 @@ def test_greedy_texts_are_greedy_and_no_others(predictor):
     rows = [predictor.adapter.readout.tokenizer.encode(prompt) for prompt in PROMPT_TEXTS]
     pairs = [(row, text.ids.tolist()) for row, text in zip(rows, texts, strict=True)]
     pairs += [(row, [*ids[:-1], (ids[-1] + 1) % 20]) for row, ids in pairs]
-    found = score_tokens(predictor, pairs)
-    assert [each.greedy for each in found] == [True] * 4 + [False] * 4
-    for each, text in zip(found, texts, strict=False):
+    continuations = score_tokens(predictor, pairs)
+    assert [each.greedy for each in continuations] == [True] * 4 + [False] * 4
+    for each, text in zip(continuations, texts, strict=False):
         assert each.log_prob == pytest.approx(text.log_prob, abs=1e-4)
     # Under equal weights the same draws have other favourites.
     other = generate(predictor, PROMPT_TEXTS, Decoding(12))
@@ -59,8 +61,8 @@ def test_greedy_texts_are_greedy_and_no_others(predictor):
 def test_they_agree_with_the_score_of_a_text(predictor):
     (text,) = score(predictor, ["the cat"], [" runs a green dog ."], weights="posterior")
     ids = predictor.adapter.readout.tokenizer.encode("the cat")
-    (found,) = score_tokens(predictor, [(ids, text.ids.tolist())])
-    assert found.log_prob == pytest.approx(text.log_prob, abs=1e-5)
+    (continuation,) = score_tokens(predictor, [(ids, text.ids.tolist())])
+    assert continuation.log_prob == pytest.approx(text.log_prob, abs=1e-5)
 
 
 def test_a_point_estimate_has_one_draw(predictor):
@@ -76,8 +78,8 @@ def test_a_point_estimate_has_one_draw(predictor):
 
 def test_a_context_that_is_too_long_loses_its_beginning(predictor):
     long = [2 + n % 9 for n in range(100)]
-    (found, short) = score_tokens(predictor, [(long, [4, 5]), (long[-63:], [4, 5])])
-    torch.testing.assert_close(found.draw_log_probs, short.draw_log_probs)
+    (cut, short) = score_tokens(predictor, [(long, [4, 5]), (long[-63:], [4, 5])])
+    torch.testing.assert_close(cut.draw_log_probs, short.draw_log_probs)
     (whole,) = score_tokens(predictor, [([2], long[:64])])  # what is read last is no input
     assert math.isfinite(whole.log_prob)
 

@@ -59,8 +59,8 @@ def test_distillation_approaches_the_average_and_saves_as_plain_peft(make_causal
         peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     batch = whole(split)
-    found = student.readout(loaded.get_base_model(), batch.inputs)
-    torch.testing.assert_close(found, student(batch), atol=1e-5, rtol=1e-5)
+    logits = student.readout(loaded.get_base_model(), batch.inputs)
+    torch.testing.assert_close(logits, student(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_choices_that_do_not_exist_take_no_part(make_choice):
@@ -76,11 +76,11 @@ def test_distillation_on_a_cached_trunk_ends_in_the_same_place(make_causal):
     for cache in (False, True):
         student = make_causal(svd=False, targets=("lm_head",))
         split = student.readout.encode(make_records(12))
-        some = student.cache_trunk(split) if cache else split
+        train = student.cache_trunk(split) if cache else split
         log_probs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
         config = FitConfig(steps=3, batch_size=4)
-        predictor, _ = distill(student, some, log_probs, config, progress=False)
-        logits.append(predict_split(predictor, some).logits)
+        predictor, _ = distill(student, train, log_probs, config, progress=False)
+        logits.append(predict_split(predictor, train).logits)
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
 

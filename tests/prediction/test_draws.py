@@ -130,9 +130,9 @@ def test_signal_to_noise_and_holding_modules(model):
     loc = torch.full((M, r), 3.0)
     scale = torch.linspace(0.5, 3.0, M)[:, None]
     bank = loc + scale * torch.randn(20_000, M, r)
-    found = signal_to_noise(bank)
-    torch.testing.assert_close(found, 3.0 / scale[:, 0], rtol=0.03, atol=0)
-    random = found < 2
+    ratios = signal_to_noise(bank)
+    torch.testing.assert_close(ratios, 3.0 / scale[:, 0], rtol=0.03, atol=0)
+    random = ratios < 2
     assert random.any()
     assert not random.all()
     held = hold(bank, loc, random)

@@ -58,14 +58,14 @@ def predictor(request, tokenizer):
 
 def by_hand(predictor, prompt, ids):
     """(S, T, C) probabilities of the next token: each draw reads the whole text, alone."""
-    given = predictor.adapter.readout.tokenizer(prompt).input_ids
-    rows = torch.tensor([[*given, *ids.tolist()]])
-    found = []
+    context = predictor.adapter.readout.tokenizer(prompt).input_ids
+    rows = torch.tensor([[*context, *ids.tolist()]])
+    probs = []
     for s in predictor.draws:
         with predictor.adapter.bound(s[None]) as llm, torch.no_grad():
-            logits = llm(rows).logits[0, len(given) - 1 : -1]
-        found.append((logits / predictor.temperature).softmax(-1))
-    return torch.stack(found)
+            logits = llm(rows).logits[0, len(context) - 1 : -1]
+        probs.append((logits / predictor.temperature).softmax(-1))
+    return torch.stack(probs)
 
 
 def check_by_hand(predictor, prompt, text):
@@ -143,10 +143,10 @@ def test_a_generated_text_is_scored_as_when_it_was_generated(predictor):
     # A text without special tokens, which decoding would leave out.
     decoding = Decoding(8, do_sample=True, temperature=0.3)
     texts = list(generate(predictor, TEXTS * 4, decoding))
-    kept = [i for i, text in enumerate(texts) if text.ids.min() > 1]
-    assert len(kept) > 4
-    again = score(predictor, [(TEXTS * 4)[i] for i in kept], [texts[i].text for i in kept])
-    for i, text in zip(kept, again, strict=True):
+    plain = [i for i, text in enumerate(texts) if text.ids.min() > 1]
+    assert len(plain) > 4
+    again = score(predictor, [(TEXTS * 4)[i] for i in plain], [texts[i].text for i in plain])
+    for i, text in zip(plain, again, strict=True):
         assert torch.equal(text.ids, texts[i].ids)
         for name in ("draw_log_probs", "log_weights", "entropy", "mutual_information", "epkl"):
             torch.testing.assert_close(
@@ -211,8 +211,8 @@ def test_texts_end_with_the_token_that_completes_a_stop(predictor, decoding):
     assert len(longest.ids) > 6
     stops = ("the cat red", tokenizer.decode(longest.ids[3:5]))
     cut = 0
-    found = generate(predictor, prompts, replace(decoding, stop=stops))
-    for full, text in zip(whole, found, strict=True):
+    stopped = generate(predictor, prompts, replace(decoding, stop=stops))
+    for full, text in zip(whole, stopped, strict=True):
         T = len(full.ids)
         starts = (t for t in range(1, T) if any(s in tokenizer.decode(full.ids[:t]) for s in stops))
         length = next(starts, T)
@@ -462,10 +462,10 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
     assert len(lines(tmp_path / "out.jsonl.part")) == 2
     generate_file(config("out.jsonl"))
     assert len(calls) == 3 + 2, "what is written is not generated again"
-    found = lines(tmp_path / "out.jsonl")
-    assert found == lines(tmp_path / "whole.jsonl")
+    written = lines(tmp_path / "out.jsonl")
+    assert written == lines(tmp_path / "whole.jsonl")
 
-    for row, text in zip(found, generate(predictor, TEXTS, SAMPLED), strict=True):
+    for row, text in zip(written, generate(predictor, TEXTS, SAMPLED), strict=True):
         assert row["completion"] == text.text
         assert [t["token"] for t in row["tokens"]] == list(text.tokens)
         for key, values in (

@@ -40,9 +40,9 @@ def test_intervals_cover_the_mean_of_crossed_data(seeds, questions, rest):
     generator = torch.Generator().manual_seed(0)
     hits, low = 0, 0
     for _ in range(1000):
-        found = crossed_interval(crossed(seeds, questions, rest, generator=generator))
-        hits += found.low <= 0 <= found.high
-        low += found.p < 0.05
+        interval = crossed_interval(crossed(seeds, questions, rest, generator=generator))
+        hits += interval.low <= 0 <= interval.high
+        low += interval.p < 0.05
     assert hits / 1000 >= 0.92
     assert low == 1000 - hits
 
@@ -65,18 +65,20 @@ def test_the_variance_is_that_of_an_analysis_of_variance_by_hand():
     columns = 2 * ((1.5 - mean) ** 2 + (3.5 - mean) ** 2 + (4.5 - mean) ** 2)
     left = (((x - mean) ** 2).sum() - rows - columns) / 2
     expected = (rows / 1 + columns / 2 - left) / 6
-    found = crossed_interval(torch.tensor(x))
-    assert found.mean == pytest.approx(mean)
-    assert found.standard_error**2 == pytest.approx(expected)
+    interval = crossed_interval(torch.tensor(x))
+    assert interval.mean == pytest.approx(mean)
+    assert interval.standard_error**2 == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
 def test_one_seed_or_one_question_leaves_students_interval_of_the_other(shape):
-    found = crossed_interval(torch.tensor([1.0, 2.0, 4.0, 9.0]).reshape(shape))
+    interval = crossed_interval(torch.tensor([1.0, 2.0, 4.0, 9.0]).reshape(shape))
     error = math.sqrt(((1 - 4) ** 2 + (2 - 4) ** 2 + 0 + (9 - 4) ** 2) / 3 / 4)
-    assert found.standard_error == pytest.approx(error)
-    assert found.high - 4 == pytest.approx(3.182446 * error, rel=1e-5)  # t of 3 degrees at 97.5 %
-    assert found.low + found.high == pytest.approx(8)
+    assert interval.standard_error == pytest.approx(error)
+    assert interval.high - 4 == pytest.approx(
+        3.182446 * error, rel=1e-5
+    )  # t of 3 degrees at 97.5 %
+    assert interval.low + interval.high == pytest.approx(8)
 
 
 def test_paired_differences_leave_out_what_both_share():
@@ -84,10 +86,10 @@ def test_paired_differences_leave_out_what_both_share():
     shared = crossed(0.3, 2.0, 0.0, generator=generator)
     a = shared + 0.05 + crossed(0.01, 0.1, 0.1, generator=generator)
     b = shared + crossed(0.01, 0.1, 0.1, generator=generator)
-    found = paired_difference(a, b)
-    assert found.p < 0.02
-    assert found.low <= 0.05 <= found.high
-    assert crossed_interval(a).standard_error > 5 * found.standard_error
+    difference = paired_difference(a, b)
+    assert difference.p < 0.02
+    assert difference.low <= 0.05 <= difference.high
+    assert crossed_interval(a).standard_error > 5 * difference.standard_error
     same = paired_difference(a, a)
     assert (same.mean, same.standard_error, same.p) == (0, 0, 1)
 
@@ -126,15 +128,15 @@ def test_questions_of_one_uncertainty_share_their_places():
     """All orders of the tied ones, one by one."""
     uncertainty = torch.tensor([0.1, 0.5, 0.5, 0.5, 0.9]).double()
     losses = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double()
-    found = []
+    per_order = []
     for order in permutations(range(3)):
         moved = uncertainty + 1e-6 * torch.tensor([0, *order, 0])
         weights = torch.ones(5, dtype=torch.float64, requires_grad=True)
         area = weighted_aurc(moved, losses, weights)
         (slope,) = torch.autograd.grad(area, weights)
-        found.append(area.detach() + 5 * slope)
+        per_order.append(area.detach() + 5 * slope)
     torch.testing.assert_close(
-        aurc_per_question(uncertainty, losses).mean(), torch.stack(found).mean()
+        aurc_per_question(uncertainty, losses).mean(), torch.stack(per_order).mean()
     )
 
 
@@ -150,15 +152,15 @@ def test_intervals_of_an_aurc_cover_it():
     generator = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(400):
-        found = crossed_interval(aurc_per_question(*examples(500, generator))[None])
-        inside += found.low <= 0.15 <= found.high
+        interval = crossed_interval(aurc_per_question(*examples(500, generator))[None])
+        inside += interval.low <= 0.15 <= interval.high
     assert 0.92 <= inside / 400 <= 0.98
 
 
 def test_one_number_has_no_interval():
-    found = crossed_interval(torch.tensor([[3.0]]))
-    assert found.mean == 3
-    assert all(math.isnan(x) for x in found[1:])
+    interval = crossed_interval(torch.tensor([[3.0]]))
+    assert interval.mean == 3
+    assert all(math.isnan(x) for x in interval[1:])
 
 
 def scores_and_kinds(*, shift=1.0, N=60, generator):
@@ -172,23 +174,23 @@ def test_the_variance_of_an_auroc_is_delongs():
     """By his structural components, one pair at a time; with ties."""
     scores, positive = scores_and_kinds(generator=torch.Generator().manual_seed(0))
     scores = (2 * scores).round()
-    found = auroc_per_question(scores, positive)
+    shares = auroc_per_question(scores, positive)
     known, others = scores[positive].tolist(), scores[~positive].tolist()
     pairs = len(known) * len(others)
-    assert float(found.mean()) == pytest.approx(stats.mannwhitneyu(known, others)[0] / pairs)
+    assert float(shares.mean()) == pytest.approx(stats.mannwhitneyu(known, others)[0] / pairs)
     pairs = np.array([[(a > b) + 0.5 * (a == b) for b in others] for a in known])
     m, n = pairs.shape
     delong = pairs.mean(1).var(ddof=1) / m + pairs.mean(0).var(ddof=1) / n
-    assert float(found.var()) / (m + n) == pytest.approx(delong, rel=0.05)  # of order 1 / n alike
+    assert float(shares.var()) / (m + n) == pytest.approx(delong, rel=0.05)  # of order 1 / n alike
 
 
 def test_an_auroc_at_equal_length_is_the_mean_of_what_questions_add():
     generator = torch.Generator().manual_seed(0)
     scores, positive = scores_and_kinds(generator=generator)
     lengths = torch.randint(5, 30, (60,), generator=generator)
-    found = auroc_per_question(scores, positive, lengths)
+    shares = auroc_per_question(scores, positive, lengths)
     expected = auroc_at_equal_length(scores, positive, lengths)
-    assert float(found.mean()) == pytest.approx(expected)
+    assert float(shares.mean()) == pytest.approx(expected)
     everyone = auroc_per_question(scores, positive, lengths, apart=100)
     torch.testing.assert_close(everyone, auroc_per_question(scores, positive))
 
@@ -198,13 +200,13 @@ def test_lengths_may_be_a_list_and_labels_of_any_whole_type():
     scores, positive = scores_and_kinds(generator=generator)
     lengths = torch.randint(5, (len(scores),), generator=generator)
     for function in (auroc_per_question, auroc_at_equal_length):
-        found, expected = (function(scores, positive, x) for x in (lengths.tolist(), lengths))
-        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+        of_list, expected = (function(scores, positive, x) for x in (lengths.tolist(), lengths))
+        torch.testing.assert_close(torch.as_tensor(of_list), torch.as_tensor(expected))
     logits, labels = torch.randn(2, 20, 3, generator=generator), torch.arange(20) % 3
     for function in (evaluate, per_question):
-        found, expected = (function(logits, labels.to(t)) for t in (torch.int32, torch.int64))
-        assert found.keys() == expected.keys()
-        torch.testing.assert_close(found["brier"], expected["brier"])
+        of_int32, expected = (function(logits, labels.to(t)) for t in (torch.int32, torch.int64))
+        assert of_int32.keys() == expected.keys()
+        torch.testing.assert_close(of_int32["brier"], expected["brier"])
 
 
 def test_without_a_pair_there_is_no_auroc_to_add_to():
@@ -226,6 +228,6 @@ def test_intervals_of_an_auroc_cover_it(lengths):
             own = torch.randn(150, generator=generator)
             scores = (shared + own) / math.sqrt(2) + positive
             values.append(auroc_per_question(scores, positive, where, apart=1))
-        found = crossed_interval(torch.stack(values))
-        hits += found.low <= truth <= found.high
+        interval = crossed_interval(torch.stack(values))
+        hits += interval.low <= truth <= interval.high
     assert hits / 300 >= 0.92

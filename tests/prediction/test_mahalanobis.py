@@ -35,8 +35,8 @@ def test_distances_are_those_of_many_known_normals():
     """With Σ known well, d² is a χ² of H degrees of freedom; a shift by δ adds δᵀΣ⁻¹δ."""
     mix = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
     known, other = torch.randn(20_000, 2) @ mix.mT, torch.randn(20_000, 2) @ mix.mT
-    found = mahalanobis(known, other)
-    assert float(found.square().mean()) == pytest.approx(2.0, rel=0.05)
+    distances = mahalanobis(known, other)
+    assert float(distances.square().mean()) == pytest.approx(2.0, rel=0.05)
     shifted = mahalanobis(known, other + torch.tensor([0.0, 3.0]))
     far = torch.tensor([0.0, 3.0]) @ torch.linalg.inv(mix @ mix.mT) @ torch.tensor([0.0, 3.0])
     assert float(shifted.square().mean()) == pytest.approx(2.0 + float(far), rel=0.05)
@@ -51,9 +51,11 @@ def test_features_that_do_not_vary_have_no_distance():
 def test_two_different_questions_are_enough(repeats):
     """Along the line between them a distance is in units of their spread."""
     known = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]).repeat(repeats, 1)
-    found = mahalanobis(known, torch.tensor([[1.0, 0.0, 0.0], [4.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
-    assert found[:2].tolist() == pytest.approx([0.0, 3.0], abs=1e-3)
-    assert 1e3 < float(found[2]) < float("inf")  # where nothing is known to vary
+    distances = mahalanobis(
+        known, torch.tensor([[1.0, 0.0, 0.0], [4.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    )
+    assert distances[:2].tolist() == pytest.approx([0.0, 3.0], abs=1e-3)
+    assert 1e3 < float(distances[2]) < float("inf")  # where nothing is known to vary
 
 
 def test_shapes_are_checked():
@@ -71,8 +73,8 @@ def test_features_are_means_of_plain_transformers_hidden_states(make_causal):
         llm.model(torch.tensor(example.rows["input_ids"])).last_hidden_state[0].mean(0)
         for example in split
     ]
-    found = pooled_features(adapter, split, adapter.init_loc, batch_size=4)
-    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+    features = pooled_features(adapter, split, adapter.init_loc, batch_size=4)
+    torch.testing.assert_close(features, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_choices_in_rows_are_means_over_the_choices_that_exist(make_choice):
@@ -92,5 +94,5 @@ def test_features_of_choices_in_rows_are_means_over_the_choices_that_exist(make_
             for c in range(example.num_choices)
         ]
         expected.append(torch.cat(tokens).mean(0))
-    found = pooled_features(adapter, split, batch_size=3)
-    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+    features = pooled_features(adapter, split, batch_size=3)
+    torch.testing.assert_close(features, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)

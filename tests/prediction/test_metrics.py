@@ -52,8 +52,8 @@ def two(*confidences):
 )
 def test_ece_is_that_of_a_loop_over_bins_whose_last_is_closed(rows, labels, bins):
     for dtype in (torch.float64, torch.float32):
-        found = ece(torch.tensor(rows, dtype=dtype), torch.tensor(labels), bins)
-        assert found == pytest.approx(ece_by_hand(rows, labels, bins), abs=1e-6)
+        error = ece(torch.tensor(rows, dtype=dtype), torch.tensor(labels), bins)
+        assert error == pytest.approx(ece_by_hand(rows, labels, bins), abs=1e-6)
 
 
 def test_ece_of_many_rows_is_that_of_the_loop():
@@ -84,19 +84,19 @@ def test_the_floor_is_the_mean_deviation_of_binomials(groups):
     rows = two(*(p for p, n in groups for _ in range(n)))
     count = len(rows)
     expected = sum(n / count * absolute_deviation(p, n) for p, n in groups)
-    found = ece_floor(torch.tensor(rows, dtype=torch.float64), draws=20000, seed=1)
-    assert found.mean == pytest.approx(expected, rel=0.03, abs=1e-12)
-    assert found.low <= found.mean <= found.high or groups == [(0.99, 1)]
+    floor = ece_floor(torch.tensor(rows, dtype=torch.float64), draws=20000, seed=1)
+    assert floor.mean == pytest.approx(expected, rel=0.03, abs=1e-12)
+    assert floor.low <= floor.mean <= floor.high or groups == [(0.99, 1)]
 
 
 def test_the_floor_holds_the_ece_of_calibrated_models_and_removes_its_bias():
     torch.manual_seed(0)
     probabilities = torch.randn(400, 4).softmax(-1)
     floor = ece_floor(probabilities)
-    found = [ece(probabilities, torch.multinomial(probabilities, 1)[:, 0]) for _ in range(400)]
-    inside = [floor.low <= value <= floor.high for value in found]
+    errors = [ece(probabilities, torch.multinomial(probabilities, 1)[:, 0]) for _ in range(400)]
+    inside = [floor.low <= value <= floor.high for value in errors]
     assert sum(inside) / len(inside) == pytest.approx(0.9, abs=0.04)
-    assert sum(found) / len(found) == pytest.approx(floor.mean, rel=0.03)
+    assert sum(errors) / len(errors) == pytest.approx(floor.mean, rel=0.03)
     assert ece_floor(probabilities) == floor
     assert ece_floor(probabilities, seed=1) != floor
 
@@ -122,17 +122,17 @@ def test_the_band_holds_the_quantiles_of_binomials(groups, level):
 def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 60, 4), torch.randint(4, (60,))
-    found = evaluate(logits, labels)
+    metrics = evaluate(logits, labels)
     probabilities = logits.softmax(-1).mean(0)
-    assert found["ece_floor"] == pytest.approx(ece_floor(probabilities).mean, abs=1e-6)
-    assert found["ece_debiased"] == pytest.approx(found["ece"] - found["ece_floor"])
+    assert metrics["ece_floor"] == pytest.approx(ece_floor(probabilities).mean, abs=1e-6)
+    assert metrics["ece_debiased"] == pytest.approx(metrics["ece"] - metrics["ece_floor"])
     wrong = (probabilities.argmax(-1) != labels).tolist()
     scores = (-(probabilities * probabilities.log()).sum(-1)).tolist()
-    assert found["auroc_entropy"] == pytest.approx(pairs_won(scores, wrong), abs=1e-6)
-    assert 0 <= found["auroc_mutual_information"] <= 1
+    assert metrics["auroc_entropy"] == pytest.approx(pairs_won(scores, wrong), abs=1e-6)
+    assert 0 <= metrics["auroc_mutual_information"] <= 1
     ratios = ratios_in_loops(logits)
-    assert found["noise_to_signal"] == pytest.approx(sorted(ratios)[29], rel=1e-5)
-    assert found["auroc_noise_to_signal"] == pytest.approx(pairs_won(ratios, wrong), abs=1e-6)
+    assert metrics["noise_to_signal"] == pytest.approx(sorted(ratios)[29], rel=1e-5)
+    assert metrics["auroc_noise_to_signal"] == pytest.approx(pairs_won(ratios, wrong), abs=1e-6)
     one = evaluate(logits[:1], labels)
     assert math.isnan(one["auroc_mutual_information"])
     assert math.isnan(one["auroc_noise_to_signal"])
@@ -160,8 +160,8 @@ def pairs_won(scores, positive):
     ],
 )
 def test_auroc_is_the_share_of_pairs_in_order(scores, positive):
-    found = auroc(torch.tensor(scores), torch.tensor(positive).bool())
-    assert found == pytest.approx(pairs_won(scores, positive), abs=1e-12)
+    area = auroc(torch.tensor(scores), torch.tensor(positive).bool())
+    assert area == pytest.approx(pairs_won(scores, positive), abs=1e-12)
 
 
 @pytest.mark.parametrize("positive", [[0, 0, 0], [1, 1, 1]])
@@ -171,27 +171,27 @@ def test_auroc_of_one_class_is_no_number(positive):
 
 def ratios_in_loops(logits):
     """Noise to signal with P, f̄ and Σ_f written out, of the choices that exist."""
-    found = []
+    ratios = []
     for n in range(logits.shape[1]):
         f = logits[:, n][:, logits[0, n].isfinite()].double()
         C = f.shape[1]
         P = torch.eye(C).double() - torch.ones(C, C).double() / C
         mean = f.mean(0)
         covariance = sum(torch.outer(x - mean, x - mean) for x in f) / len(f)
-        found.append(float(torch.trace(P @ covariance @ P) / (P @ mean).square().sum()))
-    return found
+        ratios.append(float(torch.trace(P @ covariance @ P) / (P @ mean).square().sum()))
+    return ratios
 
 
 def test_noise_to_signal_is_that_of_its_formula():
     logits = (torch.randn(7, 20, 4) + 2 * torch.randn(20, 4)).double()
     logits[:, ::3, 3] = float("-inf")
     logits[:, ::6, 2] = float("-inf")
-    found = noise_to_signal(logits)
-    torch.testing.assert_close(found, torch.tensor(ratios_in_loops(logits)).double())
+    ratios = noise_to_signal(logits)
+    torch.testing.assert_close(ratios, torch.tensor(ratios_in_loops(logits)).double())
     # A number that all choices share, and the size of all logits, do not matter.
-    torch.testing.assert_close(noise_to_signal(3 * logits + torch.randn(7, 20, 1)), found)
+    torch.testing.assert_close(noise_to_signal(3 * logits + torch.randn(7, 20, 1)), ratios)
     # Draws that are repeated leave it as it is.
-    torch.testing.assert_close(noise_to_signal(logits.repeat(2, 1, 1)), found)
+    torch.testing.assert_close(noise_to_signal(logits.repeat(2, 1, 1)), ratios)
 
 
 def test_noise_to_signal_of_one_draw_and_of_no_contrast():
@@ -222,11 +222,11 @@ def test_auroc_at_equal_length_is_the_share_of_pairs_that_are_alike(apart):
     lengths = torch.randint(5, 20, (80,), generator=generator)
     positive = torch.rand(80, generator=generator) < lengths / 25
     scores = (lengths + 4 * torch.randn(80, generator=generator)).round()  # with ties
-    found = auroc_at_equal_length(scores, positive, lengths, apart=apart)
+    area = auroc_at_equal_length(scores, positive, lengths, apart=apart)
     expected = matched_in_loops(scores.tolist(), positive.tolist(), lengths.tolist(), apart)
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert area == pytest.approx(expected, abs=1e-12)
     if apart == 50:
-        assert found == pytest.approx(auroc(scores, positive), abs=1e-12)
+        assert area == pytest.approx(auroc(scores, positive), abs=1e-12)
 
 
 def test_what_length_alone_explains_is_gone_at_equal_length():
@@ -261,8 +261,8 @@ def test_mutual_information_of_draws_that_hardly_differ():
     expected = -(mean * np.log(mean)).sum(-1) + (p * np.log(p)).sum(-1).mean(0)
     assert 0 < expected.mean() < 1e-6
     np.testing.assert_allclose(mutual_information(logits).numpy(), expected, rtol=1e-5, atol=1e-13)
-    found = token_scores(logits, equal_weights(logits[..., 0]))
-    np.testing.assert_allclose(found.mutual_information.numpy(), expected, rtol=1e-5, atol=1e-13)
+    scores = token_scores(logits, equal_weights(logits[..., 0]))
+    np.testing.assert_allclose(scores.mutual_information.numpy(), expected, rtol=1e-5, atol=1e-13)
     same = token_scores(f.repeat(10, 1, 1), equal_weights(logits[..., 0]))
     assert not same.mutual_information.any()
     assert not same.epkl.any()

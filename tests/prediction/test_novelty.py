@@ -45,12 +45,12 @@ def dense(train, test, precision):
         p = f.softmax(-1)
         H = H + J.mT @ (p.diag() - torch.outer(p, p)) @ J
     after, before = torch.linalg.inv(H), precision.reciprocal().diag()
-    found = []
+    ratios = []
     for _, J in test:
         P = torch.eye(len(J)).double() - 1 / len(J)
         ratio = torch.trace(P @ J @ after @ J.mT @ P) / torch.trace(P @ J @ before @ J.mT @ P)
-        found.append(float(ratio))
-    return torch.tensor(found)
+        ratios.append(float(ratio))
+    return torch.tensor(ratios)
 
 
 def dense_in_s(adapter, train, test, loc, precision):
@@ -67,18 +67,18 @@ def test_in_s_it_is_the_dense_computation(make):
     prior = sp.make_prior(adapter.shape, "normal", scale=1.0)
     model = ScalaBLModel(adapter, num_data=len(train), prior=prior)
     loc = adapter.init_loc + 0.1
-    found = novelty(model, train, test, loc=loc, batch_size=3)
+    scores = novelty(model, train, test, loc=loc, batch_size=3)
     expected = dense_in_s(adapter, train, test, loc, torch.ones(scale.numel()).double())
-    assert found.shape == (8,)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert 0.01 < float(found.min()) < float(found.max()) < 0.99
+    assert scores.shape == (8,)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert 0.01 < float(scores.min()) < float(scores.max()) < 0.99
 
     model.prior = sp.make_prior(adapter.shape, "normal", scale=0.3)
-    found = novelty(model, train, test, loc=loc)
+    scores = novelty(model, train, test, loc=loc)
     expected = dense_in_s(
         adapter, train, test, loc, torch.full((scale.numel(),), 0.3**-2.0).double()
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [{"svd": False}, {"projections": "frozen_v"}, {}])
@@ -87,7 +87,7 @@ def test_in_weights_it_is_the_dense_computation(make, form):
     train = adapter.encode(WITH_A_MISSING_CHOICE)
     test = adapter.encode([*make_records(5), *make_records(3, choices=2)])
     s = None if "svd" in form else adapter.init_loc + 0.1
-    found = weight_novelty(adapter, train, test, precision=0.5, s=s, batch_size=3)
+    scores = weight_novelty(adapter, train, test, precision=0.5, s=s, batch_size=3)
 
     # Plain LoRA with A = diag(s)·V.
     plain = make(svd=False)
@@ -100,8 +100,8 @@ def test_in_weights_it_is_the_dense_computation(make, form):
     weights = [m.weight for m in plain.matrices.linears.values()]
     each = [one_by_one(split, weights, plain) for split in (train, test)]
     expected = dense(*each, torch.full((sum(w.numel() for w in weights),), 0.5).double())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert 0.01 < float(found.min()) < float(found.max()) < 0.99
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert 0.01 < float(scores.min()) < float(scores.max()) < 0.99
 
 
 def over(kind, adapter, train, test):
@@ -116,15 +116,15 @@ def test_it_falls_with_every_example_at_the_same_weights(make_causal, kind):
     adapter = make_causal()
     everything = adapter.encode(make_records(12))
     test = adapter.encode(make_records(9))
-    found = [over(kind, adapter, everything.select(range(n)), test) for n in (1, 3, 6, 12)]
-    for more, less in zip(found[1:], found, strict=False):
+    scores = [over(kind, adapter, everything.select(range(n)), test) for n in (1, 3, 6, 12)]
+    for more, less in zip(scores[1:], scores, strict=False):
         assert (more <= less + 1e-6).all()
         assert (more < less - 1e-4).any()
-    assert (found[0] <= 1).all()
-    assert (found[-1] >= 0).all()
+    assert (scores[0] <= 1).all()
+    assert (scores[-1] >= 0).all()
     # A question that was trained on is more familiar than one of which nothing was seen.
     own = over(kind, adapter, everything.select([0]), everything.select([0]))
-    assert float(own) < float(found[0].mean())
+    assert float(own) < float(scores[0].mean())
 
 
 @pytest.mark.parametrize("kind", ["s", "weights"])

@@ -19,30 +19,30 @@ from scalabl_pyro.readouts import LabelTokens
 
 def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapter, split):
     draws = torch.randn(5, *adapter.shape)
-    found = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5)
+    predictions = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5)
     expected = adapter(whole(split), draws).detach()
-    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.labels, split.labels)
+    torch.testing.assert_close(predictions.logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(predictions.labels, split.labels)
 
 
 def test_records_are_predicted_as_their_split_is(adapter, split, records):
     predictor = Predictor(adapter, torch.randn(5, *adapter.shape))
-    found, expected = predict(predictor, records), predict(predictor, split)
-    assert torch.equal(found.logits, expected.logits)
-    assert torch.equal(found.labels, split.labels)
-    assert torch.equal(found.probabilities, average(expected.logits).exp())
-    assert torch.equal(found.entropy, entropy(expected.logits))
-    assert torch.equal(found.mutual_information, mutual_information(expected.logits))
+    predictions, expected = predict(predictor, records), predict(predictor, split)
+    assert torch.equal(predictions.logits, expected.logits)
+    assert torch.equal(predictions.labels, split.labels)
+    assert torch.equal(predictions.probabilities, average(expected.logits).exp())
+    assert torch.equal(predictions.entropy, entropy(expected.logits))
+    assert torch.equal(predictions.mutual_information, mutual_information(expected.logits))
 
 
 def test_probabilities_of_records_without_labels(make_choice):
     adapter = make_choice()
     records = make_records(5, choices=3, labelled=False)
     predictor = Predictor(adapter, torch.randn(4, *adapter.shape))
-    found = predict_proba(predictor, records, batch_size=2)
+    probabilities = predict_proba(predictor, records, batch_size=2)
     expected = adapter(whole(adapter.readout.encode(records)), predictor.draws).softmax(-1).mean(0)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
-    assert (found[:, 3] == 0).all()
+    torch.testing.assert_close(probabilities, expected.detach(), atol=1e-6, rtol=1e-6)
+    assert (probabilities[:, 3] == 0).all()
 
 
 def test_the_average_is_of_probabilities_and_stable():
@@ -55,23 +55,23 @@ def test_the_average_is_of_probabilities_and_stable():
 def test_metrics_against_their_definitions():
     probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
     labels = torch.tensor([0, 1, 1, 0])
-    found = evaluate(probs.log()[None], labels)
-    assert found["acc"] == pytest.approx(0.75)
-    assert found["nll"] == pytest.approx(-np.log([0.8, 0.4, 0.7, 0.9]).mean(), rel=1e-5)
-    assert found["brier"] == pytest.approx(
+    metrics = evaluate(probs.log()[None], labels)
+    assert metrics["acc"] == pytest.approx(0.75)
+    assert metrics["nll"] == pytest.approx(-np.log([0.8, 0.4, 0.7, 0.9]).mean(), rel=1e-5)
+    assert metrics["brier"] == pytest.approx(
         (2 * np.array([0.2, 0.6, 0.3, 0.1]) ** 2).mean(), rel=1e-5
     )
     # Four bins of one example each: |accuracy − confidence| averages.
-    assert found["ece"] == pytest.approx(np.mean([0.2, 0.6, 0.3, 0.1]), rel=1e-5)
-    assert found["mutual_information"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["ece"] == pytest.approx(np.mean([0.2, 0.6, 0.3, 0.1]), rel=1e-5)
+    assert metrics["mutual_information"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("draws", [7, 47, 49])
 def test_sure_answers_do_not_round_above_one(draws):
     logits = torch.zeros(draws, 2, 2)
     logits[:, 0, 0] = 200.0
-    found = evaluate(logits, torch.tensor([0, 0]))
-    assert found["ece"] == pytest.approx(0.25, abs=1e-5)
+    metrics = evaluate(logits, torch.tensor([0, 0]))
+    assert metrics["ece"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_mutual_information_is_the_disagreement_of_draws():
@@ -118,29 +118,31 @@ def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
     # At another scale of s, some examples are sure and some are not.
     draws = adapter.init_loc * (1 + 0.3 * torch.randn(12, *adapter.shape))
     every = predict(Predictor(adapter, draws), split).logits
-    found = predict(Predictor(adapter, draws, max_rows=9), split, batch_size=5, tolerance=tolerance)
-    assert found.used.shape == (len(split),)
-    for n, used in enumerate(found.used.tolist()):
+    predictions = predict(
+        Predictor(adapter, draws, max_rows=9), split, batch_size=5, tolerance=tolerance
+    )
+    assert predictions.used.shape == (len(split),)
+    for n, used in enumerate(predictions.used.tolist()):
         earlier = [stop for stop in (4, 6) if stop < used]
         assert used in (4, 6, 12)
         assert all(half_width(every[:stop, n : n + 1]) > tolerance for stop in earlier)
         assert used == 12 or half_width(every[:used, n : n + 1]) <= tolerance
         torch.testing.assert_close(
-            average(found.logits[:, n : n + 1]),
+            average(predictions.logits[:, n : n + 1]),
             average(every[:used, n : n + 1]),
             atol=1e-5,
             rtol=1e-5,
         )
     torch.testing.assert_close(
-        mutual_information(found.logits)[found.used == 12],
-        mutual_information(every)[found.used == 12],
+        mutual_information(predictions.logits)[predictions.used == 12],
+        mutual_information(every)[predictions.used == 12],
         atol=1e-5,
         rtol=1e-4,
     )
     if tolerance == 1e-9:
-        torch.testing.assert_close(found.logits, every, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(predictions.logits, every, atol=1e-5, rtol=1e-5)
     if tolerance == 1.0:
-        assert (found.used == 4).all()
+        assert (predictions.used == 4).all()
 
 
 def test_a_tolerance_needs_draws_and_a_positive_number(make_causal, records):
@@ -176,9 +178,9 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(make_causal, records, caplog
     split = adapter.readout.encode(records)
     draws = torch.randn(10, *adapter.shape)
     small = SmallMemory(adapter, most=3)
-    found = predict(Predictor(small, draws), split, batch_size=6)
+    predictions = predict(Predictor(small, draws), split, batch_size=6)
     expected = predict(Predictor(adapter, draws), split, batch_size=6)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(predictions.logits, expected.logits, atol=1e-6, rtol=1e-6)
     assert small.sizes == [10, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]  # and remembered
     assert "10 draws of a batch of 6 rows" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
@@ -252,6 +254,6 @@ def test_measures_of_no_numbers_are_refused(measure, row):
 def test_missing_choices_are_no_fault(make_choice):
     adapter = make_choice()
     split = adapter.readout.encode(make_records(4, choices=3))
-    found = predict(Predictor(adapter, torch.ones(2, *adapter.shape)), split)
-    assert (found.logits[..., 3] == float("-inf")).all()
-    assert evaluate(found.logits, found.labels)["nll"] > 0
+    predictions = predict(Predictor(adapter, torch.ones(2, *adapter.shape)), split)
+    assert (predictions.logits[..., 3] == float("-inf")).all()
+    assert evaluate(predictions.logits, predictions.labels)["nll"] > 0

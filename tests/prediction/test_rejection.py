@@ -61,8 +61,8 @@ def prr_by_simulation(uncertainty, quality):
     """The area under mean quality of what is kept, against the best order and random ones."""
 
     def area(certainty):
-        kept = quality[certainty.argsort(descending=True)]
-        return float((kept.cumsum(0) / torch.arange(1, len(kept) + 1)).mean())
+        answered = quality[certainty.argsort(descending=True)]
+        return float((answered.cumsum(0) / torch.arange(1, len(answered) + 1)).mean())
 
     generator = torch.Generator().manual_seed(0)
     chance = [area(torch.rand(len(quality), generator=generator)) for _ in range(4000)]
@@ -177,29 +177,29 @@ def test_equal_confidences_have_no_order():
     probabilities = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).double()
     expected = (2 * abs(0.6 - 2 / 3) + abs(0.6 - 2 / 3 + 0.9 - 0)) / 4
     for labels in ([0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 0, 1]):
-        found = adaptive_ece(probabilities, torch.tensor(labels), 2)
-        assert found == pytest.approx(expected)
+        error = adaptive_ece(probabilities, torch.tensor(labels), 2)
+        assert error == pytest.approx(expected)
 
 
 def test_evaluate_gives_them():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 60, 4), torch.randint(4, (60,))
-    found = evaluate(logits, labels)
+    metrics = evaluate(logits, labels)
     probabilities = logits.softmax(-1).mean(0)
     confidence, answer = probabilities.max(-1)
     wrong = answer != labels
     by_hand = (confidence.tolist(), (~wrong).double().tolist(), 15)
-    assert found["adaptive_ece"] == pytest.approx(adaptive_by_hand(*by_hand), abs=1e-6)
+    assert metrics["adaptive_ece"] == pytest.approx(adaptive_by_hand(*by_hand), abs=1e-6)
     order = sorted(range(60), key=lambda i: -float(confidence[i]))
     risks = [sum(bool(wrong[i]) for i in order[:k]) / k for k in range(1, 61)]
     best = sorted(wrong.tolist())
     best = [sum(best[:k]) / k for k in range(1, 61)]
-    assert found["aurc"] == pytest.approx(sum(risks) / 60)
+    assert metrics["aurc"] == pytest.approx(sum(risks) / 60)
     expected = (risks[-1] - sum(risks) / 60) / (risks[-1] - sum(best) / 60)
-    assert found["prr"] == pytest.approx(expected)
+    assert metrics["prr"] == pytest.approx(expected)
     entropy = (-(probabilities * probabilities.log()).sum(-1)).tolist()
-    assert found["aupr_entropy"] == pytest.approx(aupr_by_hand(entropy, wrong.tolist()))
-    assert found["fpr95_entropy"] == pytest.approx(fpr_by_hand(entropy, wrong.tolist(), 0.95))
+    assert metrics["aupr_entropy"] == pytest.approx(aupr_by_hand(entropy, wrong.tolist()))
+    assert metrics["fpr95_entropy"] == pytest.approx(fpr_by_hand(entropy, wrong.tolist(), 0.95))
     one = evaluate(logits[:1], labels)
     assert math.isnan(one["aupr_mutual_information"])
     assert math.isnan(one["fpr95_mutual_information"])

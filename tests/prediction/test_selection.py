@@ -37,9 +37,9 @@ def by_hand(predictor, record):
 def test_the_highest_scores_come_first(predictor, by):
     expected = {r.id: float(by_hand(predictor, r)[by]) for r in POOL}
     order = sorted(POOL, key=lambda r: -expected[r.id])
-    found = sp.select(predictor, POOL, 5, by=by, batch_size=5)
-    assert list(found.records) == order[:5]
-    assert found.scores.tolist() == pytest.approx([expected[r.id] for r in order[:5]], abs=1e-5)
+    selection = sp.select(predictor, POOL, 5, by=by, batch_size=5)
+    assert list(selection.records) == order[:5]
+    assert selection.scores.tolist() == pytest.approx([expected[r.id] for r in order[:5]], abs=1e-5)
     assert list(sp.select(predictor, POOL, 12, by=by).records) == order
 
 
@@ -73,22 +73,22 @@ def test_novelty_is_that_of_dense_matrices(make_causal):
         expected[record.id] = float(left / all_)
     order = sorted(POOL, key=lambda r: -expected[r.id])
     predictor = Predictor(adapter, sp.draw(guide, 2, seed=0))
-    given = {"model": model, "guide": guide, "train": train}
-    found = sp.select(predictor, POOL, 5, by="novelty", batch_size=3, **given)
-    assert list(found.records) == order[:5]
-    assert found.scores.tolist() == pytest.approx([expected[r.id] for r in order[:5]], abs=1e-4)
-    for name in given:
+    options = {"model": model, "guide": guide, "train": train}
+    selection = sp.select(predictor, POOL, 5, by="novelty", batch_size=3, **options)
+    assert list(selection.records) == order[:5]
+    assert selection.scores.tolist() == pytest.approx([expected[r.id] for r in order[:5]], abs=1e-4)
+    for name in options:
         with pytest.raises(ValueError, match="give model, guide and train"):
-            sp.select(predictor, POOL, 5, by="novelty", **given | {name: None})
+            sp.select(predictor, POOL, 5, by="novelty", **options | {name: None})
 
 
 def test_where_nothing_depends_on_s_nothing_is_novel(make_causal):
     adapter = make_causal(filled=False)
     model = sp.ScalaBLModel(adapter, num_data=5)
-    given = {"guide": sp.AutoSubspaceNormal(model), "train": adapter.encode(make_records(5))}
-    found = sp.select(Predictor(adapter), POOL, 2, by="novelty", model=model, **given)
-    assert found.records == tuple(POOL[:2])
-    assert found.scores.tolist() == [0, 0]
+    options = {"guide": sp.AutoSubspaceNormal(model), "train": adapter.encode(make_records(5))}
+    selection = sp.select(Predictor(adapter), POOL, 2, by="novelty", model=model, **options)
+    assert selection.records == tuple(POOL[:2])
+    assert selection.scores.tolist() == [0, 0]
 
 
 def test_random_follows_its_seed(predictor):
@@ -100,8 +100,8 @@ def test_random_follows_its_seed(predictor):
 
 def test_labelled_records_are_left_out(predictor):
     mixed = [*make_records(4), *[r for r in POOL if r.id not in {"q0", "q1", "q2", "q3"}]]
-    found = sp.select(predictor, mixed, 8, by="entropy")
-    assert {r.id for r in found.records} == {f"q{i}" for i in range(4, 12)}
+    selection = sp.select(predictor, mixed, 8, by="entropy")
+    assert {r.id for r in selection.records} == {f"q{i}" for i in range(4, 12)}
     with pytest.raises(DataError, match="count is 9, but of 12 records 8 have no label"):
         sp.select(predictor, mixed, 9)
 
@@ -110,9 +110,9 @@ def test_a_score_is_a_function_and_an_entry(predictor, monkeypatch):
     monkeypatch.setitem(
         SELECTION_SCORES, "longest", lambda pool: torch.tensor(pool.split.lengths) * 1.0
     )
-    found = sp.select(predictor, POOL, 3, by="longest")
+    selection = sp.select(predictor, POOL, 3, by="longest")
     lengths = predictor.adapter.readout.encode(POOL).lengths
-    assert found.scores.tolist() == sorted(lengths, reverse=True)[:3]
+    assert selection.scores.tolist() == sorted(lengths, reverse=True)[:3]
 
 
 def test_bad_requests_are_refused(predictor):

@@ -32,9 +32,9 @@ def along(model, text, weights):
     read, information, log_prob = torch.zeros(S, 1, dtype=torch.float64), 0.0, 0.0
     for t, token in enumerate(text):
         logits = model[text[:t]][:, None]  # (S, 1, C)
-        found = token_scores(logits, weights(read))
-        information += float(found.mutual_information)
-        log_prob += float(found.log_probs[0, token])
+        scores = token_scores(logits, weights(read))
+        information += float(scores.mutual_information)
+        log_prob += float(scores.log_probs[0, token])
         read = read + logits.log_softmax(-1)[..., token]
     return information, log_prob, read[:, 0]
 
@@ -58,13 +58,13 @@ def test_with_posterior_weights_the_chain_rule_holds(sharpness):
     each = enumerated(model)
     mean = each.mean(0)
     expected = float(entropy(mean) - entropy(each).mean())  # I(Y; k)
-    found = 0.0
+    total = 0.0
     for text, p in zip(TEXTS, mean.tolist(), strict=True):
         information, log_prob, _ = along(model, text, posterior_weights)
         assert log_prob == pytest.approx(math.log(p)), "the product is the mean over draws"
-        found += p * information
-    assert found == pytest.approx(expected, abs=1e-10)
-    assert found <= math.log(S)
+        total += p * information
+    assert total == pytest.approx(expected, abs=1e-10)
+    assert total <= math.log(S)
 
 
 def test_with_equal_weights_the_sum_passes_the_bound():
@@ -83,7 +83,7 @@ def test_token_scores_are_those_of_loops_over_draws():
     logits = 2 * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
     logits[:, :, 4] = -math.inf  # a token that no draw ever takes
     log_weights = torch.randn(4, 6, generator=generator, dtype=torch.float64).log_softmax(0)
-    found = token_scores(logits, log_weights)
+    scores = token_scores(logits, log_weights)
     for n in range(6):
         p, w = logits[:, n, :4].softmax(-1), log_weights[:, n].exp()
         mean = (w[:, None] * p).sum(0)
@@ -92,16 +92,16 @@ def test_token_scores_are_those_of_loops_over_draws():
             w[j] * w[k] * (p[j] * (p[j] / p[k]).log()).sum() for j in range(4) for k in range(4)
         )
         reverse = sum(w[k] * (mean * (mean / p[k]).log()).sum() for k in range(4))
-        torch.testing.assert_close(found.log_probs[n, :4].exp(), mean)
-        torch.testing.assert_close(found.entropy[n], entropy(mean))
-        torch.testing.assert_close(found.mutual_information[n], mutual)
-        torch.testing.assert_close(found.epkl[n], pairs)
-        torch.testing.assert_close(found.epkl[n] - found.mutual_information[n], reverse)
+        torch.testing.assert_close(scores.log_probs[n, :4].exp(), mean)
+        torch.testing.assert_close(scores.entropy[n], entropy(mean))
+        torch.testing.assert_close(scores.mutual_information[n], mutual)
+        torch.testing.assert_close(scores.epkl[n], pairs)
+        torch.testing.assert_close(scores.epkl[n] - scores.mutual_information[n], reverse)
 
 
 def test_one_draw_does_not_disagree():
-    found = token_scores(torch.randn(1, 3, 7), torch.zeros(1, 3))
-    assert found.mutual_information.tolist() == found.epkl.tolist() == [0, 0, 0]
+    scores = token_scores(torch.randn(1, 3, 7), torch.zeros(1, 3))
+    assert scores.mutual_information.tolist() == scores.epkl.tolist() == [0, 0, 0]
 
 
 def test_the_rmi_of_sampled_texts_goes_to_that_of_all_texts():
@@ -112,9 +112,9 @@ def test_the_rmi_of_sampled_texts_goes_to_that_of_all_texts():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(mean, 20_000, replacement=True, generator=generator)
     terms = (mean.log() - each.log().mean(0))[drawn]
-    found = sequence_rmi(each.log()[:, drawn])
-    assert found == pytest.approx(float(terms.mean()))
-    assert abs(found - expected) <= 3 * float(terms.std()) / 20_000**0.5
+    rmi = sequence_rmi(each.log()[:, drawn])
+    assert rmi == pytest.approx(float(terms.mean()))
+    assert abs(rmi - expected) <= 3 * float(terms.std()) / 20_000**0.5
 
 
 def test_posterior_weights_follow_the_text(predictor):
@@ -135,18 +135,18 @@ def test_posterior_weights_follow_the_text(predictor):
 
 def test_sampled_texts_tell_no_more_than_log_S(predictor):
     """And as much as log p_k(Y) / p̄(Y) says on average, which needs no token's distribution."""
-    prompts, found = ["the cat"] * 400, {}
+    prompts, by_weights = ["the cat"] * 400, {}
     for weights in ("equal", "posterior"):
         decoding = Decoding(12, do_sample=True, weights=weights)
         texts = list(generate(predictor, prompts, decoding))
-        found[weights] = torch.tensor([t.token_mutual_information for t in texts]).double()
-    mean, error = found["posterior"].mean(), found["posterior"].std() / 20
+        by_weights[weights] = torch.tensor([t.token_mutual_information for t in texts]).double()
+    mean, error = by_weights["posterior"].mean(), by_weights["posterior"].std() / 20
     assert mean <= math.log(5) + 2 * error
-    assert found["equal"].mean() > mean + 5 * error, "a sum of scores is more"
+    assert by_weights["equal"].mean() > mean + 5 * error, "a sum of scores is more"
     whole = torch.stack([t.draw_log_probs.double().sum(-1) for t in texts])  # (400, S)
     ratio = whole - whole.logsumexp(-1, keepdim=True) + math.log(5)  # log p_k(Y) / p̄(Y)
     told = (whole.softmax(-1) * ratio).sum(-1)
-    apart = found["posterior"] - told
+    apart = by_weights["posterior"] - told
     assert abs(apart.mean()) <= 3 * apart.std() / 20
 
 
@@ -155,16 +155,16 @@ def test_semantic_entropy_counts_meanings():
     shares = [3 / 6, 2 / 6, 1 / 6]
     assert semantic_entropy(texts) == pytest.approx(-sum(p * math.log(p) for p in shares))
     shares = [4 / 6, 2 / 6]
-    found = semantic_entropy(texts, lambda a, b: a.lower() == b.lower())
-    assert found == pytest.approx(-sum(p * math.log(p) for p in shares))
+    value = semantic_entropy(texts, lambda a, b: a.lower() == b.lower())
+    assert value == pytest.approx(-sum(p * math.log(p) for p in shares))
     assert semantic_entropy(["one"]) == 0
     assert semantic_entropy([str(i) for i in range(7)]) == pytest.approx(math.log(7))
 
 
 def test_one_meaning_takes_entailment_both_ways():
     """A longer text entails a shorter one, and not the other way round."""
-    found = semantic_entropy(["in Paris", "in Paris, France"], lambda a, b: a.startswith(b))
-    assert found == pytest.approx(math.log(2))
+    value = semantic_entropy(["in Paris", "in Paris, France"], lambda a, b: a.startswith(b))
+    assert value == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,14 @@ def test_members_of_an_ensemble_are_fits_of_different_seeds(make_choice, records
     config = FitConfig(steps=3, batch_size=4, lr=0.01, weight_decay=weight_decay)
     split = make_choice().readout.encode(records)
     fitted = Ensemble(config, progress=False, members=3).fit(make, split, None, seed=5)
-    found = predict(fitted.predictor, split).logits
+    logits = predict(fitted.predictor, split).logits
     seeds = torch.randint(2**31, (3,), generator=torch.Generator().manual_seed(5)).tolist()
     alone = (MAP if weight_decay else MLE)(config, progress=False)
     for k, seed in enumerate(seeds):
         member = alone.fit(make, split, None, seed=seed)
-        assert torch.equal(predict(member.predictor, split).logits[0], found[k])
+        assert torch.equal(predict(member.predictor, split).logits[0], logits[k])
     assert [row["member"] for row in fitted.result.history] == [0] * 3 + [1] * 3 + [2] * 3
-    assert not torch.allclose(found[0], found[1])
+    assert not torch.allclose(logits[0], logits[1])
 
 
 def test_an_interrupted_ensemble_keeps_its_finished_members(

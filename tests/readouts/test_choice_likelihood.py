@@ -156,10 +156,10 @@ def test_scores_are_those_of_a_loop_over_plain_transformers(tokenizer, normalise
     for kind in LLMS:
         adapter = make(tokenizer, kind, readout={"normalise": normalise})
         s = torch.randn(adapter.shape)
-        found = adapter(whole(adapter.readout.encode(RECORDS)), s).detach()
+        scores = adapter(whole(adapter.readout.encode(RECORDS)), s).detach()
         with adapter.folded(s) as llm:
             expected = scores_by_hand(llm, tokenizer, RECORDS, size)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_packed_rows_equal_separate_rows(adapter):
@@ -167,11 +167,11 @@ def test_packed_rows_equal_separate_rows(adapter):
     packed = whole(split)
     assert packed.inputs["input_ids"].dim() == 2
     s = torch.randn(3, *adapter.shape)
-    found = adapter(packed, s)
+    logits = adapter(packed, s)
     adapter.readout.packed = False
     separate = whole(split)
     assert separate.inputs["input_ids"].dim() == 3
-    torch.testing.assert_close(found, adapter(separate, s), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, adapter(separate, s), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="collate it again"):
         adapter(packed, s)
 
@@ -197,8 +197,8 @@ def test_models_without_such_a_mask_read_a_row_for_each_choice(tokenizer, kind, 
     with caplog.at_level("INFO", logger="scalabl_pyro"):
         adapter = SubspaceAdapter(llm, lora(targets), readout)
     assert f"{type(llm).__name__} reads a row for each choice" in caplog.text
-    found = adapter(whole(split), adapter.init_loc).detach()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    scores = adapter(whole(split), adapter.init_loc).detach()
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_that_ignores_the_mask_is_found_out_by_what_it_computes(tokenizer, monkeypatch):
@@ -228,13 +228,13 @@ def test_a_gap_is_filled_and_the_text_behind_it_scored(tokenizer):
     for packed in (True, False):
         adapter = make(tokenizer, prompt="gap")
         adapter.readout.packed = packed
-        found = adapter(whole(adapter.readout.encode(records)), adapter.init_loc).detach()
+        scores = adapter(whole(adapter.readout.encode(records)), adapter.init_loc).detach()
         with adapter.folded(adapter.init_loc) as llm:
             for n, record in enumerate(records):
                 before, after = record.question.split("_")
                 for c, choice in enumerate(record.choices):
                     score = by_hand(llm, tokenizer, before + choice, after) / len(after.strip())
-                    assert float(found[n, c]) == pytest.approx(score, abs=1e-5)
+                    assert float(scores[n, c]) == pytest.approx(score, abs=1e-5)
     with pytest.raises(DataError, match=r"record 'x' is 'the cat': expected one '_'"):
         adapter.readout.encode([Record("x", "the cat", ("a", "red"))])
 
@@ -244,10 +244,10 @@ def test_a_class_name_of_three_tokens(tokenizer):
     classes = ("red", "the dog sleeps", "blue")
     records = [Record(str(n), f"a cat {text}", classes, n) for n, text in enumerate(classes)]
     adapter = make(tokenizer, prompt="classes")
-    found = adapter(whole(adapter.readout.encode(records)), adapter.init_loc).detach()
+    scores = adapter(whole(adapter.readout.encode(records)), adapter.init_loc).detach()
     with adapter.folded(adapter.init_loc) as llm:
         score = by_hand(llm, tokenizer, "a cat blue\nAnswer:", " the dog sleeps")
-    assert float(found[2, 1]) == pytest.approx(score / len("the dog sleeps"), abs=1e-5)
+    assert float(scores[2, 1]) == pytest.approx(score / len("the dog sleeps"), abs=1e-5)
 
 
 def test_what_is_too_long_is_refused_or_loses_the_start_of_its_prompt(tokenizer):
@@ -257,8 +257,8 @@ def test_what_is_too_long_is_refused_or_loses_the_start_of_its_prompt(tokenizer)
     with pytest.raises(DataError, match="exceed the context of 8 tokens"):
         ChoiceLikelihood(tokenizer, PROMPTS["classes"], **options).encode([record])
     readout = ChoiceLikelihood(tokenizer, PROMPTS["classes"], truncate=True, **options)
-    cut, kept = (readout.encode([each])[0].rows for each in (record, short))
-    assert cut == kept
+    cut, whole_rows = (readout.encode([each])[0].rows for each in (record, short))
+    assert cut == whole_rows
     with pytest.raises(DataError, match="leaves no room for it in the context of 8"):
         readout.encode([replace(record, choices=("red " * 8, "blue"))])
 
@@ -283,10 +283,10 @@ def test_a_chat_template_leads_to_the_choice(tokenizer):
     )
     adapter = make(tokenizer, prompt="classes", readout={"chat": True})
     record = RECORDS[0]
-    found = adapter(whole(adapter.readout.encode([record])), adapter.init_loc).detach()
+    scores = adapter(whole(adapter.readout.encode([record])), adapter.init_loc).detach()
     with adapter.folded(adapter.init_loc) as llm:
         score = by_hand(llm, tokenizer, "cat the cat\nAnswer: dog bird", " runs")
-    assert float(found[0, 0]) == pytest.approx(score / 4, abs=1e-5)
+    assert float(scores[0, 0]) == pytest.approx(score / 4, abs=1e-5)
 
 
 # ---------------------------------------------------------------------- as other readouts
@@ -295,10 +295,10 @@ def test_a_chat_template_leads_to_the_choice(tokenizer):
 def test_draws_at_once_equal_a_loop_over_draws(adapter):
     batch = whole(adapter.readout.encode(RECORDS))
     s = torch.randn(2, 3, *adapter.shape)
-    found = adapter(batch, s)
-    assert found.shape == (2, 3, 4, 4)
+    logits = adapter(batch, s)
+    assert logits.shape == (2, 3, 4, 4)
     for i, j in ((0, 0), (0, 2), (1, 1)):
-        torch.testing.assert_close(found[i, j], adapter(batch, s[i, j]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i, j], adapter(batch, s[i, j]), atol=1e-5, rtol=1e-5)
 
 
 def upper(adapter_of, **options):
@@ -352,9 +352,9 @@ def test_pyro_predictive_gives_the_same_logits(tokenizer):
     s = torch.randn(5, *adapter.shape)
     predictive = pyro.infer.Predictive(model, {"s": s}, return_sites=["_RETURN"])
     with torch.no_grad():
-        found = predictive(batch)["_RETURN"]
+        logits = predictive(batch)["_RETURN"]
     expected = Predictor(adapter, s).logits(batch)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_kronecker_factors_of_its_gradients_are_found(tokenizer, records):
@@ -496,12 +496,12 @@ def test_a_run_loaded_again_gives_the_logits_that_it_gave(run_folder):
     readout = run.readout
     assert (readout.normalise, run.config.model.prompt) == ("tokens", "question")
     saved = load_file(run_folder / "predictions.safetensors")["test.logits"]
-    found = predict(run.predictor, run.encode(make_records(6))).logits
-    torch.testing.assert_close(found, saved, atol=1e-5, rtol=1e-5)
+    logits = predict(run.predictor, run.encode(make_records(6))).logits
+    torch.testing.assert_close(logits, saved, atol=1e-5, rtol=1e-5)
     log_kappa = load_file(run_folder / "projections.safetensors")["readout.log_kappa"]
     assert float(log_kappa) != 0.0
     metrics = json.loads((run_folder / "metrics.json").read_text())
-    assert evaluate(found, torch.tensor([r.label for r in make_records(6)]))[
+    assert evaluate(logits, torch.tensor([r.label for r in make_records(6)]))[
         "nll"
     ] == pytest.approx(metrics["test"]["nll"], abs=1e-4)
 
@@ -566,8 +566,8 @@ def test_texts_with_class_names_of_several_tokens_train_and_predict(tmp_path, lo
     assert scalabl("train", *words) == 0
     run = load_run(tmp_path / "run")
     assert run.class_names == names
-    found = run.predict_proba(["the cat runs", "a dog"])
-    torch.testing.assert_close(found.sum(-1), torch.ones(2))
+    probabilities = run.predict_proba(["the cat runs", "a dog"])
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
 
 
 def test_a_gap_is_no_prompt_for_label_tokens():
@@ -585,9 +585,9 @@ def test_memory_is_estimated(local_model):
         tokens=32,
         classes=4,
     )
-    found = estimate(config)
-    assert found.training > found.weights > 0
-    assert found.activations > 0
+    memory = estimate(config)
+    assert memory.training > memory.weights > 0
+    assert memory.activations > 0
 
 
 # ---------------------------------------------------------------------- a real model
@@ -602,10 +602,10 @@ def test_a_real_model_scores_as_a_loop_over_plain_transformers(shared, smollm2):
     lora_config = AdapterConfig(targets=("q_proj", "v_proj"), layers=(28, 29))
     adapter = make_adapter(config, lora_config, readout, svd=True)
     assert readout.packed
-    found = predict(Predictor(adapter), readout.encode(records), batch_size=10).logits[0]
+    scores = predict(Predictor(adapter), readout.encode(records), batch_size=10).logits[0]
     llm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = scores_by_hand(llm, tokenizer, records, classes=readout.num_classes)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
     right = torch.tensor([record.label for record in records])
-    assert 0.3 < float((found.argmax(-1) == right).float().mean()) < 0.8
+    assert 0.3 < float((scores.argmax(-1) == right).float().mean()) < 0.8

@@ -43,8 +43,8 @@ def test_other_names_or_another_order_are_refused(adapter, names):
 
 def test_the_same_names_are_taken(adapter):
     assert adapter.readout.class_names == NAMES
-    found = predict(Predictor(adapter), texts(NAMES))
-    assert 0 <= evaluate(found.logits, found.labels)["acc"] <= 1
+    predictions = predict(Predictor(adapter), texts(NAMES))
+    assert 0 <= evaluate(predictions.logits, predictions.labels)["acc"] <= 1
 
 
 def test_choices_of_their_own_are_taken_by_letters_and_multiple_choice(make_causal, make_choice):

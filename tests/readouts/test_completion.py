@@ -71,9 +71,9 @@ def test_the_likelihood_is_the_cross_entropy_of_the_answer_tokens(adapter):
 def test_many_draws_at_once_equal_the_loop(adapter):
     batch = whole(adapter.readout.encode(TEXTS))
     draws = torch.randn(2, 3, *adapter.shape)
-    found = adapter(batch, draws)  # (2, 3, B, K, vocabulary)
+    logits = adapter(batch, draws)  # (2, 3, B, K, vocabulary)
     for i, j in ((0, 0), (1, 2)):
-        torch.testing.assert_close(found[i, j], adapter(batch, draws[i, j]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i, j], adapter(batch, draws[i, j]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vectorized", [False, True])
@@ -87,8 +87,8 @@ def test_the_loss_is_the_negative_elbo_also_for_one_text(adapter, vectorized):
         q, p = guide.get_posterior(), model.prior()
         expected = sum(by_hand(adapter, adapter.init_loc, text) for text in texts)
         expected = expected + torch.distributions.kl_divergence(q, p).detach()
-        found = elbo.loss(model, guide, whole(split))
-        assert found == pytest.approx(float(expected), rel=1e-4)
+        loss = elbo.loss(model, guide, whole(split))
+        assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_one_token_of_a_completion_is_what_label_tokens_read(make_causal):

@@ -44,7 +44,7 @@ def test_metrics_are_those_of_a_loop_over_the_plain_model(predictor):
     """Every draw reads each conversation alone; the average is taken token by token."""
     adapter = predictor.adapter
     split = adapter.readout.encode([Completion.from_mapping(row) for row in ROWS])
-    found = evaluate_texts(score_split(predictor, split))
+    metrics = evaluate_texts(score_split(predictor, split))
     log_average, entropies, information = [], [], []
     for row in ROWS:
         ids, mask = tokens_of_the_last_turn(adapter.readout.tokenizer, row["messages"])
@@ -60,25 +60,25 @@ def test_metrics_are_those_of_a_loop_over_the_plain_model(predictor):
         entropies.append(-(mean * mean.log()).sum(-1))
         information.append(entropies[-1] + (each * each.log()).sum(-1).mean(0))
     nll_token = -float(torch.cat(log_average).mean())
-    assert found["nll_token"] == pytest.approx(nll_token, abs=1e-5)
-    assert found["perplexity"] == pytest.approx(2.718281828**nll_token, rel=1e-5)
-    assert found["nll"] == pytest.approx(-float(torch.cat(log_average).sum()) / 2, abs=1e-5)
-    assert found["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), abs=1e-5)
-    assert found["mutual_information"] == pytest.approx(
+    assert metrics["nll_token"] == pytest.approx(nll_token, abs=1e-5)
+    assert metrics["perplexity"] == pytest.approx(2.718281828**nll_token, rel=1e-5)
+    assert metrics["nll"] == pytest.approx(-float(torch.cat(log_average).sum()) / 2, abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), abs=1e-5)
+    assert metrics["mutual_information"] == pytest.approx(
         float(torch.cat(information).mean()), abs=1e-5
     )
-    assert found["mutual_information"] > 0.01
-    assert found["tokens"] == (4 + 2) / 2
+    assert metrics["mutual_information"] > 0.01
+    assert metrics["tokens"] == (4 + 2) / 2
 
 
 def test_one_draw_has_no_mutual_information(predictor):
     split = predictor.adapter.readout.encode([Completion.from_mapping(row) for row in ROWS])
-    found = evaluate_texts(score_split(Predictor(predictor.adapter), split))
-    assert found["mutual_information"] != found["mutual_information"]
+    metrics = evaluate_texts(score_split(Predictor(predictor.adapter), split))
+    assert metrics["mutual_information"] != metrics["mutual_information"]
     batch = whole(split)
     logits = predictor.adapter(batch).detach().flatten(0, 1)
     loss = cross_entropy(logits, batch.labels.flatten(), ignore_index=-100)
-    assert found["nll_token"] == pytest.approx(float(loss), abs=1e-5)
+    assert metrics["nll_token"] == pytest.approx(float(loss), abs=1e-5)
 
 
 def test_the_size_of_a_batch_changes_nothing(predictor, monkeypatch):
@@ -93,23 +93,23 @@ def test_the_size_of_a_batch_changes_nothing(predictor, monkeypatch):
 def test_prompts_of_a_chat_model_go_through_its_template(predictor, monkeypatch):
     """A text is the user's message; the ids that the model is given are the template's own."""
     llm = predictor.adapter.peft_model.get_base_model()
-    plain, given = llm.generate, []
+    plain, calls = llm.generate, []
 
     def spy(**options):
-        given.append(options)
+        calls.append(options)
         return plain(**options)
 
     monkeypatch.setattr(llm, "generate", spy)
     tokenizer = predictor.adapter.readout.tokenizer
     prompts = ["a red bird", TURNS[:3]]
     texts = list(generate(predictor, prompts, Decoding(8)))
-    rows = given[0]["input_ids"][:2], given[0]["attention_mask"][:2]
+    rows = calls[0]["input_ids"][:2], calls[0]["attention_mask"][:2]
     for prompt, ids, mask in zip(prompts, *rows, strict=True):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
         assert ids[mask.bool()].tolist() == expected
     end = tokenizer.convert_tokens_to_ids("<end>")
-    assert end in given[0]["generation_config"].eos_token_id
+    assert end in calls[0]["generation_config"].eos_token_id
     for text in texts:
         assert end not in text.ids[:-1]
 

@@ -92,11 +92,11 @@ def test_in_a_chat_template_shots_are_earlier_turns(tokenizer, make):
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "tree . the cat sleeps\nred, blue Answer:"},
     ]
-    found = text_of(make(tokenizer, prompt, chat=True), RECORD)
-    assert found == tokenizer.apply_chat_template(
+    text = text_of(make(tokenizer, prompt, chat=True), RECORD)
+    assert text == tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
-    assert found.startswith("<|system|>\nAnswer with a colour.\n<|user|>\ntree . a dog runs\n")
+    assert text.startswith("<|system|>\nAnswer with a colour.\n<|user|>\ntree . a dog runs\n")
 
 
 NO_SYSTEM = (
@@ -167,7 +167,7 @@ def test_choice_likelihood_in_chat_equals_a_loop_over_plain_transformers():
     adapter = SubspaceAdapter(llm, lora("q_proj"), readout)
     fill_lora_B(adapter)
     assert readout.packed
-    found = adapter(whole(readout.encode(records)), adapter.init_loc).detach()
+    scores = adapter(whole(readout.encode(records)), adapter.init_loc).detach()
 
     def asked(record):
         text = f"Story time. {record.question} Is it {', '.join(record.choices)}?"
@@ -185,20 +185,20 @@ def test_choice_likelihood_in_chat_equals_a_loop_over_plain_transformers():
             )
             for c, choice in enumerate(record.choices):
                 expected[n, c] = log_prob(llm, tokenizer, text, choice)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_label_tokens_read_the_token_behind_shots_and_a_template(tokenizer):
     readout = label_tokens(tokenizer, OWN)
     llm = tiny_llama()
-    found = readout(llm, whole(readout.encode([RECORD])).inputs)
+    logits = readout(llm, whole(readout.encode([RECORD])).inputs)
     text = (
         "tree . a dog runs red , blue Answer : blue tree . the bird sings red , blue Answer : red"
         " tree . the cat sleeps red , blue Answer :"
     )
     words = tokenizer("red blue").input_ids
     expected = llm(torch.tensor([tokenizer(text).input_ids])).logits[:, -1, words]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_encoders_take_a_template(tokenizer):
@@ -262,8 +262,8 @@ def test_of_a_long_prompt_the_question_alone_is_cut(tokenizer, make, chat, most)
     assert len(row) == most
     assert row[: len(before)] == before
     assert row[-len(after) :] == after
-    kept = row[len(before) + 1 : -len(after)]  # of the first word a part may be left
-    assert kept == words[-len(kept) :]
+    rest = row[len(before) + 1 : -len(after)]  # of the first word a part may be left
+    assert rest == words[-len(rest) :]
     full = make(tokenizer, OWN, chat=chat, truncate=True, max_length=len(before) + len(after))
     with pytest.raises(DataError, match="what stands beside the question leaves no room for it"):
         full.encode([LONG])
@@ -295,21 +295,21 @@ def test_of_a_long_text_in_a_template_the_end_is_cut(tokenizer, make):
 
 def test_a_reading_of_an_encoder_shows_names_or_the_ends_of_rows(tokenizer):
     for make in (SequenceClassification, MultipleChoice):
-        found = make(tokenizer, num_classes=2, max_length=8).reading(RECORD)
-        assert (found.prompt, found.cut_tokens) == ("the cat sleeps", 0)
-        assert [scored.strip() for _, scored in found.answers] == ["red", "blue"]
-        assert found.tokens == (4 if make is MultipleChoice else 3)
+        reading = make(tokenizer, num_classes=2, max_length=8).reading(RECORD)
+        assert (reading.prompt, reading.cut_tokens) == ("the cat sleeps", 0)
+        assert [scored.strip() for _, scored in reading.answers] == ["red", "blue"]
+        assert reading.tokens == (4 if make is MultipleChoice else 3)
 
 
 def test_a_reading_shows_what_is_given_what_is_scored_and_what_is_cut():
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     record = Record("q", "Tom saw a bird. What did he see?", ("a bird", "a cat"), 0)
     readout = choice_likelihood(tokenizer, PROMPTS["question"])
-    found = readout.reading(record)
-    assert found.prompt == "Question: Tom saw a bird. What did he see?\nAnswer:"
-    assert found.answers == [("", " a bird"), ("", " a cat")]
+    reading = readout.reading(record)
+    assert reading.prompt == "Question: Tom saw a bird. What did he see?\nAnswer:"
+    assert reading.answers == [("", " a bird"), ("", " a cat")]
     ids = tokenizer("Question: Tom saw a bird. What did he see?\nAnswer: a bird").input_ids
-    assert (found.tokens, found.cut, found.cut_tokens) == (len(ids), "", 0)
+    assert (reading.tokens, reading.cut, reading.cut_tokens) == (len(ids), "", 0)
     most = len(ids) - 4
     cut = choice_likelihood(tokenizer, PROMPTS["question"], max_length=most, truncate=True).reading(
         record
@@ -320,8 +320,8 @@ def test_a_reading_shows_what_is_given_what_is_scored_and_what_is_cut():
     assert cut.prompt.startswith("Question: ")
     assert cut.prompt.endswith(" see?\nAnswer:")
     gap = Record("g", "The _ was big", ("cat", "dog"), 0)
-    found = choice_likelihood(tokenizer, PROMPTS["gap"]).reading(gap)
-    assert [given.strip() + scored for given, scored in found.answers] == [
+    reading = choice_likelihood(tokenizer, PROMPTS["gap"]).reading(gap)
+    assert [context.strip() + scored for context, scored in reading.answers] == [
         "cat was big",
         "dog was big",
     ]

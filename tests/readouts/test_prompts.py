@@ -60,8 +60,8 @@ def test_label_tokens_read_the_token_after_the_prompt(tokenizer, template):
     llm = tiny_llama()
     with torch.no_grad():
         expected = llm(torch.tensor([ids])).logits[:, -1, plain(tokenizer, "red blue")]
-        found = readout(llm, whole(split).inputs)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        logits = readout(llm, whole(split).inputs)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("template", AROUND)
@@ -86,8 +86,8 @@ def test_generate_and_score_go_on_after_the_text_itself(tokenizer, template):
     readout = LabelTokens(tokenizer, PROMPTS["classes"], ["red", "blue"], max_length=64)
     predictor = Predictor(SubspaceAdapter(llm, lora("q_proj"), readout))
     llm.generation_config.eos_token_id = 31
-    (found,) = generate(predictor, ["the cat"], Decoding(4))
-    assert torch.equal(found.ids, expected)
+    (generated,) = generate(predictor, ["the cat"], Decoding(4))
+    assert torch.equal(generated.ids, expected)
     (scored,) = score(predictor, ["the cat"], [" runs red"])
     assert list(scored.tokens) == ["runs", "red"]
     text = torch.tensor([plain(tokenizer, AROUND[template] + "the cat runs red")])
@@ -167,10 +167,10 @@ def test_of_a_chat_prompt_that_is_too_long_the_question_is_cut(tokenizer, templa
     after = full[begin + len(words) :]  # "Answer :", and the rest of the template
     assert end == begin + len(after)
     assert row[-len(after) :] == after
-    kept = most - begin - len(after)
+    room = most - begin - len(after)
     # Of the first word a part may be left, which this tokenizer does not know.
     assert (
-        row[begin + 1 : begin + kept] == plain(tokenizer, " ".join(words))[len(words) - kept + 1 :]
+        row[begin + 1 : begin + room] == plain(tokenizer, " ".join(words))[len(words) - room + 1 :]
     )
 
 

@@ -77,14 +77,14 @@ def test_names_stand_in_a_card_as_they_are():
 def test_the_nll_of_texts_is_the_mean_of_a_loop():
     torch.manual_seed(0)
     log_probs, lengths = -torch.rand(3, 7), torch.tensor([2, 4, 1])
-    found = per_text(log_probs, lengths)
+    values = per_text(log_probs, lengths)
     place, expected = 0, []
     for length in lengths.tolist():
         tokens = log_probs[:, place : place + length].double().exp().mean(0).log()
         expected.append(-float(tokens.sum()))
         place += length
-    assert found["nll"].tolist() == pytest.approx(expected)
-    assert found["tokens"].tolist() == [2, 4, 1]
+    assert values["nll"].tolist() == pytest.approx(expected)
+    assert values["tokens"].tolist() == [2, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ def states(candidate):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_plain_llama_passes_all(make_candidate, dtype):
-    found = dict(examine(make_candidate(dtype)))
-    assert list(found) == ["build", *checks.CHECKS]
-    assert {name: f for name, f in found.items() if f.state != "ok"} == {}
-    assert "1 of 2 blocks run once" in found["shared trunk"].text
+    findings = dict(examine(make_candidate(dtype)))
+    assert list(findings) == ["build", *checks.CHECKS]
+    assert {name: f for name, f in findings.items() if f.state != "ok"} == {}
+    assert "1 of 2 blocks run once" in findings["shared trunk"].text
 
 
 def test_what_a_model_lacks_is_absent_not_wrong(tokenizer):
@@ -61,16 +61,16 @@ def test_what_a_model_lacks_is_absent_not_wrong(tokenizer):
             llm, lora("query", "value", modules_to_save=["classifier"]), readout, **options
         )
 
-    found = states(Candidate(load, adapt, readout.encode(make_records(5))))
-    assert found.pop("generation") == found.pop("shared trunk") == "absent"
-    assert set(found.values()) == {"ok"}
+    by_check = states(Candidate(load, adapt, readout.encode(make_records(5))))
+    assert by_check.pop("generation") == by_check.pop("shared trunk") == "absent"
+    assert set(by_check.values()) == {"ok"}
 
 
 def test_a_refusal_is_told_with_its_reason(make_candidate):
-    found = dict(examine(make_candidate(targets=("q_proj", "nowhere"))))
-    assert list(found) == ["build"]
-    assert found["build"].state == "refused"
-    assert "['nowhere'] match no module of LlamaForCausalLM" in found["build"].text
+    findings = dict(examine(make_candidate(targets=("q_proj", "nowhere"))))
+    assert list(findings) == ["build"]
+    assert findings["build"].state == "refused"
+    assert "['nowhere'] match no module of LlamaForCausalLM" in findings["build"].text
 
 
 # ---------------------------------------------------------------------- faults
@@ -143,8 +143,8 @@ def test_a_fault_is_found(make_candidate, monkeypatch, name, dtype):
     candidate = make_candidate(dtype)
     candidate.settle()
     FAULTS[name](monkeypatch)
-    found = checks._tried(checks.CHECKS[name], candidate)
-    assert found.state == "wrong", found.text
+    finding = checks._outcome(checks.CHECKS[name], candidate)
+    assert finding.state == "wrong", finding.text
 
 
 def test_padding_that_a_model_itself_reads_is_told_apart(make_candidate, monkeypatch):
@@ -165,6 +165,6 @@ def test_padding_that_a_model_itself_reads_is_told_apart(make_candidate, monkeyp
 
     load = candidate.load
     candidate.load = lambda: reads_padding(load())
-    found = checks._tried(checks.CHECKS["padded rows"], candidate)
-    assert found.state == "absent"
-    assert "the model's own logits" in found.text
+    finding = checks._outcome(checks.CHECKS["padded rows"], candidate)
+    assert finding.state == "absent"
+    assert "the model's own logits" in finding.text

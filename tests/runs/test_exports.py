@@ -93,14 +93,14 @@ def test_plain_peft_computes_our_logits_for_a_draw_without_this_package(make_run
     export(run, tmp_path / "out")
     batch = batch_of(run)
     mask = batch.inputs["attention_mask"]
-    given = {
+    tensors = {
         "input_ids": batch.inputs["input_ids"],
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
         "labels": run.readout.label_ids,
         "logits": run.predictor.adapter(batch, run.predictor.draws[1]).detach(),
     }
-    save_file(given, tmp_path / "given.safetensors")
+    save_file(tensors, tmp_path / "given.safetensors")
     command = [sys.executable, "-c", PLAIN_PEFT, tmp_path / "model", tmp_path / "out" / "draw_01"]
     done = subprocess.run(
         [*map(str, command), str(tmp_path / "given.safetensors")],
@@ -125,9 +125,9 @@ def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
     names: dict = {}
     exec(compile(code, "serving.md", "exec"), names)
     records = make_records(6)
-    found = names["answer"]([PROMPTS["letters"].render(record) for record in records])
+    answers = names["answer"]([PROMPTS["letters"].render(record) for record in records])
     logits = predict(run.predictor, run.readout.encode(records)).logits
-    torch.testing.assert_close(found, average(logits).exp(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers, average(logits).exp(), rtol=0, atol=1e-5)
     assert (logits.softmax(-1).std(0) > 1e-3).any()  # the draws do differ
 
 
@@ -162,11 +162,11 @@ def test_the_snippet_of_the_card_computes_what_the_run_does(
     if output_layer == "drop":
         s[adapter.module_names.index("lm_head")] = 0
     expected = adapter(batch_of(run), s).detach()
-    found = label_logits(model, run)
+    logits = label_logits(model, run)
     if output_layer == "merge" and "quantization" in settings:
         # What is merged is no longer quantised while it runs, but holds the same values.
         tolerance = 1e-3
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, monkeypatch):
@@ -197,8 +197,8 @@ def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, m
     batch = whole(run.readout.encode(rows))
     expected = run.predictor.adapter(batch, run.guide.median()["s"]).detach()
     with torch.no_grad():
-        found = names["model"].eval()(**batch.inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        logits = names["model"].eval()(**batch.inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
@@ -256,10 +256,10 @@ def test_exports_that_serve_have_no_adapted_output_layer(make_run, tmp_path, out
 )
 def test_the_merged_model_gives_the_logits_of_the_mean(make_run, tmp_path, quantization, tolerance):
     run = make_run(model={"quantization": quantization})
-    found = export_run(
+    summary = export_run(
         ExportConfig(str(tmp_path / "run"), str(tmp_path / "out"), draws=0, merged=True)
     )
-    llm = AutoModelForCausalLM.from_pretrained(found["merged"])
+    llm = AutoModelForCausalLM.from_pretrained(summary["merged"])
     assert llm.dtype == torch.float32
     expected = run.predictor.adapter(batch_of(run), run.guide.median()["s"]).detach()
     torch.testing.assert_close(label_logits(llm, run), expected, rtol=0, atol=tolerance)
@@ -283,8 +283,8 @@ def test_a_classifier_with_a_trained_head_is_merged_whole(tmp_path, make_choice,
     merge(config, adapter.readout, tmp_path / "adapter", tmp_path / "merged")
     merged = type(llm).from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        found = adapter.readout(merged, batch.inputs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        logits = adapter.readout(merged, batch.inputs)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_heads_that_came_with_an_adapter_are_merged(tmp_path, make_classifier, tokenizer):
@@ -408,8 +408,8 @@ def started(folder: Path, **form: object) -> SubspaceAdapter:
 def test_starting_from_a_trained_adapter_leaves_the_logits(trained_by_peft, projections):
     folder, batch, expected = trained_by_peft
     adapter = started(folder, projections=projections)
-    found = adapter(batch, adapter.init_loc).detach()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logits = adapter(batch, adapter.init_loc).detach()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(adapter.init_loc, torch.ones(adapter.shape))
     for name, parameter in adapter.state().items():
         if ".lora_A." in name:
@@ -440,5 +440,5 @@ def test_an_exported_draw_is_a_start(make_run, tmp_path):
     (tmp_path / "out" / "draw_00").rename(tmp_path / "adapter")
     adapter = started(tmp_path)
     expected = run.predictor.adapter(batch_of(run), run.predictor.draws[0]).detach()
-    found = adapter(batch_of(run), adapter.init_loc).detach()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logits = adapter(batch_of(run), adapter.init_loc).detach()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

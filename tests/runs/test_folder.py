@@ -225,8 +225,8 @@ def test_a_setting_of_no_effect_may_be_changed(run, key, value):
     split = load_run(run).encode(make_records(5))
     expected = predict(load_run(run).predictor, split).logits
     edit(run, key, value)
-    found = predict(load_run(run).predictor, split).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    logits = predict(load_run(run).predictor, split).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`:UserWarning")
@@ -255,9 +255,9 @@ def hub(trained, run, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", ["me/mine", "me/mine@v1", f"me/mine@{REVISION}"])
 def test_a_run_is_found_on_the_hub(hub, run, name, tmp_path):
-    found, records = load_run(name), make_records(9)
-    assert found.folder == hub
-    logits = [predict(r.predictor, r.encode(records)).logits for r in (found, load_run(run))]
+    loaded, records = load_run(name), make_records(9)
+    assert loaded.folder == hub
+    logits = [predict(r.predictor, r.encode(records)).logits for r in (loaded, load_run(run))]
     assert torch.equal(*logits)
     assert torch.equal(logits[0], load_file(run / "predictions.safetensors")["test.logits"])
     assert scalabl("export", f"run={name}", f"output={tmp_path / 'out'}") == 0

@@ -110,39 +110,39 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_estimates_are_within_15_percent_of_what_is_allocated(folder, case):
     config = settings(folder, CASES[case][0], **CASES[case][1])
-    found = estimate(config)
+    memory = estimate(config)
     adapter = load(config)
     model = adapter.peft_model
-    assert found.weights + found.adapters == pytest.approx(held(model), rel=0.005)
+    assert memory.weights + memory.adapters == pytest.approx(held(model), rel=0.005)
 
     def predict():
         M, r = adapter.shape
         draws = torch.randn(config.draws, M, r + config.perp)
         Predictor(adapter, draws).logits(batch_of(config, config.eval_batch_size))
 
-    assert found.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
+    assert memory.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
     adapter.eval()
-    assert found.prediction == pytest.approx(allocated(predict), rel=0.15)
+    assert memory.prediction == pytest.approx(allocated(predict), rel=0.15)
 
 
 def test_rows_of_s_perp_count_and_nothing_trains_them(folder):
     """k rows of V⊥ and k columns of B⊥ more in each module."""
-    without, found = (estimate(settings(folder, {"perp": k})) for k in (0, 3))
+    without, memory = (estimate(settings(folder, {"perp": k})) for k in (0, 3))
     adapter = load(settings(folder, {"perp": 3}))
     more = [A.weight for A in adapter.perp_A] + [B.weight for B in adapter.perp_B]
-    assert found.adapters - without.adapters == sum(weight.nbytes for weight in more) > 0
-    assert found.adapters == sum(value.nbytes for value in adapter.state().values())
-    assert found.optimizer == without.optimizer
+    assert memory.adapters - without.adapters == sum(weight.nbytes for weight in more) > 0
+    assert memory.adapters == sum(value.nbytes for value in adapter.state().values())
+    assert memory.optimizer == without.optimizer
 
 
 def test_8_bit_layers_keep_their_inputs_for_the_backward_pass(folder):
     # In prediction, bitsandbytes' kernels for the CPU make more copies in passing than a GPU's.
     config = settings(folder, quantization="8bit")
     adapter = load(config)
-    found = estimate(config)
-    assert found.weights + found.adapters == pytest.approx(held(adapter.peft_model), rel=0.005)
-    assert found.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
-    assert found.activations > 1.1 * estimate(settings(folder)).activations
+    memory = estimate(config)
+    assert memory.weights + memory.adapters == pytest.approx(held(adapter.peft_model), rel=0.005)
+    assert memory.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
+    assert memory.activations > 1.1 * estimate(settings(folder)).activations
 
 
 def test_published_sizes_of_qwen(tmp_path):
@@ -161,18 +161,18 @@ def test_a_folder_with_nothing_but_a_config_is_enough(folder, tmp_path):
     (tmp_path / "bare").mkdir()
     shutil.copy(folder / "config.json", tmp_path / "bare")
     config = settings(tmp_path / "bare")
-    found = estimate(config)
-    assert found == estimate(settings(folder))
+    memory = estimate(config)
+    assert memory == estimate(settings(folder))
     # Twice the rows, twice what they need, but for the gradients, which take what adapters take.
     more = estimate(replace(config, batch_size=8))
-    assert more.activations - found.adapters == pytest.approx(
-        2 * (found.activations - found.adapters), rel=0.05
+    assert more.activations - memory.adapters == pytest.approx(
+        2 * (memory.activations - memory.adapters), rel=0.05
     )
 
 
 def test_encoders_and_their_heads_are_estimated(tmp_path):
     tiny_bert_config().save_pretrained(tmp_path)
-    found = {}
+    by_readout = {}
     for readout in ("sequence_classification", "multiple_choice"):
         config = MemoryConfig(
             ModelConfig(str(tmp_path), readout=readout),
@@ -180,9 +180,12 @@ def test_encoders_and_their_heads_are_estimated(tmp_path):
             batch_size=2,
             tokens=16,
         )
-        found[readout] = estimate(config)
+        by_readout[readout] = estimate(config)
     # A row for each of four choices instead of one.
-    ratio = found["multiple_choice"].activations / found["sequence_classification"].activations
+    ratio = (
+        by_readout["multiple_choice"].activations
+        / by_readout["sequence_classification"].activations
+    )
     assert 3 < ratio < 5
 
 
@@ -202,18 +205,18 @@ def test_what_loading_takes_beside_the_weights_is_the_file(tmp_path, stored, dty
     llm = tiny_llama(hidden_size=256, intermediate_size=512).to(stored)
     llm.save_pretrained(tmp_path)
     file = (tmp_path / "model.safetensors").stat().st_size
-    found = estimate(replace(settings(tmp_path, dtype=dtype), tokens=64))
+    memory = estimate(replace(settings(tmp_path, dtype=dtype), tokens=64))
     beside = 0 if stored == getattr(torch, dtype) else file
-    assert found.loading - found.weights == pytest.approx(beside, rel=0.01)
+    assert memory.loading - memory.weights == pytest.approx(beside, rel=0.01)
     quantised = estimate(replace(settings(tmp_path, dtype=dtype, quantization="4bit"), tokens=64))
     assert quantised.loading - quantised.weights == pytest.approx(file, rel=0.01)
 
 
 def test_defaults_of_the_command_are_those_of_the_class():
-    given = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory.yaml"))
-    del given["defaults"]
-    given["model"]["name"] = "some/model"
-    assert build(MemoryConfig, given) == MemoryConfig(ModelConfig("some/model"), AdapterConfig())
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory.yaml"))
+    del config["defaults"]
+    config["model"]["name"] = "some/model"
+    assert build(MemoryConfig, config) == MemoryConfig(ModelConfig("some/model"), AdapterConfig())
 
 
 def test_bad_numbers_are_refused(folder):

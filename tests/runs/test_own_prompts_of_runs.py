@@ -60,8 +60,8 @@ def test_a_run_with_a_prompt_of_its_own_reloads_and_predicts_the_same(words, rea
     assert set(prompt.shots) <= set(train)
     saved = load_file("run/predictions.safetensors")["test.logits"]
     assert torch.equal(predict(run.predictor, test).logits, saved)
-    given = "data.path=data/test.jsonl"
-    assert scalabl("evaluate", "run=run", given, "progress=false") == 0
+    source = "data.path=data/test.jsonl"
+    assert scalabl("evaluate", "run=run", source, "progress=false") == 0
     assert json.loads(capsys.readouterr().out) == trained
     where = ["input=data/test.jsonl", "output=o.jsonl", "progress=false"]
     assert scalabl("predict", "run=run", *where) == 0
@@ -73,9 +73,9 @@ def test_a_run_with_a_prompt_of_its_own_reloads_and_predicts_the_same(words, rea
         )
 
     assert scalabl("export", "run=run", "output=exported") == 0
-    found = json.loads(Path("exported/manifest.json").read_text())["prompt"]
+    prompt_of_manifest = json.loads(Path("exported/manifest.json").read_text())["prompt"]
     letters = readout == "label_tokens"
-    assert found == {
+    assert prompt_of_manifest == {
         "template": "bird . {question}\n{choices} Answer:",
         "letters": letters,
         "gap": False,
@@ -112,13 +112,13 @@ def test_a_template_on_the_command_line_is_the_text_as_it_stands(words, capsys, 
 
 
 def test_shots_stay_the_same_with_the_seed_and_leave_the_other_splits_alone(words):
-    found = []
+    shots = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert scalabl("train", *words, "model.shots=3", f"seed={seed}", f"run_dir={name}") == 0
-        found.append(json.loads(Path(name, "posterior.json").read_text())["classes"]["shots"])
-    assert found[0] == found[1] != found[2]
+        shots.append(json.loads(Path(name, "posterior.json").read_text())["classes"]["shots"])
+    assert shots[0] == shots[1] != shots[2]
     train = {(r.id, r.question) for r in read_folder("data")["train"]}
-    assert all((row["id"], row["question"]) in train for rows in found for row in rows)
+    assert all((row["id"], row["question"]) in train for rows in shots for row in rows)
 
 
 def test_a_run_from_before_there_were_templates_and_shots_loads(words):
@@ -170,8 +170,8 @@ def test_a_system_message_that_the_chat_template_leaves_out_is_one_line(
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }} {% endif %}{% endfor %}"
     )
     tokenizer.save_pretrained(local_model)
-    given = ["model.chat=true", "model.system=be brief"]
-    assert scalabl("train", *words, *given, "run_dir=run") == 1
+    settings = ["model.chat=true", "model.system=be brief"]
+    assert scalabl("train", *words, *settings, "run_dir=run") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "system is 'be brief', but the tokenizer's chat template does not write it" in line
     assert not list(Path().glob("run*"))

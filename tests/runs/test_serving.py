@@ -33,11 +33,11 @@ def run(tmp_path, local_model, monkeypatch) -> Path:
 def models(base: str) -> dict[str, PeftModel]:
     """The base model and each exported draw, as a server loads them: plain PEFT."""
     llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    found = {"base": llm.eval()}
+    by_name = {"base": llm.eval()}
     for folder in sorted(Path("out").glob("draw_*")):
         llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        found[folder.name] = PeftModel.from_pretrained(llm, str(folder)).eval()
-    return found
+        by_name[folder.name] = PeftModel.from_pretrained(llm, str(folder)).eval()
+    return by_name
 
 
 @contextmanager
@@ -100,14 +100,14 @@ def test_the_served_average_is_that_of_predict(run, local_model, by):
     spell = (lambda i: f"token_id:{i}") if by == "ids" else (lambda i: tokenizer.decode([i]))
     with serving(models(str(local_model)), spell=spell) as url:
         client = ServedAverage(run, url, logprobs=100)
-        found = client.predict(records)
+        predictions = client.predict(records)
     assert client.draws == ("draw_00", "draw_01", "draw_02")
-    assert found.logits.shape == expected.logits.shape
-    torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-4, rtol=0)
+    assert predictions.logits.shape == expected.logits.shape
+    torch.testing.assert_close(predictions.probabilities, expected.probabilities, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        found.mutual_information, expected.mutual_information, atol=1e-4, rtol=0
+        predictions.mutual_information, expected.mutual_information, atol=1e-4, rtol=0
     )
-    assert found.mutual_information.max() > 1e-3
+    assert predictions.mutual_information.max() > 1e-3
 
 
 def test_the_client_of_the_documentation_asks_a_server(run, local_model):
@@ -126,9 +126,11 @@ def test_chosen_draws_alone_are_asked(run, local_model):
     records = make_records(5, choices=3)
     bank = load_run(run).predictor
     with serving(models(str(local_model))) as url:
-        found = ServedAverage(run, url, draws=["draw_02"], logprobs=100).predict(records)
+        predictions = ServedAverage(run, url, draws=["draw_02"], logprobs=100).predict(records)
     expected = predict(bank, records).logits[2:]
-    torch.testing.assert_close(found.logits.softmax(-1), expected.softmax(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        predictions.logits.softmax(-1), expected.softmax(-1), atol=1e-4, rtol=0
+    )
 
 
 def test_what_a_server_leaves_out_is_not_counted_as_nothing(run, local_model):
