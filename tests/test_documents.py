@@ -928,3 +928,8 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
         assert shown(figures["nll"]["minus"]["V activations"][other], 3) in section
     tokens = figures["rows"]["MLE"]["tokens"]["physics"]["auroc_any_length"]["mean"]
     assert f"with {tokens:.2f}" in section
+    of_methods = json.loads((path.parent / "methods.json").read_text())["figures"]["auroc"]
+    for kind, said in (("physics", " for physics"), ("chemistry", " for chemistry"), ("wrong", "")):
+        key = f"{kind} by mutual information"
+        values = [row[key]["mean"] for row in of_methods.values() if key in row]
+        assert f"{min(values):.2f} to {max(values):.2f}{said}" in " ".join(section.split())
