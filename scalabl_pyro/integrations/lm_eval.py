@@ -52,7 +52,7 @@ class ModelAverageLM(TemplateLM):
     ``is_greedy`` says whether each token of Y is the most probable one of this average, in which
     draws weigh as much as they gave the tokens before it; ``generate_until`` decodes from it. The
     likelihood of a text that exceeds the context is the mean over draws of the product of its
-    windows. A temperature of the run divides the logits of every token.
+    windows. A temperature of the run is one of its answers' logits, and does not act on tokens.
 
     Usage::
 

@@ -110,7 +110,7 @@ def _read(
         with adapter.bound(draws) as llm:
             many = 1 if draws is None else len(draws)
             logits = last_logits(llm, {k: v.repeat(many, 1) for k, v in inputs.items()}, K)
-        logits = logits.float().unflatten(0, (many, B)) / predictor.temperature
+        logits = logits.float().unflatten(0, (many, B))
         _check_finite(logits, there, numbers)
         each = logits.log_softmax(-1)
         own = each.gather(-1, tokens.expand(many, B, K)[..., None])[..., 0].masked_fill(~there, 0)

@@ -122,7 +122,6 @@ class ModelAverage(LogitsProcessor):
     row, the rows would part.
 
     :param num_draws: S.
-    :param temperature: the predictor's, which divides the logits.
     :param weights: a key of ``WEIGHTS``.
     :param generators: one for each of the B prompts, to draw; ``None`` takes the most probable.
     """
@@ -130,13 +129,11 @@ class ModelAverage(LogitsProcessor):
     def __init__(
         self,
         num_draws: int,
-        temperature: float,
         weights: str,
         warpers: LogitsProcessorList,
         generators: Sequence[torch.Generator] | None,
     ) -> None:
         self.num_draws = num_draws
-        self.temperature = temperature
         self.weights = WEIGHTS[weights]
         self.warpers = warpers
         self.generators = generators
@@ -148,7 +145,7 @@ class ModelAverage(LogitsProcessor):
         """A step: log p_k of the token and log w_k, (S, B); entropy, mutual information, EPKL."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        logits = scores.unflatten(0, (self.num_draws, -1)) / self.temperature  # (S, B, C)
+        logits = scores.unflatten(0, (self.num_draws, -1))  # (S, B, C)
         log_weights = self.weights(torch.zeros_like(logits[..., 0]) + self.read)
         measures = token_scores(logits, log_weights)
         log_probs: Any = measures.log_probs  # (B, C)
@@ -303,7 +300,6 @@ def _generate(
     adapter, tokenizer = predictor.adapter, predictor.adapter.readout.tokenizer
     picks = ModelAverage(
         predictor.num_draws,
-        predictor.temperature,
         decoding.weights,
         decoding.warpers(),
         [decoding.generator(n) for n in numbers] if decoding.do_sample else None,
@@ -365,7 +361,7 @@ def read_again(predictor: Predictor, prompt: Sequence[int], ids: Sequence[int]) 
     with adapter.bound(predictor.draws) as llm:
         inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
         logits = last_logits(llm, inputs, len(ids) + 1)[:, :-1].float()
-    return logits / predictor.temperature
+    return logits
 
 
 def _check_cache(predictor: Predictor, prompt: list[int], text: ScoredText) -> None:

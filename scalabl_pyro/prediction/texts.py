@@ -147,7 +147,7 @@ def score(
         rows = {k: v.repeat(predictor.num_draws, 1) for k, v in batch.inputs.items()}
         with adapter.bound(predictor.draws) as llm:
             logits = readout(llm, rows).unflatten(0, (predictor.num_draws, -1))
-        return _scored(readout, chunk, batch, logits / predictor.temperature, weights)
+        return _scored(readout, chunk, batch, logits, weights)
 
     # In the order of their length, so that little is padded.
     order = sorted(range(len(split)), key=split.lengths.__getitem__)

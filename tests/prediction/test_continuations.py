@@ -22,7 +22,7 @@ def by_hand(predictor, context, own):
     for s in predictor.draws:
         with predictor.adapter.bound(s[None]) as llm:
             logits = llm(torch.tensor([[*context, *own]])).logits[0, len(context) - 1 : -1]
-        log_probs.append((logits.double() / predictor.temperature).log_softmax(-1))
+        log_probs.append(logits.double().log_softmax(-1))
     return torch.stack(log_probs)
 
 
@@ -30,6 +30,7 @@ def by_hand(predictor, context, own):
 @pytest.mark.parametrize("most", [1, 2**25], ids=["one draw at a time", "all draws at once"])
 def test_they_are_the_means_of_products(predictor, temperature, most, monkeypatch):
     monkeypatch.setattr(module, "MOST_LOGITS", most)
+    # A temperature is one of the answers' logits, not of the next token's.
     predictor = Predictor(predictor.adapter, predictor.draws, temperature, max_rows=10)
     for (context, own), continuation in zip(PAIRS, score_tokens(predictor, PAIRS), strict=True):
         each = by_hand(predictor, context, own)

@@ -64,7 +64,7 @@ def by_hand(predictor, prompt, ids):
     for s in predictor.draws:
         with predictor.adapter.bound(s[None]) as llm, torch.no_grad():
             logits = llm(rows).logits[0, len(context) - 1 : -1]
-        probs.append((logits / predictor.temperature).softmax(-1))
+        probs.append(logits.softmax(-1))
     return torch.stack(probs)
 
 
@@ -72,7 +72,7 @@ def check_by_hand(predictor, prompt, text):
     each = by_hand(predictor, prompt, text.ids)
     mean = each.mean(0)
     picked = each.gather(-1, text.ids.expand(len(each), -1)[..., None])[..., 0]
-    plogp = -(mean * mean.log()).sum(-1), -(each * each.log()).sum(-1).mean(0)
+    plogp = torch.special.entr(mean).sum(-1), torch.special.entr(each).sum(-1).mean(0)
     close = dict(atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(text.draw_log_probs, picked.log(), **close)
     torch.testing.assert_close(text.log_probs, picked.mean(0).log(), **close)
@@ -114,6 +114,7 @@ def test_greedy_takes_the_most_probable_token_of_the_average(predictor):
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_what_is_reported_is_what_each_draw_says_of_the_text_alone(predictor, decoding):
+    # A temperature is one of the answers' logits, not of the next token's.
     predictor = Predictor(predictor.adapter, predictor.draws, temperature=1.4)
     for prompt, text in zip(TEXTS, generate(predictor, TEXTS, decoding), strict=True):
         check_by_hand(predictor, prompt, text)
@@ -132,6 +133,7 @@ def test_sampled_tokens_are_among_the_top_k_of_the_average(predictor):
 
 
 def test_scores_of_given_texts(predictor):
+    predictor = Predictor(predictor.adapter, predictor.draws, temperature=1.4)
     completions = ["runs", "sings a green dog .", "red blue", "tree"]
     texts = score(predictor, TEXTS, [f" {c}" for c in completions])
     for prompt, completion, text in zip(TEXTS, completions, texts, strict=True):
