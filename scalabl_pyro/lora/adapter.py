@@ -436,7 +436,8 @@ class SubspaceAdapter:
                 self._rows.verify(one, partial(self.readout, self._llm))
         if s is not None and not leaving:
             self._hooks.check_calls()
-        expected = (S * len(batch), self.readout.num_classes)
+        of_batch = batch.choices.shape[-1]  # more than C where a readout takes any number
+        expected = (S * len(batch), max(self.readout.num_classes, of_batch))
         if (logits.shape[0], logits.shape[-1]) != expected:
             raise ValueError(f"the readout returned {tuple(logits.shape)}: expected {expected}")
         logits = logits.unflatten(0, (*draws, len(batch)))

@@ -43,6 +43,8 @@ def from_pretrained(
     shots: Sequence[Record] = (),
     system: str | None = None,
     chat: bool = False,
+    normalise: str = "characters",
+    temperature: str = "trained",
     truncate: bool = False,
     projections: ProjectionMode | None = None,
     start: str | Path | None = None,
@@ -60,7 +62,8 @@ def from_pretrained(
     :param tokenizer: of a model that is loaded already; else that of the model's folder is taken.
     :param readout: a name in ``READOUTS``, such as ``label_tokens`` or ``completion_tokens``.
     :param prompt: a name in ``PROMPTS``; ``auto`` is the readout's own.
-    :param template: as in :class:`ModelConfig`, and so ``system``, ``chat`` and ``truncate``.
+    :param template: as in :class:`ModelConfig`, and so ``system``, ``chat``, ``normalise``,
+        ``temperature`` and ``truncate``.
     :param shots: labelled records that are shown with their answers before each question but their
         own.
     :param projections: what is trained beside s, a mode of :class:`SubspaceAdapter`: ``frozen_v``
@@ -109,6 +112,8 @@ def from_pretrained(
         shots=len(shots),
         system=system,
         chat=chat,
+        normalise=normalise,
+        temperature=temperature,
         truncate=truncate,
         **loading,
     )

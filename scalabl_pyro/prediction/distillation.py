@@ -74,7 +74,7 @@ def distill(
     :returns: a deterministic predictor, and the training history.
     :raises ValueError: if ``log_probs`` has not a row for each example.
     """
-    expected = (len(split), student.readout.num_classes)
+    expected = (len(split), split.collate(split.examples[:1]).choices.shape[-1])
     if tuple(log_probs.shape) != expected:
         raise ValueError(
             f"log_probs has shape {tuple(log_probs.shape)}: expected (N, C) = {expected}"

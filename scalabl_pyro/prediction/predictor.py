@@ -289,7 +289,7 @@ def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tupl
     """Logits (S, B, C), and the number of draws behind each example's, (B,)."""
     S = predictor.num_draws
     stops = [n for n in range(_FEWEST, S) if S % n == 0] + [S]
-    logits = torch.empty(S, len(split), predictor.adapter.readout.num_classes)
+    logits = torch.empty(0)
     used = torch.full((len(split),), S)
     pending = torch.arange(len(split))
     done = 0
@@ -297,6 +297,8 @@ def _until_settled(predictor: Predictor, split: Split, tolerance: float) -> tupl
         unsettled = split.select(pending.tolist())
         batch = unsettled.collate(unsettled.examples)
         part = predictor.logits(batch, slice(done, stop)).cpu()
+        if not done:
+            logits = torch.empty(S, *part.shape[1:])
         logits[done:stop, pending] = _finite(part, batch, unsettled)
         settled = half_width(logits[:stop, pending]) <= tolerance
         if stop < S:

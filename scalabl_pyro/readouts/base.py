@@ -11,7 +11,9 @@ import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -83,6 +85,8 @@ class Readout(ABC):
     #: whether an example is a row of tokens for each of its choices, of which each gives one logit,
     #: instead of one row
     row_per_choice: ClassVar[bool] = False
+    #: whether no weight depends on C, so that records may have more choices than C
+    any_number: ClassVar[bool] = False
     #: whether it reads texts, each token of which is one of C, instead of one answer of C
     reads_texts: ClassVar[bool] = False
     #: whether prompts are put through the tokenizer's chat template
@@ -243,10 +247,10 @@ class Readout(ABC):
                     f" are {list(self.class_names)}, in this order: give it these choices, and the"
                     " label that goes with them"
                 )
-            if len(record.choices) > self.num_classes:
+            if len(record.choices) > self.num_classes and not self.any_number:
                 raise DataError(
                     f"record {record.id!r} has {len(record.choices)} choices, but the readout has"
-                    f" {self.num_classes} classes"
+                    f" {self.num_classes} classes: train on records that have as many"
                 )
             rows = self._tokenize(record)
             if any(nothing.issuperset(row) for row in rows["input_ids"]):
@@ -270,7 +274,9 @@ class Readout(ABC):
                     f"{problem}; shorten them, or train with model.truncate=true, which cuts them"
                 )
             log.warning("%s; they were cut", problem)
-        return Split(records, examples, self.collate)
+        most = max((example.num_choices for example in examples), default=0)
+        more = most > self.num_classes
+        return Split(records, examples, partial(self._collate, most) if more else self.collate)
 
     def reading(self, record: Record) -> Reading:
         """What the model reads of a record, whole where it is too long and ``truncate`` is off.
@@ -389,6 +395,12 @@ class Readout(ABC):
             labels=None if None in labels else torch.tensor(labels),
             row_per_choice=self.row_per_choice,
         )
+
+    def _collate(self, num_classes: int, examples: Sequence[Example]) -> Batch:
+        """The same with more choices than the readout's own C."""
+        readout = copy(self)  # of the readout as it is now: a model that is attached changes it
+        readout.num_classes = num_classes
+        return readout.collate(examples)
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         return rows

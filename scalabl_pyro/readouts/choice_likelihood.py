@@ -41,27 +41,32 @@ class ChoiceLikelihood(CausalReadout):
     Choices may be any in number and length. In a prompt with a gap each choice goes into the gap,
     and the text behind it is what is scored (partial evaluation; Trinh & Le 2018, arXiv
     1806.02847). A token that holds the end of the prompt and the start of a choice belongs to the
-    choice.
+    choice. With ``normalise="unconditional"`` log p of the choice's tokens behind the token that
+    begins a text is taken away: what a choice has whatever the question (Brown et al. 2020, arXiv
+    2005.14165, section 2.4).
 
     An example is one packed row: the prompt, then every choice, of which each sees the prompt and
     itself, at the positions that it would have behind the prompt. A model that takes no such mask
-    gets a row for each choice, which computes the same. The output layer runs on the choices only.
+    gets a row for each choice, which computes the same; with ``unconditional`` every model does,
+    and a second row has the choice alone. The output layer runs on the choices only.
 
     :param prompt: how a record is put, with what is shown before it.
-    :param num_classes: C, the most choices of a record.
+    :param num_classes: C, the most choices of a record; a split that has more is read with more.
     :param truncate: cut the question of a prompt that is too long, and nothing else of it.
     :param chat: put each prompt through the tokenizer's chat template.
     :param normalise: what n_c counts: the ``characters`` of the text that is scored, its
-        ``tokens``, or nothing (``none``: n_c = 1).
+        ``tokens``, or nothing (``none`` and ``unconditional``: n_c = 1).
     :param temperature: ``trained`` makes κ > 0 a parameter, trained as log κ, which starts at the
         value with the lowest NLL (:func:`~scalabl_pyro.readouts.kappa.fit_kappa`); ``none`` leaves
         it at 1.
     :raises ValueError: if a value is not one of those listed; if a chat template is missing, would
-        be put around a gap, or leaves the system message out.
+        be put around a gap, or leaves the system message out; if the text behind a gap, which all
+        choices share, would be unconditional.
     """
 
     padding_side = "right"
     default_prompt = "question"
+    any_number = True
     takes = (*CausalReadout.takes, "normalise", "temperature")
 
     def __init__(
@@ -90,10 +95,15 @@ class ChoiceLikelihood(CausalReadout):
             raise ValueError(f"temperature is {temperature!r}: expected one of {TEMPERATURE}")
         if chat and prompt.gap:
             raise ValueError("chat=true, but a text with a gap is no message; set chat=false")
+        if normalise == "unconditional" and prompt.gap:
+            raise ValueError(
+                "normalise is 'unconditional', but behind a gap all choices have the same text,"
+                " which tells none of them apart: expected 'characters', 'tokens' or 'none'"
+            )
         self.normalise = normalise
         self.temperature = temperature
         #: whether examples are packed rows, so long as no model that was attached forbids it
-        self.packed = True
+        self.packed = normalise != "unconditional"
 
     @classmethod
     def words(cls, records: Sequence[Record], *, prompt: str) -> tuple[str, ...]:
@@ -181,9 +191,12 @@ class ChoiceLikelihood(CausalReadout):
                 )
             rows.append(row)
             starts.append(start)
-            counts = {"characters": len(scored.strip()), "tokens": len(row) - start, "none": 1}
-            sizes.append(counts[self.normalise])
+            counts = {"characters": len(scored.strip()), "tokens": len(row) - start}
+            sizes.append(counts.get(self.normalise, 1))
         shared = min(*starts, *(common(rows[0], row) for row in rows))
+        if self.normalise == "unconditional":
+            rows += [[self._first, *row[start:]] for start, row in zip(starts, rows, strict=True)]
+            starts += [1] * len(starts)
         return {
             "input_ids": rows,
             "scored": [[0] * s + [1] * (len(row) - s) for s, row in zip(starts, rows, strict=True)],
@@ -191,16 +204,24 @@ class ChoiceLikelihood(CausalReadout):
             "shared": [[shared]],
         }
 
+    @property
+    def _first(self) -> int:
+        """The token that begins a text; of a tokenizer that has none the one that ends it."""
+        tokenizer = self.tokenizer
+        beginnings = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return next(cast(int, token) for token in beginnings if token is not None)
+
     def scoring(self) -> str:
-        divided = "" if self.normalise == "none" else f", divided by its {self.normalise}"
-        return f"log p of each{divided}"
+        how = {"none": "", "unconditional": ", less that without the prompt"}
+        return "log p of each" + how.get(self.normalise, f", divided by its {self.normalise}")
 
     def _prompt_and_answers(
         self, record: Record, rows: dict[str, list[list[int]]]
     ) -> tuple[str, list[tuple[str, str]]]:
         shared = rows["shared"][0][0]
         answers = []
-        for row, scored in zip(rows["input_ids"], rows["scored"], strict=True):
+        choices = len(record.choices)
+        for row, scored in zip(rows["input_ids"][:choices], rows["scored"], strict=False):
             start = scored.index(1)
             context = self._decode(row[shared:start], behind=row[:shared])
             answers.append((context, self._decode(row[start:], behind=row[:start])))
@@ -224,7 +245,7 @@ class ChoiceLikelihood(CausalReadout):
             inputs | {"sizes": torch.tensor(sizes)},  # (B, C)
             choices=torch.arange(self.num_classes) < counts[:, None],  # (B, C)
             labels=None if None in labels else torch.tensor(labels),
-            row_per_choice=not self.packed,
+            row_per_choice=not self.packed and self.normalise != "unconditional",
         )
 
     # ------------------------------------------------------------------ the model
@@ -283,13 +304,16 @@ class ChoiceLikelihood(CausalReadout):
         segment = inputs["segment"]  # (R, K), the choice that a column behind the prompts is of
         mask = _choices_apart(inputs["attention_mask"], segment)
         each = self._log_probs_of_packed(llm, inputs, _as_attention_takes_it(mask, llm))
-        own = segment[:, :, None] == torch.arange(self.num_classes, device=segment.device)
+        choices = torch.arange(inputs["sizes"].shape[1], device=segment.device)
+        own = segment[:, :, None] == choices
         return (each[:, :, None] * own.to(each.device)).sum(1)
 
     def _score_separate(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-        """The same, of rows (R, C, T)."""
+        """The same, of rows (R, C, T); of (R, 2C, T), less those of the second half."""
         rows = {name: v.flatten(0, 1) for name, v in inputs.items() if name != "sizes"}
-        return self._log_probs_of_rows(llm, rows).sum(-1).unflatten(0, (-1, self.num_classes))
+        each = self._log_probs_of_rows(llm, rows).sum(-1).view(inputs["scored"].shape[:2])
+        given, *alone = each.split(inputs["sizes"].shape[1], dim=1)
+        return given - alone[0] if alone else given
 
     def _log_probs_of_packed(
         self, llm: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor
@@ -410,13 +434,14 @@ def _packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def _separate(examples: Sequence[Example], num_classes: int) -> dict[str, Tensor]:
-    """Rows (B, C, T), padded on the right; ``scored`` is (B, C, K) of the last K columns, from the
-    first that is scored in any row on."""
+    """Rows (B, C, T), or (B, 2C, T) with those of choices alone, padded on the right; ``scored``
+    is of the last K columns, from the first that is scored in any row on."""
     by_name: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "scored": []}
     for example in examples:
         # A missing choice is scored as a copy of the first one and masked afterwards.
         places = [*range(example.num_choices), *[0] * (num_classes - example.num_choices)]
-        for c in places:
+        all_rows = range(0, len(example.rows["input_ids"]), example.num_choices)
+        for c in (first + place for first in all_rows for place in places):
             row = torch.tensor(example.rows["input_ids"][c])
             by_name["input_ids"].append(row)
             by_name["attention_mask"].append(torch.ones_like(row))
@@ -424,7 +449,7 @@ def _separate(examples: Sequence[Example], num_classes: int) -> dict[str, Tensor
     padded = {name: pad_sequence(value, batch_first=True) for name, value in by_name.items()}
     first = int(padded["scored"].any(0).int().argmax())
     padded["scored"] = padded["scored"][:, first:]
-    return {name: value.unflatten(0, (-1, num_classes)) for name, value in padded.items()}
+    return {name: value.unflatten(0, (len(examples), -1)) for name, value in padded.items()}
 
 
 def _choices_apart(attended: Tensor, segment: Tensor) -> Tensor:

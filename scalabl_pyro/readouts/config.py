@@ -10,8 +10,8 @@ from ..data import PROMPTS, Prompt, Record, read_template
 
 __all__ = ["NORMALISE", "TEMPERATURE", "ReadoutConfig"]
 
-#: what log p is divided by
-NORMALISE = ("characters", "tokens", "none")
+#: what log p is divided by; or that log p without the prompt is taken away
+NORMALISE = ("characters", "tokens", "none", "unconditional")
 #: whether κ is trained, or 1
 TEMPERATURE = ("trained", "none")
 
@@ -32,7 +32,8 @@ class ReadoutConfig:
     :param system: a message that stands before all others in the chat template.
     :param chat: for causal language models, put prompts through the chat template.
     :param normalise: for choice likelihood, what log p of a choice is divided by: its
-        ``characters``, its ``tokens``, or ``none``.
+        ``characters``, its ``tokens``, or ``none``; ``unconditional`` takes away log p of the
+        choice without the prompt.
     :param temperature: for choice likelihood, whether κ is ``trained``, or 1 with ``none`` (see
         :class:`~scalabl_pyro.readouts.ChoiceLikelihood`).
     :param truncate: cut the questions of prompts that are longer than the context instead of

@@ -147,6 +147,7 @@ class MultipleChoice(_HeadReadout):
 
     auto_class = "AutoModelForMultipleChoice"
     row_per_choice = True
+    any_number = True
 
     def _rows(
         self, record: Record, question: str | None = None, **options: Any

@@ -313,14 +313,14 @@ def _how_choices_are_scored(manifest: Mapping[str, Any]) -> list[str]:
     scoring = manifest.get("choice_likelihood")
     if scoring is None:
         return []
-    per = (
-        ""
-        if scoring["normalise"] == "none"
-        else f", divided by the number of its {scoring['normalise']}"
-    )
+    normalise = scoring["normalise"]
+    how = {
+        "none": "",
+        "unconditional": ", less the same sum behind the token that begins a text, without prompt",
+    }
     return [
         f"The logit of a choice is {scoring['kappa']:.6g} · log p(choice | prompt), summed over its"
-        f" tokens{per}."
+        f" tokens{how.get(normalise, f', divided by the number of its {normalise}')}."
     ]
 
 

@@ -61,6 +61,15 @@ def test_the_embedded_model_with_class_names():
     assert adapter(whole(adapter.encode(records))).shape == (3, 4)
 
 
+def test_how_choices_are_scored(local_model, records):
+    how = dict(readout="choice_likelihood", normalise="tokens", temperature="none")
+    adapter = sp.from_pretrained(local_model, lora("q_proj"), records, **how)
+    assert adapter.readout.normalise == "tokens"
+    assert not adapter.readout_parameters
+    with pytest.raises(ValueError, match="normalise is 'tokens' with readout 'label_tokens'"):
+        sp.from_pretrained(local_model, lora("q_proj"), records, normalise="tokens")
+
+
 @pytest.mark.parametrize("readout", ["multiple_choice", "sequence_classification"])
 def test_encoders_with_a_head_of_their_own(tokenizer, readout):
     records = make_records(6, choices=3)

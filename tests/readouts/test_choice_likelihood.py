@@ -50,6 +50,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.data import PROMPTS, DataError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.lora.jacobian import jacobian
 from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.methods import MLE, LaplaceLoRA
 from scalabl_pyro.readouts import ChoiceLikelihood
@@ -160,6 +161,65 @@ def test_scores_are_those_of_a_loop_over_plain_transformers(tokenizer, normalise
         with adapter.folded(s) as llm:
             expected = scores_by_hand(llm, tokenizer, RECORDS, size)
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_choice_has_without_the_prompt_is_taken_away(tokenizer):
+    """Equal to a loop; a row of s for each example, and C backward passes, see both rows."""
+    for kind in LLMS:
+        adapter = make(tokenizer, kind, readout={"normalise": "unconditional"})
+        batch = whole(adapter.readout.encode(RECORDS))
+        s = torch.randn(3, *adapter.shape)
+        logits = adapter(batch, s).detach()
+        for one, scores in zip(s, logits, strict=True):
+            with adapter.folded(one) as llm:
+                given = scores_by_hand(llm, tokenizer, RECORDS, lambda choice: 1)
+                alone = torch.tensor(
+                    [
+                        [behind_first(llm, tokenizer, f" {c}") for c in r.choices]
+                        + [0.0] * (4 - len(r.choices))
+                        for r in RECORDS
+                    ]
+                )
+            torch.testing.assert_close(scores, given - alone, atol=2e-5, rtol=1e-5)
+        each, J = jacobian(adapter, batch, s[0])
+        torch.testing.assert_close(each, logits[0], atol=1e-5, rtol=1e-5)
+        step = 1e-2 * torch.randn(adapter.shape)
+        ends = [adapter(batch, s[0] + sign * step) for sign in (1, -1)]
+        slope, seen = (ends[0] - ends[1]) / 2, batch.choices
+        close = dict(atol=2e-5, rtol=1e-2)
+        torch.testing.assert_close((J * step).sum((-1, -2))[seen], slope[seen].detach(), **close)
+
+
+@torch.no_grad()
+def behind_first(llm, tokenizer, answer: str) -> float:
+    first = tokenizer.pad_token_id  # it has no other special token
+    ids = torch.tensor([[first, *tokenizer(answer).input_ids]])
+    logits = llm(ids).logits[0].float()
+    return -float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
+
+
+@pytest.mark.parametrize("normalise", ["characters", "unconditional"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_record_may_have_more_choices_than_any_before(tokenizer, packed, normalise):
+    adapter = make(tokenizer, readout={"normalise": normalise})
+    more = ("runs", "sings", "red", "the blue tree", "green dog", "a", "bird")
+    records = [*RECORDS, Record("e", "the dog", more, 6)]
+    split = adapter.readout.encode(records)
+    adapter.readout.packed &= packed  # what a model that is attached later may change
+    few = [whole(adapter.readout.encode(part)) for part in (RECORDS[:2], RECORDS[2:])]
+    draws = torch.randn(2, *adapter.shape)
+    predictions = predict(Predictor(adapter, draws), split)
+    assert predictions.logits.shape == (2, 5, 7)
+    expected = torch.cat([adapter(batch, draws) for batch in few], dim=1).detach()
+    torch.testing.assert_close(predictions.logits[:, :4, :4], expected, atol=1e-5, rtol=1e-5)
+    assert (predictions.logits[:, :4, 4:] == float("-inf")).all()
+    # The seven choices as two records, whose scores are those of the whole.
+    halves = [Record("f", "the dog", more[:4], 0), Record("g", "the dog", more[4:], 0)]
+    parts = adapter(whole(adapter.readout.encode(halves)), draws).detach()
+    torch.testing.assert_close(
+        predictions.logits[:, 4], torch.cat([parts[:, 0], parts[:, 1, :3]], -1), atol=1e-5, rtol=0
+    )
+    assert 0 < evaluate(predictions.logits, predictions.labels)["nll"] < 10
 
 
 def test_packed_rows_equal_separate_rows(adapter):

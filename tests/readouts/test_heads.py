@@ -39,6 +39,19 @@ MODELS = {
 }
 
 
+def test_a_record_may_have_more_choices_than_any_before(make_choice):
+    """The scores are those of its choices in two records."""
+    adapter = make_choice()
+    names = ("red", "the cat", "dog", "a bird", "blue", "green tree")
+    most = adapter.readout.num_classes
+    parts = [Record(c, "the dog", names[a:b], 0) for c, a, b in (("b", 0, most), ("c", most, 6))]
+    whole_logits = adapter(whole(adapter.encode([Record("a", "the dog", names, 5), parts[0]])))
+    first, rest = adapter(whole(adapter.encode(parts)))
+    assert whole_logits.shape == (2, 6)
+    torch.testing.assert_close(whole_logits[0], torch.cat([first, rest[: 6 - most]]))
+    assert (whole_logits[1, most:] == float("-inf")).all()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_a_batch_are_those_of_each_row_alone(tokenizer, name):
     build, target, heads = MODELS[name]
