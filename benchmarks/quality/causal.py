@@ -56,7 +56,6 @@ from scalabl_pyro.prediction.metrics import (
     summarise,
 )
 from scalabl_pyro.prediction.predictor import Predictor, predict
-from scalabl_pyro.readouts.choice_likelihood import NORMALISE
 from scalabl_pyro.readouts.kappa import fit_kappa
 
 STEPS, BATCH, DRAWS = 400, 8, 10
@@ -68,6 +67,8 @@ HELD_OUT = {"openbookqa": 1000}
 OTHERS = 400
 #: training questions that choose κ without training
 KAPPA = 200
+#: what log p of a choice is divided by, of one pass
+SIZES = ("characters", "tokens", "none")
 TUNING_SEED, SEEDS = 100, range(5)
 UPPER = 8
 TASKS = ("arc_easy", "openbookqa")
@@ -115,7 +116,7 @@ def zero_shot(model: str, data: str, task: str) -> dict[str, Any]:
     splits = {"train": readout.encode(train), "test": readout.encode(test)}
     predictions = {name: predict(predictor, split, batch_size=8) for name, split in splits.items()}
     figures: dict[str, Any] = {"n": len(test), "n_kappa": len(train)}
-    for normalise in NORMALISE:
+    for normalise in SIZES:
         readout.normalise = normalise
         scores = {
             name: predictions[name].logits[0] / sizes(readout.encode(split.records))
