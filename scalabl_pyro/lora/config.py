@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes, ReadoutConfig
+from ..readouts.base import check_records
 from .layers import read_config
 from .subspace import SUBSPACES
 
@@ -84,6 +85,7 @@ class ModelConfig(ReadoutConfig):
 
         :param shots: the records that prompts show, of the training split, as many as
             :attr:`shots` says.
+        :raises TypeError: if they are something else than a list of records.
         :raises DataError: if there are no records, or the prompt cannot put them.
         :raises ValueError: if there are more or fewer shots.
         """
@@ -92,6 +94,7 @@ class ModelConfig(ReadoutConfig):
                 f"shots is {self.shots}, but {len(shots)} records are given to be shown: give as"
                 " many, as draw_shots does"
             )
+        check_records(records)
         classes = READOUTS[self.readout].classes(records, prompt=self.prompt)
         return replace(classes, shots=tuple(shots))
 

@@ -177,7 +177,9 @@ def _check_scores(scores: Tensor) -> None:
         )
 
 
-def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[str, float]:
+def evaluate(
+    logits: Tensor, labels: Tensor | Sequence[int] | None, *, bins: int = 15
+) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
     * ``acc``: accuracy; ``ece``: expected calibration error, see :func:`ece`
@@ -192,9 +194,10 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
       :func:`~scalabl_pyro.prediction.adaptive_ece`
     * ``aurc`` and ``prr``: errors under abstention by the largest probability, see
       :mod:`~scalabl_pyro.prediction.rejection`
-    * ``auroc_entropy``, ``auroc_mutual_information`` and ``auroc_noise_to_signal``: how well they
-      tell wrong answers from right ones, see :func:`auroc`; nan where all answers are right or all
-      are wrong, and for the last two of one draw; so too ``aupr_…`` and ``fpr95_…``, see
+    * ``auroc_max_probability`` (of 1 − the largest), ``auroc_entropy``,
+      ``auroc_mutual_information`` and ``auroc_noise_to_signal``: how well they tell wrong answers
+      from right ones, see :func:`auroc`; nan where all answers are right or all are wrong, and for
+      the last two of one draw; so too ``aupr_…`` and ``fpr95_…``, see
       :mod:`~scalabl_pyro.prediction.detection`
 
     :param logits: (S, N, C).
@@ -204,6 +207,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
     probs, log_probs, total, mutual = summarise(logits)
+    labels = torch.as_tensor(labels)
     check_labels(probs, labels)
     labels = labels.long()
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
@@ -229,6 +233,7 @@ def evaluate(logits: Tensor, labels: Tensor | None, *, bins: int = 15) -> dict[s
     both = bool(wrong.any()) and not bool(wrong.all())
     for name, measure in (("auroc", auroc), ("aupr", aupr), ("fpr95", fpr_at_tpr)):
         for score, of, known in (
+            ("max_probability", -confidence, both),
             ("entropy", total, both),
             ("mutual_information", mutual, both and several),
             ("noise_to_signal", ratio, both and several),

@@ -25,7 +25,7 @@ from ..data import Batch, Completion, DataError, Example, Record, Split
 from ..data.records import is_text
 from .config import ReadoutConfig
 
-__all__ = ["Classes", "Reading", "Readout", "common"]
+__all__ = ["Classes", "Reading", "Readout", "check_records", "common"]
 
 log = logging.getLogger(__name__)
 
@@ -231,10 +231,12 @@ class Readout(ABC):
     def encode(self, records: Sequence[Record]) -> Split:
         """Tokenise records.
 
+        :raises TypeError: if they are something else than a list of records.
         :raises DataError: if a record has more than C choices, or others than
             :attr:`class_names` or those in another order, or becomes no token, or rows exceed
             ``max_length`` and ``truncate`` is off (the message says how many and how long).
         """
+        check_records(records)
         examples, too_long, longest = [], 0, 0
         tokenizer = self.tokenizer
         # Unknown words are words.
@@ -404,6 +406,18 @@ class Readout(ABC):
 
     def _pad_choices(self, rows: list[list[int]]) -> list[list[int]]:
         return rows
+
+
+def check_records(records: Any) -> None:
+    """:raises TypeError: if these are something else than a list of records."""
+    listed = isinstance(records, Sequence) and not isinstance(records, str)
+    for record in records if listed else [records]:
+        if not (listed and isinstance(record, (Record, Completion))):
+            raise TypeError(
+                f"found {str(record)[:60]!r} in the place of"
+                f" {'a record' if listed else 'a list of records'}: expected a list of Record, such"
+                " as Record.from_mapping(row) of a dictionary, or of Completion"
+            )
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

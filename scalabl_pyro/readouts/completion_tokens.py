@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, Completion, DataError, Example, Record, Split
-from .base import Classes, Readout
+from .base import Classes, Readout, check_records
 from .causal import check_chat, last_logits, prompt_ids
 from .config import ReadoutConfig
 from .conversations import answer_text, given_text
@@ -112,6 +112,7 @@ class CompletionTokens(Readout):
         :raises DataError: if a record has no completion, it has no token of its own or fills the
             whole context, or rows exceed ``max_length`` and ``truncate`` is off.
         """
+        check_records(records)
         texts = [r if isinstance(r, Completion) else Completion.of(r) for r in records]
         return super().encode(texts)  # type: ignore[arg-type]  # id, choices, label alike
 

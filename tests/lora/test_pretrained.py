@@ -61,6 +61,25 @@ def test_the_embedded_model_with_class_names():
     assert adapter(whole(adapter.encode(records))).shape == (3, 4)
 
 
+@pytest.mark.parametrize("readout", ["label_tokens", "completion_tokens"])
+def test_what_is_no_list_of_records_is_refused(records, readout):
+    config = lora("q_proj")
+    adapter = sp.from_pretrained("embedded", config, records, readout=readout)
+    row = {"id": "a", "question": "the cat", "choices": ["a", "b"]}
+    for given, found in (
+        (records[0], "Record.* in the place of a list of records"),
+        ("the cat", "'the cat' in the place of a list of records"),
+        (iter(records), "iterator.* in the place of a list of records"),
+        ([row], "'question': 'the cat'.* in the place of a record: .*from_mapping"),
+    ):
+        with pytest.raises(TypeError, match=found):
+            adapter.encode(given)
+        with pytest.raises(TypeError, match=found):
+            sp.from_pretrained("embedded", config, given, readout=readout)
+    with pytest.raises(TypeError, match="in the place of a list of records"):
+        sp.predict(sp.Predictor(adapter), records[0])
+
+
 def test_how_choices_are_scored(local_model, records):
     how = dict(readout="choice_likelihood", normalise="tokens", temperature="none")
     adapter = sp.from_pretrained(local_model, lora("q_proj"), records, **how)

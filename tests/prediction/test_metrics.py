@@ -129,6 +129,9 @@ def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     wrong = (probabilities.argmax(-1) != labels).tolist()
     scores = (-(probabilities * probabilities.log()).sum(-1)).tolist()
     assert metrics["auroc_entropy"] == pytest.approx(pairs_won(scores, wrong), abs=1e-6)
+    sure = probabilities.amax(-1).neg().tolist()
+    assert metrics["auroc_max_probability"] == pytest.approx(pairs_won(sure, wrong), abs=1e-6)
+    assert evaluate(logits, labels.tolist()) == evaluate(logits, labels.numpy()) == metrics
     assert 0 <= metrics["auroc_mutual_information"] <= 1
     ratios = ratios_in_loops(logits)
     assert metrics["noise_to_signal"] == pytest.approx(sorted(ratios)[29], rel=1e-5)
