@@ -180,10 +180,11 @@ def test_readouts(request, make):
 def test_curvature_and_features(make_causal):
     adapter = make_causal(projections="frozen_v")
     model, guide, split = fitted(adapter)
-    found = sp.laplace(model, split, by_evidence=True).guide
     loc = guide.median()["s"]
+    loaded = loc.cpu()
+    found = sp.laplace(model, split, loc=loaded, by_evidence=True).guide
     sp.predict(Linearised(adapter, loc, sp.draw(found, 3, seed=0)), split)
-    sp.novelty(model, split, split, loc=loc)
+    sp.novelty(model, split, split, loc=loaded)
     weight_novelty(adapter, split, split, precision=1.0, s=loc)
     known = pooled_features(adapter, split, s=loc)
     assert mahalanobis(known, known).device.type == "cpu"

@@ -47,7 +47,7 @@ class AutoSubspace(PyroModule):
     ) -> None:
         require_module_local_params()
         super().__init__()
-        loc = model.init_loc if init_loc is None else init_loc
+        loc = model.init_loc if init_loc is None else init_loc.to(model.init_loc.device)
         if loc.shape != model.init_loc.shape:
             raise ValueError(
                 f"init_loc has shape {tuple(loc.shape)}: expected (M, r) ="
