@@ -68,7 +68,9 @@ def check_same(number: int, message: str) -> None:
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by the first process's, in place."""
     for tensor in tensors if world_size() > 1 else ():
-        dist.broadcast(tensor, src=0)
+        whole = tensor.contiguous()  # NCCL takes no other
+        dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
 
 
 def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:

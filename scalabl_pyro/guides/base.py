@@ -47,7 +47,7 @@ class AutoSubspace(PyroModule):
     ) -> None:
         require_module_local_params()
         super().__init__()
-        loc = model.init_loc if init_loc is None else init_loc
+        loc = model.init_loc if init_loc is None else init_loc.to(model.init_loc.device)
         if loc.shape != model.init_loc.shape:
             raise ValueError(
                 f"init_loc has shape {tuple(loc.shape)}: expected (M, r) ="
@@ -59,7 +59,8 @@ class AutoSubspace(PyroModule):
         self._to_support = None if support is constraints.real else biject_to(support)
         if self._to_support is not None and not support.check(loc).all():
             raise ValueError(f"init_loc leaves the support of the prior, {support}")
-        self._init_loc = self._unconstrained(loc.detach())
+        # A buffer, so that it moves with the parameters; the state does not need it.
+        self.register_buffer("_init_loc", self._unconstrained(loc.detach()), persistent=False)
         self._init_scale = float(init_scale)
         self._prior_perp = model.prior_perp
         self._latents = model.prior.latents

@@ -51,7 +51,8 @@ class AutoSubspaceRelaxedBernoulli(AutoSubspace):
             )
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}: expected a number above 0")
-        self._temperature = torch.tensor(float(temperature), device=self._init_loc.device)
+        tau = torch.tensor(float(temperature), device=self._init_loc.device)
+        self.register_buffer("_temperature", tau, persistent=False)
         logits = self._temperature * self._constrained(self._init_loc).logit()
         self.logits = PyroParam(logits, constraints.real, 2)  # type: ignore[assignment]
 

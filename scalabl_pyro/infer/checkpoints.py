@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..distributed import world_size
 from ..files import whole_file
 
 __all__ = [
@@ -172,9 +173,12 @@ class Checkpoints:
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's random number generators: the CPU's, and those of all GPUs if
-    ``device`` is one, for a model may be spread over them."""
+    ``device`` is one, for a model may be spread over them. Of several processes each has a GPU of
+    its own, and all the same state there, which is kept alone."""
     state = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
+    if device.type == "cuda" and world_size() > 1:
+        state["random.cuda"] = torch.cuda.get_rng_state(device)[None]
+    elif device.type == "cuda":
         state["random.cuda"] = torch.stack(torch.cuda.get_rng_state_all())
     return state
 
@@ -187,7 +191,10 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["random.cpu"])
     if device.type == "cuda" and "random.cuda" not in state:
         raise ValueError("the checkpoint was made on a CPU: go on there, or start again")
-    if device.type == "cuda":
+    if device.type == "cuda" and world_size() > 1:
+        # On this process's own GPU: on others nothing was drawn by the process that saved.
+        torch.cuda.set_rng_state(state["random.cuda"][0], device)
+    elif device.type == "cuda":
         count = len(state["random.cuda"])
         if count != torch.cuda.device_count():
             raise ValueError(

@@ -183,7 +183,8 @@ def _extended(root: Tensor | None, rows: Tensor, rank: int) -> Tensor:
         rows = torch.linalg.qr(rows, mode="r").R
         _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
         return sizes[:, None] * directions
-    with torch.random.fork_rng([] if rows.device.type == "cpu" else [rows.device]):
+    # Seeding touches every device, wherever the rows are.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         _, sizes, directions = torch.svd_lowrank(rows, q=min(2 * rank, *rows.shape), niter=3)
     return sizes[:rank, None] * directions.mT[:rank]

@@ -75,7 +75,7 @@ def laplace(
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature is {curvature!r}: expected one of {sorted(CURVATURES)}")
-    loc = model.init_loc if loc is None else loc
+    loc = model.init_loc if loc is None else loc.to(model.init_loc.device)
     if loc.shape != model.init_loc.shape:
         raise ValueError(
             f"loc has shape {tuple(loc.shape)}: expected (M, r) {tuple(model.init_loc.shape)}"

@@ -437,8 +437,10 @@ class _Training:
         sites = AllSites(self._parameters) if check else nullcontext()
         with pyro.validation_enabled(check), sites, kl_weight(beta):
             for _ in range(self._config.accumulation):
+                # Once: adapter and likelihood each need it there.
+                batch = next(minibatches).to(self._device)
                 with ObservedNLL() as observed:
-                    negative_elbo = elbo.loss_and_grads(self._model, self._guide, next(minibatches))
+                    negative_elbo = elbo.loss_and_grads(self._model, self._guide, batch)
                 loss += negative_elbo * self._per_example
                 nll += observed.total() * self._per_example
         return loss, nll

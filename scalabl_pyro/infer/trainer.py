@@ -76,6 +76,9 @@ class ELBOTrainer(transformers.Trainer):
         self._train, self._adapter = train, model.adapter
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
+        # On a machine with several GPUs it would run a copy of model and guide on each, in threads,
+        # all on the same adapter.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(_Objective(model, guide, elbo), args, **options)
 
     def train(self, *args: Any, **options: Any) -> Any:

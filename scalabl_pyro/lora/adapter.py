@@ -175,8 +175,9 @@ class SubspaceAdapter:
 
     @property
     def init_loc(self) -> Tensor:
-        """(M, r), the s at which the adapter computes what plain LoRA would; a copy."""
-        return self._init_loc.clone()
+        """(M, r), the s at which the adapter computes what plain LoRA would; a copy, where the
+        model is now."""
+        return self._init_loc.to(self.device, copy=True)
 
     @property
     def device(self) -> torch.device:
@@ -243,13 +244,14 @@ class SubspaceAdapter:
         """
         if not (loc != 0).all():
             raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
-        if not torch.equal(self.matrices.norms_of_B(), self._B_at_start):
+        if not torch.equal(self.matrices.norms_of_B(), self._B_at_start.to(self.device)):
             raise ValueError(
                 "the start of s would have to move, and with it B, which has been trained or moved"
                 " since this adapter was made: build a new adapter for a prior of another support"
             )
-        self.matrices.scale_columns_of_B(self._init_loc / loc)
-        self._init_loc = loc.to(self._init_loc)
+        init_loc = self.init_loc
+        self.matrices.scale_columns_of_B(init_loc / loc)
+        self._init_loc = loc.to(init_loc)
 
     @torch.no_grad()
     def start_readout(self, train: Split) -> None:

@@ -36,9 +36,9 @@ class DropoutAverage:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
-        device = self.adapter.device
         logits = []
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        # Seeding touches every device, wherever the adapter is.
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
             self.adapter.train()
             try:

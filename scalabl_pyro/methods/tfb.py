@@ -101,7 +101,8 @@ class TFB(DrawsWeights, LoRAMethod):
         d = matrices.decompose_product()
         d = d.clamp(min=1e-6 * float(d.max()))  # a direction that is not used has no scale
         noise = torch.randn(self.draws, len(matrices.flat_A()), generator=generator)
-        noises = matrices.named_A(noise.to(adapter.device))
+        noise = noise.to(adapter.device)
+        noises = matrices.named_A(noise)
         means = matrices.named_A(matrices.flat_A().detach())
         rows = zip(means, d, strict=True)
         spread = {name: noises[name] / scale[:, None].to(noise) for name, scale in rows}

@@ -95,6 +95,8 @@ class FixedPrior(Prior):
         device = fn(torch.empty(0, device=here)).device
         if device != here:
             self._coordinate = _on(device, self._coordinate)
+            if self.support is not Prior.support:  # its bounds may be tensors too
+                self.support = cast(constraints.Constraint, self._coordinate.support)
         return self
 
     def forward(self) -> TorchDistribution:

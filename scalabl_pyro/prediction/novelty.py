@@ -48,6 +48,7 @@ def novelty(
     :raises ValueError: if the prior is not normal, or ``train`` has no labels or does not hold
         ``model.num_data`` examples.
     """
+    loc = loc.to(model.init_loc.device)
     precision = normal_prior(model).scale.detach().double().flatten().pow(-2)
     model.adapter.eval()
     H = torch.zeros(loc.numel(), loc.numel(), dtype=torch.float64, device=loc.device)

@@ -186,6 +186,19 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_causal, records, tmp_p
         train(make_causal, records, FIT, checkpoints=checkpoints)
 
 
+def test_processes_go_on_with_the_random_state_that_they_had_in_common(monkeypatch):
+    """Of two with a GPU each, the one that saves has drawn nothing on the other's."""
+    states = {0: torch.full((16,), 5, dtype=torch.uint8), 1: torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index].clone())
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: states[device.index].copy_(state)
+    )
+    saved = module.random_state(torch.device("cuda", 0))
+    module.set_random_state(saved, torch.device("cuda", 1))
+    assert torch.equal(states[1], states[0])
+
+
 def test_intervals_must_be_positive():
     with pytest.raises(ValueError, match="every is 0"):
         CheckpointConfig(every=0)

@@ -124,6 +124,17 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
         ELBOTrainer(model, guide, arguments(tmp_path), unlabelled)
 
 
+def test_it_runs_on_one_of_several_gpus(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    args = arguments(tmp_path)
+    args._n_gpu = 2  # as transformers counts them
+    trainer = ELBOTrainer(model, AutoSubspaceNormal(model), args, split)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 4
+
+
 def test_the_snippet_of_the_documentation_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = blocks(ROOT / "docs" / "callbacks.md", "python")[-1]
