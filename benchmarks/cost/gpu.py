@@ -40,7 +40,7 @@ from benchmarks.cost._steps import (
 )
 from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import AutoSubspaceNormal
-from scalabl_pyro.infer.svi import FitConfig, fit
+from scalabl_pyro.infer import FitConfig, fit
 from scalabl_pyro.lora.adapter import SubspaceAdapter
 from scalabl_pyro.models.model import ScalaBLModel
 

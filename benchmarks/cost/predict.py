@@ -37,8 +37,8 @@ from scalabl_pyro import SubspaceAdapter
 from scalabl_pyro.data import Batch, Split
 from scalabl_pyro.files import whole_file
 from scalabl_pyro.guides import AutoSubspace
+from scalabl_pyro.infer import FitConfig
 from scalabl_pyro.infer.kl import KLSchedule
-from scalabl_pyro.infer.svi import FitConfig
 from scalabl_pyro.lora.loading import make_adapter
 from scalabl_pyro.methods import ScalaBL
 from scalabl_pyro.prediction.distillation import distill, fold_into

@@ -27,8 +27,8 @@ import torch
 from benchmarks._report import IMAGES, RESULTS, report
 from benchmarks.quality._openbookqa import Bench
 from scalabl_pyro.files import whole_file
+from scalabl_pyro.infer import FitConfig
 from scalabl_pyro.infer.kl import KLSchedule
-from scalabl_pyro.infer.svi import FitConfig
 from scalabl_pyro.lora.adapter import ProjectionMode
 from scalabl_pyro.methods import (
     MAP,

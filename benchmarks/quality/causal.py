@@ -35,8 +35,8 @@ from torch import Tensor
 from benchmarks._report import RESULTS, report
 from benchmarks.quality.calibration import posterior_mean, summary, tempered
 from scalabl_pyro.data import Record, Split, disjoint, read_folder
+from scalabl_pyro.infer import FitConfig, FitResult
 from scalabl_pyro.infer.kl import KLSchedule
-from scalabl_pyro.infer.svi import FitConfig, FitResult
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import load_readout, make_adapter
 from scalabl_pyro.methods import MAP, MLE, Fitted, Method, ScalaBL

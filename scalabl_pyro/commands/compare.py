@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..data import check_split, fingerprint
 from ..files import check_writable
-from ..infer.svi import FitConfig, NonFiniteLossError
+from ..infer.fit_config import FitConfig
+from ..infer.training import NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, ZeroShot
 from ..readouts import READOUTS

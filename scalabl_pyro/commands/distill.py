@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data import Columns, Split
 from ..files import new_path, whole_folder
-from ..infer.svi import FitConfig
+from ..infer.fit_config import FitConfig
 from ..lora.loading import make_adapter
 from ..prediction.distillation import distill
 from ..prediction.metrics import average

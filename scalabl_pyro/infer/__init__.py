@@ -4,9 +4,12 @@ from .callbacks import Callback, ProgressBar, TensorBoard
 from .chains import Chains, mcmc
 from .checkpoints import CheckpointConfig, Checkpoints, Interrupted
 from .elbos import ELBOS, make_elbo
+from .fit_config import FitConfig
 from .kl import KLBudget, KLSchedule, kl_weight
 from .laplace_approximation import Laplace, laplace
-from .svi import FitConfig, FitResult, NonFiniteLossError, fit, no_guide, parameter_groups
+from .parameters import parameter_groups
+from .svi import fit
+from .training import FitResult, NonFiniteLossError, no_guide
 
 __all__ = [
     "ELBOS",

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..data import Batch, Split
 from ..models.model import LoRAModel
 from .kl import KLSchedule, kl_weight
-from .svi import parameter_groups
+from .parameters import parameter_groups
 
 __all__ = ["ELBOTrainer"]
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..data import Split
 from ..guides import AutoSubspace
 from ..infer.checkpoints import Checkpoints
-from ..infer.svi import FitConfig, FitResult, fit, no_guide
+from ..infer.fit_config import FitConfig
+from ..infer.svi import fit
+from ..infer.training import FitResult, no_guide
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..models.model import LoRAModel, ScalaBLModel
 from ..prediction.assessment import assess

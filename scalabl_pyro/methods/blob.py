@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ..data import Batch, Split
+from ..infer.fit_config import FitConfig
 from ..infer.kl import KLSchedule
-from ..infer.svi import FitConfig, FitResult, fit
+from ..infer.svi import fit
+from ..infer.training import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.weight_draws import WeightAverage

@@ -17,8 +17,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ..data import Batch
+from ..infer.fit_config import FitConfig
 from ..infer.kl import KLSchedule
-from ..infer.svi import FitConfig
 
 __all__ = ["Bursts", "TwoObjectives", "burst_steps", "burst_weight", "check_bursts", "in_bursts"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..infer.fit_config import FitConfig
 from ..infer.kl import KLSchedule
-from ..infer.svi import FitConfig
 from ..lora.adapter import ProjectionMode
 from .scalabl import ScalaBL
 

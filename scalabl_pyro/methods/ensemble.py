@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import Split
 from ..infer.checkpoints import Checkpoints
-from ..infer.svi import FitResult
+from ..infer.training import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..prediction.weight_draws import WeightAverage
 from .base import DrawsWeights, Fitted, LoRAMethod

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..infer.svi import FitConfig, no_guide, parameter_groups
+from ..infer.fit_config import FitConfig
+from ..infer.parameters import parameter_groups
+from ..infer.training import no_guide
 from ..models.model import LoRAModel
 from .base import DrawsWeights, LoRAMethod
 

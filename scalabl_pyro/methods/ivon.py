@@ -13,7 +13,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from ..data import Batch, Split
-from ..infer.svi import FitConfig, FitResult
+from ..infer.fit_config import FitConfig
+from ..infer.training import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, RunPredictor

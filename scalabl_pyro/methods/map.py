@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..infer.svi import FitConfig
+from ..infer.fit_config import FitConfig
 from .base import LoRAMethod
 
 __all__ = ["MAP"]

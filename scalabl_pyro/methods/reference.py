@@ -28,7 +28,9 @@ from torch.distributions import kl_divergence
 
 from ..data import Split
 from ..guides import AutoSubspace
-from ..infer.svi import FitConfig, FitResult, fit
+from ..infer.fit_config import FitConfig
+from ..infer.svi import fit
+from ..infer.training import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import ScalaBLModel
 from ..prediction.draws import draw

@@ -11,7 +11,8 @@ from ..data import Split
 from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
 from ..infer.checkpoints import Checkpoints
 from ..infer.elbos import make_elbo
-from ..infer.svi import FitConfig, FitResult
+from ..infer.fit_config import FitConfig
+from ..infer.training import FitResult
 from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.subspace import set_perp
 from ..models.model import ScalaBLModel

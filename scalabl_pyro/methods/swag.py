@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..infer.svi import FitConfig
+from ..infer.fit_config import FitConfig
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, RunPredictor
 from ..prediction.weight_draws import WeightAverage

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ..data import Split
-from ..infer.svi import FitConfig, FitResult
+from ..infer.fit_config import FitConfig
+from ..infer.training import FitResult
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, Split
-from ..infer.svi import FitConfig, FitResult, fit, no_guide
+from ..infer.fit_config import FitConfig
+from ..infer.svi import fit
+from ..infer.training import FitResult, no_guide
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import PERP
 from ..models.model import LoRAModel

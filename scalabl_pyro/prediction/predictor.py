@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch, Record, Split
-from ..infer.svi import NonFiniteLossError
+from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from .metrics import average, entropy, half_width, mutual_information, noise_to_signal
 

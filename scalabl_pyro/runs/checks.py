@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, Split
 from ..guides import AutoSubspaceNormal
-from ..infer.svi import FitConfig, fit
+from ..infer.fit_config import FitConfig
+from ..infer.svi import fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
 from ..models.model import ScalaBLModel

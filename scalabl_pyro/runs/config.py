@@ -25,7 +25,7 @@ from ..data import (
 )
 from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
-from ..infer.svi import FitConfig
+from ..infer.fit_config import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method, ScalaBL
 from ..readouts import READOUTS, Classes

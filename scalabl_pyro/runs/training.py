@@ -19,7 +19,7 @@ from ..data import Record, Split, fingerprint, fingerprints
 from ..distributed import is_main, world_size
 from ..files import write_whole
 from ..infer.checkpoints import Checkpoints
-from ..infer.svi import NonFiniteLossError
+from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from conftest import make_records, write_jsonl
 
-from scalabl_pyro.infer.svi import FitConfig
+from scalabl_pyro.infer import FitConfig
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pyro.nn import PyroParam
 
 from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, fit
 from scalabl_pyro.guides import GUIDES, AutoSubspace, make_guide
-from scalabl_pyro.infer.svi import FitConfig
+from scalabl_pyro.infer import FitConfig
 from scalabl_pyro.models.priors import HierarchicalNormal, Horseshoe
 
 SPREAD = [

@@ -18,10 +18,9 @@ from pyro.infer import Trace_ELBO
 from scalabl_pyro import ScalaBLModel, fit, load_run
 from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.guides import make_guide
-from scalabl_pyro.infer import Callback
+from scalabl_pyro.infer import Callback, FitConfig
 from scalabl_pyro.infer import checkpoints as module
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints, Interrupted, TrainingState
-from scalabl_pyro.infer.svi import FitConfig
 
 FIT = FitConfig(steps=7, batch_size=4, lr=0.05, accumulation=2, kl_budget=5.0)
 BEST = FitConfig(steps=7, batch_size=4, lr=0.05, eval_every=2, keep="best")

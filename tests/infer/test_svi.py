@@ -26,8 +26,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
-from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError
-from scalabl_pyro.infer.svi import no_guide
+from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError, no_guide
 
 ELBOS = {
     "Trace_ELBO": Trace_ELBO(max_plate_nesting=1),

@@ -13,7 +13,7 @@ import torch
 from conftest import write_jsonl
 
 from scalabl_pyro import FitConfig, ScalaBLModel, predict
-from scalabl_pyro.infer.svi import NonFiniteLossError
+from scalabl_pyro.infer import NonFiniteLossError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS
 from scalabl_pyro.methods.bursts import burst_steps, burst_weight

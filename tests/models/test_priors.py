@@ -10,8 +10,7 @@ from conftest import make_records, whole
 from pyro.poutine import trace
 
 from scalabl_pyro import AutoSubspaceNormal, Predictor, ScalaBLModel, fit
-from scalabl_pyro.infer import make_elbo
-from scalabl_pyro.infer.svi import FitConfig
+from scalabl_pyro.infer import FitConfig, make_elbo
 from scalabl_pyro.models.priors import PRIORS, FixedPrior, LearnedNormal, make_prior
 
 

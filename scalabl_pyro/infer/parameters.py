@@ -1,0 +1,55 @@
+"""What training moves, and at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..models.model import LoRAModel
+
+__all__ = ["parameter_groups", "trained_parameters"]
+
+
+def trained_parameters(
+    model: LoRAModel, guide: Callable[..., Any]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """All that a loss of both moves, by name: projections and heads, and what moves at the guide's
+    rate and does not decay.
+
+    :raises ValueError: if there is nothing.
+    """
+    trained = model.adapter.named_parameters()
+    known = {id(parameter) for parameter in trained.values()}
+    own = {id(p) for p in model.adapter.readout_parameters.values()}
+    matrices = {name: p for name, p in trained.items() if id(p) not in own}
+    # A readout's few numbers, such as κ, have as far to go as the guide's.
+    numbers = {name: p for name, p in trained.items() if id(p) in own}
+    # A prior's own parameters are variational ones.
+    numbers |= {
+        f"model.{name}": p
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in known
+    }
+    if isinstance(guide, nn.Module):
+        numbers |= {f"guide.{name}": p for name, p in guide.named_parameters()}
+    if not (matrices or numbers):
+        raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
+    return matrices, numbers
+
+
+def parameter_groups(
+    model: LoRAModel,
+    guide: Callable[..., Any],
+    *,
+    lr: float,
+    lr_guide: float,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Those of :func:`trained_parameters` for an optimizer of torch, with their rates and decay."""
+    matrices, numbers = trained_parameters(model, guide)
+    return [
+        {"params": list(matrices.values()), "lr": lr, "weight_decay": weight_decay},
+        {"params": list(numbers.values()), "lr": lr_guide, "weight_decay": 0.0},
+    ]
