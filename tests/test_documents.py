@@ -140,8 +140,8 @@ def test_python_about_prompts_runs():
     )
     answers = [record.choices[record.label] for record in names["questions"]["train"][:2]]
     expected = f"{first} {answers[0]}\n\n{second} {answers[1]}\n\n{asked}"
-    assert names["found"].prompt == expected
-    assert [scored for _, scored in names["found"].answers] == [
+    assert names["reading"].prompt == expected
+    assert [scored for _, scored in names["reading"].answers] == [
         " red",
         " blue",
         " green",

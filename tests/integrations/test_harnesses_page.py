@@ -78,7 +78,7 @@ def test_its_command_and_python_evaluate_a_run(folder):
     local = code.replace('tasks=["arc_easy"]', "tasks=[task]")
     exec(compile(local, "harnesses.md", "exec"), names)
     assert names["average"].predictor.num_draws == 20
-    assert 0 <= names["found"]["results"]["arc_easy"]["acc,none"] <= 1
+    assert 0 <= names["results"]["results"]["arc_easy"]["acc,none"] <= 1
     assert lm_eval.__version__
 
 
