@@ -21,6 +21,7 @@ __all__ = [
     "METRICS",
     "TITLES",
     "UNITS",
+    "auroc_note",
     "cell",
     "cost_cells",
     "cost_ratio",
@@ -42,6 +43,7 @@ ECE: beside it in brackets its floor, what calibrated models with the same proba
 """
 AURC = "AURC: area under the risk–coverage curve, lower is better"
 AUROC = "AUROC: entropy of this split against test"
+EQUAL_LENGTH = "of pairs whose numbers of tokens differ by 2 at most; (tokens): of these numbers"
 UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3), "aurc": (1, 3)}
 TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier", "aurc": "AURC"}
 DIFFERENCES = tuple(title.removesuffix(" (floor)") for title in TITLES.values())
@@ -58,13 +60,16 @@ def format_table(table: Mapping[str, Any]) -> str:
     head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
     lines = [*HEADER.splitlines(), head]
     if any(table["auroc_of_entropy"].values()):
-        lines = [*HEADER.splitlines(), AUROC, f"{head}{'AUROC':>16s}"]
+        lines = [*HEADER.splitlines(), auroc_note(table), f"{head}{'AUROC':>16s}"]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             auroc = table["auroc_of_entropy"][name].get(split)
             last = cell(auroc, 1, 3) if auroc else ""
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
             lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
+        if split in table["auroc_of_tokens"]:
+            control = cell(table["auroc_of_tokens"][split], 1, 3)
+            lines.append(f"{split:12s}{'(tokens)':20s}{control:>84s}")
     differences = table.get(f"minus_{BASELINE}", {})
     if differences:
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
@@ -74,6 +79,11 @@ def format_table(table: Mapping[str, Any]) -> str:
             p = {m: p_value(cells[m]["p"]) for m in NARROW}
             lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def auroc_note(table: Mapping[str, Any]) -> str:
+    """What the AUROC of a table is."""
+    return f"{AUROC}, {EQUAL_LENGTH}" if table["auroc_of_tokens"] else AUROC
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:

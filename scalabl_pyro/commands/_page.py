@@ -26,7 +26,6 @@ from ..prediction.rejection import risk_coverage_curve
 from ..runs.config import flat
 from ._formats import (
     AURC,
-    AUROC,
     BASELINE,
     BEST,
     COST,
@@ -36,6 +35,7 @@ from ._formats import (
     METRICS,
     TITLES,
     UNITS,
+    auroc_note,
     cell,
     cost_cells,
     cost_ratio,
@@ -95,7 +95,8 @@ def to_html(
         header=HEADER.strip().replace("\n", "; "),
         best=BEST,
         cost=COST,
-        auroc=AUROC,
+        auroc=auroc_note(table),
+        controls={s: cell(value, 1, 3) for s, value in table["auroc_of_tokens"].items()},
         columns=list(TITLES.values()),
         difference_columns=DIFFERENCES,
         aurc=AURC,

@@ -53,8 +53,10 @@ def write_report(
     :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
-        of calibrated models with the same probabilities; and the AUROC of entropy for telling the
-        examples of a further split from ``test``.
+        of calibrated models with the same probabilities; and ``auroc_of_entropy`` for telling the
+        examples of a further split from ``test``. Where the runs keep how many tokens their
+        questions have, pairs of about equal length alone count there, and ``auroc_of_tokens`` has
+        by split what the number of tokens would reach, a control.
         ``best`` has for each split and metric the ``row`` with the best mean, and those that are
         ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
         the mean over seeds of what runs cost, ``None`` where one of them does not say.
@@ -71,6 +73,7 @@ def write_report(
         name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
         for name, row in predictions.items()
     }
+    tokens = {s: _tokens(rows, s) for s in splits if s != "test"}
     table: dict[str, Any] = {
         "metrics": {
             name: {s: {m: _mean(row[s][m]) for m in METRICS} for s in splits}
@@ -86,11 +89,15 @@ def write_report(
         },
         "auroc_of_entropy": {
             name: {
-                s: _mean(torch.stack([_auroc(run, s) for run in row]))
-                for s in splits
-                if s != "test"
+                s: _mean(torch.stack([_auroc(_entropies(run, s), lengths) for run in row]))
+                for s, lengths in tokens.items()
             }
             for name, row in predictions.items()
+        },
+        "auroc_of_tokens": {
+            s: _mean(_auroc(lengths, lengths)[None])
+            for s, lengths in tokens.items()
+            if lengths is not None
         },
         "best": {
             s: {m: _best({n: row[s][m] for n, row in values.items()}, m) for m in METRICS}
@@ -203,8 +210,29 @@ def _check_records(run: ReportedRun, other: ReportedRun) -> None:
             )
 
 
-def _auroc(run: Mapping[str, Predictions], split: str) -> Tensor:
-    """What each question of ``test`` and of the split adds to it."""
-    known, other = entropy(run["test"].logits), entropy(run[split].logits)
-    is_other = torch.arange(len(known) + len(other)) >= len(known)
-    return auroc_per_question(torch.cat([known, other]), is_other)
+#: of the questions of ``test``, and of those of another split
+Pair = tuple[Tensor, Tensor]
+
+
+def _tokens(rows: Mapping[str, Sequence[ReportedRun]], split: str) -> Pair | None:
+    """How many tokens each question has, if all runs say the same and some have about as many."""
+    runs = [run for row in rows.values() for run in row]
+    if not all({"test", split} <= run.tokens.keys() for run in runs):
+        return None
+    pairs = [(run.tokens["test"], run.tokens[split]) for run in runs]
+    same = all(torch.equal(a, b) for pair in pairs for a, b in zip(pair, pairs[0], strict=True))
+    return pairs[0] if same and not _auroc(pairs[0], pairs[0]).isnan().any() else None
+
+
+def _entropies(run: Mapping[str, Predictions], split: str) -> Pair:
+    return entropy(run["test"].logits), entropy(run[split].logits)
+
+
+def _auroc(scores: Pair, tokens: Pair | None) -> Tensor:
+    """What each question of ``test`` and of another split adds to it.
+
+    :param tokens: lengths, of which a pair's are about equal.
+    """
+    is_other = torch.arange(sum(map(len, scores))) >= len(scores[0])
+    lengths = None if tokens is None else torch.cat(tokens)
+    return auroc_per_question(torch.cat(scores).double(), is_other, lengths)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..prediction.predictor import Predictions
 from ..runs.config import MAY_CHANGE_ON_RESUME
 from ..runs.cost import Cost, read_cost
@@ -23,6 +25,7 @@ class ReportedRun:
     :param predictions: by split, ``test`` among them, with labels.
     :param settings: by full names.
     :param cost: ``None`` where nobody knows it.
+    :param tokens: (N,) by split, of each question, as far as they are known.
     :param data: hashes of the records by split, as far as they are known.
     :param folder: where it is kept, which the page links to.
     """
@@ -32,6 +35,7 @@ class ReportedRun:
     settings: Mapping[str, Any]
     seed: int
     cost: Cost | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -41,15 +45,16 @@ class ReportedRun:
 
         :raises RunFolderError: if a file is missing or damaged.
         """
-        config, predictions = read_settings(folder), load_predictions(folder)
+        config, saved = read_settings(folder), read_predictions(folder)
         splits = [name for name in read_json(folder / "metrics.json") if name != "validation"]
         leave = (*MAY_CHANGE_ON_RESUME, "seed", "trials")
         return cls(
             str(folder),
-            {name: predictions[name] for name in splits if name in predictions},
+            {n: Predictions(saved[n]["logits"], saved[n]["labels"]) for n in splits if n in saved},
             {k: v for k, v in config.flat().items() if k.split(".")[0] not in leave},
             config.seed,
             read_cost(folder),
+            {name: parts["tokens"] for name, parts in saved.items() if "tokens" in parts},
             read_fingerprints(folder),
             folder,
         )

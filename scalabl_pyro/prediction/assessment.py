@@ -19,8 +19,9 @@ class Assessment(NamedTuple):
     """What is told of a split.
 
     :param metrics: see :func:`evaluate`, and of texts :func:`evaluate_texts`; ``nll`` is in both.
-    :param tensors: ``logits`` (S, N, C) and ``labels`` (N,); of texts with T tokens in all
-        ``log_probs`` (S, T), ``entropy`` and ``mutual_information`` (T,) and ``lengths`` (N,).
+    :param tensors: ``logits`` (S, N, C), ``labels`` (N,) and ``tokens`` (N,), those of each
+        example's longest row; of texts with T tokens in all ``log_probs`` (S, T), ``entropy`` and
+        ``mutual_information`` (T,) and ``lengths`` (N,).
     """
 
     metrics: dict[str, float]
@@ -56,4 +57,9 @@ def assess(
     )
     metrics = evaluate(predictions.logits, predictions.labels)
     assert predictions.labels is not None
-    return Assessment(metrics, {"logits": predictions.logits, "labels": predictions.labels})
+    tensors = {
+        "logits": predictions.logits,
+        "labels": predictions.labels,
+        "tokens": torch.tensor(split.lengths),
+    }
+    return Assessment(metrics, tensors)

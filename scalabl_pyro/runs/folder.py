@@ -7,7 +7,8 @@
   ``s`` (S, M, r), or ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more
-* ``predictions.safetensors`` logits (S, N, C) and labels (N,) of every split but the training one;
+* ``predictions.safetensors`` of every split but the training one: logits (S, N, C), labels (N,) and
+  numbers of tokens (N,);
   of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``cost.json``, ``trials.json`` if there were some, ``history.csv``,
   ``environment.json``; ``data.json``, hashes of the records of each split, and ``trained_on.json``,

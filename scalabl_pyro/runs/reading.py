@@ -145,9 +145,12 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
         texts = {"log_probs", "entropy", "mutual_information", "lengths"}
         if shapes.keys() == texts and shapes["log_probs"][1:] == (int(parts["lengths"].sum()),):
             continue
-        if shapes.keys() != {"logits", "labels"} or shapes["labels"] != shapes["logits"][1:2]:
+        by_question = {name: shape for name, shape in shapes.items() if name != "logits"}
+        known = by_question.keys() - {"tokens"} == {"labels"}  # older runs have no tokens
+        N = shapes.get("logits", ())[1:2]
+        if not (known and N and set(by_question.values()) == {N}):
             raise RunFolderError.damaged(
-                path, f"{split} has {shapes}: expected logits (S, N, C) and labels (N,)"
+                path, f"{split} has {shapes}: expected logits (S, N, C), labels (N,), tokens (N,)"
             )
     return by_split
 

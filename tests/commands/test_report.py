@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from scalabl_pyro.commands._report import write_report
 from scalabl_pyro.commands._runs import ReportedRun, load_predictions
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.prediction import paired_difference
+from scalabl_pyro.prediction import entropy, paired_difference
 from scalabl_pyro.runs import DataConfig, RunConfig
 from scalabl_pyro.runs.cost import Cost, Passes
 
@@ -251,6 +251,45 @@ def test_runs_that_are_kept_nowhere_have_no_links(tmp_path, rows):
     cells = [row for row in page.rows if len(row) == 11 and row[0] == "mle"]
     assert cells[0][-1] == "0 1"
     assert table["metrics"].keys() == rows.keys()
+
+
+def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
+    """Against a loop over pairs; with the number of tokens as a control."""
+    runs, other = read(rows), f"other {EVIL}"
+    generator = torch.Generator().manual_seed(0)
+    names = ("test", other)
+    sizes = {s: len(runs["mle"][0].predictions[s].logits[0]) for s in names}
+    tokens = {
+        s: torch.randint(5 + 2 * (s == other), 14, (sizes[s],), generator=generator) for s in names
+    }
+    runs = {n: [replace(run, tokens=tokens) for run in row] for n, row in runs.items()}
+    table = write_report(tmp_path, runs, chosen={}, trials={})
+
+    def won(scores: dict[str, list[float]]) -> float:
+        pairs = [
+            1.0 if a > b else 0.5 if a == b else 0.0
+            for a, m in zip(scores[other], tokens[other].tolist(), strict=True)
+            for b, n in zip(scores["test"], tokens["test"].tolist(), strict=True)
+            if abs(m - n) <= 2
+        ]
+        return sum(pairs) / len(pairs)
+
+    for name, row in runs.items():
+        each = [won({s: entropy(run.predictions[s].logits).tolist() for s in names}) for run in row]
+        mean = table["auroc_of_entropy"][name][other]["mean"]
+        assert mean == pytest.approx(sum(each) / len(each), abs=1e-9)
+    control = won({s: tokens[s].tolist() for s in names})
+    assert table["auroc_of_tokens"][other]["mean"] == pytest.approx(control, abs=1e-9)
+    page = Page(tmp_path / "report.html")
+    (cells,) = [row for row in page.rows if row[0] == "(tokens)"]
+    assert cells[-1].startswith(f"{control:.3f} ±")
+    shown = (tmp_path / "table.txt").read_text()
+    assert "of pairs whose numbers of tokens differ by 2 at most" in shown
+    line = next(line for line in shown.splitlines() if "(tokens)  " in line)
+    assert f"{control:.3f} ±" in line
+    # Of runs that do not say how long their questions are, all pairs count.
+    unknown = runs | {"mle": [replace(run, tokens={}) for run in runs["mle"]]}
+    assert not write_report(tmp_path / "b", unknown, chosen={}, trials={})["auroc_of_tokens"]
 
 
 def test_settings_and_trials_are_listed(written):
