@@ -55,6 +55,11 @@ class Columns:
         if not isinstance(self.choices, str | None):
             object.__setattr__(self, "choices", tuple(self.choices))
 
+    @property
+    def none_named(self) -> bool:
+        """Whether no column is named, so that a file's own layout holds; ``labels`` may be."""
+        return replace(self, labels="auto") == Columns()
+
     def question_of(self, cells: Cells) -> Any:
         """The text of a row that is asked or classified.
 

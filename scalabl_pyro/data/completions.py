@@ -131,7 +131,9 @@ class Completion:
 
 def is_completion(row: object) -> bool:
     """Whether a decoded JSON object is meant as one, and not as a question with choices."""
-    return isinstance(row, Mapping) and not row.keys().isdisjoint({"prompt", "messages"})
+    if not isinstance(row, Mapping) or "choices" in row:
+        return False
+    return "prompt" in row or "messages" in row
 
 
 def _messages(name: str, values: Any) -> tuple[Message, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .columns import Columns, blank
-from .completions import Completion
+from .completions import Completion, is_completion
 from .csv_rows import csv_columns, csv_rows
 from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
@@ -54,30 +55,29 @@ class Format(NamedTuple):
     """A kind of file.
 
     :param rows: file → numbers and cells of its rows.
-    :param columns: file → the columns of a layout that this format has of its own; ``None`` if its
-        rows are records.
+    :param columns: file → the columns of the layout that this format has of its own.
     :param class_labels: file → column → the names that it gives to numbers.
     :param unit: what the numbers count, for messages.
     """
 
     rows: Callable[[Path], Iterator[tuple[int, Any]]]
-    columns: Callable[[Path], Columns | None]
+    columns: Callable[[Path], Columns] = lambda path: Columns()
     class_labels: Callable[[Path], Mapping[str, tuple[str, ...]]] = lambda path: {}
     unit: str = "line"
 
 
 FORMATS = {
-    ".jsonl": Format(jsonl_rows, lambda path: None),
+    ".jsonl": Format(jsonl_rows),
     ".csv": Format(csv_rows, csv_columns),
-    ".parquet": Format(parquet_rows, lambda path: Columns(), parquet_class_labels, unit="row"),
+    ".parquet": Format(parquet_rows, class_labels=parquet_class_labels, unit="row"),
 }
 
 
 def read_table(path: str | Path, columns: Columns | None = None) -> Table:
     """The rows of one file.
 
-    :param columns: which columns make a record; by default as the format has it: JSON objects with
-        exactly a record's or a text's fields, the layouts of CSV, or columns called as the fields.
+    :param columns: which columns make a record; by default those called as the fields of a record
+        or a text, or the layouts of CSV. Other columns are passed over.
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
@@ -86,19 +86,24 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
     if path.suffix not in FORMATS:
         raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix]
-    if columns in (None, Columns()):
-        columns = kind.columns(path)
+    columns = columns or Columns()
+    own_layout = columns.none_named
+    if own_layout:
+        layout = kind.columns(path)
+        columns = layout if columns.labels == "auto" else replace(layout, labels=columns.labels)
     rows = []
     for count, (number, cells) in enumerate(kind.rows(path), start=1):
         place = f"{path}, {kind.unit} {number}"
-        if columns is not None and not isinstance(cells, Mapping):
+        if not isinstance(cells, Mapping):
             raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
-        if columns is None and path.suffix == ".csv" and blank(cells.get("completion")):
+        if path.suffix == ".csv" and is_completion(cells) and blank(cells.get("completion")):
             cells = {name: cell for name, cell in cells.items() if name != "completion"}
         rows.append(Row(place, str(count), cells))
     if not rows:
         raise DataError(f"{path}: holds no records")
-    return Table(str(path), rows, columns, kind.class_labels(path))
+    # A label of our own fields is an index, as a record has it.
+    undecided = "from_0" if own_layout else None
+    return Table(str(path), rows, columns, kind.class_labels(path), undecided)
 
 
 def read_records(

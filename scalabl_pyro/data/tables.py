@@ -38,15 +38,16 @@ class Table:
     """The rows of one split, and the columns that make them records.
 
     :param place: the file or data set, for messages.
-    :param columns: ``None`` for rows that are records or texts already, with exactly their fields.
     :param class_labels: column → names, for columns of numbers whose names the file itself gives
         (``ClassLabel`` of ``datasets``).
+    :param undecided: how labels are read that the data leave open; ``None``: such are refused.
     """
 
     place: str
     rows: Sequence[Row]
-    columns: Columns | None
+    columns: Columns
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    undecided: str | None = None
 
 
 def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict[str, list[Record]]:
@@ -69,7 +70,8 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
         for row in rows
         if row.label and row.reading == "auto"
     ]
-    decided = decide(undecided) if undecided else ""
+    otherwise = next((table.undecided for table in tables.values()), None)
+    decided = decide(undecided, otherwise) if undecided else ""
     return {name: _distinct(rows, decided) for name, rows in by_name.items()}
 
 
@@ -86,12 +88,9 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
     columns = table.columns
     for row in table.rows:
         try:
-            if columns in (None, Columns()) and is_completion(row.cells):
+            if columns.none_named and is_completion(row.cells):
                 text = Completion.from_mapping({"id": row.name} | dict(row.cells))
                 yield _Read(row.place, cast(Record, text))
-                continue
-            if columns is None:
-                yield _Read(row.place, Record.from_mapping(row.cells))
                 continue
             own, name = columns.has_choices(row.cells), columns.id_of(row.cells)
             if not own and not classes:
@@ -155,8 +154,6 @@ def _label(
 def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     """The names of the classes, if the files give them: see :func:`to_records`."""
     columns = table.columns
-    if columns is None:
-        return ()
     column = columns.label or "label"
     if column in table.class_labels:
         return class_set(table.class_labels[column])
