@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_records
+from ..data import Columns, Completion, DataError, Record, asked, fingerprint
 from ..data.readers import read_table
+from ..data.tables import to_records
 from ..runs.folder import Run
 from ..runs.reading import read_fingerprints, read_trained_on, weights_fingerprint
 
@@ -19,18 +20,14 @@ log = logging.getLogger(__name__)
 def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
     """The records of a file.
 
-    :param columns: which columns make a record. Where none is given they are those that the run
+    :param columns: which columns make a record. Where none is named they are those that the run
         was trained by, if the file has them; else as :func:`~scalabl_pyro.data.read_records` takes
         them.
     :raises DataError: as ``read_records``.
     """
     try:
-        trained = run.config.data.columns
-        if columns == Columns() and trained != Columns():
-            first = read_table(path, trained).rows[0].cells
-            if isinstance(first, Mapping):
-                columns = trained.within(first) or columns
-        return read_records(path, run.class_names, columns)
+        table = read_table(path, columns, run.config.data.columns)
+        return to_records({"": table}, run.class_names)[""]
     except DataError as error:
         # Of training it is a part of data, here a setting of its own.
         raise DataError(str(error).replace("data.columns", "columns")) from error

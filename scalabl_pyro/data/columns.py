@@ -78,7 +78,19 @@ class Columns:
 
         return re.sub(r"\{([^{}]+)\}", fill, template)
 
-    def within(self, cells: Cells) -> Columns | None:
+    def or_those_of(self, trained: Columns, cells: object) -> Columns:
+        """These columns; where none is named, those that a run was trained by, if the row has them.
+
+        How labels are read is the run's too, but where it is given.
+        """
+        if not self.none_named or not isinstance(cells, Mapping):
+            return self
+        columns = trained if trained.none_named else trained._within(cells)
+        if columns is None or self.labels == "auto":
+            return columns or self
+        return replace(columns, labels=self.labels, keys=None)
+
+    def _within(self, cells: Cells) -> Columns | None:
         """These columns for a row that may lack those of the label, of its keys and of the id;
         ``None`` if it lacks another of them."""
         missing: dict[str, Any] = {

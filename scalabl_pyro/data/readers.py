@@ -15,7 +15,14 @@ from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
 from .tables import Row, Table, to_records
 
-__all__ = ["FORMATS", "read_completions", "read_folder", "read_records", "read_table"]
+__all__ = [
+    "FORMATS",
+    "read_completions",
+    "read_folder",
+    "read_folder_tables",
+    "read_records",
+    "read_table",
+]
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -73,11 +80,15 @@ FORMATS = {
 }
 
 
-def read_table(path: str | Path, columns: Columns | None = None) -> Table:
+def read_table(
+    path: str | Path, columns: Columns | None = None, trained: Columns | None = None
+) -> Table:
     """The rows of one file.
 
     :param columns: which columns make a record; by default those called as the fields of a record
         or a text, or the layouts of CSV. Other columns are passed over.
+    :param trained: those that a run was trained by, which are taken where ``columns`` names none
+        and the first row has them.
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
@@ -87,6 +98,9 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
         raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix]
     columns = columns or Columns()
+    if trained is not None:
+        first = next(iter(kind.rows(path)), (1, None))
+        columns = columns.or_those_of(trained, first[1])
     own_layout = columns.none_named
     if own_layout:
         layout = kind.columns(path)
@@ -149,6 +163,18 @@ def read_folder(
         their own names.
     :raises DataError: if the folder does not exist, holds no such file, or two for one split.
     """
+    return to_records(read_folder_tables(root, columns, split_names), classes)
+
+
+def read_folder_tables(
+    root: str | Path,
+    columns: Columns | None = None,
+    split_names: Mapping[str, str] | None = None,
+) -> dict[str, Table]:
+    """The rows of the same splits.
+
+    :raises DataError: as :func:`read_folder`.
+    """
     root = Path(root)
     paths = sorted(path for path in root.glob("*") if path.suffix in FORMATS)
     if not paths:
@@ -165,5 +191,4 @@ def read_folder(
     absent = sorted(set(stems.values()) - by_name.keys())
     if absent:
         raise DataError(f"{root} lacks the splits {absent}: found {sorted(by_name)}")
-    tables = {ours: read_table(by_name[theirs], columns) for ours, theirs in stems.items()}
-    return to_records(tables, classes)
+    return {ours: read_table(by_name[theirs], columns) for ours, theirs in stems.items()}

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from .columns import Columns
 from .hub import Task
-from .readers import read_folder, read_table
+from .readers import read_folder_tables, read_table
 from .records import DataError, Record, class_set
 from .splits import check_split, subsample
-from .tables import to_records
-from .tasks import EmbeddedTask, find_task
+from .tables import Table, read_tables
+from .tasks import find_task
 
 __all__ = ["DataSource"]
 
@@ -105,15 +105,21 @@ class DataSource:
 
         :raises DataError: if a file is missing or bad.
         """
-        if self.root is not None:
-            splits = read_folder(self.root, self.classes, self.columns, self._names())
-        elif self.path is not None:
-            splits = to_records({"train": read_table(self.path, self.columns)}, self.classes)
+        return self.read_decided()[0]
+
+    def read_decided(self) -> tuple[dict[str, list[Record]], str | None]:
+        """The same, and how labels are read if the data decided it: a value of ``columns.labels``
+        by which they are read so again.
+
+        :raises DataError: as :meth:`read`.
+        """
+        if self.task is not None:
+            splits, reading = find_task(self.task).read(self.hub_path), None
         else:
-            splits = self._task().read(self.hub_path)
+            splits, reading = read_tables(self._tables("train"), self.classes)
         for name, records in splits.items():
             self._check_choices(records, name)
-        return splits
+        return splits, reading
 
     def read_split(self, name: str) -> list[Record]:
         """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
@@ -125,9 +131,7 @@ class DataSource:
         if self.path is None:
             records = check_split(self.read(), name)
         else:
-            (records,) = to_records(
-                {self.path: read_table(self.path, self.columns)}, self.classes
-            ).values()
+            (records,) = read_tables(self._tables(self.path), self.classes)[0].values()
             self._check_choices(records, self.path)
         count = (self.limit or {}).get(name)
         return records if count is None else subsample(records, count)
@@ -146,12 +150,17 @@ class DataSource:
     def _names(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in self.split_names.items() if theirs is not None}
 
-    def _task(self) -> Task | EmbeddedTask:
-        if self.task is not None:
-            return find_task(self.task)
-        return Task(
-            str(self.hub), self.name, self.columns, self._names(), self.classes, self.revision
-        )
+    def _tables(self, whole: str) -> dict[str, Table]:
+        """The rows of each split, where ``task`` is not given.
+
+        :param whole: what the rows of ``path`` are called.
+        """
+        if self.path is not None:
+            return {whole: read_table(self.path, self.columns)}
+        if self.root is not None:
+            return read_folder_tables(self.root, self.columns, self._names())
+        task = Task(str(self.hub), self.name, self.columns, self._names(), revision=self.revision)
+        return task.tables(self.hub_path)
 
     def _check_choices(self, records: list[Record], place: str) -> None:
         for record in records:

@@ -15,7 +15,7 @@ from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
 from .text import canonical, comparable
 
-__all__ = ["Row", "Table", "to_records"]
+__all__ = ["Row", "Table", "read_tables", "to_records"]
 
 log = logging.getLogger(__name__)
 
@@ -59,20 +59,28 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
     :raises DataError: at the first bad row, with its place, value and reason; if an id occurs twice
         in a split; if labels can be read in several ways.
     """
+    return read_tables(tables, classes)[0]
+
+
+def read_tables(
+    tables: Mapping[str, Table], classes: Sequence[str] = ()
+) -> tuple[dict[str, list[Record]], str | None]:
+    """The same, and how labels are read if the data decided it, a key of ``READINGS``: by it alone
+    they are read again as they were."""
     classes = class_set(classes)
     by_name = {
         name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
         for name, table in tables.items()
     }
-    undecided = [
-        row.label
-        for rows in by_name.values()
-        for row in rows
-        if row.label and row.reading == "auto"
-    ]
+    labelled = [row for rows in by_name.values() for row in rows if row.label]
+    undecided = [row.label for row in labelled if row.label and row.reading == "auto"]
     otherwise = next((table.undecided for table in tables.values()), None)
-    decided = decide(undecided, otherwise) if undecided else ""
-    return {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    decided = decide(undecided, otherwise) if undecided else None
+    splits = {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    # Of numbers that have names, those were read, which from_0 does not.
+    named = any((table.columns.label or "label") in table.class_labels for table in tables.values())
+    whole = len(undecided) == len(labelled) and not (named and decided == "from_0")
+    return splits, decided if whole else None
 
 
 class _Read(NamedTuple):
@@ -109,11 +117,11 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
             raise DataError(f"{row.place}: {error}") from error
 
 
-def _distinct(rows: Sequence[_Read], decided: str) -> list[Record]:
+def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
     records, places = [], dict[str, str]()
     for place, record, label, reading in rows:
         if label is not None:
-            index = read_label(label, decided if reading == "auto" else reading)
+            index = read_label(label, decided if decided and reading == "auto" else reading)
             record = replace(record, label=index)
         if record.id in places:
             raise DataError(

@@ -72,7 +72,7 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
             " another run_dir, or remove it"
         )
     had = read_fingerprints(folder)
-    now = fingerprints(read_data(config)[0]) if had else {}
+    now = fingerprints(read_data(config).splits) if had else {}
     others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
     if others:
         raise ConfigError(
@@ -85,7 +85,8 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
-    splits, classes = read_data(config)
+    splits, classes, reading = read_data(config)
+    config = config.with_labels(reading)
     _check_inputs(config, splits, checkpoints)
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
