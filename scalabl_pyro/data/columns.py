@@ -10,7 +10,7 @@ from typing import Any
 from .labels import READINGS
 from .records import DataError
 
-__all__ = ["Columns", "blank"]
+__all__ = ["Columns", "as_text", "blank"]
 
 Cells = Mapping[str, Any]
 
@@ -68,10 +68,10 @@ class Columns:
         """
         template = self.question or "question"
         if "{" not in template:
-            return _text(_cell(cells, template, "question"))
+            return as_text(_cell(cells, template, "question"))
 
         def fill(match: re.Match[str]) -> str:
-            value = _text(_cell(cells, match[1], "question"))
+            value = as_text(_cell(cells, match[1], "question"))
             if not isinstance(value, str):
                 raise DataError(f"{match[1]} is {value!r}: expected a text")
             return value
@@ -121,8 +121,8 @@ class Columns:
                     f"{columns} holds {cell[0]}: name the part of it that is the choice's text, as"
                     f" by data.columns.choices={inside}"
                 )
-            return tuple(map(_text, cell)) if isinstance(cell, list | tuple) else cell
-        texts = [_text(_cell(cells, column, "choices")) for column in columns]
+            return tuple(map(as_text, cell)) if isinstance(cell, list | tuple) else cell
+        texts = [as_text(_cell(cells, column, "choices")) for column in columns]
         count = max((i for i, text in enumerate(texts, start=1) if not blank(text)), default=0)
         return tuple(texts[:count])
 
@@ -132,7 +132,7 @@ class Columns:
 
     def id_of(self, cells: Cells) -> Any:
         """The id of a row; ``None`` without one."""
-        return _text(_optional(cells, "id", self.id))
+        return as_text(_optional(cells, "id", self.id))
 
     def keys_of(self, cells: Cells, count: int) -> tuple[str, ...] | None:
         """What labels call the choices of a row, of which there are ``count``, if a column says."""
@@ -179,7 +179,7 @@ def _cell(cells: Cells, column: str, name: str) -> Any:
     return value
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """Whole numbers as texts, such as ids; anything else as it is."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 

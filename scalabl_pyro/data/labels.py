@@ -120,13 +120,14 @@ def read_label(labelled: Labelled, reading: str) -> int:
     return index
 
 
-def decide(labels: Sequence[Labelled], otherwise: str | None = None) -> str:
+def decide(labels: Sequence[Labelled], preferred: Sequence[str] = ()) -> str:
     """The one reading by which every label names a choice.
 
     Labels from 1 to 3 of four choices may count from 0 or from 1: a 0 or a 4 decides, else nobody
     can know, and a guess would make every answer wrong.
 
-    :param otherwise: the reading to take, with a warning, if it is one of several that disagree.
+    :param preferred: readings of which the first that fits is taken, with a warning, if there are
+        several that disagree.
     :returns: a key of ``READINGS``; any of those that give every label the same index.
     :raises DataError: if there is none, or several that disagree.
     """
@@ -147,7 +148,7 @@ def decide(labels: Sequence[Labelled], otherwise: str | None = None) -> str:
                 f"{error}; or say how labels are read: data.columns.labels is one of"
                 f" {list(READINGS)}, and data.columns.keys a column that names each row's choices"
             ) from error
-    first = otherwise if otherwise in fitting else next(iter(fitting))
+    first = next(name for name in (*preferred, *fitting) if name in fitting)
     others = [name for name in fitting if fitting[name] != fitting[first]]
     if not others:
         return first
@@ -156,7 +157,7 @@ def decide(labels: Sequence[Labelled], otherwise: str | None = None) -> str:
         f"{labels[0].place}: {labels[0].column} holds {values}, which can be read as {first} and as"
         f" {others[0]}, with different answers"
     )
-    if first == otherwise:
+    if first in preferred:
         log.warning("%s: taken as %s; labels=%s of columns changes that", several, first, others[0])
         return first
     names = " or ".join(f"data.columns.labels={name}" for name in fitting)

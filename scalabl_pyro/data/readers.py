@@ -115,9 +115,7 @@ def read_table(
         rows.append(Row(place, str(count), cells))
     if not rows:
         raise DataError(f"{path}: holds no records")
-    # A label of our own fields is an index, as a record has it.
-    undecided = "from_0" if own_layout else None
-    return Table(str(path), rows, columns, kind.class_labels(path), undecided)
+    return Table(str(path), rows, columns, kind.class_labels(path), own_layout)
 
 
 def read_records(

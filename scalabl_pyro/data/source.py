@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from .columns import Columns
+from pydantic import BeforeValidator
+
+from .columns import Columns, as_text
 from .hub import Task
 from .readers import read_folder_tables, read_table
 from .records import DataError, Record, class_set
@@ -14,6 +17,11 @@ from .tables import Table, read_tables
 from .tasks import find_task
 
 __all__ = ["DataSource"]
+
+
+def _texts(names: Any) -> Any:
+    """Names of classes that are numbers, as texts; anything else as it is."""
+    return tuple(map(as_text, names)) if isinstance(names, list | tuple) else names
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +58,11 @@ class DataSource:
     hub_path: str | None = None
     split_names: Mapping[str, str | None] = field(default_factory=dict)
     columns: Columns = field(default_factory=Columns)
-    classes: tuple[str, ...] = ()
+    classes: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
     limit: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", _texts(self.classes))
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"data.classes is {list(self.classes)}: expected two different names")
         try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
-from .columns import Columns, blank
+from .columns import Columns, as_text, blank
 from .completions import Completion, is_completion
 from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
@@ -40,14 +40,14 @@ class Table:
     :param place: the file or data set, for messages.
     :param class_labels: column → names, for columns of numbers whose names the file itself gives
         (``ClassLabel`` of ``datasets``).
-    :param undecided: how labels are read that the data leave open; ``None``: such are refused.
+    :param own_layout: no column is named by its reader, so that they are called as our own.
     """
 
     place: str
     rows: Sequence[Row]
     columns: Columns
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    undecided: str | None = None
+    own_layout: bool = False
 
 
 def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict[str, list[Record]]:
@@ -74,13 +74,21 @@ def read_tables(
     }
     labelled = [row for rows in by_name.values() for row in rows if row.label]
     undecided = [row.label for row in labelled if row.label and row.reading == "auto"]
-    otherwise = next((table.undecided for table in tables.values()), None)
-    decided = decide(undecided, otherwise) if undecided else None
+    decided = decide(undecided, list(_preferred(tables.values()))) if undecided else None
     splits = {name: _distinct(rows, decided) for name, rows in by_name.items()}
     # Of numbers that have names, those were read, which from_0 does not.
     named = any((table.columns.label or "label") in table.class_labels for table in tables.values())
     whole = len(undecided) == len(labelled) and not (named and decided == "from_0")
     return splits, decided if whole else None
+
+
+def _preferred(tables: Iterable[Table]) -> Iterator[str]:
+    """How labels are read that the data leave open."""
+    for table in tables:
+        if not any(table.columns.has_choices(row.cells) for row in table.rows[:1]):
+            yield "names"  # of the classes, which may be numbers too
+        if table.own_layout:
+            yield "from_0"  # as a record has it
 
 
 class _Read(NamedTuple):
@@ -165,12 +173,13 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     column = columns.label or "label"
     if column in table.class_labels:
         return class_set(table.class_labels[column])
-    if train is None or any(columns.has_choices(row.cells) for row in table.rows[:1]):
+    first = table.rows[0].cells if table.rows else {}
+    if train is None or columns.has_choices(first) or (columns.none_named and is_completion(first)):
         return ()
-    labels = [row.cells.get(column) for row in train.rows]
-    names = {canonical(label.strip()) for label in labels if isinstance(label, str)} - {""}
-    # What numbers mean stands elsewhere.
-    if columns.labels != "names" and all(map(str.isdecimal, names)):
+    labels = [as_text(row.cells.get(column)) for row in train.rows]
+    counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
+    names = counts.keys() - {""}
+    if not names and columns.labels != "names":
         return ()
     if len(names) < 2:
         raise DataError(
@@ -178,8 +187,13 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
             " more; correct the file, or give data.classes=[name,name,…]"
         )
     if table is train:
-        counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
         _warn_of_alike(train.place, column, {name: counts[name] for name in names})
+        if columns.labels != "names" and all(map(str.isdecimal, names)):
+            log.warning(
+                "%s: the numbers in the column %s, %s, are taken as the names of classes: give"
+                " data.classes to name them, or data.columns.choices where questions have choices",
+                *(train.place, column, sorted(names)),
+            )
     try:
         return class_set(sorted(names))
     except DataError as error:

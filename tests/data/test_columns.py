@@ -257,6 +257,38 @@ def test_texts_with_classes_in_columns_of_other_names(tmp_path):
     }
 
 
+def test_numbers_are_names_of_classes_too(tmp_path, caplog):
+    rows = "fine,5\nsad,1\nso so,3\n"
+    for name, header in (("mapped", "review,stars\n"), ("own", "text,class\n")):
+        (tmp_path / f"{name}.csv").write_text(header + rows)
+    table = [{"review": line.split(",")[0], "stars": int(line[-1])} for line in rows.splitlines()]
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "mapped.parquet")
+    columns = Columns("review", label="stars")
+
+    def labels(path: str, columns: Columns = columns, **settings: object) -> list[str]:
+        source = build(
+            DataSource, {"path": str(tmp_path / path), "columns": columns, **settings}, "data."
+        )
+        return [record.choices[record.label] for record in source.read()["train"]]
+
+    assert labels("own.csv", Columns()) == ["5", "1", "3"]
+    assert not caplog.text
+    assert labels("mapped.csv") == ["5", "1", "3"]
+    assert "['1', '3', '5'], are taken as the names of classes: give data.classes" in caplog.text
+    assert labels("mapped.parquet") == ["5", "1", "3"]
+    for classes in ([1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"], (1, 2, 3, 4, 5)):
+        for path, read in (("own.csv", Columns()), ("mapped.csv", columns)):
+            assert labels(path, read, classes=classes) == ["5", "1", "3"]
+    assert DataSource(root="a", classes=(1, 2)).classes == ("1", "2")
+    # Of five classes some may not occur, and the numbers of those that do are names all the same.
+    (tmp_path / "few.csv").write_text("review,stars\nfine,3\nsad,1\n")
+    assert labels("few.csv", classes=[1, 2, 3, 4, 5]) == ["3", "1"]
+    # Numbers of classes with other names are indices.
+    (tmp_path / "few.csv").write_text("review,stars\nfine,1\nsad,0\n")
+    assert labels("few.csv", classes=["bad", "good"]) == ["good", "bad"]
+    assert labels("few.csv", classes=[1, 2]) == ["2", "1"]
+
+
 def quiz(folder: Path, labels: list[object], count: int = 4, name: str = "quiz.jsonl") -> str:
     rows = [
         {"question": f"q{i}", "choices": [f"c{j}" for j in range(count)], "label": label}
