@@ -106,7 +106,8 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
 def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     trained = load_run(run)
     classes = config.data.classes or trained.class_names
-    records = replace(config.data, classes=classes).read_split(config.split)
+    source = replace(config.data, classes=classes)
+    records = source.read_split(config.split, trained.config.data.columns)
     warn_of_trained(trained, records, "these metrics say nothing of other records")
     split = trained.encode(records)
     return make_predictor(trained, config.prediction), split

@@ -168,9 +168,11 @@ def read_folder_tables(
     root: str | Path,
     columns: Columns | None = None,
     split_names: Mapping[str, str] | None = None,
+    trained: Columns | None = None,
 ) -> dict[str, Table]:
     """The rows of the same splits.
 
+    :param trained: as for :func:`read_table`.
     :raises DataError: as :func:`read_folder`.
     """
     root = Path(root)
@@ -189,4 +191,4 @@ def read_folder_tables(
     absent = sorted(set(stems.values()) - by_name.keys())
     if absent:
         raise DataError(f"{root} lacks the splits {absent}: found {sorted(by_name)}")
-    return {ours: read_table(by_name[theirs], columns) for ours, theirs in stems.items()}
+    return {ours: read_table(by_name[theirs], columns, trained) for ours, theirs in stems.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -116,31 +116,36 @@ class DataSource:
         """
         return self.read_decided()[0]
 
-    def read_decided(self) -> tuple[dict[str, list[Record]], str | None]:
+    def read_decided(
+        self, trained: Columns | None = None
+    ) -> tuple[dict[str, list[Record]], str | None]:
         """The same, and how labels are read if the data decided it: a value of ``columns.labels``
         by which they are read so again.
 
+        :param trained: as for :func:`~scalabl_pyro.data.read_table`.
         :raises DataError: as :meth:`read`.
         """
         if self.task is not None:
             splits, reading = find_task(self.task).read(self.hub_path), None
         else:
-            splits, reading = read_tables(self._tables("train"), self.classes)
+            splits, reading = read_tables(self._tables("train", trained), self.classes)
         for name, records in splits.items():
             self._check_choices(records, name)
         return splits, reading
 
-    def read_split(self, name: str) -> list[Record]:
+    def read_split(self, name: str, trained: Columns | None = None) -> list[Record]:
         """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
 
         The class names of a file of texts must be given: those it holds may be some of them.
 
+        :param trained: as for :func:`~scalabl_pyro.data.read_table`.
         :raises DataError: if a file is missing or bad, or there is no such split.
         """
         if self.path is None:
-            records = check_split(self.read(), name)
+            records = check_split(self.read_decided(trained)[0], name)
         else:
-            (records,) = read_tables(self._tables(self.path), self.classes)[0].values()
+            tables = self._tables(self.path, trained)
+            (records,) = read_tables(tables, self.classes)[0].values()
             self._check_choices(records, self.path)
         count = (self.limit or {}).get(name)
         return records if count is None else subsample(records, count)
@@ -159,17 +164,23 @@ class DataSource:
     def _names(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in self.split_names.items() if theirs is not None}
 
-    def _tables(self, whole: str) -> dict[str, Table]:
+    def _tables(self, whole: str, trained: Columns | None) -> dict[str, Table]:
         """The rows of each split, where ``task`` is not given.
 
         :param whole: what the rows of ``path`` are called.
         """
         if self.path is not None:
-            return {whole: read_table(self.path, self.columns)}
+            return {whole: read_table(self.path, self.columns, trained)}
         if self.root is not None:
-            return read_folder_tables(self.root, self.columns, self._names())
+            return read_folder_tables(self.root, self.columns, self._names(), trained)
         task = Task(str(self.hub), self.name, self.columns, self._names(), revision=self.revision)
-        return task.tables(self.hub_path)
+        tables = task.tables(self.hub_path)
+        if trained is None:
+            return tables
+        return {
+            name: replace(table, columns=self.columns.or_those_of(trained, table.first))
+            for name, table in tables.items()
+        }
 
     def _check_choices(self, records: list[Record], place: str) -> None:
         for record in records:

@@ -49,6 +49,16 @@ class Table:
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own_layout: bool = False
 
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The cells of the first row; none of a table without rows."""
+        return self.rows[0].cells if self.rows else {}
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether rows have choices of their own."""
+        return self.columns.has_choices(self.first)
+
 
 def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict[str, list[Record]]:
     """The records of each split. How labels are read is decided once, by all splits together.
@@ -85,7 +95,7 @@ def read_tables(
 def _preferred(tables: Iterable[Table]) -> Iterator[str]:
     """How labels are read that the data leave open."""
     for table in tables:
-        if not any(table.columns.has_choices(row.cells) for row in table.rows[:1]):
+        if not table.has_choices:
             yield "names"  # of the classes, which may be numbers too
         if table.own_layout:
             yield "from_0"  # as a record has it
@@ -173,8 +183,8 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     column = columns.label or "label"
     if column in table.class_labels:
         return class_set(table.class_labels[column])
-    first = table.rows[0].cells if table.rows else {}
-    if train is None or columns.has_choices(first) or (columns.none_named and is_completion(first)):
+    texts = columns.none_named and is_completion(table.first)
+    if train is None or table.has_choices or texts:
         return ()
     labels = [as_text(row.cells.get(column)) for row in train.rows]
     counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))

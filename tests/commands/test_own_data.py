@@ -185,3 +185,34 @@ def test_a_run_reads_later_labels_as_it_decided_to_read_its_own(
     assert own_records(run, "train")  # by the labels that it had
     read = read_input("later.jsonl", run, Columns(labels="from_0"))
     assert [record.label for record in read] == [record.label + 1 for record in expected]
+
+
+@pytest.mark.parametrize("kind", ["path", "root", "hub"])
+def test_evaluate_reads_data_by_the_runs_columns_if_they_have_them(run, tmp_path, capsys, kind):
+    test = Path("eval/test.parquet")
+    test.parent.mkdir()
+    datasets.Dataset.from_list(reviews(30)).to_parquet(test)
+    where = {
+        "path": [f"data.path={test}"],
+        "root": ["data.root=eval"],
+        "hub": ["data.hub=owner/name", "data.hub_path=eval"],
+    }[kind]
+    columns = [
+        'data.columns.question="{about.kind} . {review_text}"',
+        "data.columns.label=stars",
+        "data.columns.id=about.key",
+    ]
+    said = []
+    for words in (columns, []):
+        capsys.readouterr()
+        assert scalabl("evaluate", "run=run", *where, *words, "progress=false") == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    # A file of our own fields is read by them.
+    rows = [
+        {"id": row["about"]["key"], "question": shown(row).split(" : ")[1], "label": row["stars"]}
+        for row in reviews(30)
+    ]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scalabl("evaluate", "run=run", "data.path=own.jsonl", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == said[0]
