@@ -29,6 +29,7 @@ from ..infer.svi import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method, ScalaBL
 from ..readouts import READOUTS, Classes
+from .places import resolved
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 
@@ -273,7 +274,7 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""
-        mine, others = self.flat(), other.flat()
+        mine, others = resolved(self.flat()), resolved(other.flat())
         keys = mine.keys() | others.keys()
         labels = "data.columns.labels"
         if "auto" in (mine[labels], others[labels]):  # one before and one after the data decided

@@ -17,6 +17,7 @@ from ..lora.loading import load_readout
 from ..readouts import Classes
 from .config import ConfigError, RunConfig
 from .folder import PosteriorInfo, Run, read_posterior_info, restore
+from .places import resolved
 from .reading import find_run, read_settings
 
 __all__ = ["TrainingData", "load_prior_run", "prior_fingerprint", "read_data"]
@@ -82,11 +83,11 @@ def _checked(config: RunConfig) -> tuple[Path, PosteriorInfo]:
     folder = find_run(str(config.prior_run))
     info = read_posterior_info(folder)
     for attempt in config.attempts():
-        mine = attempt.function_settings()
+        mine, before = resolved(attempt.function_settings()), resolved(info.settings)
         wrong = [
-            f"{key} is {mine.get(key)!r}, expected {info.settings.get(key)!r}"
-            for key in sorted(mine.keys() | info.settings.keys())
-            if mine.get(key) != info.settings.get(key)
+            f"{key} is {mine.get(key)!r}, expected {before.get(key)!r}"
+            for key in sorted(mine.keys() | before.keys())
+            if mine.get(key) != before.get(key)
         ]
         if wrong:
             raise ConfigError(
