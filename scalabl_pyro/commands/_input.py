@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ..data import Columns, Completion, DataError, Record, asked, fingerprint
+from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_completions
 from ..data.readers import read_table
 from ..data.tables import to_records
 from ..runs.folder import Run
-from ..runs.reading import read_fingerprints, read_trained_on, weights_fingerprint
+from ..runs.reading import (
+    find_run,
+    read_fingerprints,
+    read_settings,
+    read_trained_on,
+    weights_fingerprint,
+)
 
-__all__ = ["begun_for", "own_records", "read_input", "warn_of_trained"]
+__all__ = ["begun_for", "own_records", "read_input", "read_texts", "warn_of_trained"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +37,23 @@ def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
         return to_records({"": table}, run.class_names)[""]
     except DataError as error:
         # Of training it is a part of data, here a setting of its own.
+        raise DataError(str(error).replace("data.columns", "columns")) from error
+
+
+def read_texts(
+    path: str, folder: str | Path, columns: Columns, *, known: bool = False
+) -> list[Completion]:
+    """The texts of a file for a run that reads such, and need not be loaded yet.
+
+    :param folder: of the run, or ``owner/name`` on the Hub.
+    :param columns: as for :func:`read_input`.
+    :param known: what follows the prompts is needed.
+    :raises DataError: as :func:`~scalabl_pyro.data.read_completions`.
+    """
+    trained = read_settings(find_run(folder)).data.columns
+    try:
+        return read_completions(path, columns, trained, known=known)
+    except DataError as error:
         raise DataError(str(error).replace("data.columns", "columns")) from error
 
 

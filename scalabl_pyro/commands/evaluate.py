@@ -131,6 +131,7 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
     readout = load_readout(model, model.classes(records, shots=shots))
     count = (config.data.limit or {}).get(config.split)
     asked = splits[config.split]
+    config.data.check_known(asked, config.split)
     split = fitted_to = readout.encode(asked if count is None else subsample(asked, count))
     if readout.fitted:
         why, instead = f"readout {model.readout} fits κ to", "model.temperature=none, for κ = 1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .columns import Columns, blank
-from .completions import Completion, is_completion
+from .completions import Completion, check_known, is_completion
 from .csv_rows import csv_columns, csv_rows
 from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
@@ -131,18 +131,30 @@ def read_records(
     return to_records({"": read_table(path, columns)}, classes)[""]
 
 
-def read_completions(path: str | Path) -> list[Completion]:
+def read_completions(
+    path: str | Path,
+    columns: Columns | None = None,
+    trained: Columns | None = None,
+    *,
+    known: bool = False,
+) -> list[Completion]:
     """The texts of one file: prompts or conversations, with or without what follows them.
 
-    :raises DataError: as :func:`read_records`, and if a row is a question with choices.
+    :param columns: as for :func:`read_table`, and so ``trained``.
+    :param known: what follows is needed.
+    :raises DataError: as :func:`read_records`, and if a row is a question with choices, or lacks
+        what is needed.
     """
-    records: list[Any] = read_records(path)
-    for record in records:
+    table = read_table(path, columns, trained)
+    records: list[Any] = to_records({"": table})[""]
+    for row, record in zip(table.rows, records, strict=True):
         if not isinstance(record, Completion):
             raise DataError(
                 f"{path}: record {record.id!r} is a question with choices: expected prompts or"
                 " messages"
             )
+        if known:
+            check_known([record], row.place)
     return records
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from .columns import Columns, as_text
+from .completions import check_known
 from .hub import Task
 from .readers import read_folder_tables, read_table
 from .records import DataError, Record, class_set
@@ -147,8 +148,14 @@ class DataSource:
             tables = self._tables(self.path, trained)
             (records,) = read_tables(tables, self.classes)[0].values()
             self._check_choices(records, self.path)
+        self.check_known(records, name)
         count = (self.limit or {}).get(name)
         return records if count is None else subsample(records, count)
+
+    def check_known(self, records: Sequence[Record], split: str) -> None:
+        """:raises DataError: at a text among them without a completion, with where they are."""
+        place = self.path or f"the split {split} of {self.root or self.task or self.hub}"
+        check_known(records, place)
 
     def limited(self, splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
         """The same splits, of each no more than its limit.

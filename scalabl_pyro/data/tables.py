@@ -114,18 +114,21 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
     columns = table.columns
     for row in table.rows:
         try:
-            if columns.none_named and is_completion(row.cells):
-                text = Completion.from_mapping({"id": row.name} | dict(row.cells))
+            name = columns.id_of(row.cells)
+            name = row.name if name is None else name
+            if columns.of_texts or (columns.none_named and is_completion(row.cells)):
+                text = _text(name, columns, row.cells)
                 yield _Read(row.place, cast(Record, text))
                 continue
-            own, name = columns.has_choices(row.cells), columns.id_of(row.cells)
+            own = columns.has_choices(row.cells)
             if not own and not classes:
                 raise DataError(
                     "the classes are not known, and no column has choices; give data.classes="
-                    f"[name,name,…], or data.columns.choices; found {sorted(row.cells)}"
+                    "[name,name,…], or data.columns.choices, or of texts to go on with"
+                    f" data.columns.prompt; found {sorted(row.cells)}"
                 )
             record = Record(
-                id=row.name if name is None else name,
+                id=name,
                 question=columns.question_of(row.cells),
                 choices=columns.choices_of(row.cells) if own else tuple(classes),
             )
@@ -133,6 +136,13 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
             yield _Read(row.place, record, *_label(row, record.choices, columns, names, own))
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from error
+
+
+def _text(name: str, columns: Columns, cells: Mapping[str, Any]) -> Completion:
+    if columns.of_texts:
+        completion = columns.completion_of(cells)
+        cells = {"prompt": columns.prompt_of(cells), "completion": completion}
+    return Completion.from_mapping(dict(cells) | {"id": name})
 
 
 def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
@@ -183,7 +193,7 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     column = columns.label or "label"
     if column in table.class_labels:
         return class_set(table.class_labels[column])
-    texts = columns.none_named and is_completion(table.first)
+    texts = columns.of_texts or (columns.none_named and is_completion(table.first))
     if train is None or table.has_choices or texts:
         return ()
     labels = [as_text(row.cells.get(column)) for row in train.rows]

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ..data import (
-    Completion,
     DataError,
     DataSource,
     Record,
@@ -91,10 +90,9 @@ class DataConfig(DataSource):
             )
         splits = self.limited(disjoint(splits))
         for name, records in splits.items():
+            self.check_known(records, name)
             for record in records:
-                if isinstance(record, Completion):
-                    record.known()
-                elif record.label is None:
+                if record.label is None:
                     raise DataError(
                         f"the record {record.id!r} of the split {name} has no label; where a column"
                         " of another name has it, give data.columns.label, and leave out a split"

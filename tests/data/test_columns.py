@@ -12,7 +12,16 @@ import pytest
 from conftest import make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
-from scalabl_pyro.data import Columns, DataError, DataSource, read_folder, read_records, subsample
+from scalabl_pyro.data import (
+    Columns,
+    Completion,
+    DataError,
+    DataSource,
+    read_completions,
+    read_folder,
+    read_records,
+    subsample,
+)
 from scalabl_pyro.runs.config import DataConfig, build
 
 Splits = dict[str, list[dict]]
@@ -571,6 +580,35 @@ def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
     from_hub = DataSource(hub="some/name", hub_path=copy).read()["train"]
     for texts in (read_records(tmp_path / "x.parquet"), from_hub):
         assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]
+
+
+def test_texts_in_columns_of_other_names(tmp_path):
+    rows = [
+        {"nr": 3, "instruction": "Say hi", "input": "to Ann", "output": "Hi, Ann."},
+        {"nr": 4, "instruction": "Say bye", "input": "", "output": ""},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.csv").write_text(
+        'nr,instruction,input,output\n3,Say hi,to Ann,"Hi, Ann."\n4,Say bye,,\n'
+    )
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    columns = Columns(id="nr", prompt="{instruction}:{input}", completion="output")
+    expected = [
+        Completion("3", "Say hi:to Ann", "Hi, Ann."),
+        Completion("4", "Say bye:", None),
+    ]
+    for ending in ("jsonl", "csv", "parquet"):
+        assert read_completions(tmp_path / f"x.{ending}", columns) == expected
+        assert DataSource(path=str(tmp_path / f"x.{ending}"), columns=columns).read() == {
+            "train": expected
+        }
+    for unknown in (Columns(), Columns("instruction", label="output")):
+        with pytest.raises(DataError, match=r"or of texts to go on with data\.columns\.prompt"):
+            read_records(tmp_path / "x.jsonl", columns=unknown)
+    with pytest.raises(DataError, match=r"no column 'result'; .*data.columns.completion says"):
+        read_records(tmp_path / "x.jsonl", columns=replace(columns, completion="result"))
+    with pytest.raises(ValueError, match="label is 'a', but prompt is 'b' and completion None"):
+        Columns(label="a", prompt="b")
 
 
 def test_a_class_that_is_likely_a_slip_is_told(tmp_path, caplog):
