@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_records
+from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_completions
 from ..data.readers import read_table
+from ..data.tables import to_records
 from ..runs.folder import Run
-from ..runs.reading import read_fingerprints, read_trained_on, weights_fingerprint
+from ..runs.reading import (
+    find_run,
+    read_fingerprints,
+    read_settings,
+    read_trained_on,
+    weights_fingerprint,
+)
 
-__all__ = ["begun_for", "own_records", "read_input", "warn_of_trained"]
+__all__ = ["begun_for", "own_records", "read_input", "read_texts", "warn_of_trained"]
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +27,33 @@ log = logging.getLogger(__name__)
 def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
     """The records of a file.
 
-    :param columns: which columns make a record. Where none is given they are those that the run
+    :param columns: which columns make a record. Where none is named they are those that the run
         was trained by, if the file has them; else as :func:`~scalabl_pyro.data.read_records` takes
         them.
     :raises DataError: as ``read_records``.
     """
     try:
-        trained = run.config.data.columns
-        if columns == Columns() and trained != Columns():
-            first = read_table(path, trained).rows[0].cells
-            if isinstance(first, Mapping):
-                columns = trained.within(first) or columns
-        return read_records(path, run.class_names, columns)
+        table = read_table(path, columns, run.config.data.columns)
+        return to_records({"": table}, run.class_names)[""]
     except DataError as error:
         # Of training it is a part of data, here a setting of its own.
+        raise DataError(str(error).replace("data.columns", "columns")) from error
+
+
+def read_texts(
+    path: str, folder: str | Path, columns: Columns, *, known: bool = False
+) -> list[Completion]:
+    """The texts of a file for a run that reads such, and need not be loaded yet.
+
+    :param folder: of the run, or ``owner/name`` on the Hub.
+    :param columns: as for :func:`read_input`.
+    :param known: what follows the prompts is needed.
+    :raises DataError: as :func:`~scalabl_pyro.data.read_completions`.
+    """
+    trained = read_settings(find_run(folder)).data.columns
+    try:
+        return read_completions(path, columns, trained, known=known)
+    except DataError as error:
         raise DataError(str(error).replace("data.columns", "columns")) from error
 
 

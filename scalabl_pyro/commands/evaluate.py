@@ -106,7 +106,8 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
 def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     trained = load_run(run)
     classes = config.data.classes or trained.class_names
-    records = replace(config.data, classes=classes).read_split(config.split)
+    source = replace(config.data, classes=classes)
+    records = source.read_split(config.split, trained.config.data.columns)
     warn_of_trained(trained, records, "these metrics say nothing of other records")
     split = trained.encode(records)
     return make_predictor(trained, config.prediction), split
@@ -130,6 +131,7 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
     readout = load_readout(model, model.classes(records, shots=shots))
     count = (config.data.limit or {}).get(config.split)
     asked = splits[config.split]
+    config.data.check_known(asked, config.split)
     split = fitted_to = readout.encode(asked if count is None else subsample(asked, count))
     if readout.fitted:
         why, instead = f"readout {model.readout} fits κ to", "model.temperature=none, for κ = 1"

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Completion, read_completions
+from ..data import Columns, Completion
 from ..files import new_path
 from ..prediction.generation import Decoding, generate
 from ..runs.config import ConfigError
 from ..runs.folder import load_run
-from ._input import begun_for
+from ._input import begun_for, read_texts
 from ._jsonl import ResumableJsonl
 from ._texts import given, scored
 
@@ -37,6 +37,7 @@ class GenerateConfig:
     progress: bool = True
     prompt: str | None = None
     messages: str | None = None
+    columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in ("input", "prompt", "messages")}
@@ -52,7 +53,7 @@ class GenerateConfig:
         :raises DataError: if it is no text and no messages.
         """
         if self.input is not None:
-            return read_completions(self.input)
+            return read_texts(self.input, self.run, self.columns)
         if self.prompt is not None:
             return [Completion("1", self.prompt)]
         try:

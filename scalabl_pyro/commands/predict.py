@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Columns, Record, read_completions
+from ..data import Columns, Record
 from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
@@ -19,7 +19,7 @@ from ..runs.config import ConfigError
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
-from ._input import begun_for, read_input
+from ._input import begun_for, read_input, read_texts
 from ._jsonl import ResumableJsonl, significant
 from ._texts import given, scored
 
@@ -99,18 +99,13 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
 
 def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
     """The same for a file of completions, whose tokens are given: how probable they are."""
-    if config.columns != Columns():
-        raise ConfigError(
-            f"columns is {config.columns}, and {config.run} reads texts: leave it out, and give"
-            " prompts with completions, or messages"
-        )
     for setting in fields(DecisionConfig):
         if (value := getattr(config, setting.name)) != setting.default:
             raise ConfigError(
                 f"{setting.name} is {value!r}, which decides about answers among choices, and"
                 f" {config.run} reads texts: leave it out"
             )
-    records = read_completions(config.input)
+    records = read_texts(config.input, config.run, config.columns, known=True)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout
     settings = {

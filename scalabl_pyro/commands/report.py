@@ -110,4 +110,6 @@ def _check_same_settings(a: Path, b: Path, runs: dict[Path, RunConfig]) -> None:
 
 
 def _source(run: RunConfig) -> dict[str, Any]:
-    return {field.name: getattr(run.data, field.name) for field in fields(DataSource)}
+    # How labels are read, as given or as the data decided, is seen in the records themselves.
+    data = replace(run.data, columns=replace(run.data.columns, labels="auto"))
+    return {field.name: getattr(data, field.name) for field in fields(DataSource)}

@@ -26,7 +26,7 @@ def show_prompts(config: ShowPromptsConfig) -> str:
 
     :raises DataError: if the data cannot be read, have no such split, or cannot be put.
     """
-    splits, classes = read_data(config)
+    splits, classes, _ = read_data(config)
     records = check_split(splits, config.split)
     readout = load_readout(config.model, classes)
     longest = max(records, key=lambda record: len(record.question))

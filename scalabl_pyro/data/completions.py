@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 from .prompts import PROMPTS
 from .records import DataError, Record, is_text
 
-__all__ = ["Completion", "Message", "is_completion"]
+__all__ = ["Completion", "Message", "check_known", "is_completion"]
 
-_FIELDS = "prompt and maybe completion, or messages; and maybe id"
+_EXPECTED = (
+    "expected prompt and maybe completion, or messages; and maybe id; other fields are named by"
+    " data.columns.prompt and data.columns.completion"
+)
 
 
 class Message(NamedTuple):
@@ -70,14 +73,15 @@ class Completion:
         * ``{"messages": [message, …]}``; of these the last is the completion if it is the
           assistant's
 
-        with messages ``{"role": "…", "content": "…"}``.
+        with messages ``{"role": "…", "content": "…"}``, whose content may be a list of parts
+        ``{"type": "text", "text": "…"}``. Other fields are passed over.
 
-        :raises DataError: if a field is missing, unknown or invalid, or no message is the
-            assistant's where there is more than one.
+        :raises DataError: if a field is missing or invalid, there are two of these forms, or no
+            message is the assistant's where there is more than one.
         """
-        forms = ({"id", "prompt"}, {"id", "prompt", "completion"}, {"id", "messages"})
-        if row.keys() not in forms:
-            raise DataError(f"found the fields {sorted(row)}: expected {_FIELDS}")
+        two = "messages" in row and not row.keys().isdisjoint({"prompt", "completion"})
+        if two or row.keys().isdisjoint({"prompt", "messages"}) or "id" not in row:
+            raise DataError(f"found the fields {sorted(row)}: {_EXPECTED}")
         if "messages" in row:
             prompt, answer = _parted(_messages("messages", row["messages"]))
             return cls(row["id"], prompt, answer)
@@ -131,7 +135,24 @@ class Completion:
 
 def is_completion(row: object) -> bool:
     """Whether a decoded JSON object is meant as one, and not as a question with choices."""
-    return isinstance(row, Mapping) and not row.keys().isdisjoint({"prompt", "messages"})
+    if not isinstance(row, Mapping) or "choices" in row:
+        return False
+    return "prompt" in row or "messages" in row
+
+
+def check_known(records: Iterable[object], place: str) -> None:
+    """Refuse texts without a completion.
+
+    :param records: of which those that are questions are passed over.
+    :param place: where they are.
+    :raises DataError: at the first such text.
+    """
+    for record in records:
+        if isinstance(record, Completion):
+            try:
+                record.known()
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from error
 
 
 def _messages(name: str, values: Any) -> tuple[Message, ...]:
@@ -145,6 +166,9 @@ def _message(place: str, value: Any) -> Message:
     fields = value._asdict() if isinstance(value, Message) else value
     if not isinstance(fields, Mapping) or fields.keys() != {"role", "content"}:
         raise DataError(f"{place} is {value!r}: expected an object with role and content alone")
+    if isinstance(fields["content"], list):
+        content = "".join(_part(f"the content of {place}", part) for part in fields["content"])
+        fields = dict(fields) | {"content": content}
     for name, text in fields.items():
         if not is_text(text):
             raise DataError(
@@ -152,6 +176,20 @@ def _message(place: str, value: Any) -> Message:
                 " characters"
             )
     return Message(**fields)
+
+
+def _part(place: str, part: Any) -> str:
+    """The text of a part of a message's content.
+
+    :raises DataError: if it is something else than text, such as an image.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise DataError(
+            f"{place} holds a part of type {kind!r}, {repr(part)[:60]}: expected texts alone, as in"
+            ' {"type": "text", "text": "…"}'
+        )
+    return str(part["text"])
 
 
 def _parted(turns: Iterable[Message]) -> tuple[tuple[Message, ...], str | None]:

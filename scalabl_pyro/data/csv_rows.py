@@ -16,9 +16,9 @@ __all__ = ["csv_columns", "csv_rows"]
 _LONGEST_CELL = 2**31 - 1
 
 EXPECTED = (
-    "expected id, question, choice_1, choice_2, …, label (0-based), or id, text, class (its name),"
-    " or id, prompt, completion; id may be left out, and label, class or completion where it is not"
-    " known; commas separate the columns; other columns are named by data.columns"
+    "expected id, question, choice_1, choice_2, …, label, or id, text, class (its name), or id,"
+    " prompt, completion; id may be left out, and label, class or completion where it is not known;"
+    " commas separate the columns; other columns are named by data.columns"
 )
 
 
@@ -38,8 +38,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield line, dict(zip(header, cells, strict=True))
 
 
-def csv_columns(path: Path) -> Columns | None:
-    """The columns of a file that has one of the layouts; ``None`` of prompts, whose rows are texts.
+def csv_columns(path: Path) -> Columns:
+    """The columns of a file that has one of the layouts, whatever other columns it has beside.
 
     :raises DataError: if it has none of them.
     """
@@ -47,32 +47,19 @@ def csv_columns(path: Path) -> Columns | None:
     if header is None:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
     numbered = [name for name in header if re.fullmatch(r"choice_[0-9]+", name)]
-    if "prompt" in header:
-        required, optional = ["prompt"], ["id", "completion"]
-    elif "text" in header:
-        required, optional = ["text"], ["id", "class"]
-    else:
-        required = ["question", *(f"choice_{i}" for i in range(1, max(2, len(numbered)) + 1))]
-        optional = ["id", "label"]
-    missing = [name for name in required if name not in header]
-    unknown = [name for name in header if name not in [*required, *optional]]
-    if "" in unknown and not missing:
-        raise DataError(
-            f"{path}, line {line}: a column has no name, as the index that pandas writes: leave it"
-            f" out, by to_csv(…, index=False); found {header}"
-        )
-    if missing or unknown:
-        raise DataError(
-            f"{path}, line {line}: columns missing: {missing}; unknown: {unknown}; found {header};"
-            f" {EXPECTED}"
-        )
-    if numbered != [name for name in required if name in numbered]:
-        raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
-    if "prompt" in header:
-        return None
-    if "text" in header:
+    if not numbered and "prompt" in header:
+        return Columns()
+    if not numbered and "text" in header:
         return Columns("text", label="class" if "class" in header else None, labels="names")
-    return Columns(choices=tuple(numbered), labels="from_0")
+    required = ["question", *(f"choice_{i}" for i in range(1, max(2, len(numbered)) + 1))]
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise DataError(
+            f"{path}, line {line}: columns missing: {missing}; found {header}; {EXPECTED}"
+        )
+    if numbered != required[1:]:
+        raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
+    return Columns(choices=tuple(numbered))
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:

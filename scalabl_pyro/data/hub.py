@@ -40,9 +40,13 @@ class Task:
         :param hub_path: a folder with a copy of the repository, instead of the Hub and its cache.
         :raises DataError: if it can be had from nowhere, or has not these columns and splits.
         """
-        return to_records(self._load(hub_path), self.classes)
+        return to_records(self.tables(hub_path), self.classes)
 
-    def _load(self, hub_path: str | None) -> dict[str, Table]:
+    def tables(self, hub_path: str | None = None) -> dict[str, Table]:
+        """The rows of the same splits.
+
+        :raises DataError: if it can be had from nowhere, or lacks a split.
+        """
         # Slow to import, and needed for data of the Hub alone.
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

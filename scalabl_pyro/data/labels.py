@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase
@@ -12,6 +13,8 @@ from .records import DataError
 from .text import canonical
 
 __all__ = ["READINGS", "Labelled", "decide", "read_label"]
+
+log = logging.getLogger(__name__)
 
 
 class Labelled(NamedTuple):
@@ -117,12 +120,14 @@ def read_label(labelled: Labelled, reading: str) -> int:
     return index
 
 
-def decide(labels: Sequence[Labelled]) -> str:
+def decide(labels: Sequence[Labelled], preferred: Sequence[str] = ()) -> str:
     """The one reading by which every label names a choice.
 
     Labels from 1 to 3 of four choices may count from 0 or from 1: a 0 or a 4 decides, else nobody
     can know, and a guess would make every answer wrong.
 
+    :param preferred: readings of which the first that fits is taken, with a warning, if there are
+        several that disagree.
     :returns: a key of ``READINGS``; any of those that give every label the same index.
     :raises DataError: if there is none, or several that disagree.
     """
@@ -143,14 +148,17 @@ def decide(labels: Sequence[Labelled]) -> str:
                 f"{error}; or say how labels are read: data.columns.labels is one of"
                 f" {list(READINGS)}, and data.columns.keys a column that names each row's choices"
             ) from error
-    first, *others = fitting
-    for other in others:
-        if fitting[other] != fitting[first]:
-            names = " or ".join(f"data.columns.labels={name}" for name in fitting)
-            values = list(dict.fromkeys(labelled.label for labelled in labels))[:8]
-            place, column = labels[0].place, labels[0].column
-            raise DataError(
-                f"{place}: {column} holds {values}, which can be read as {first} and as {other},"
-                f" with different answers: give {names}"
-            )
-    return first
+    first = next(name for name in (*preferred, *fitting) if name in fitting)
+    others = [name for name in fitting if fitting[name] != fitting[first]]
+    if not others:
+        return first
+    values = list(dict.fromkeys(labelled.label for labelled in labels))[:8]
+    several = (
+        f"{labels[0].place}: {labels[0].column} holds {values}, which can be read as {first} and as"
+        f" {others[0]}, with different answers"
+    )
+    if first in preferred:
+        log.warning("%s: taken as %s; labels=%s of columns changes that", several, first, others[0])
+        return first
+    names = " or ".join(f"data.columns.labels={name}" for name in fitting)
+    raise DataError(f"{several}: give {names}")

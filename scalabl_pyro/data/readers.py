@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .columns import Columns, blank
-from .completions import Completion
+from .completions import Completion, check_known, is_completion
 from .csv_rows import csv_columns, csv_rows
 from .parquet_rows import parquet_class_labels, parquet_rows
 from .records import DataError, Record
 from .tables import Row, Table, to_records
 
-__all__ = ["FORMATS", "read_completions", "read_folder", "read_records", "read_table"]
+__all__ = [
+    "FORMATS",
+    "read_completions",
+    "read_folder",
+    "read_folder_tables",
+    "read_records",
+    "read_table",
+]
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -54,30 +62,33 @@ class Format(NamedTuple):
     """A kind of file.
 
     :param rows: file → numbers and cells of its rows.
-    :param columns: file → the columns of a layout that this format has of its own; ``None`` if its
-        rows are records.
+    :param columns: file → the columns of the layout that this format has of its own.
     :param class_labels: file → column → the names that it gives to numbers.
     :param unit: what the numbers count, for messages.
     """
 
     rows: Callable[[Path], Iterator[tuple[int, Any]]]
-    columns: Callable[[Path], Columns | None]
+    columns: Callable[[Path], Columns] = lambda path: Columns()
     class_labels: Callable[[Path], Mapping[str, tuple[str, ...]]] = lambda path: {}
     unit: str = "line"
 
 
 FORMATS = {
-    ".jsonl": Format(jsonl_rows, lambda path: None),
+    ".jsonl": Format(jsonl_rows),
     ".csv": Format(csv_rows, csv_columns),
-    ".parquet": Format(parquet_rows, lambda path: Columns(), parquet_class_labels, unit="row"),
+    ".parquet": Format(parquet_rows, class_labels=parquet_class_labels, unit="row"),
 }
 
 
-def read_table(path: str | Path, columns: Columns | None = None) -> Table:
+def read_table(
+    path: str | Path, columns: Columns | None = None, trained: Columns | None = None
+) -> Table:
     """The rows of one file.
 
-    :param columns: which columns make a record; by default as the format has it: JSON objects with
-        exactly a record's or a text's fields, the layouts of CSV, or columns called as the fields.
+    :param columns: which columns make a record; by default those called as the fields of a record
+        or a text, or the layouts of CSV. Other columns are passed over.
+    :param trained: those that a run was trained by, which are taken where ``columns`` names none
+        and the first row has them.
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
@@ -86,19 +97,25 @@ def read_table(path: str | Path, columns: Columns | None = None) -> Table:
     if path.suffix not in FORMATS:
         raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix]
-    if columns in (None, Columns()):
-        columns = kind.columns(path)
+    columns = columns or Columns()
+    if trained is not None:
+        first = next(iter(kind.rows(path)), (1, None))
+        columns = columns.or_those_of(trained, first[1])
+    own_layout = columns.none_named
+    if own_layout:
+        layout = kind.columns(path)
+        columns = layout if columns.labels == "auto" else replace(layout, labels=columns.labels)
     rows = []
     for count, (number, cells) in enumerate(kind.rows(path), start=1):
         place = f"{path}, {kind.unit} {number}"
-        if columns is not None and not isinstance(cells, Mapping):
+        if not isinstance(cells, Mapping):
             raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
-        if columns is None and path.suffix == ".csv" and blank(cells.get("completion")):
+        if path.suffix == ".csv" and is_completion(cells) and blank(cells.get("completion")):
             cells = {name: cell for name, cell in cells.items() if name != "completion"}
         rows.append(Row(place, str(count), cells))
     if not rows:
         raise DataError(f"{path}: holds no records")
-    return Table(str(path), rows, columns, kind.class_labels(path))
+    return Table(str(path), rows, columns, kind.class_labels(path), own_layout)
 
 
 def read_records(
@@ -114,18 +131,30 @@ def read_records(
     return to_records({"": read_table(path, columns)}, classes)[""]
 
 
-def read_completions(path: str | Path) -> list[Completion]:
+def read_completions(
+    path: str | Path,
+    columns: Columns | None = None,
+    trained: Columns | None = None,
+    *,
+    known: bool = False,
+) -> list[Completion]:
     """The texts of one file: prompts or conversations, with or without what follows them.
 
-    :raises DataError: as :func:`read_records`, and if a row is a question with choices.
+    :param columns: as for :func:`read_table`, and so ``trained``.
+    :param known: what follows is needed.
+    :raises DataError: as :func:`read_records`, and if a row is a question with choices, or lacks
+        what is needed.
     """
-    records: list[Any] = read_records(path)
-    for record in records:
+    table = read_table(path, columns, trained)
+    records: list[Any] = to_records({"": table})[""]
+    for row, record in zip(table.rows, records, strict=True):
         if not isinstance(record, Completion):
             raise DataError(
                 f"{path}: record {record.id!r} is a question with choices: expected prompts or"
                 " messages"
             )
+        if known:
+            check_known([record], row.place)
     return records
 
 
@@ -144,6 +173,20 @@ def read_folder(
         their own names.
     :raises DataError: if the folder does not exist, holds no such file, or two for one split.
     """
+    return to_records(read_folder_tables(root, columns, split_names), classes)
+
+
+def read_folder_tables(
+    root: str | Path,
+    columns: Columns | None = None,
+    split_names: Mapping[str, str] | None = None,
+    trained: Columns | None = None,
+) -> dict[str, Table]:
+    """The rows of the same splits.
+
+    :param trained: as for :func:`read_table`.
+    :raises DataError: as :func:`read_folder`.
+    """
     root = Path(root)
     paths = sorted(path for path in root.glob("*") if path.suffix in FORMATS)
     if not paths:
@@ -160,5 +203,4 @@ def read_folder(
     absent = sorted(set(stems.values()) - by_name.keys())
     if absent:
         raise DataError(f"{root} lacks the splits {absent}: found {sorted(by_name)}")
-    tables = {ours: read_table(by_name[theirs], columns) for ours, theirs in stems.items()}
-    return to_records(tables, classes)
+    return {ours: read_table(by_name[theirs], columns, trained) for ours, theirs in stems.items()}

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 from .text import canonical, comparable, visible
 
 __all__ = ["DataError", "Record", "class_set", "is_text", "question_key"]
-
-_FIELDS = {"id", "question", "choices", "label"}
 
 
 class DataError(ValueError):
@@ -92,25 +89,6 @@ class Record:
                     f" {len(self.choices) - 1} (labels are 0-based); leave it out where it is not"
                     " known, as in a hidden test set"
                 )
-
-    @classmethod
-    def from_mapping(cls, row: Mapping[str, Any]) -> Record:
-        """Build a record from a decoded JSON object with exactly the fields of this class.
-
-        :raises DataError: if a field is missing or unknown (``label`` may be left out), or invalid.
-        """
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"found {type(row).__name__}: expected an object with {sorted(_FIELDS)}"
-            )
-        missing = sorted(_FIELDS - {"label"} - row.keys())
-        unknown = sorted(row.keys() - _FIELDS)
-        if missing or unknown:
-            raise DataError(
-                f"fields missing: {missing}; unknown: {unknown}; expected {sorted(_FIELDS)}"
-                " (label may be left out where it is not known)"
-            )
-        return cls(**row)
 
 
 def question_key(record: Record) -> tuple[str, frozenset[str]]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-from .columns import Columns
+from pydantic import BeforeValidator
+
+from .columns import Columns, as_text
+from .completions import check_known
 from .hub import Task
-from .readers import read_folder, read_table
+from .readers import read_folder_tables, read_table
 from .records import DataError, Record, class_set
 from .splits import check_split, subsample
-from .tables import to_records
-from .tasks import EmbeddedTask, find_task
+from .tables import Table, read_tables
+from .tasks import find_task
 
 __all__ = ["DataSource"]
+
+
+def _texts(names: Any) -> Any:
+    """Names of classes that are numbers, as texts; anything else as it is."""
+    return tuple(map(as_text, names)) if isinstance(names, list | tuple) else names
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +59,11 @@ class DataSource:
     hub_path: str | None = None
     split_names: Mapping[str, str | None] = field(default_factory=dict)
     columns: Columns = field(default_factory=Columns)
-    classes: tuple[str, ...] = ()
+    classes: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
     limit: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", _texts(self.classes))
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"data.classes is {list(self.classes)}: expected two different names")
         try:
@@ -105,32 +115,47 @@ class DataSource:
 
         :raises DataError: if a file is missing or bad.
         """
-        if self.root is not None:
-            splits = read_folder(self.root, self.classes, self.columns, self._names())
-        elif self.path is not None:
-            splits = to_records({"train": read_table(self.path, self.columns)}, self.classes)
+        return self.read_decided()[0]
+
+    def read_decided(
+        self, trained: Columns | None = None
+    ) -> tuple[dict[str, list[Record]], str | None]:
+        """The same, and how labels are read if the data decided it: a value of ``columns.labels``
+        by which they are read so again.
+
+        :param trained: as for :func:`~scalabl_pyro.data.read_table`.
+        :raises DataError: as :meth:`read`.
+        """
+        if self.task is not None:
+            splits, reading = find_task(self.task).read(self.hub_path), None
         else:
-            splits = self._task().read(self.hub_path)
+            splits, reading = read_tables(self._tables("train", trained), self.classes)
         for name, records in splits.items():
             self._check_choices(records, name)
-        return splits
+        return splits, reading
 
-    def read_split(self, name: str) -> list[Record]:
+    def read_split(self, name: str, trained: Columns | None = None) -> list[Record]:
         """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
 
         The class names of a file of texts must be given: those it holds may be some of them.
 
+        :param trained: as for :func:`~scalabl_pyro.data.read_table`.
         :raises DataError: if a file is missing or bad, or there is no such split.
         """
         if self.path is None:
-            records = check_split(self.read(), name)
+            records = check_split(self.read_decided(trained)[0], name)
         else:
-            (records,) = to_records(
-                {self.path: read_table(self.path, self.columns)}, self.classes
-            ).values()
+            tables = self._tables(self.path, trained)
+            (records,) = read_tables(tables, self.classes)[0].values()
             self._check_choices(records, self.path)
+        self.check_known(records, name)
         count = (self.limit or {}).get(name)
         return records if count is None else subsample(records, count)
+
+    def check_known(self, records: Sequence[Record], split: str) -> None:
+        """:raises DataError: at a text among them without a completion, with where they are."""
+        place = self.path or f"the split {split} of {self.root or self.task or self.hub}"
+        check_known(records, place)
 
     def limited(self, splits: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
         """The same splits, of each no more than its limit.
@@ -146,12 +171,23 @@ class DataSource:
     def _names(self) -> dict[str, str]:
         return {ours: theirs for ours, theirs in self.split_names.items() if theirs is not None}
 
-    def _task(self) -> Task | EmbeddedTask:
-        if self.task is not None:
-            return find_task(self.task)
-        return Task(
-            str(self.hub), self.name, self.columns, self._names(), self.classes, self.revision
-        )
+    def _tables(self, whole: str, trained: Columns | None) -> dict[str, Table]:
+        """The rows of each split, where ``task`` is not given.
+
+        :param whole: what the rows of ``path`` are called.
+        """
+        if self.path is not None:
+            return {whole: read_table(self.path, self.columns, trained)}
+        if self.root is not None:
+            return read_folder_tables(self.root, self.columns, self._names(), trained)
+        task = Task(str(self.hub), self.name, self.columns, self._names(), revision=self.revision)
+        tables = task.tables(self.hub_path)
+        if trained is None:
+            return tables
+        return {
+            name: replace(table, columns=self.columns.or_those_of(trained, table.first))
+            for name, table in tables.items()
+        }
 
     def _check_choices(self, records: list[Record], place: str) -> None:
         for record in records:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
-from .columns import Columns, blank
+from .columns import Columns, as_text, blank
 from .completions import Completion, is_completion
 from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
 from .text import canonical, comparable
 
-__all__ = ["Row", "Table", "to_records"]
+__all__ = ["Row", "Table", "read_tables", "to_records"]
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,26 @@ class Table:
     """The rows of one split, and the columns that make them records.
 
     :param place: the file or data set, for messages.
-    :param columns: ``None`` for rows that are records or texts already, with exactly their fields.
     :param class_labels: column → names, for columns of numbers whose names the file itself gives
         (``ClassLabel`` of ``datasets``).
+    :param own_layout: no column is named by its reader, so that they are called as our own.
     """
 
     place: str
     rows: Sequence[Row]
-    columns: Columns | None
+    columns: Columns
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_layout: bool = False
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The cells of the first row; none of a table without rows."""
+        return self.rows[0].cells if self.rows else {}
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether rows have choices of their own."""
+        return self.columns.has_choices(self.first)
 
 
 def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict[str, list[Record]]:
@@ -58,19 +69,36 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
     :raises DataError: at the first bad row, with its place, value and reason; if an id occurs twice
         in a split; if labels can be read in several ways.
     """
+    return read_tables(tables, classes)[0]
+
+
+def read_tables(
+    tables: Mapping[str, Table], classes: Sequence[str] = ()
+) -> tuple[dict[str, list[Record]], str | None]:
+    """The same, and how labels are read if the data decided it, a key of ``READINGS``: by it alone
+    they are read again as they were."""
     classes = class_set(classes)
     by_name = {
         name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
         for name, table in tables.items()
     }
-    undecided = [
-        row.label
-        for rows in by_name.values()
-        for row in rows
-        if row.label and row.reading == "auto"
-    ]
-    decided = decide(undecided) if undecided else ""
-    return {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    labelled = [row for rows in by_name.values() for row in rows if row.label]
+    undecided = [row.label for row in labelled if row.label and row.reading == "auto"]
+    decided = decide(undecided, list(_preferred(tables.values()))) if undecided else None
+    splits = {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    # Of numbers that have names, those were read, which from_0 does not.
+    named = any((table.columns.label or "label") in table.class_labels for table in tables.values())
+    whole = len(undecided) == len(labelled) and not (named and decided == "from_0")
+    return splits, decided if whole else None
+
+
+def _preferred(tables: Iterable[Table]) -> Iterator[str]:
+    """How labels are read that the data leave open."""
+    for table in tables:
+        if not table.has_choices:
+            yield "names"  # of the classes, which may be numbers too
+        if table.own_layout:
+            yield "from_0"  # as a record has it
 
 
 class _Read(NamedTuple):
@@ -86,21 +114,21 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
     columns = table.columns
     for row in table.rows:
         try:
-            if columns in (None, Columns()) and is_completion(row.cells):
-                text = Completion.from_mapping({"id": row.name} | dict(row.cells))
+            name = columns.id_of(row.cells)
+            name = row.name if name is None else name
+            if columns.of_texts or (columns.none_named and is_completion(row.cells)):
+                text = _text(name, columns, row.cells)
                 yield _Read(row.place, cast(Record, text))
                 continue
-            if columns is None:
-                yield _Read(row.place, Record.from_mapping(row.cells))
-                continue
-            own, name = columns.has_choices(row.cells), columns.id_of(row.cells)
+            own = columns.has_choices(row.cells)
             if not own and not classes:
                 raise DataError(
                     "the classes are not known, and no column has choices; give data.classes="
-                    f"[name,name,…], or data.columns.choices; found {sorted(row.cells)}"
+                    "[name,name,…], or data.columns.choices, or of texts to go on with"
+                    f" data.columns.prompt; found {sorted(row.cells)}"
                 )
             record = Record(
-                id=row.name if name is None else name,
+                id=name,
                 question=columns.question_of(row.cells),
                 choices=columns.choices_of(row.cells) if own else tuple(classes),
             )
@@ -110,11 +138,18 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
             raise DataError(f"{row.place}: {error}") from error
 
 
-def _distinct(rows: Sequence[_Read], decided: str) -> list[Record]:
+def _text(name: str, columns: Columns, cells: Mapping[str, Any]) -> Completion:
+    if columns.of_texts:
+        completion = columns.completion_of(cells)
+        cells = {"prompt": columns.prompt_of(cells), "completion": completion}
+    return Completion.from_mapping(dict(cells) | {"id": name})
+
+
+def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
     records, places = [], dict[str, str]()
     for place, record, label, reading in rows:
         if label is not None:
-            index = read_label(label, decided if reading == "auto" else reading)
+            index = read_label(label, decided if decided and reading == "auto" else reading)
             record = replace(record, label=index)
         if record.id in places:
             raise DataError(
@@ -155,17 +190,16 @@ def _label(
 def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     """The names of the classes, if the files give them: see :func:`to_records`."""
     columns = table.columns
-    if columns is None:
-        return ()
     column = columns.label or "label"
     if column in table.class_labels:
         return class_set(table.class_labels[column])
-    if train is None or any(columns.has_choices(row.cells) for row in table.rows[:1]):
+    texts = columns.of_texts or (columns.none_named and is_completion(table.first))
+    if train is None or table.has_choices or texts:
         return ()
-    labels = [row.cells.get(column) for row in train.rows]
-    names = {canonical(label.strip()) for label in labels if isinstance(label, str)} - {""}
-    # What numbers mean stands elsewhere.
-    if columns.labels != "names" and all(map(str.isdecimal, names)):
+    labels = [as_text(row.cells.get(column)) for row in train.rows]
+    counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
+    names = counts.keys() - {""}
+    if not names and columns.labels != "names":
         return ()
     if len(names) < 2:
         raise DataError(
@@ -173,8 +207,13 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
             " more; correct the file, or give data.classes=[name,name,…]"
         )
     if table is train:
-        counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
         _warn_of_alike(train.place, column, {name: counts[name] for name in names})
+        if columns.labels != "names" and all(map(str.isdecimal, names)):
+            log.warning(
+                "%s: the numbers in the column %s, %s, are taken as the names of classes: give"
+                " data.classes to name them, or data.columns.choices where questions have choices",
+                *(train.place, column, sorted(names)),
+            )
     try:
         return class_set(sorted(names))
     except DataError as error:

@@ -169,6 +169,8 @@ def _load_trained(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> 
     read_config(start)
     _check_safe(start)
     lora.inference_mode = False
+    if Path(lora.base_model_name_or_path or "").name == Path(llm.name_or_path or "").name:
+        lora.base_model_name_or_path = None  # PEFT warns of one model in two places as of two
     model = cast(PeftModel, get_peft_model(llm, lora))
     try:
         loaded = model.load_adapter(str(start), ADAPTER, is_trainable=True)

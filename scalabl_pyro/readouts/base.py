@@ -416,7 +416,7 @@ def check_records(records: Any) -> None:
             raise TypeError(
                 f"found {str(record)[:60]!r} in the place of"
                 f" {'a record' if listed else 'a list of records'}: expected a list of Record, such"
-                " as Record.from_mapping(row) of a dictionary, or of Completion"
+                " as Record('1', question, choices, label), or of Completion"
             )
 
 

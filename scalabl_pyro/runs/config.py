@@ -14,7 +14,6 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ..data import (
-    Completion,
     DataError,
     DataSource,
     Record,
@@ -29,6 +28,7 @@ from ..infer.fit_config import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method, ScalaBL
 from ..readouts import READOUTS, Classes
+from .places import resolved
 
 __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 
@@ -78,7 +78,11 @@ class DataConfig(DataSource):
         :param seed: fixes which records are held out for validation where there is no such split.
         :raises DataError: if a file is missing or bad.
         """
-        splits = self.read()
+        return self.decided_splits(seed=seed)[0]
+
+    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], str | None]:
+        """The same, and how labels are read if the data decided it (see ``read_decided``)."""
+        splits, reading = self.read_decided()
         train = check_split(splits, "train")
         if "validation" not in splits:
             splits["train"], splits["validation"] = hold_out(
@@ -86,16 +90,15 @@ class DataConfig(DataSource):
             )
         splits = self.limited(disjoint(splits))
         for name, records in splits.items():
+            self.check_known(records, name)
             for record in records:
-                if isinstance(record, Completion):
-                    record.known()
-                elif record.label is None:
+                if record.label is None:
                     raise DataError(
                         f"the record {record.id!r} of the split {name} has no label; where a column"
                         " of another name has it, give data.columns.label, and leave out a split"
                         " of hidden labels by data.split_names"
                     )
-        return splits
+        return splits, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,14 @@ class RunConfig:
         records = [record for split in splits.values() for record in split]
         return self.model.classes(records, shots=shots)
 
+    def with_labels(self, reading: str | None) -> RunConfig:
+        """The same, with how labels are read if the data decided it: a file of later, which may not
+        decide, is then read as those that trained the run."""
+        if reading is None:
+            return self
+        columns = replace(self.data.columns, labels=reading)
+        return replace(self, data=replace(self.data, columns=columns))
+
     def attempts(self) -> list[RunConfig]:
         """The configurations to train, of which one is kept: those of the trials, or this one.
 
@@ -261,10 +272,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""
-        mine, others = self.flat(), other.flat()
+        mine, others = resolved(self.flat()), resolved(other.flat())
+        keys = mine.keys() | others.keys()
+        labels = "data.columns.labels"
+        if "auto" in (mine[labels], others[labels]):  # one before and one after the data decided
+            keys -= {labels}
         return [
             f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
-            for key in sorted(mine.keys() | others.keys())
+            for key in sorted(keys)
             if mine.get(key) != others.get(key) and key.split(".")[0] not in MAY_CHANGE_ON_RESUME
         ]
 

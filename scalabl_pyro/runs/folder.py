@@ -6,7 +6,8 @@
   parameters of the guide and of the prior, such as the posterior of ``prior_run``, and draws
   ``s`` (S, M, r), or ``weights.*`` of projections
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
-  ``config.yaml`` all settings of the run, of which those must not be changed any more
+  ``config.yaml`` all settings of the run, of which those must not be changed any more;
+  ``places.json`` where the files and folders are that these name by a relative path
 * ``predictions.safetensors`` of every split but the training one: logits (S, N, C), labels (N,) and
   numbers of tokens (N,);
   of texts what :class:`~scalabl_pyro.prediction.Assessment` says
@@ -45,7 +46,15 @@ from ..readouts import Classes, Readout
 from .card import run_card, with_intervals
 from .config import ConfigError, RunConfig, build
 from .cost import Cost
-from .reading import RunFolderError, find_run, read_json, read_settings, read_tensors
+from .places import place, relative_places
+from .reading import (
+    RunFolderError,
+    find_run,
+    read_json,
+    read_places,
+    read_settings_placed,
+    read_tensors,
+)
 
 __all__ = [
     "PosteriorInfo",
@@ -228,6 +237,8 @@ def _write_run(
     }
     save_file(_tensors(tensors), part / "predictions.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(config)), part / "config.yaml")
+    if places := relative_places(config.flat()):
+        _write_json(part / "places.json", places)
     _write_json(
         part / "metrics.json", {name: assessment.metrics for name, assessment in assessed.items()}
     )
@@ -265,7 +276,7 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = find_run(folder)
     info = read_posterior_info(folder)
-    config = read_settings(folder)
+    config = read_settings_placed(folder)
     _check_settings(config, info, folder)
     # One process reads it.
     return restore(folder, replace(config, model=replace(config.model, shard=False)), info)
@@ -335,7 +346,7 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
 
 
 def read_posterior_info(folder: Path) -> PosteriorInfo:
-    """What ``posterior.json`` says.
+    """What ``posterior.json`` says, with its ``lora.start`` where it is.
 
     :raises RunFolderError: if it is missing, damaged, or of another format version.
     """
@@ -347,9 +358,11 @@ def read_posterior_info(folder: Path) -> PosteriorInfo:
             " the version of scalabl_pyro named in its environment.json"
         )
     try:
-        return build(PosteriorInfo, values)
+        info = build(PosteriorInfo, values)
     except ConfigError as error:
         raise RunFolderError.damaged(path, error) from error
+    start = place(info.settings.get("lora.start"), read_places(folder))
+    return replace(info, settings=info.settings | {"lora.start": start})
 
 
 def _check_settings(config: RunConfig, info: PosteriorInfo, folder: Path) -> None:

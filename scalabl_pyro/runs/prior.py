@@ -10,32 +10,47 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ..data import Record
 from ..lora.loading import load_readout
 from ..readouts import Classes
 from .config import ConfigError, RunConfig
 from .folder import PosteriorInfo, Run, read_posterior_info, restore
+from .places import resolved
 from .reading import find_run, read_settings
 
-__all__ = ["load_prior_run", "prior_fingerprint", "read_data"]
+__all__ = ["TrainingData", "load_prior_run", "prior_fingerprint", "read_data"]
 
 
-def read_data(config: RunConfig) -> tuple[dict[str, list[Record]], Classes]:
-    """The labelled records of a run by split, and what they, or its ``prior_run``, fix about the
-    readout.
+class TrainingData(NamedTuple):
+    """What a run is trained on.
+
+    :param splits: the labelled records.
+    :param classes: what they, or the run's ``prior_run``, fix about the readout.
+    :param reading: how labels are read, if the data decided it.
+    """
+
+    splits: dict[str, list[Record]]
+    classes: Classes
+    reading: str | None
+
+
+def read_data(config: RunConfig) -> TrainingData:
+    """The labelled records of a run by split, and what they fix.
 
     :raises ConfigError: if the settings contradict those of ``prior_run``.
     :raises DataError: if a file is missing or bad, or the prompt cannot put the records.
     :raises RunFolderError: if ``prior_run`` is no complete run folder.
     """
     if config.prior_run is None:
-        splits = config.data.splits(seed=config.seed)
-        return splits, config.classes(splits)
+        splits, reading = config.data.decided_splits(seed=config.seed)
+        return TrainingData(splits, config.classes(splits), reading)
     _, info = _checked(config)
     classes = info.classes
     names = config.data.classes or load_readout(config.model, classes).class_names
-    return replace(config.data, classes=names).splits(seed=config.seed), classes
+    splits, reading = replace(config.data, classes=names).decided_splits(seed=config.seed)
+    return TrainingData(splits, classes, reading)
 
 
 def load_prior_run(config: RunConfig) -> Run:
@@ -68,11 +83,11 @@ def _checked(config: RunConfig) -> tuple[Path, PosteriorInfo]:
     folder = find_run(str(config.prior_run))
     info = read_posterior_info(folder)
     for attempt in config.attempts():
-        mine = attempt.function_settings()
+        mine, before = resolved(attempt.function_settings()), resolved(info.settings)
         wrong = [
-            f"{key} is {mine.get(key)!r}, expected {info.settings.get(key)!r}"
-            for key in sorted(mine.keys() | info.settings.keys())
-            if mine.get(key) != info.settings.get(key)
+            f"{key} is {mine.get(key)!r}, expected {before.get(key)!r}"
+            for key in sorted(mine.keys() | before.keys())
+            if mine.get(key) != before.get(key)
         ]
         if wrong:
             raise ConfigError(

@@ -17,14 +17,17 @@ from torch import Tensor
 from yaml import YAMLError
 
 from .config import ConfigError, RunConfig, build
+from .places import placed
 
 __all__ = [
     "RunFolderError",
     "find_run",
     "read_fingerprints",
     "read_json",
+    "read_places",
     "read_predictions",
     "read_settings",
+    "read_settings_placed",
     "read_tensors",
     "read_trained_on",
     "weights_fingerprint",
@@ -89,6 +92,24 @@ def read_settings(folder: Path) -> RunConfig:
         return build(RunConfig, values)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ConfigError) as error:
         raise RunFolderError.damaged(path, error) from error
+
+
+def read_settings_placed(folder: Path) -> RunConfig:
+    """The same, with the files and folders where they are that it names from another folder.
+
+    :raises RunFolderError: as :func:`read_settings`, and if ``places.json`` is damaged.
+    """
+    return placed(read_settings(folder), read_places(folder))
+
+
+def read_places(folder: Path) -> dict[str, str]:
+    """What the settings of a run name → where it was in training; nothing if it was written before
+    that was kept, or all names hold everywhere.
+
+    :raises RunFolderError: if ``places.json`` is damaged.
+    """
+    path = folder / "places.json"
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

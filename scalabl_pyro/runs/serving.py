@@ -18,7 +18,7 @@ from ..lora.loading import load_readout
 from ..prediction.predictor import Predictions
 from ..readouts import LabelTokens
 from .folder import read_posterior_info
-from .reading import find_run, read_settings
+from .reading import find_run, read_settings_placed
 
 __all__ = ["ServedAverage", "ServerError"]
 
@@ -59,7 +59,7 @@ class ServedAverage:
     ) -> None:
         folder = find_run(run)
         info = read_posterior_info(folder)
-        readout = load_readout(read_settings(folder).model, info.classes)
+        readout = load_readout(read_settings_placed(folder).model, info.classes)
         if not isinstance(readout, LabelTokens):
             raise ValueError(
                 f"{run} reads {type(readout).__name__}: expected a run with"

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from ..data import Record, Split, fingerprint, fingerprints
 from ..distributed import is_main, world_size
-from ..files import write_whole
+from ..files import json_text, write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
@@ -29,8 +29,9 @@ from ..readouts import Readout
 from .config import ConfigError, RunConfig
 from .folder import save_run
 from .memory import MemoryConfig, explain_out_of_memory
+from .places import relative_places
 from .prior import load_prior_run, prior_fingerprint, read_data
-from .reading import read_fingerprints, read_json, read_settings
+from .reading import read_fingerprints, read_json, read_settings_placed
 
 __all__ = ["train_run", "unfinished_folder"]
 
@@ -64,7 +65,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
 
 
 def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
-    before = read_settings(folder)
+    before = read_settings_placed(folder)
     differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
     if differences:
         raise ConfigError(
@@ -72,7 +73,7 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
             " another run_dir, or remove it"
         )
     had = read_fingerprints(folder)
-    now = fingerprints(read_data(config)[0]) if had else {}
+    now = fingerprints(read_data(config).splits) if had else {}
     others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
     if others:
         raise ConfigError(
@@ -85,7 +86,8 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
-    splits, classes = read_data(config)
+    splits, classes, reading = read_data(config)
+    config = config.with_labels(reading)
     _check_inputs(config, splits, checkpoints)
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
@@ -213,7 +215,7 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
         )
     settings = folder / "config.yaml"
     if checkpoints.exist and settings.exists():
-        differences = config.differences(read_settings(folder))
+        differences = config.differences(read_settings_placed(folder))
         if differences:
             raise ConfigError(
                 f"the unfinished run in {folder} has other settings ({'; '.join(differences)}): set"
@@ -222,6 +224,7 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
     if config.resume and settings.exists() and not checkpoints.exist:
         log.warning("the unfinished run in %s left no checkpoint: it starts anew", folder)
     write_whole(settings, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_whole(folder / "places.json", json_text(relative_places(config.flat())))
 
 
 def _check_inputs(

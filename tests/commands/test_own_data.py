@@ -10,12 +10,14 @@ import datasets
 import pyro.infer
 import pytest
 import torch
-from conftest import FAST, WORDS, scalabl, tiny_llama, whole
+from conftest import FAST, WORDS, make_records, scalabl, tiny_llama, whole
+from omegaconf import OmegaConf
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scalabl_pyro import Predictor, ScalaBLModel, load_run
+from scalabl_pyro.commands._input import own_records, read_input
 from scalabl_pyro.data import Columns, read_records
 from scalabl_pyro.infer.chains import mcmc
 
@@ -154,3 +156,63 @@ def test_nuts_predictive_and_predictor_agree(run):
         logits = predictive(batch)["_RETURN"]
     torch.testing.assert_close(logits, Predictor(adapter, s).logits(batch), atol=1e-5, rtol=1e-5)
     assert len(torch.unique(s, dim=0)) > 1
+
+
+@pytest.mark.parametrize("label", ["label", "Key"])
+def test_a_run_reads_later_labels_as_it_decided_to_read_its_own(
+    tmp_path, local_model, capsys, monkeypatch, label
+):
+    """Numbers from 1 to 4 count from 1; those from 1 to 3 might as well count from 0."""
+    monkeypatch.chdir(tmp_path)
+    records = make_records(60)
+    row = [{"question": r.question, "choices": r.choices, label: r.label + 1} for r in records]
+    for name, rows in (("train", row[:40]), ("later", [r for r in row[40:] if r[label] < 4])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model.name={local_model}", "data.path=train.jsonl", "run_dir=run", *FAST]
+    words += [] if label == "label" else [f"data.columns.label={label}"]
+    assert scalabl("train", *words) == 0
+    assert OmegaConf.load("run/config.yaml").data.columns.labels == "from_1"
+    capsys.readouterr()
+    assert scalabl("train", *words, "resume=true") == 0  # the settings are the same
+    capsys.readouterr()
+    asked = ["run=run", "input=later.jsonl", "progress=false", "conformal=lac", "coverage=0.5"]
+    assert scalabl("predict", *asked, "output=a", "calibration=later.jsonl") == 0
+    assert "can be read as" not in capsys.readouterr().err
+    run = load_run("run")
+    expected = [r for r in records[40:] if r.label < 3]
+    read = read_input("later.jsonl", run, Columns())
+    assert [record.label for record in read] == [record.label for record in expected]
+    assert own_records(run, "train")  # by the labels that it had
+    read = read_input("later.jsonl", run, Columns(labels="from_0"))
+    assert [record.label for record in read] == [record.label + 1 for record in expected]
+
+
+@pytest.mark.parametrize("kind", ["path", "root", "hub"])
+def test_evaluate_reads_data_by_the_runs_columns_if_they_have_them(run, tmp_path, capsys, kind):
+    test = Path("eval/test.parquet")
+    test.parent.mkdir()
+    datasets.Dataset.from_list(reviews(30)).to_parquet(test)
+    where = {
+        "path": [f"data.path={test}"],
+        "root": ["data.root=eval"],
+        "hub": ["data.hub=owner/name", "data.hub_path=eval"],
+    }[kind]
+    columns = [
+        'data.columns.question="{about.kind} . {review_text}"',
+        "data.columns.label=stars",
+        "data.columns.id=about.key",
+    ]
+    said = []
+    for words in (columns, []):
+        capsys.readouterr()
+        assert scalabl("evaluate", "run=run", *where, *words, "progress=false") == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    # A file of our own fields is read by them.
+    rows = [
+        {"id": row["about"]["key"], "question": shown(row).split(" : ")[1], "label": row["stars"]}
+        for row in reviews(30)
+    ]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scalabl("evaluate", "run=run", "data.path=own.jsonl", "progress=false") == 0
+    assert json.loads(capsys.readouterr().out) == said[0]

@@ -180,6 +180,54 @@ def test_methods_learn_completions(chat_model, capsys, method, kind):
         assert metrics["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
 
 
+def test_texts_are_read_by_a_column_map_and_later_ones_by_the_runs(chat_model, capsys):
+    """As the same texts in columns of our own names."""
+    for name, first, last in (("train", 0, 16), ("validation", 16, 20), ("test", 20, 25)):
+        rows = prompts(25)[first:last]
+        own = [{"ask": row["prompt"], "say": row["completion"]} for row in rows]
+        write_rows(f"own/{name}.jsonl", own)
+        write_rows(f"plain/{name}.jsonl", rows)
+    readout = ["model.readout=completion_tokens", "lora.targets=[q_proj,lm_head]"]
+    words = [f"model.name={chat_model}", *readout, "run_dir=run", "data.root=own"]
+    columns = ["data.columns.prompt=ask", "data.columns.completion=say"]
+    assert scalabl("train", *words, *columns, *FAST) == 0
+    trained = json.loads(capsys.readouterr().out)["test"]
+    for root in ("own", "plain"):
+        assert scalabl("evaluate", "run=run", f"data.root={root}", "progress=false") == 0
+        assert json.loads(capsys.readouterr().out) == trained
+    where = ["run=run", "progress=false"]
+    for root in ("own", "plain"):
+        words = [*where, f"input={root}/test.jsonl"]
+        assert scalabl("predict", *words, f"output={root}.scores") == 0
+        few = "decoding.max_new_tokens=2"
+        assert scalabl("generate", *words, f"output={root}.texts", few) == 0
+    for kind in ("scores", "texts"):
+        assert Path(f"own.{kind}").read_text() == Path(f"plain.{kind}").read_text()
+    write_rows("third.jsonl", [{"q": row["prompt"]} for row in prompts(25)[20:]])
+    words = [*where, "input=third.jsonl", "output=third.texts", "decoding.max_new_tokens=2"]
+    capsys.readouterr()
+    assert scalabl("generate", *words) == 1
+    assert "or of texts to go on with columns.prompt; found ['q']" in capsys.readouterr().err
+    assert scalabl("generate", *words, "columns.prompt=q") == 0
+    texts, expected = (Path(f"{name}.texts").read_text() for name in ("third", "plain"))
+    assert texts == expected
+
+
+def test_a_text_without_a_completion_is_named_with_its_file(chat_model, chat_run, capsys):
+    write_rows("open.jsonl", [*prompts(3), {"prompt": "the cat"}])
+    write_rows("open/test.jsonl", [{"messages": TURNS[:1]}])
+    base = [f"model.name={chat_model}", "model.readout=completion_tokens"]
+    for words, place in (
+        (["train", *base, "data.path=open.jsonl", "run_dir=x", *FAST], "open.jsonl: record '4'"),
+        (["evaluate", *base, "data.path=open.jsonl"], "open.jsonl: record '4'"),
+        (["evaluate", "run=run", "data.path=open.jsonl"], "open.jsonl: record '4'"),
+        (["evaluate", "run=run", "data.root=open"], "the split test of open: record '1' has no"),
+        (["predict", "run=run", "input=open.jsonl", "output=o"], "open.jsonl, line 4: record '4'"),
+    ):
+        assert scalabl(*words) == 1
+        assert place in capsys.readouterr().err
+
+
 def by_the_base_model(rows: list[dict]) -> float:
     """Nats a completion, by plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained("chat")

@@ -12,7 +12,16 @@ import pytest
 from conftest import make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
-from scalabl_pyro.data import Columns, DataError, DataSource, read_folder, read_records, subsample
+from scalabl_pyro.data import (
+    Columns,
+    Completion,
+    DataError,
+    DataSource,
+    read_completions,
+    read_folder,
+    read_records,
+    subsample,
+)
 from scalabl_pyro.runs.config import DataConfig, build
 
 Splits = dict[str, list[dict]]
@@ -255,6 +264,38 @@ def test_texts_with_classes_in_columns_of_other_names(tmp_path):
         "train": [Record("1", "fine", ("bad", "good"), 1), Record("2", "sad", ("bad", "good"), 0)],
         "test": [Record("1", "so", ("bad", "good"), 1), Record("2", "new", ("bad", "good"))],
     }
+
+
+def test_numbers_are_names_of_classes_too(tmp_path, caplog):
+    rows = "fine,5\nsad,1\nso so,3\n"
+    for name, header in (("mapped", "review,stars\n"), ("own", "text,class\n")):
+        (tmp_path / f"{name}.csv").write_text(header + rows)
+    table = [{"review": line.split(",")[0], "stars": int(line[-1])} for line in rows.splitlines()]
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "mapped.parquet")
+    columns = Columns("review", label="stars")
+
+    def labels(path: str, columns: Columns = columns, **settings: object) -> list[str]:
+        source = build(
+            DataSource, {"path": str(tmp_path / path), "columns": columns, **settings}, "data."
+        )
+        return [record.choices[record.label] for record in source.read()["train"]]
+
+    assert labels("own.csv", Columns()) == ["5", "1", "3"]
+    assert not caplog.text
+    assert labels("mapped.csv") == ["5", "1", "3"]
+    assert "['1', '3', '5'], are taken as the names of classes: give data.classes" in caplog.text
+    assert labels("mapped.parquet") == ["5", "1", "3"]
+    for classes in ([1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"], (1, 2, 3, 4, 5)):
+        for path, read in (("own.csv", Columns()), ("mapped.csv", columns)):
+            assert labels(path, read, classes=classes) == ["5", "1", "3"]
+    assert DataSource(root="a", classes=(1, 2)).classes == ("1", "2")
+    # Of five classes some may not occur, and the numbers of those that do are names all the same.
+    (tmp_path / "few.csv").write_text("review,stars\nfine,3\nsad,1\n")
+    assert labels("few.csv", classes=[1, 2, 3, 4, 5]) == ["3", "1"]
+    # Numbers of classes with other names are indices.
+    (tmp_path / "few.csv").write_text("review,stars\nfine,1\nsad,0\n")
+    assert labels("few.csv", classes=["bad", "good"]) == ["good", "bad"]
+    assert labels("few.csv", classes=[1, 2]) == ["2", "1"]
 
 
 def quiz(folder: Path, labels: list[object], count: int = 4, name: str = "quiz.jsonl") -> str:
@@ -539,6 +580,35 @@ def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
     from_hub = DataSource(hub="some/name", hub_path=copy).read()["train"]
     for texts in (read_records(tmp_path / "x.parquet"), from_hub):
         assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]
+
+
+def test_texts_in_columns_of_other_names(tmp_path):
+    rows = [
+        {"nr": 3, "instruction": "Say hi", "input": "to Ann", "output": "Hi, Ann."},
+        {"nr": 4, "instruction": "Say bye", "input": "", "output": ""},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.csv").write_text(
+        'nr,instruction,input,output\n3,Say hi,to Ann,"Hi, Ann."\n4,Say bye,,\n'
+    )
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    columns = Columns(id="nr", prompt="{instruction}:{input}", completion="output")
+    expected = [
+        Completion("3", "Say hi:to Ann", "Hi, Ann."),
+        Completion("4", "Say bye:", None),
+    ]
+    for ending in ("jsonl", "csv", "parquet"):
+        assert read_completions(tmp_path / f"x.{ending}", columns) == expected
+        assert DataSource(path=str(tmp_path / f"x.{ending}"), columns=columns).read() == {
+            "train": expected
+        }
+    for unknown in (Columns(), Columns("instruction", label="output")):
+        with pytest.raises(DataError, match=r"or of texts to go on with data\.columns\.prompt"):
+            read_records(tmp_path / "x.jsonl", columns=unknown)
+    with pytest.raises(DataError, match=r"no column 'result'; .*data.columns.completion says"):
+        read_records(tmp_path / "x.jsonl", columns=replace(columns, completion="result"))
+    with pytest.raises(ValueError, match="label is 'a', but prompt is 'b' and completion None"):
+        Columns(label="a", prompt="b")
 
 
 def test_a_class_that_is_likely_a_slip_is_told(tmp_path, caplog):

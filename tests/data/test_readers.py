@@ -13,6 +13,7 @@ from conftest import FAST, make_records, scalabl, write_jsonl
 from scalabl_pyro import Record
 from scalabl_pyro.data import (
     TASKS,
+    Columns,
     DataError,
     DataSource,
     read_folder,
@@ -60,6 +61,62 @@ def test_csv_of_questions_needs_neither_ids_nor_labels(tmp_path):
     ]
 
 
+#: what a file of our own fields holds → the records by hand
+ALIKE = {
+    "no ids": ({"label": [0, 2]}, [("1", 0), ("2", 2)]),
+    "whole-number ids": ({"id": [7, 8], "label": [0, 2]}, [("7", 0), ("8", 2)]),
+    "other fields": ({"label": [0, 2], "source": ["a", "b"]}, [("1", 0), ("2", 2)]),
+    "letters": ({"label": ["C", "b"]}, [("1", 2), ("2", 1)]),
+    "texts": ({"label": ["red", "sky"]}, [("1", 1), ("2", 2)]),
+    "from 1": ({"label": [3, 1]}, [("1", 2), ("2", 0)]),
+    "no labels": ({}, [("1", None), ("2", None)]),
+    "some labels": ({"label": [None, 0]}, [("1", None), ("2", 0)]),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_files_of_our_own_fields_are_read_alike(tmp_path, name):
+    columns, expected = ALIKE[name]
+    choices = [("grass", "red", "sea"), ("ice", "fire", "sky")]
+    rows = [
+        {"question": question} | {column: values[i] for column, values in columns.items()}
+        for i, question in enumerate(("Why?", "How?"))
+    ]
+    lists = [row | {"choices": list(c)} for row, c in zip(rows, choices, strict=True)]
+    write(tmp_path / "q.jsonl", "".join(json.dumps(row) + "\n" for row in lists))
+    datasets.Dataset.from_list(lists).to_parquet(tmp_path / "q.parquet")
+    with (tmp_path / "q.csv").open("w", newline="") as file:
+        numbered = ["choice_1", "choice_2", "choice_3"]
+        writer = csv.DictWriter(file, [*rows[0], *numbered])
+        writer.writeheader()
+        for row, texts in zip(rows, choices, strict=True):
+            writer.writerow(row | dict(zip(numbered, texts, strict=True)))
+    by_hand = [
+        Record(id, question, texts, label)
+        for (id, label), question, texts in zip(expected, ("Why?", "How?"), choices, strict=True)
+    ]
+    for ending in ("jsonl", "csv", "parquet"):
+        assert read_records(tmp_path / f"q.{ending}") == by_hand, ending
+
+
+def test_labels_that_may_count_from_0_or_1_are_indices_in_our_own_fields(tmp_path, caplog):
+    rows = "question,choice_1,choice_2,choice_3\n"
+    csv_file = write(tmp_path / "q.csv", rows.replace("\n", ",label\n") + "Why?,x,y,z,1\n")
+    records = [Record("1", "Why?", ("x", "y", "z"), 1)]
+    for path in (csv_file, write_jsonl(tmp_path / "q.jsonl", records)):
+        caplog.clear()
+        assert read_records(path) == records
+        assert "label holds " in caplog.text
+        assert "from_0 and as from_1" in caplog.text
+        assert "labels=from_1 of columns changes that" in caplog.text
+        assert [r.label for r in read_records(path, columns=Columns(labels="from_1"))] == [0]
+    source = DataSource(path=str(csv_file), columns=Columns(labels="from_1"))
+    assert source.read()["train"][0].label == 0
+    # Numbers among the choices name nothing where a number is an index.
+    records = [Record("1", "1 + 1?", ("0", "2", "1"), 1), Record("2", "0?", ("1", "0", "2"), 1)]
+    assert read_records(write_jsonl(tmp_path / "n.jsonl", records)) == records
+
+
 def test_csv_of_texts_takes_its_classes_from_the_training_file(tmp_path):
     write(tmp_path / "train.csv", "text,class\nfine,good\nsad, bad\nso so,fair\n")
     write(tmp_path / "test.csv", "text,class\nfine,good\n")
@@ -98,21 +155,19 @@ def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
     [
         ("", "holds no header; expected id, question"),
         (QUESTIONS, "holds no records"),
-        (",text,class\n0,a,b\n", r"line 1: a column has no name, as the index that pandas writes"),
         ("id,question,choice_1,label\n", r"line 1: columns missing: \['choice_2'\]"),
-        ("question,choice_1,choice_3\n", r"missing: \['choice_2'\]; unknown: \['choice_3'\]"),
-        ("id,text,class,extra\n", r"line 1: .*unknown: \['extra'\]"),
+        ("question,choice_1,choice_3\n", r"missing: \['choice_2'\]; found \['question'"),
         ("id;text;class\n", r"missing: \['question', .*commas separate the columns"),
         ("text,class,class\n", r"double: \['class'\]"),
         ("question,choice_2,choice_1\n", "expected the choices in order"),
         (QUESTIONS + "a,Why?,x,y,z,1\nb,Why?,x,y\n", "line 3: 4 cells, but the header has 6"),
         (QUESTIONS + "a,Why?,x,y,z,1\na,How?,x,y,z,1\n", "line 3: the id 'a' occurs twice, first"),
         (
-            QUESTIONS + "a,Why?,x,y,,2\n",
-            "line 2: label is 2: expected the 0-based number of a choice, 0 to 1",
+            QUESTIONS + "a,Why?,x,y,,3\n",
+            "line 2: label is 3: expected the 0-based number of a choice, 0 to 1",
         ),
         (QUESTIONS + "a,Why?,x,y,,-1\n", "line 2: label is -1"),
-        (QUESTIONS + "a,Why?,x,y,,B\n", "line 2: label is 'B': expected the 0-based number"),
+        (QUESTIONS + "a,Why?,x,y,,C\n", "line 2: label is 'C': expected the 0-based number"),
         (QUESTIONS + "a,Why?,x,,z,0\n", "line 2: choices holds ''"),
         (QUESTIONS + 'a,"Why?,x,y,z,0\n', "line 2: not CSV"),
         (QUESTIONS.encode() + b"a,\xe9t\xe9,x,y,z,0\n", "line 2: not UTF-8 .*save the file as CSV"),

@@ -70,7 +70,7 @@ def test_what_is_no_list_of_records_is_refused(records, readout):
         (records[0], "Record.* in the place of a list of records"),
         ("the cat", "'the cat' in the place of a list of records"),
         (iter(records), "iterator.* in the place of a list of records"),
-        ([row], "'question': 'the cat'.* in the place of a record: .*from_mapping"),
+        ([row], "'question': 'the cat'.* in the place of a record: expected a list of Record"),
     ):
         with pytest.raises(TypeError, match=found):
             adapter.encode(given)

@@ -48,7 +48,7 @@ from scalabl_pyro import (
     load_run,
     predict,
 )
-from scalabl_pyro.data import PROMPTS, DataError
+from scalabl_pyro.data import PROMPTS, DataError, read_records
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.jacobian import jacobian
 from scalabl_pyro.lora.loading import load_readout, make_adapter
@@ -655,8 +655,7 @@ def test_memory_is_estimated(local_model):
 
 @pytest.mark.slow
 def test_a_real_model_scores_as_a_loop_over_plain_transformers(shared, smollm2):
-    lines = (shared / "data" / "arc_easy" / "test.jsonl").read_text().splitlines()[:50]
-    records = [Record.from_mapping(json.loads(line)) for line in lines]
+    records = read_records(shared / "data" / "arc_easy" / "test.jsonl")[:50]
     config = ModelConfig(str(smollm2), readout="choice_likelihood", dtype="float32")
     readout = load_readout(config, config.classes(records))
     lora_config = AdapterConfig(targets=("q_proj", "v_proj"), layers=(28, 29))

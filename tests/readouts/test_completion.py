@@ -184,8 +184,12 @@ def test_completions_are_read_from_json_lines(tmp_path):
         Completion("1", "the", " cat"),
         Completion("x", "a"),
     ]
-    with pytest.raises(DataError, match=r"line 2: found the fields .*'promt'"):
-        read_completions(written(rows[0], rows[1] | {"promt": "a"}))
+    extra = {"id": 7, "prompt": "a", "source": "x"}
+    assert read_completions(written(rows[0], extra))[1] == Completion("7", "a")
+    with pytest.raises(DataError, match=r"line 2: .*columns.prompt; found \['id', 'promt'\]"):
+        read_completions(written(rows[0], {"id": "x", "promt": "a"}))
+    with pytest.raises(DataError, match=r"texts.jsonl, line 2: record 'x' has no completion"):
+        read_completions(written(*rows), known=True)
     question = {"id": "q", "question": "the?", "choices": ["cat", "dog"]}
     with pytest.raises(DataError, match="record 'q' is a question with choices"):
         read_completions(written(rows[0], question))

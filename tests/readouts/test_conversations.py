@@ -158,6 +158,13 @@ def test_the_three_forms_of_records_are_read():
     assert Completion.from_mapping({"id": "1", "messages": TURNS[:3]}).completion is None
 
 
+def test_other_fields_are_passed_over_and_parts_of_a_content_are_joined():
+    parts = [{"type": "text", "text": "sings "}, {"type": "text", "text": "the blue"}]
+    row = {"id": "1", "messages": [*TURNS[:3], {"role": "assistant", "content": parts}]}
+    expected = Completion.from_mapping({"id": "1", "messages": TURNS})
+    assert Completion.from_mapping(row | {"source": "x", "score": 3}) == expected
+
+
 class Strange:
     """Templates that cannot be scored."""
 
@@ -182,6 +189,13 @@ def user(content):
         ({"messages": TURNS[1:2]}, "holds the assistant's alone"),
         ({"messages": [user(""), TURNS[1]]}, r"content of messages\[0\] is ''"),
         ({"messages": [user(None), TURNS[1]]}, r"content of messages\[0\] is None"),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": "u"}]), TURNS[1]]},
+            r"content of messages\[0\] holds a part of type 'image_url'.*expected texts alone",
+        ),
+        ({"messages": [user(["hi"]), TURNS[1]]}, "holds a part of type None, 'hi'"),
+        ({"messages": [user([]), TURNS[1]]}, r"content of messages\[0\] is ''"),
+        ({"messages": TURNS, "completion": "a"}, r"found the fields \['completion', 'id', 'mess"),
         ({"messages": [user("a") | {"name": "x"}, TURNS[1]]}, r"messages\[0\] is .*alone"),
         ({"messages": [*TURNS[:2], TURNS[1]]}, r"roles \['user', 'assistant', 'assistant'\]"),
         ({"messages": TURNS[1:]}, "roles must alternate"),
