@@ -31,9 +31,8 @@ from ..infer.svi import FitConfig, fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
 from ..models.model import ScalaBLModel
-from ..prediction.generation import Decoding, generate
+from ..prediction.generation import Decoding, encode_prompts, generate
 from ..prediction.predictor import Predictor
-from ..readouts.causal import prompt_ids
 from .exports import save_adapter
 
 __all__ = ["CHECKS", "Candidate", "Finding", "Needless", "bound", "examine"]
@@ -291,11 +290,12 @@ def generates(candidate: Candidate) -> str:
     llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
     if not candidate.prompts or not llm.can_generate():
         raise Needless(f"{type(llm).__name__} does not continue texts")
-    s, tokenizer = draws_of(adapter), adapter.readout.tokenizer
+    s, decoding = draws_of(adapter), Decoding(max_new_tokens=6)
+    predictor = Predictor(adapter, s)
     generated, expected, size = [], [], 0.0
-    texts = generate(Predictor(adapter, s), candidate.prompts, Decoding(max_new_tokens=6))
-    for prompt, text in zip(candidate.prompts, texts, strict=True):
-        begin = prompt_ids(tokenizer, prompt)
+    texts = generate(predictor, candidate.prompts, decoding)
+    prompts = encode_prompts(predictor, candidate.prompts, decoding)
+    for begin, text in zip(prompts, texts, strict=True):
         ids = torch.tensor([[*begin, *text.ids.tolist()]], device=adapter.device)
         generated.append(text.draw_log_probs.flatten())
         for each in s:

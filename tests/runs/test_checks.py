@@ -12,6 +12,7 @@ from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.checkpointing import Checkpointing
 from scalabl_pyro.lora.hooks import Hooks
 from scalabl_pyro.readouts import LabelTokens, MultipleChoice
+from scalabl_pyro.readouts.choice_likelihood import ChoiceLikelihood
 from scalabl_pyro.runs import checks
 from scalabl_pyro.runs.checks import Candidate, examine
 
@@ -64,6 +65,28 @@ def test_what_a_model_lacks_is_absent_not_wrong(tokenizer):
     by_check = states(Candidate(load, adapt, readout.encode(make_records(5))))
     assert by_check.pop("generation") == by_check.pop("shared trunk") == "absent"
     assert set(by_check.values()) == {"ok"}
+
+
+def on_tiny_llama(readout, **sizes) -> Candidate:
+    def adapt(llm, *, upper=False, **options):
+        layers = {"layers_to_transform": [1]} if upper else {}
+        torch.manual_seed(0)
+        return SubspaceAdapter(llm, lora("q_proj", "v_proj", **layers), readout, **options)
+
+    split = readout.encode(make_records(5))
+    return Candidate(lambda: tiny_llama(**sizes), adapt, split, ("the cat runs", "a dog"))
+
+
+def test_prompts_are_read_again_in_the_chat_template(chat_tokenizer, monkeypatch):
+    readout = ChoiceLikelihood(
+        chat_tokenizer, PROMPTS["question"], num_classes=4, max_length=64, chat=True
+    )
+    candidate = on_tiny_llama(readout)
+    by_check = states(candidate)
+    assert set(by_check.values()) == {"ok"}, by_check
+    bare = [chat_tokenizer(prompt).input_ids for prompt in candidate.prompts]
+    monkeypatch.setattr(checks, "encode_prompts", lambda *args: bare)
+    assert checks._outcome(checks.generates, candidate).state == "wrong"
 
 
 def test_a_refusal_is_told_with_its_reason(make_candidate):
@@ -122,8 +145,12 @@ def recomputed_with_another_s(patch):
 
 
 def another_prompt(patch):
-    ids = checks.prompt_ids
-    patch.setattr(checks, "prompt_ids", lambda tokenizer, prompt: ids(tokenizer, "red " + prompt))
+    encode = checks.encode_prompts
+
+    def with_a_word_before(predictor, prompts, decoding):
+        return encode(predictor, ["red " + prompt for prompt in prompts], decoding)
+
+    patch.setattr(checks, "encode_prompts", with_a_word_before)
 
 
 FAULTS = {
