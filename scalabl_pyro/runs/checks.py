@@ -33,6 +33,7 @@ from ..lora.layers import ADAPTER
 from ..models.model import ScalaBLModel
 from ..prediction.generation import Decoding, encode_prompts, generate
 from ..prediction.predictor import Predictor
+from ..readouts.completion_tokens import NO_TOKEN
 from .exports import save_adapter
 
 __all__ = ["CHECKS", "Candidate", "Finding", "Needless", "bound", "examine"]
@@ -168,6 +169,12 @@ def _loop(adapter: SubspaceAdapter, batch: Batch, s: Tensor) -> Tensor:
     return torch.stack([adapter(batch, each) for each in s])
 
 
+def _counted(batch: Batch, logits: Tensor) -> Tensor:
+    """Those of (B, C), or of (B, K, C) of texts, that a label goes with: K depends on the batch."""
+    assert batch.labels is not None
+    return logits[batch.labels != NO_TOKEN]
+
+
 # ---------------------------------------------------------------------- the checks
 
 
@@ -189,17 +196,17 @@ def plain_peft(candidate: Candidate) -> str:
 def padded(candidate: Candidate) -> str:
     """Rows that are padded have the logits that they have alone."""
     adapter = candidate.make()
-    rows = [candidate.split.collate([example]) for example in candidate.split]
-    each = torch.cat([adapter(row, adapter.init_loc) for row in rows])
+    rows = [candidate.split.collate([e]).to(adapter.device) for e in candidate.split]
     batch = candidate.batch.to(adapter.device)
+    each = torch.cat([_counted(row, adapter(row, adapter.init_loc)) for row in rows])
     try:
-        return _same(adapter, adapter(batch, adapter.init_loc), each)
+        return _same(adapter, _counted(batch, adapter(batch, adapter.init_loc)), each)
     except Wrong as error:
         llm = candidate.load()
         adapter.readout.attach(llm)
-        plain = [adapter.readout(llm, row.to(adapter.device).inputs) for row in rows]
+        plain = torch.cat([_counted(row, adapter.readout(llm, row.inputs)) for row in rows])
         try:
-            _same(adapter, adapter.readout(llm, batch.inputs), torch.cat(plain))
+            _same(adapter, _counted(batch, adapter.readout(llm, batch.inputs)), plain)
         except Wrong:
             raise Needless(f"padding changes the model's own logits, {error}") from error
         raise

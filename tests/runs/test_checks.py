@@ -13,6 +13,7 @@ from scalabl_pyro.lora.checkpointing import Checkpointing
 from scalabl_pyro.lora.hooks import Hooks
 from scalabl_pyro.readouts import LabelTokens, MultipleChoice
 from scalabl_pyro.readouts.choice_likelihood import ChoiceLikelihood
+from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 from scalabl_pyro.runs import checks
 from scalabl_pyro.runs.checks import Candidate, examine
 
@@ -87,6 +88,28 @@ def test_prompts_are_read_again_in_the_chat_template(chat_tokenizer, monkeypatch
     bare = [chat_tokenizer(prompt).input_ids for prompt in candidate.prompts]
     monkeypatch.setattr(checks, "encode_prompts", lambda *args: bare)
     assert checks._outcome(checks.generates, candidate).state == "wrong"
+
+
+def test_completions_of_different_lengths_are_compared_token_by_token(chat_tokenizer):
+    readout = CompletionTokens(chat_tokenizer, num_classes=32, max_length=64)
+    candidate = on_tiny_llama(readout)
+    lengths = [sum(example.rows["completion_mask"][0]) for example in candidate.split]
+    assert len(set(lengths)) > 1
+    by_check = states(candidate)
+    assert set(by_check.values()) == {"ok"}, by_check
+    # What is compared are a row's last tokens, as many as its own completion has.
+    logits = torch.randn(len(lengths), max(lengths), 32)
+    by_hand = torch.cat([row[-length:] for row, length in zip(logits, lengths, strict=True)])
+    assert checks._counted(candidate.batch, logits).equal(by_hand)
+    collate = candidate.split.collate
+
+    def with_padding_read(examples):
+        batch = collate(examples)
+        batch.inputs["attention_mask"].fill_(1)
+        return batch
+
+    candidate.split.collate = with_padding_read
+    assert checks._outcome(checks.padded, candidate).state == "absent"
 
 
 def test_a_refusal_is_told_with_its_reason(make_candidate):
