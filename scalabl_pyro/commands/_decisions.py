@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data import Columns, DataError, Record
 from ..prediction.abstention import abstains, threshold_at_risk
+from ..prediction.assessment import check_labelled
 from ..prediction.conformal import (
     CONFORMAL_SCORES,
     conformal_sets,
@@ -169,7 +170,5 @@ def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record
                 f"{error}; or give calibration=FILE, labelled records that trained nothing"
             ) from error
     records = read_input(config.calibration, run, columns)
-    for record in records:
-        if record.label is None:
-            raise DataError(f"{config.calibration}: record {record.id!r} has no label")
+    check_labelled(records, config.calibration)
     return records

@@ -24,8 +24,9 @@ from ..files import json_text, new_path, write_whole
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import load_readout, make_adapter
 from ..methods import ZeroShot
-from ..prediction.assessment import assess
+from ..prediction.assessment import assess, check_labelled
 from ..prediction.predictor import Predicts
+from ..readouts import Readout
 from ..runs.config import ConfigError, build
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
@@ -83,6 +84,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics of a run folder, or of a base model without training, on one split.
 
     :raises FileExistsError: if the output exists.
+    :raises DataError: before any prediction, if a record cannot be read or has no label.
     """
     if config.output is not None:
         new_path(Path(config.output))
@@ -108,7 +110,7 @@ def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     classes = config.data.classes or trained.class_names
     records = replace(config.data, classes=classes).read_split(config.split)
     warn_of_trained(trained, records, "these metrics say nothing of other records")
-    split = trained.encode(records)
+    split = _encode(config, trained.readout, records)
     return make_predictor(trained, config.prediction), split
 
 
@@ -130,7 +132,9 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
     readout = load_readout(model, model.classes(records, shots=shots))
     count = (config.data.limit or {}).get(config.split)
     asked = splits[config.split]
-    split = fitted_to = readout.encode(asked if count is None else subsample(asked, count))
+    split = fitted_to = _encode(
+        config, readout, asked if count is None else subsample(asked, count)
+    )
     if readout.fitted:
         why, instead = f"readout {model.readout} fits κ to", "model.temperature=none, for κ = 1"
         fitted_to = readout.encode(_training_records(splits, config, why, instead))
@@ -140,6 +144,13 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
         partial(make_adapter, model, adapter, readout), fitted_to, None, seed=0
     )
     return fitted.predictor, split
+
+
+def _encode(config: EvaluateConfig, readout: Readout, records: Sequence[Record]) -> Split:
+    """The records to evaluate; of texts the readout itself needs each token."""
+    if not readout.reads_texts:
+        check_labelled(records, config.data.path or f"the split {config.split}")
+    return readout.encode(records)
 
 
 def _training_records(

@@ -746,6 +746,26 @@ def test_records_that_trained_the_run_are_told(run, data, capsys):
         assert "trained the run" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", [slice(2, 3), slice(None)], ids=["one", "all"])
+def test_records_without_a_label_are_named_before_any_pass(
+    run, local_model, data, capsys, monkeypatch, missing
+):
+    records = make_records(4)
+    records[missing] = [dataclasses.replace(r, label=None) for r in records[missing]]
+    first = records[missing][0].id
+    write_jsonl(Path("q.jsonl"), records)
+    write_jsonl(data / "test.jsonl", records)
+
+    def runs(*args, **options):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("scalabl_pyro.prediction.assessment.predict", runs)
+    for what in (f"run={run}", f"model.name={local_model}"):
+        for where, place in (("data.path=q.jsonl", "q.jsonl"), (f"data.root={data}", "split test")):
+            assert scalabl("evaluate", what, where, "progress=false") == 1
+            assert f"{place}: record '{first}' has no label" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_enough_is_no_error(local_model):
     code = f"{sys.executable} -m scalabl_pyro memory model.name={local_model} tokens=8 | head -c 1"
     done = subprocess.run(
