@@ -128,11 +128,11 @@ def test_a_risk_that_no_threshold_has_is_refused(run, data, capsys):
     assert not list(Path().glob("o.jsonl*"))
 
 
-def scores_by_hand(name, probabilities, key):
+def scores_by_hand(name, probabilities, key, *, seed=0):
     """1 − p, or the mass above and a share u of one's own, and 0.1 for each rank above."""
     if name == "lac":
         return [1 - p for p in probabilities]
-    u = random.Random(f"0 {key}").random()
+    u = random.Random(f"{seed} {key}").random()
     scores = []
     for p in probabilities:
         above = [other for other in probabilities if other > p]
@@ -161,6 +161,29 @@ def test_sets_hold_the_choices_whose_score_is_at_most_that_of_validation(run, ca
         assert set(row["set"]) - near == expected - near
         sizes.add(len(row["set"]))
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+def test_the_seed_of_randomised_sets_makes_no_draws(local_model, data, capsys, method):
+    """Of a run with a posterior over s or without one: the draws stay, and u is the seed's."""
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=run"]
+    assert scalabl("train", *where, *FAST, "model.dtype=float32", f"method={method}") == 0
+    capsys.readouterr()
+    _, plain = predicted(capsys, output="plain.jsonl")
+    words = ["conformal=aps", "coverage=0.8", "prediction.seed=1"]
+    said, rows = predicted(capsys, *words)
+    probabilities, labels = validation(Path("run"))
+    right = sorted(
+        scores_by_hand("aps", p, f"calibration q{i}", seed=1)[label]
+        for i, (p, label) in enumerate(zip(probabilities, labels, strict=True))
+    )
+    threshold = said["calibration"]["conformal_threshold"]
+    assert threshold == pytest.approx(right[32 - 1], abs=1e-6)  # ⌈40 · 0.8⌉ of 39
+    for row, old in zip(rows, plain, strict=True):
+        assert row["probabilities"] == old["probabilities"]
+        scores = scores_by_hand("aps", row["probabilities"], row["id"], seed=1)
+        near = {c for c in range(4) if abs(scores[c] - threshold) < 5e-6}  # lines have six digits
+        assert set(row["set"]) - near == {c for c in range(4) if scores[c] <= threshold} - near
 
 
 @pytest.mark.parametrize("words", [["conformal=aps"], ["conformal=lac", "risk=0.8"]], ids=" ".join)
