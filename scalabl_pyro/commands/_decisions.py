@@ -25,6 +25,8 @@ __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
 log = logging.getLogger(__name__)
 
+_COVERAGE = 0.9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionConfig:
@@ -43,7 +45,7 @@ class DecisionConfig:
     abstain_below: float | None = None
     risk: float | None = None
     conformal: str | None = None
-    coverage: float = 0.9
+    coverage: float = _COVERAGE
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +64,11 @@ class DecisionConfig:
             )
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage is {self.coverage}: expected a number between 0 and 1")
+        if self.conformal is None and self.coverage != _COVERAGE:
+            raise ValueError(
+                f"coverage is {self.coverage}, which is of conformal sets alone: give conformal, or"
+                " leave it out"
+            )
         if self.calibration is not None and self.risk is None and self.conformal is None:
             raise ValueError(
                 f"calibration is {self.calibration!r}, which nothing needs: give risk or conformal"

@@ -55,7 +55,7 @@ class EvaluateConfig:
     """Settings of ``scalabl evaluate``, described in configs/evaluate.yaml.
 
     :raises ValueError: if not exactly one of ``run`` and ``model`` is given, or a way to predict
-        with a posterior that the base model does not have.
+        with a posterior that the base model does not have, or a seed of no draws.
     """
 
     data: DataSource
@@ -78,6 +78,7 @@ class EvaluateConfig:
             )
         if self.model is not None and self.prediction != PredictionConfig():
             raise ConfigError("a base model has no posterior over s: leave prediction as it is")
+        self.prediction.check_seed()
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:

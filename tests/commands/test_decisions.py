@@ -237,6 +237,8 @@ def test_other_labelled_records_calibrate_where_they_are_given(run, data, capsys
             "takes 99 labelled examples or more, and there are 39",
         ),
         (["calibration=in.jsonl"], "calibration is 'in.jsonl', which nothing needs"),
+        (["coverage=0.8"], "coverage is 0.8, which is of conformal sets alone: give conformal"),
+        (["coverage=0.8", "risk=0.5"], "coverage is 0.8, which is of conformal sets alone"),
         (["risk=0.5", "calibration=in.jsonl"], "in.jsonl: record 'q0' has no label"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -245,6 +247,27 @@ def test_bad_decisions_are_refused_before_any_line(run, capsys, words, message):
     assert scalabl("predict", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
     assert message in capsys.readouterr().err
     assert not list(Path().glob("o.jsonl*"))
+
+
+def test_a_seed_of_nothing_is_refused(run, data, capsys):
+    """Where no draws are made, and no score is randomised."""
+    asked = ["run=run", "input=in.jsonl", "progress=false"]
+    commands = [
+        ["predict", *asked, "output=o.jsonl"],
+        ["predict", *asked, "output=o.jsonl", "conformal=lac"],
+        ["select", "run=run", "input=in.jsonl", "output=s.jsonl", "count=3"],
+        ["evaluate", "run=run", f"data.root={data}", "progress=false"],
+    ]
+    for command in commands:
+        for way, fix in (("average", "give prediction.draws"), ("mean", "leave it out")):
+            assert scalabl(*command, f"prediction.name={way}", "prediction.seed=3") == 1
+            expected = f"prediction.seed is 3, and nothing is drawn anew: {fix}"
+            assert expected in capsys.readouterr().err
+    for command in commands[1:]:
+        assert scalabl(*command, "prediction.draws=4", "prediction.seed=3") == 0
+    # The mean makes no draws, but the sets are randomised.
+    words = ["prediction.name=mean", "prediction.seed=3", "conformal=raps"]
+    assert scalabl("predict", *asked, "output=sets.jsonl", *words) == 0
 
 
 def test_records_to_label_are_written_as_records(run, capsys):
