@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import Columns, DataError, Record
+from ..data import Columns, DataError, Record, asked
 from ..prediction.abstention import abstains, threshold_at_risk
 from ..prediction.assessment import check_labelled
 from ..prediction.conformal import (
@@ -121,6 +121,7 @@ def calibrate(
     predictor: Predicts,
     columns: Columns,
     *,
+    answered: Sequence[Record],
     seed: int,
     batch_size: int,
     tolerance: float | None,
@@ -128,6 +129,7 @@ def calibrate(
     """The thresholds, from labelled records where they need some.
 
     :param columns: which columns of the file ``config.calibration`` make a record.
+    :param answered: what is to be decided about; a warning tells of those that set the threshold.
     :param tolerance: of the draws, as for the answers.
     :raises ValueError: if no threshold does what is asked, see
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
@@ -137,6 +139,7 @@ def calibrate(
         return Decisions(config.abstain_below)
     records = _labelled(config, run, columns)
     warn_of_trained(run, records, "risk and coverage hold for no other records then")
+    _warn_of_calibrated(answered, records)
     predictions = predict(
         predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance
     )
@@ -166,6 +169,19 @@ def calibrate(
         decided |= {"conformal": config.conformal, "threshold": threshold}
         report["conformal_threshold"] = threshold
     return Decisions(**decided, calibration=report)
+
+
+def _warn_of_calibrated(answered: Sequence[Record], calibration: Sequence[Record]) -> None:
+    """Tell of records to be answered whose questions are to set the threshold."""
+    known = set(asked(calibration))
+    count = sum(key in known for key in asked(answered))
+    if count:
+        log.warning(
+            "%d of %d records set the threshold that decides about them: risk and coverage are of"
+            " other records",
+            count,
+            len(answered),
+        )
 
 
 def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:

@@ -66,6 +66,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         run,
         predictor,
         config.columns,
+        answered=records,
         seed=config.prediction.seed,
         batch_size=config.batch_size,
         tolerance=config.prediction.tolerance,

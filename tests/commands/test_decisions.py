@@ -249,6 +249,23 @@ def test_bad_decisions_are_refused_before_any_line(run, capsys, words, message):
     assert not list(Path().glob("o.jsonl*"))
 
 
+@pytest.mark.parametrize("words", [["conformal=lac"], ["risk=0.9"]], ids=" ".join)
+@pytest.mark.parametrize("own", [True, False])
+def test_records_that_set_their_own_threshold_are_told(run, data, capsys, words, own):
+    """Whatever the order of their choices, their ids, and whether their labels are given."""
+    known = read_records(data / ("validation.jsonl" if own else "test.jsonl"))
+    again = [sp.Record(f"x{n}", r.question, r.choices[::-1]) for n, r in enumerate(known[:5])]
+    others = [sp.Record(f"y{n}", f"the red cat {n}", r.choices) for n, r in enumerate(known[:3])]
+    calibration = [] if own else [f"calibration={data / 'test.jsonl'}"]
+    where = ["run=run", "progress=false", *words, *calibration]
+    write_jsonl(Path("mixed.jsonl"), [*again, *others])
+    assert scalabl("predict", *where, "input=mixed.jsonl", "output=o.jsonl") == 0
+    assert "5 of 8 records set the threshold that decides about them" in capsys.readouterr().err
+    write_jsonl(Path("new.jsonl"), others)
+    assert scalabl("predict", *where, "input=new.jsonl", "output=n.jsonl") == 0
+    assert "set the threshold" not in capsys.readouterr().err
+
+
 def test_a_seed_of_nothing_is_refused(run, data, capsys):
     """Where no draws are made, and no score is randomised."""
     asked = ["run=run", "input=in.jsonl", "progress=false"]
