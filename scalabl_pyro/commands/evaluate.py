@@ -22,7 +22,7 @@ from ..data import (
 )
 from ..files import json_text, new_path, write_whole
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.loading import load_readout, make_adapter
+from ..lora.loading import UntrainedHeadError, load_readout, make_adapter
 from ..methods import ZeroShot
 from ..prediction.assessment import assess, check_labelled
 from ..prediction.predictor import Predicts
@@ -141,9 +141,15 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
         fitted_to = readout.encode(_training_records(splits, config, why, instead))
     # Any layers will do: what is not trained changes nothing.
     adapter = AdapterConfig(r=1, targets="all-linear")
-    fitted = ZeroShot(eval_batch_size=config.batch_size, progress=config.progress).fit(
-        partial(make_adapter, model, adapter, readout), fitted_to, None, seed=0
-    )
+    try:
+        fitted = ZeroShot(eval_batch_size=config.batch_size, progress=config.progress).fit(
+            partial(make_adapter, model, adapter, readout), fitted_to, None, seed=0
+        )
+    except UntrainedHeadError as error:
+        raise ConfigError(
+            f"{error.lack}, and nothing is trained here: give a checkpoint with a trained head, a"
+            " run that trained one by lora.heads, or model.readout=label_tokens"
+        ) from error
     return fitted.predictor, split
 
 

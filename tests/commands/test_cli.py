@@ -418,6 +418,11 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
     assert scalabl("train", *words, "lora.heads=[]") == 1
     error = capsys.readouterr().err
     assert "would stay random: train them whole, as by lora.heads=[classifier]" in error
+    zero_shot = ["model.name=bert", "model.readout=sequence_classification", "progress=false"]
+    assert scalabl("evaluate", *zero_shot, "data.path=texts.csv") == 1
+    told = capsys.readouterr().err
+    assert "would stay random, and nothing is trained here: give a checkpoint" in told
+    assert "lora.heads=[" not in told
     assert scalabl("train", *words, "model.name=headed") == 1
     assert "has a head with num_labels 2, but the data needs 3" in capsys.readouterr().err
     assert scalabl("train", *words) == 0
@@ -559,10 +564,13 @@ def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_p
         assert scalabl(*words) == 1
         message = capsys.readouterr().err
         assert "no posterior over s" in message or "method ensemble predicts by" in message
+    assert "report, evaluate, predict, select, distill and show-prompts alone" in message
     assert not (tmp_path / "exported").exists()
     questions = write_jsonl(tmp_path / "questions.jsonl", make_records(9))
     words = ["run=out", f"input={questions}", "output=student", "fit.steps=2"]
     assert scalabl("distill", *words, "fit.lr=1e-5", "progress=false") == 0
+    unlabelled = write_jsonl(tmp_path / "unlabelled.jsonl", make_records(9, labelled=False))
+    assert scalabl("select", "run=out", f"input={unlabelled}", "output=s.jsonl", "count=2") == 0
 
 
 def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch):

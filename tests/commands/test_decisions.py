@@ -266,6 +266,18 @@ def test_records_that_set_their_own_threshold_are_told(run, data, capsys, words,
     assert "set the threshold" not in capsys.readouterr().err
 
 
+def test_novelty_of_another_prior_names_what_needs_none(local_model, data, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=run"]
+    words = ["model.dtype=float32", "method.prior.name=laplace"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    asked = ["run=run", "input=in.jsonl", "output=o.jsonl", "count=3"]
+    capsys.readouterr()
+    assert scalabl("select", *asked, "by=novelty") == 1
+    error = capsys.readouterr().err
+    assert "novelty needs a normal one; to select records by=entropy needs none" in error
+    assert scalabl("select", *asked, "by=entropy") == 0
+
+
 def test_a_seed_of_nothing_is_refused(run, data, capsys):
     """Where no draws are made, and no score is randomised."""
     asked = ["run=run", "input=in.jsonl", "progress=false"]
