@@ -35,7 +35,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   report        the same page over runs that were trained apart, such as those of a sweep
   distill       a run's model average in one plain PEFT adapter
   export        a run as plain PEFT adapters, one a draw, and as a merged model
-  show-prompts  records as the model of a training run would read them
+  show-prompts  records as the model of a run reads them, before training and after
   memory        how much memory a run needs, before anything is downloaded
   doctor        what works on this machine, and how to mend what does not
 
