@@ -145,9 +145,14 @@ def _as_place(word: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     key, _, value = word.partition("=")
-    if _PLAIN.fullmatch(value):
+    if _PLAIN.fullmatch(value) or (key == "runs" and _is_list(value)):
         return word
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _is_list(value: str) -> bool:
+    """Whether it is a list of places, and no place of such a name."""
+    return value[:1] == "[" and value[-1:] == "]" and not os.path.exists(value)
 
 
 def _as_text(word: str) -> str:
