@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import Columns, DataError, Record
+from ..data import Columns, DataError, Record, asked
 from ..prediction.abstention import abstains, threshold_at_risk
+from ..prediction.assessment import check_labelled
 from ..prediction.conformal import (
     CONFORMAL_SCORES,
     conformal_sets,
@@ -23,6 +24,8 @@ from ._input import own_records, read_input, warn_of_trained
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
 log = logging.getLogger(__name__)
+
+_COVERAGE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class DecisionConfig:
     abstain_below: float | None = None
     risk: float | None = None
     conformal: str | None = None
-    coverage: float = 0.9
+    coverage: float = _COVERAGE
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +64,11 @@ class DecisionConfig:
             )
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage is {self.coverage}: expected a number between 0 and 1")
+        if self.conformal is None and self.coverage != _COVERAGE:
+            raise ValueError(
+                f"coverage is {self.coverage}, which is of conformal sets alone: give conformal, or"
+                " leave it out"
+            )
         if self.calibration is not None and self.risk is None and self.conformal is None:
             raise ValueError(
                 f"calibration is {self.calibration!r}, which nothing needs: give risk or conformal"
@@ -113,6 +121,7 @@ def calibrate(
     predictor: Predicts,
     columns: Columns,
     *,
+    answered: Sequence[Record],
     seed: int,
     batch_size: int,
     tolerance: float | None,
@@ -120,6 +129,7 @@ def calibrate(
     """The thresholds, from labelled records where they need some.
 
     :param columns: which columns of the file ``config.calibration`` make a record.
+    :param answered: what is to be decided about; a warning tells of those that set the threshold.
     :param tolerance: of the draws, as for the answers.
     :raises ValueError: if no threshold does what is asked, see
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
@@ -129,6 +139,7 @@ def calibrate(
         return Decisions(config.abstain_below)
     records = _labelled(config, run, columns)
     warn_of_trained(run, records, "risk and coverage hold for no other records then")
+    _warn_of_calibrated(answered, records)
     predictions = predict(
         predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance
     )
@@ -160,6 +171,19 @@ def calibrate(
     return Decisions(**decided, calibration=report)
 
 
+def _warn_of_calibrated(answered: Sequence[Record], calibration: Sequence[Record]) -> None:
+    """Tell of records to be answered whose questions are to set the threshold."""
+    known = set(asked(calibration))
+    count = sum(key in known for key in asked(answered))
+    if count:
+        log.warning(
+            "%d of %d records set the threshold that decides about them: risk and coverage are of"
+            " other records",
+            count,
+            len(answered),
+        )
+
+
 def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:
     if config.calibration is None:
         try:
@@ -169,7 +193,5 @@ def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record
                 f"{error}; or give calibration=FILE, labelled records that trained nothing"
             ) from error
     records = read_input(config.calibration, run, columns)
-    for record in records:
-        if record.label is None:
-            raise DataError(f"{config.calibration}: record {record.id!r} has no label")
+    check_labelled(records, config.calibration)
     return records

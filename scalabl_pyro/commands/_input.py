@@ -5,11 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..data import Columns, Completion, DataError, Record, asked, fingerprint, read_completions
+from ..data import (
+    Columns,
+    Completion,
+    DataError,
+    Record,
+    asked,
+    check_split,
+    fingerprint,
+    read_completions,
+)
 from ..data.readers import read_table
 from ..data.tables import to_records
+from ..runs.config import RunConfig
 from ..runs.folder import Run
 from ..runs.reading import (
     find_run,
@@ -24,7 +34,20 @@ __all__ = ["begun_for", "own_records", "read_input", "read_texts", "warn_of_trai
 log = logging.getLogger(__name__)
 
 
-def read_input(path: str, run: Run, columns: Columns) -> list[Record]:
+class ReadsRecords(Protocol):
+    """What is to be known of a run to read records for it; its weights are not."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+
+def read_input(path: str, run: ReadsRecords, columns: Columns) -> list[Record]:
     """The records of a file.
 
     :param columns: which columns make a record. Where none is named they are those that the run
@@ -57,13 +80,13 @@ def read_texts(
         raise DataError(str(error).replace("data.columns", "columns")) from error
 
 
-def own_records(run: Run, split: str) -> list[Record]:
+def own_records(run: ReadsRecords, split: str) -> list[Record]:
     """The records of a split that the run was trained or chosen on, read again.
 
     :raises DataError: if they cannot be read, or are others now.
     """
     try:
-        records = run.config.data.splits(seed=run.config.seed)[split]
+        records = check_split(run.config.data.splits(seed=run.config.seed), split)
     except (DataError, OSError) as error:
         raise DataError(f"the {split} split of the run cannot be read: {error}") from error
     known = read_fingerprints(run.folder).get(split)

@@ -35,7 +35,7 @@ USAGE = """usage: scalabl COMMAND [key=value ...]
   report        the same page over runs that were trained apart, such as those of a sweep
   distill       a run's model average in one plain PEFT adapter
   export        a run as plain PEFT adapters, one a draw, and as a merged model
-  show-prompts  records as the model of a training run would read them
+  show-prompts  records as the model of a run reads them, before training and after
   memory        how much memory a run needs, before anything is downloaded
   doctor        what works on this machine, and how to mend what does not
 
@@ -145,9 +145,14 @@ def _as_place(word: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     key, _, value = word.partition("=")
-    if _PLAIN.fullmatch(value):
+    if _PLAIN.fullmatch(value) or (key == "runs" and _is_list(value)):
         return word
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _is_list(value: str) -> bool:
+    """Whether it is a list of places, and no place of such a name."""
+    return value[:1] == "[" and value[-1:] == "]" and not os.path.exists(value)
 
 
 def _as_text(word: str) -> str:

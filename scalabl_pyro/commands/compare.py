@@ -22,7 +22,7 @@ from ..files import check_writable
 from ..infer.fit_config import FitConfig
 from ..infer.training import NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
-from ..methods import METHODS, ZeroShot
+from ..methods import ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
 from ..runs.training import train_run, unfinished_folder
@@ -82,8 +82,8 @@ class CompareConfig:
         for name, trials in self.methods.items():
             for trial in trials:
                 for seed in (self.tuning_seed, *self.seeds):
-                    self.run_config(name, trial, seed)
-                _check_fit(name, trial)
+                    run = self.run_config(name, trial, seed)
+                _check_fit(name, trial, run)
 
     def _leave_out_zero_shot(self) -> None:
         """Without training, there is no head for the base model to answer by."""
@@ -132,17 +132,15 @@ class CompareConfig:
         )
 
 
-def _check_fit(name: str, trial: dict[str, Any]) -> None:
+def _check_fit(name: str, trial: dict[str, Any], run: RunConfig) -> None:
     """Refuse to train a method with the ``fit`` of another, where it has one of its own."""
-    method = METHODS[trial["method"]["name"]]
-    shared, own = asdict(FitConfig()), asdict(method.config)
-    changed = {key: value for key, value in own.items() if value != shared[key]}
-    missing = changed.keys() - trial.get("fit", {}).keys()
-    if missing:
+    foreign = run.foreign_fit(trial.get("fit", {}).keys())
+    if foreign:
+        own = {key: value for key, (_, value) in foreign.items()}
         raise ConfigError(
-            f"methods.{name} has a trial without fit.{sorted(missing)[0]}, and the one that all"
-            f" rows share is not made for {method.name}: give the trial its own; what scalabl train"
-            f" takes is {changed}"
+            f"methods.{name} has a trial without fit.{sorted(own)[0]}, and the one that all rows"
+            f" share is not made for {run.method['name']}: give the trial its own; what scalabl"
+            f" train takes is {own}"
         )
 
 

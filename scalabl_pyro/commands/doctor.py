@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..data import Record
+from ..data import PROMPTS, Record
 from ..embedded import MODEL_HASH, model_hash, model_path
 from ..files import check_writable
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import load_llm, load_readout
+from ..readouts import READOUTS, Classes, LabelTokens
 from ..runs import checks
 from ..runs.checks import Candidate, Finding
 
@@ -50,8 +52,8 @@ class DoctorConfig:
 def examine(config: DoctorConfig) -> str:
     """A table of what was looked at.
 
-    :raises RuntimeError: if what every command needs is broken, or a check of the model is wrong or
-        broken, once the table is printed.
+    :raises RuntimeError: if what every command needs is broken, a check of the model is wrong or
+        broken, or nothing could be tried with it, once the table is printed.
     """
     findings = {name: _look(check, FIXES.get(name)) for name, check in CHECKS.items()}
     table = _table(findings)
@@ -71,6 +73,11 @@ def examine(config: DoctorConfig) -> str:
         raise RuntimeError(
             f"{', '.join(bad)}: not as it must be with {config.model.name}, see the table; choose"
             " other lora.targets, or leave alone what fails"
+        )
+    if model["build"].state == "refused":
+        raise RuntimeError(
+            f"build: refused with {config.model.name}, for the reason in the table, and nothing"
+            " else was tried: mend what it names, and try again"
         )
     refused = [name for name, finding in model.items() if finding.state == "refused"]
     if refused:
@@ -93,12 +100,39 @@ QUESTIONS = (
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "yellow", "orange")
 
 
+def _choices(config: DoctorConfig) -> tuple[str, ...]:
+    """Colours; where the answers are to be single tokens, and some colours are not, other words of
+    the tokenizer's after those that are."""
+    model, colours = config.model, COLOURS[: config.classes]
+    kind = READOUTS[model.readout]
+    if not issubclass(kind, LabelTokens) or PROMPTS[model.prompt].letters:
+        return colours
+    # This readout takes the same prompts, and words of any length.
+    of_any_length = replace(model, readout="choice_likelihood")
+    tokenizer = load_readout(of_any_length, Classes(len(colours), colours)).tokenizer
+    decoded = (str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)))
+    words = (word for word in decoded if len(word) > 2 and word.isascii() and word.isalpha())
+    chosen: tuple[str, ...] = ()
+    for word in chain(COLOURS, words):
+        if len(chosen) == config.classes:
+            break
+        longer = Classes(len(chosen) + 1, (*chosen, word))
+        try:
+            kind.build(tokenizer, longer, model, max_length=1)
+        except ValueError:  # not one token, or the same as another word
+            continue
+        chosen = longer.words
+    # With too few, the readout says of the colours what is wrong.
+    return chosen if len(chosen) == config.classes else colours
+
+
 def _examine_model(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
-    choices = COLOURS[: config.classes]
-    records = [
-        Record(str(n), question, choices, n % len(choices)) for n, question in enumerate(QUESTIONS)
-    ]
     try:
+        choices = _choices(config)
+        records = [
+            Record(str(n), question, choices, n % len(choices))
+            for n, question in enumerate(QUESTIONS)
+        ]
         lora = config.lora.lora()
         readout = load_readout(config.model, config.model.classes(records))
         split = readout.encode(records)

@@ -22,10 +22,11 @@ from ..data import (
 )
 from ..files import json_text, new_path, write_whole
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.loading import load_readout, make_adapter
+from ..lora.loading import UntrainedHeadError, load_readout, make_adapter
 from ..methods import ZeroShot
-from ..prediction.assessment import assess
+from ..prediction.assessment import assess, check_labelled
 from ..prediction.predictor import Predicts
+from ..readouts import Readout
 from ..runs.config import ConfigError, build
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
@@ -54,7 +55,7 @@ class EvaluateConfig:
     """Settings of ``scalabl evaluate``, described in configs/evaluate.yaml.
 
     :raises ValueError: if not exactly one of ``run`` and ``model`` is given, or a way to predict
-        with a posterior that the base model does not have.
+        with a posterior that the base model does not have, or a seed of no draws.
     """
 
     data: DataSource
@@ -77,12 +78,14 @@ class EvaluateConfig:
             )
         if self.model is not None and self.prediction != PredictionConfig():
             raise ConfigError("a base model has no posterior over s: leave prediction as it is")
+        self.prediction.check_seed()
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics of a run folder, or of a base model without training, on one split.
 
     :raises FileExistsError: if the output exists.
+    :raises DataError: before any prediction, if a record cannot be read or has no label.
     """
     if config.output is not None:
         new_path(Path(config.output))
@@ -109,7 +112,7 @@ def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     source = replace(config.data, classes=classes)
     records = source.read_split(config.split, trained.config.data.columns)
     warn_of_trained(trained, records, "these metrics say nothing of other records")
-    split = trained.encode(records)
+    split = _encode(config, trained.readout, records)
     return make_predictor(trained, config.prediction), split
 
 
@@ -132,16 +135,31 @@ def _zero_shot(config: EvaluateConfig, model: ModelConfig) -> tuple[Predicts, Sp
     count = (config.data.limit or {}).get(config.split)
     asked = splits[config.split]
     config.data.check_known(asked, config.split)
-    split = fitted_to = readout.encode(asked if count is None else subsample(asked, count))
+    split = fitted_to = _encode(
+        config, readout, asked if count is None else subsample(asked, count)
+    )
     if readout.fitted:
         why, instead = f"readout {model.readout} fits κ to", "model.temperature=none, for κ = 1"
         fitted_to = readout.encode(_training_records(splits, config, why, instead))
     # Any layers will do: what is not trained changes nothing.
     adapter = AdapterConfig(r=1, targets="all-linear")
-    fitted = ZeroShot(eval_batch_size=config.batch_size, progress=config.progress).fit(
-        partial(make_adapter, model, adapter, readout), fitted_to, None, seed=0
-    )
+    try:
+        fitted = ZeroShot(eval_batch_size=config.batch_size, progress=config.progress).fit(
+            partial(make_adapter, model, adapter, readout), fitted_to, None, seed=0
+        )
+    except UntrainedHeadError as error:
+        raise ConfigError(
+            f"{error.lack}, and nothing is trained here: give a checkpoint with a trained head, a"
+            " run that trained one by lora.heads, or model.readout=label_tokens"
+        ) from error
     return fitted.predictor, split
+
+
+def _encode(config: EvaluateConfig, readout: Readout, records: Sequence[Record]) -> Split:
+    """The records to evaluate; of texts the readout itself needs each token."""
+    if not readout.reads_texts:
+        check_labelled(records, config.data.path or f"the split {config.split}")
+    return readout.encode(records)
 
 
 def _training_records(

@@ -42,6 +42,8 @@ class PredictConfig(DecisionConfig):
         DecisionConfig.__post_init__(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+        if self.conformal in (None, "lac"):  # whose score uses no random numbers
+            self.prediction.check_seed()
 
 
 def predict_file(config: PredictConfig) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         run,
         predictor,
         config.columns,
+        answered=records,
         seed=config.prediction.seed,
         batch_size=config.batch_size,
         tolerance=config.prediction.tolerance,

@@ -23,13 +23,25 @@ __all__ = ["ReportConfig", "report_runs", "tabulate"]
 class ReportConfig:
     """Settings of ``scalabl report``, described in configs/report.yaml.
 
-    :param runs: a folder of run folders; a row is made of those whose names differ only in
-        ``-seed…`` at the end.
-    :param out: the folder for the page and the table.
+    :param runs: a folder of run folders, or several, of which each may be a run folder itself; a
+        row is made of runs whose names differ only in ``-seed…`` at the end.
+    :param out: the folder for the page and the table; of one folder ``report`` in it if left out.
+    :raises ConfigError: if ``out`` is left out of several.
     """
 
-    runs: str
-    out: str
+    runs: str | tuple[str, ...]
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            if not isinstance(self.runs, str):
+                raise ConfigError(f"runs is {list(self.runs)}: give out, the folder to write")
+            object.__setattr__(self, "out", str(Path(self.runs) / "report"))
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those that may hold runs, or be one."""
+        return [Path(self.runs)] if isinstance(self.runs, str) else [Path(run) for run in self.runs]
 
 
 def report_runs(config: ReportConfig) -> str:
@@ -38,7 +50,7 @@ def report_runs(config: ReportConfig) -> str:
 
 
 def tabulate(config: ReportConfig) -> dict[str, Any]:
-    """Write the page and the table of all runs in a folder to ``config.out``.
+    """Write the page and the table of all runs in these folders to ``config.out``.
 
     :returns: the table, as in ``table.json``.
     :raises ConfigError: if there is no run, an unfinished one, one without a test split, or two of
@@ -46,15 +58,10 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         among its trials), or rows in their data or seeds.
     """
     check_writable(Path(config.out) / "table.json")
-    folder = Path(config.runs)
-    unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
-    if unfinished:
-        raise ConfigError(
-            f"{folder} holds unfinished runs, {unfinished}: go on with resume=true, or remove them"
-        )
     rows: dict[str, dict[int, Path]] = defaultdict(dict)
     runs: dict[Path, RunConfig] = {}
-    for path in sorted(metrics.parent for metrics in folder.glob("*/metrics.json")):
+    found = (path for folder in config.folders for path in _finished(folder))
+    for path in sorted(found, key=lambda path: path.name):
         run = read_settings(path)
         if READOUTS[run.model.readout].reads_texts:
             raise ConfigError(f"{path} reads texts, and the table is of answers among choices")
@@ -67,10 +74,6 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         if "test" not in read_json(path / "metrics.json"):
             raise ConfigError(f"{path} has no test split, which the table is about")
         row[run.seed] = path
-    if not rows:
-        below = sorted({path.parents[1] for path in folder.glob("*/*/metrics.json")})
-        hint = f", as {below[0]} does" if below else ""
-        raise ConfigError(f"runs is {folder}: expected a folder that holds run folders{hint}")
     seeds = {name: sorted(row) for name, row in rows.items()}
     if len({tuple(row) for row in seeds.values()}) > 1:
         raise ConfigError(f"the rows have different seeds, {seeds}: train what is missing")
@@ -90,6 +93,26 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
     trials = {name: row for name, row in trials.items() if row}
     reported = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
     return write_report(Path(config.out), reported, chosen=chosen, trials=trials)
+
+
+def _finished(folder: Path) -> list[Path]:
+    """The runs in a folder, or the run that it is.
+
+    :raises ConfigError: if there is none, or an unfinished one.
+    """
+    if (folder / "metrics.json").exists():
+        return [folder]
+    unfinished = sorted(path.name for path in folder.glob("*.unfinished"))
+    if unfinished:
+        raise ConfigError(
+            f"{folder} holds unfinished runs, {unfinished}: go on with resume=true, or remove them"
+        )
+    finished = sorted(metrics.parent for metrics in folder.glob("*/metrics.json"))
+    if not finished:
+        below = sorted({path.parents[1] for path in folder.glob("*/*/metrics.json")})
+        hint = f", as {below[0]} does" if below else ""
+        raise ConfigError(f"runs is {folder}: expected a folder that holds run folders{hint}")
+    return finished
 
 
 def _trials(folder: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ class SelectConfig:
                 f"prediction.tolerance is {self.prediction.tolerance}: leave it out, for records"
                 " are compared by the same number of draws"
             )
+        self.prediction.check_seed()
 
 
 def select_records(config: SelectConfig) -> dict[str, Any]:

@@ -121,14 +121,17 @@ def laplace(
     )
 
 
-def normal_prior(model: ScalaBLModel) -> dist.Normal:
+def normal_prior(
+    model: ScalaBLModel, why: str = "a Laplace approximation needs a normal one"
+) -> dist.Normal:
     """The prior on s, of a batch (M, r).
 
+    :param why: for the message.
     :raises ValueError: if it is not normal, or depends on other sites.
     """
     prior = getattr(model.prior(), "base_dist", None)
     if model.prior.latents or not isinstance(prior, dist.Normal):
-        raise ValueError(f"the prior is {model.prior}: a Laplace approximation needs a normal one")
+        raise ValueError(f"the prior is {model.prior}: {why}")
     return prior
 
 

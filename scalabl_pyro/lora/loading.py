@@ -31,7 +31,30 @@ from .config import AdapterConfig, ModelConfig
 from .gguf import find_gguf
 from .subspace import set_subspace
 
-__all__ = ["Classes", "load_llm", "load_readout", "make_adapter", "make_readout"]
+__all__ = [
+    "Classes",
+    "UntrainedHeadError",
+    "load_llm",
+    "load_readout",
+    "make_adapter",
+    "make_readout",
+]
+
+
+class UntrainedHeadError(ValueError):
+    """A model without weights for a head that nothing would train.
+
+    :param lack: what it lacks.
+    :param fix: where heads can be trained.
+    """
+
+    def __init__(self, lack: str, fix: str) -> None:
+        super().__init__(lack, fix)  # both, so that other processes can send it
+        self.lack = lack
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.lack}: {self.fix}"
 
 
 def load_readout(config: ModelConfig, classes: Classes) -> Readout:
@@ -66,9 +89,9 @@ def load_llm(
         current random state.
 
     :raises FileNotFoundError: if the model cannot be found.
-    :raises ValueError: if it has a trained head for another number of classes, or lacks weights
-        that nothing would train; if its weights are pickles, or it needs code of its own; or if
-        quantisation is asked for without bitsandbytes.
+    :raises UntrainedHeadError: if it lacks weights that nothing would train.
+    :raises ValueError: if it has a trained head for another number of classes; if its weights are
+        pickles, or it needs code of its own; or if quantisation is asked for without bitsandbytes.
     """
     auto_class = getattr(transformers, readout.auto_class)
     options: dict[str, Any] = {
@@ -101,9 +124,9 @@ def load_llm(
     if untrained:
         prefix = f"{llm.base_model_prefix}."
         modules = sorted({key.removeprefix(prefix).split(".")[0] for key in untrained})
-        raise ValueError(
-            f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random:"
-            f" train them whole, as by lora.heads=[{','.join(modules)}]"
+        raise UntrainedHeadError(
+            f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random",
+            f"train them whole, as by lora.heads=[{','.join(modules)}]",
         )
     return prepare(llm, readout)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data import Split
+from ..data import DataError, Record, Split
 from .metrics import evaluate
 from .predictor import Predicts, predict
 from .texts import evaluate_texts, score_split
 
-__all__ = ["Assessment", "assess"]
+__all__ = ["Assessment", "assess", "check_labelled"]
 
 
 class Assessment(NamedTuple):
@@ -40,7 +41,7 @@ def assess(
 
     :param batch_size: as in :func:`predict`; of texts as many run at once as have few logits.
     :param tolerance: as in :func:`predict`; of no effect on texts.
-    :raises ValueError: if a record has no label.
+    :raises DataError: before any work, if a record has no label.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite.
     """
     if predictor.adapter.readout.reads_texts:
@@ -52,6 +53,7 @@ def assess(
             "lengths": torch.tensor([len(text.ids) for text in texts]),
         }
         return Assessment(evaluate_texts(texts), rows)
+    check_labelled(split.records, "the split")
     predictions = predict(
         predictor, split, batch_size=batch_size, tolerance=tolerance, progress=progress
     )
@@ -63,3 +65,17 @@ def assess(
         "tokens": torch.tensor(split.lengths),
     }
     return Assessment(metrics, tensors)
+
+
+def check_labelled(records: Sequence[Record], place: str) -> None:
+    """Refuse records whose answers nobody could call right or wrong.
+
+    :param place: where they are from, for the message.
+    :raises DataError: if one has no label.
+    """
+    for record in records:
+        if record.label is None:
+            raise DataError(
+                f"{place}: record {record.id!r} has no label: give it one, name the column that has"
+                " it, or leave the record out"
+            )

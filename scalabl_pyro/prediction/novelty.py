@@ -49,7 +49,8 @@ def novelty(
         ``model.num_data`` examples.
     """
     loc = loc.to(model.init_loc.device)
-    precision = normal_prior(model).scale.detach().double().flatten().pow(-2)
+    why = "novelty needs a normal one; to select records by=entropy needs none"
+    precision = normal_prior(model, why).scale.detach().double().flatten().pow(-2)
     model.adapter.eval()
     H = torch.zeros(loc.numel(), loc.numel(), dtype=torch.float64, device=loc.device)
     for batch in whole_split(model, train, batch_size):

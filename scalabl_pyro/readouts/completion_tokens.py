@@ -98,8 +98,8 @@ class CompletionTokens(Readout):
     def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
         """Rows of which half are completions, where nobody knows better."""
         inputs = super().blank_inputs(size, num_classes, tokens)
-        positions = torch.arange(tokens).expand(size, -1)
-        return inputs | {"completion_mask": (positions >= tokens // 2).long()}
+        completion = torch.ones(size, tokens - tokens // 2, dtype=torch.long)
+        return inputs | {"completion_mask": completion}
 
     def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
         """As :meth:`Readout.attach`; C is the size of the model's vocabulary."""
@@ -174,20 +174,16 @@ class CompletionTokens(Readout):
         masks = [torch.tensor(row) for row in rows.pop("completion_mask")]
         mask = pad_sequence(masks, batch_first=True, padding_side="left")  # (B, T)
         padded = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-        tokens = padded["input_ids"].masked_fill(mask == 0, NO_TOKEN)
+        mask = mask[:, -int(mask.sum(-1).max()) :]  # (B, K), whose shape tells the model K
+        tokens = padded["input_ids"][:, -mask.shape[1] :]
         return Batch(
             {**padded, "completion_mask": mask},
             choices=torch.ones(len(examples), 1, 1, dtype=torch.bool),  # any token may follow
-            labels=tokens[:, -_longest(mask) :],
+            labels=tokens.masked_fill(mask == 0, NO_TOKEN),
         )
 
     def __call__(self, llm: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         inputs = dict(inputs)
-        count = _longest(inputs.pop("completion_mask"))
+        count = inputs.pop("completion_mask").shape[-1]
         # Each token is read one position before its own.
         return last_logits(llm, inputs, count + 1)[:, :-1].float()
-
-
-def _longest(mask: Tensor) -> int:
-    """K of a (B, T) mask."""
-    return int(mask.sum(-1).max())

@@ -32,9 +32,9 @@ from ..infer.svi import fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
 from ..models.model import ScalaBLModel
-from ..prediction.generation import Decoding, generate
+from ..prediction.generation import Decoding, encode_prompts, generate
 from ..prediction.predictor import Predictor
-from ..readouts.causal import prompt_ids
+from ..readouts.completion_tokens import NO_TOKEN
 from .exports import save_adapter
 
 __all__ = ["CHECKS", "Candidate", "Finding", "Needless", "bound", "examine"]
@@ -170,6 +170,12 @@ def _loop(adapter: SubspaceAdapter, batch: Batch, s: Tensor) -> Tensor:
     return torch.stack([adapter(batch, each) for each in s])
 
 
+def _counted(batch: Batch, logits: Tensor) -> Tensor:
+    """Those of (B, C), or of (B, K, C) of texts, that a label goes with: K depends on the batch."""
+    assert batch.labels is not None
+    return logits[batch.labels != NO_TOKEN]
+
+
 # ---------------------------------------------------------------------- the checks
 
 
@@ -191,17 +197,17 @@ def plain_peft(candidate: Candidate) -> str:
 def padded(candidate: Candidate) -> str:
     """Rows that are padded have the logits that they have alone."""
     adapter = candidate.make()
-    rows = [candidate.split.collate([example]) for example in candidate.split]
-    each = torch.cat([adapter(row, adapter.init_loc) for row in rows])
+    rows = [candidate.split.collate([e]).to(adapter.device) for e in candidate.split]
     batch = candidate.batch.to(adapter.device)
+    each = torch.cat([_counted(row, adapter(row, adapter.init_loc)) for row in rows])
     try:
-        return _same(adapter, adapter(batch, adapter.init_loc), each)
+        return _same(adapter, _counted(batch, adapter(batch, adapter.init_loc)), each)
     except Wrong as error:
         llm = candidate.load()
         adapter.readout.attach(llm)
-        plain = [adapter.readout(llm, row.to(adapter.device).inputs) for row in rows]
+        plain = torch.cat([_counted(row, adapter.readout(llm, row.inputs)) for row in rows])
         try:
-            _same(adapter, adapter.readout(llm, batch.inputs), torch.cat(plain))
+            _same(adapter, _counted(batch, adapter.readout(llm, batch.inputs)), plain)
         except Wrong:
             raise Needless(f"padding changes the model's own logits, {error}") from error
         raise
@@ -292,11 +298,12 @@ def generates(candidate: Candidate) -> str:
     llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
     if not candidate.prompts or not llm.can_generate():
         raise Needless(f"{type(llm).__name__} does not continue texts")
-    s, tokenizer = draws_of(adapter), adapter.readout.tokenizer
+    s, decoding = draws_of(adapter), Decoding(max_new_tokens=6)
+    predictor = Predictor(adapter, s)
     generated, expected, size = [], [], 0.0
-    texts = generate(Predictor(adapter, s), candidate.prompts, Decoding(max_new_tokens=6))
-    for prompt, text in zip(candidate.prompts, texts, strict=True):
-        begin = prompt_ids(tokenizer, prompt)
+    texts = generate(predictor, candidate.prompts, decoding)
+    prompts = encode_prompts(predictor, candidate.prompts, decoding)
+    for begin, text in zip(prompts, texts, strict=True):
         ids = torch.tensor([[*begin, *text.ids.tolist()]], device=adapter.device)
         generated.append(text.draw_log_probs.flatten())
         for each in s:

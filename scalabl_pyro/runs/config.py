@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -254,6 +254,20 @@ class RunConfig:
             for name in self.lora.overruled
         ]
         return unused + overruled
+
+    def foreign_fit(self, given: Collection[str]) -> dict[str, tuple[Any, Any]]:
+        """The settings of ``fit`` of which the method has values of its own, where these are
+        others: what they are, and the method's.
+
+        :param given: the names of those that were chosen for this method, and are as meant.
+        """
+        method = METHODS[self.method["name"]]
+        own, shared, mine = (asdict(fit) for fit in (method.config, FitConfig(), self.fit))
+        return {
+            name: (mine[name], value)
+            for name, value in own.items()
+            if value not in (shared[name], mine[name]) and name not in given
+        }
 
     def flat(self) -> dict[str, Any]:
         """All settings by their full names."""

@@ -134,7 +134,8 @@ class Run:
         if not isinstance(self.predictor, Predictor):
             raise ValueError(
                 f"method {self.config.method['name']} predicts by more than one adapter and vector"
-                " s: of such a run there are train, compare, evaluate, predict and distill alone"
+                " s: of such a run there are train, compare, report, evaluate, predict, select,"
+                " distill and show-prompts alone"
             )
         return self.predictor
 

@@ -27,6 +27,7 @@ from ..lora.adapter import ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import bytes_beside_weights, load_skeleton, positions, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
+from ..prediction.texts import MOST_LOGITS
 from ..readouts import READOUTS
 
 __all__ = ["Memory", "MemoryConfig", "estimate", "explain_out_of_memory"]
@@ -44,8 +45,9 @@ class MemoryConfig:
     :param projections: what is trained beside s, as in :class:`SubspaceAdapter`.
     :param perp: k, coordinates of each module that nothing trains, as there.
     :param batch_size: B of a minibatch.
-    :param eval_batch_size: B in prediction, before draws multiply it.
-    :param tokens: T of the longest row, padding included.
+    :param eval_batch_size: B in prediction, before draws multiply it; of texts as many run at once
+        as have few logits.
+    :param tokens: T of the longest row, padding included; half of a text is its completion.
     :param classes: C.
     :param draws: S.
     :raises ValueError: if ``perp`` is below 0, or another number below 1.
@@ -210,8 +212,16 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
             rows = None if config.model.device == "cpu" else MAX_ROWS
             predictor = Predictor(adapter, max_rows=rows)
             predictor.draws = draws  # without values, which Predictor would look at
-            predictor.logits(_batch(config, config.eval_batch_size))
+            predictor.logits(_batch(config, _eval_batch_size(adapter, config)))
     return {"activations": training.peak, "prediction": predicting.peak}
+
+
+def _eval_batch_size(adapter: SubspaceAdapter, config: MemoryConfig) -> int:
+    if not adapter.readout.reads_texts:
+        return config.eval_batch_size
+    # As in score_split.
+    each = config.draws * config.tokens * adapter.readout.num_classes
+    return max(1, min(MAX_ROWS, MOST_LOGITS // each))
 
 
 def _batch(config: MemoryConfig, size: int) -> Batch:

@@ -30,7 +30,7 @@ class PredictionConfig:
         draws.
     :param tolerance: for ``average``, stop drawing for an example when its probabilities are known
         so well (see :func:`~scalabl_pyro.prediction.predict`).
-    :param seed: of new draws.
+    :param seed: of new draws; see :meth:`check_seed`.
     :raises ValueError: if a value is not one of those listed, or means nothing.
     """
 
@@ -62,13 +62,26 @@ class PredictionConfig:
                 f" {self.name!r}: expected a number above 0, with average"
             )
 
+    def check_seed(self) -> None:
+        """Refuse a seed where nothing is drawn anew.
+
+        Not when these settings are made: what a command draws beside s may have this seed too.
+
+        :raises ValueError: if there is a seed, and no number of draws.
+        """
+        if self.seed and self.draws is None:
+            fix = "" if self.name == "mean" else "give prediction.draws, how many to make, or "
+            raise ValueError(
+                f"prediction.seed is {self.seed}, and nothing is drawn anew: {fix}leave it out"
+            )
+
 
 def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     """What predicts in this way.
 
     :raises ValueError: if the run has no posterior over s, and the way is another than its own.
     """
-    if config == PredictionConfig():
+    if replace(config, seed=0) == PredictionConfig():  # a seed alone draws nothing
         return run.predictor
     if run.guide is None:
         raise ValueError("the run has no posterior over s: leave prediction as it is")

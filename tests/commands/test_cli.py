@@ -425,6 +425,11 @@ def test_a_classifier_on_a_csv_of_texts_remembers_its_class_names(tmp_path, toke
     assert scalabl("train", *words, "lora.heads=[]") == 1
     error = capsys.readouterr().err
     assert "would stay random: train them whole, as by lora.heads=[classifier]" in error
+    zero_shot = ["model.name=bert", "model.readout=sequence_classification", "progress=false"]
+    assert scalabl("evaluate", *zero_shot, "data.path=texts.csv") == 1
+    told = capsys.readouterr().err
+    assert "would stay random, and nothing is trained here: give a checkpoint" in told
+    assert "lora.heads=[" not in told
     assert scalabl("train", *words, "model.name=headed") == 1
     assert "has a head with num_labels 2, but the data needs 3" in capsys.readouterr().err
     assert scalabl("train", *words) == 0
@@ -566,10 +571,13 @@ def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_p
         assert scalabl(*words) == 1
         message = capsys.readouterr().err
         assert "no posterior over s" in message or "method ensemble predicts by" in message
+    assert "report, evaluate, predict, select, distill and show-prompts alone" in message
     assert not (tmp_path / "exported").exists()
     questions = write_jsonl(tmp_path / "questions.jsonl", make_records(9))
     words = ["run=out", f"input={questions}", "output=student", "fit.steps=2"]
     assert scalabl("distill", *words, "fit.lr=1e-5", "progress=false") == 0
+    unlabelled = write_jsonl(tmp_path / "unlabelled.jsonl", make_records(9, labelled=False))
+    assert scalabl("select", "run=out", f"input={unlabelled}", "output=s.jsonl", "count=2") == 0
 
 
 def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch):
@@ -751,6 +759,26 @@ def test_records_that_trained_the_run_are_told(run, data, capsys):
         where = [f"data.root={data}", f"split={split}", "progress=false"]
         assert scalabl("evaluate", f"run={run}", *where) == 0
         assert "trained the run" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", [slice(2, 3), slice(None)], ids=["one", "all"])
+def test_records_without_a_label_are_named_before_any_pass(
+    run, local_model, data, capsys, monkeypatch, missing
+):
+    records = make_records(4)
+    records[missing] = [dataclasses.replace(r, label=None) for r in records[missing]]
+    first = records[missing][0].id
+    write_jsonl(Path("q.jsonl"), records)
+    write_jsonl(data / "test.jsonl", records)
+
+    def runs(*args, **options):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("scalabl_pyro.prediction.assessment.predict", runs)
+    for what in (f"run={run}", f"model.name={local_model}"):
+        for where, place in (("data.path=q.jsonl", "q.jsonl"), (f"data.root={data}", "split test")):
+            assert scalabl("evaluate", what, where, "progress=false") == 1
+            assert f"{place}: record '{first}' has no label" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_is_no_error(local_model):

@@ -161,7 +161,8 @@ def test_a_base_model_without_a_head_is_left_out(compare, capsys):
         (["methods.mle=[{method:{name:mla}}]"], "method.name is 'mla'"),
         (["methods.mle=[{method:{name:mle},fit:3}]"], "methods.mle has fit 3: expected a mapping"),
         (["+methods.blob=[{method:{name:blob}}]"], "methods.blob has a trial without fit.kl"),
-        (["+methods.own=[{method:{name:reference},fit:{lr:1}}]"], "without fit.batch_size"),
+        (["+methods.own=[{method:{name:reference},fit:{lr:1}}]"], "without fit.clip_norm"),
+        (["+methods.own=[{method:{name:swag}}]"], "train takes is {'decay': 'constant'}"),
     ],
 )
 def test_bad_comparisons_are_refused(compare, tmp_path, capsys, words, message):

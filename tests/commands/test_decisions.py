@@ -128,11 +128,11 @@ def test_a_risk_that_no_threshold_has_is_refused(run, data, capsys):
     assert not list(Path().glob("o.jsonl*"))
 
 
-def scores_by_hand(name, probabilities, key):
+def scores_by_hand(name, probabilities, key, *, seed=0):
     """1 − p, or the mass above and a share u of one's own, and 0.1 for each rank above."""
     if name == "lac":
         return [1 - p for p in probabilities]
-    u = random.Random(f"0 {key}").random()
+    u = random.Random(f"{seed} {key}").random()
     scores = []
     for p in probabilities:
         above = [other for other in probabilities if other > p]
@@ -161,6 +161,29 @@ def test_sets_hold_the_choices_whose_score_is_at_most_that_of_validation(run, ca
         assert set(row["set"]) - near == expected - near
         sizes.add(len(row["set"]))
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+def test_the_seed_of_randomised_sets_makes_no_draws(local_model, data, capsys, method):
+    """Of a run with a posterior over s or without one: the draws stay, and u is the seed's."""
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=run"]
+    assert scalabl("train", *where, *FAST, "model.dtype=float32", f"method={method}") == 0
+    capsys.readouterr()
+    _, plain = predicted(capsys, output="plain.jsonl")
+    words = ["conformal=aps", "coverage=0.8", "prediction.seed=1"]
+    said, rows = predicted(capsys, *words)
+    probabilities, labels = validation(Path("run"))
+    right = sorted(
+        scores_by_hand("aps", p, f"calibration q{i}", seed=1)[label]
+        for i, (p, label) in enumerate(zip(probabilities, labels, strict=True))
+    )
+    threshold = said["calibration"]["conformal_threshold"]
+    assert threshold == pytest.approx(right[32 - 1], abs=1e-6)  # ⌈40 · 0.8⌉ of 39
+    for row, old in zip(rows, plain, strict=True):
+        assert row["probabilities"] == old["probabilities"]
+        scores = scores_by_hand("aps", row["probabilities"], row["id"], seed=1)
+        near = {c for c in range(4) if abs(scores[c] - threshold) < 5e-6}  # lines have six digits
+        assert set(row["set"]) - near == {c for c in range(4) if scores[c] <= threshold} - near
 
 
 @pytest.mark.parametrize("words", [["conformal=aps"], ["conformal=lac", "risk=0.8"]], ids=" ".join)
@@ -214,6 +237,8 @@ def test_other_labelled_records_calibrate_where_they_are_given(run, data, capsys
             "takes 99 labelled examples or more, and there are 39",
         ),
         (["calibration=in.jsonl"], "calibration is 'in.jsonl', which nothing needs"),
+        (["coverage=0.8"], "coverage is 0.8, which is of conformal sets alone: give conformal"),
+        (["coverage=0.8", "risk=0.5"], "coverage is 0.8, which is of conformal sets alone"),
         (["risk=0.5", "calibration=in.jsonl"], "in.jsonl: record 'q0' has no label"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -222,6 +247,56 @@ def test_bad_decisions_are_refused_before_any_line(run, capsys, words, message):
     assert scalabl("predict", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
     assert message in capsys.readouterr().err
     assert not list(Path().glob("o.jsonl*"))
+
+
+@pytest.mark.parametrize("words", [["conformal=lac"], ["risk=0.9"]], ids=" ".join)
+@pytest.mark.parametrize("own", [True, False])
+def test_records_that_set_their_own_threshold_are_told(run, data, capsys, words, own):
+    """Whatever the order of their choices, their ids, and whether their labels are given."""
+    known = read_records(data / ("validation.jsonl" if own else "test.jsonl"))
+    again = [sp.Record(f"x{n}", r.question, r.choices[::-1]) for n, r in enumerate(known[:5])]
+    others = [sp.Record(f"y{n}", f"the red cat {n}", r.choices) for n, r in enumerate(known[:3])]
+    calibration = [] if own else [f"calibration={data / 'test.jsonl'}"]
+    where = ["run=run", "progress=false", *words, *calibration]
+    write_jsonl(Path("mixed.jsonl"), [*again, *others])
+    assert scalabl("predict", *where, "input=mixed.jsonl", "output=o.jsonl") == 0
+    assert "5 of 8 records set the threshold that decides about them" in capsys.readouterr().err
+    write_jsonl(Path("new.jsonl"), others)
+    assert scalabl("predict", *where, "input=new.jsonl", "output=n.jsonl") == 0
+    assert "set the threshold" not in capsys.readouterr().err
+
+
+def test_novelty_of_another_prior_names_what_needs_none(local_model, data, capsys):
+    where = [f"model.name={local_model}", f"data.root={data}", "run_dir=run"]
+    words = ["model.dtype=float32", "method.prior.name=laplace"]
+    assert scalabl("train", *where, *FAST, *words) == 0
+    asked = ["run=run", "input=in.jsonl", "output=o.jsonl", "count=3"]
+    capsys.readouterr()
+    assert scalabl("select", *asked, "by=novelty") == 1
+    error = capsys.readouterr().err
+    assert "novelty needs a normal one; to select records by=entropy needs none" in error
+    assert scalabl("select", *asked, "by=entropy") == 0
+
+
+def test_a_seed_of_nothing_is_refused(run, data, capsys):
+    """Where no draws are made, and no score is randomised."""
+    asked = ["run=run", "input=in.jsonl", "progress=false"]
+    commands = [
+        ["predict", *asked, "output=o.jsonl"],
+        ["predict", *asked, "output=o.jsonl", "conformal=lac"],
+        ["select", "run=run", "input=in.jsonl", "output=s.jsonl", "count=3"],
+        ["evaluate", "run=run", f"data.root={data}", "progress=false"],
+    ]
+    for command in commands:
+        for way, fix in (("average", "give prediction.draws"), ("mean", "leave it out")):
+            assert scalabl(*command, f"prediction.name={way}", "prediction.seed=3") == 1
+            expected = f"prediction.seed is 3, and nothing is drawn anew: {fix}"
+            assert expected in capsys.readouterr().err
+    for command in commands[1:]:
+        assert scalabl(*command, "prediction.draws=4", "prediction.seed=3") == 0
+    # The mean makes no draws, but the sets are randomised.
+    words = ["prediction.name=mean", "prediction.seed=3", "conformal=raps"]
+    assert scalabl("predict", *asked, "output=sets.jsonl", *words) == 0
 
 
 def test_records_to_label_are_written_as_records(run, capsys):

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import scalabl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scalabl_pyro.commands import doctor
+from scalabl_pyro.commands.doctor import DoctorConfig
+from scalabl_pyro.embedded import model_path
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.runs import checks
 
 
@@ -91,16 +96,65 @@ def test_doctor_tries_a_model(local_model, capsys):
         (["lora.targets=[q_prj]"], "target_modules ['q_prj'] match no module"),
         (["lora.start=/nope"], "is no PEFT adapter"),
         (["model.chat=true"], "no chat template"),
+        (["model.chat=true", "model.prompt=classes"], "no chat template"),
         (["model.readout=multiple_choice"], "AutoModelForMultipleChoice"),
     ],
 )
 def test_doctor_says_why_a_model_is_refused(local_model, capsys, words, reason):
-    assert scalabl("doctor", f"model.name={local_model}", *words) == 0
-    shown = capsys.readouterr().out
-    state, text = model_rows(shown)["build"]
-    assert state == "refused"
+    assert scalabl("doctor", f"model.name={local_model}", *words) == 1
+    shown = capsys.readouterr()
+    (name, (state, text)), *others = model_rows(shown.out).items()
+    assert (name, state, others) == ("build", "refused", [])
     assert reason in text
-    assert "refused, for the reasons in the table: build" in shown
+    assert shown.err.startswith("error: build: refused with")
+    assert "nothing else was tried" in shown.err
+    assert "works" not in shown.out.partition("\n\n")[2]
+
+
+def test_doctor_goes_on_behind_what_is_refused(local_model, capsys, monkeypatch):
+    def refuses(*args):
+        raise ValueError("not here")
+
+    monkeypatch.setattr(checks, "save_adapter", refuses)
+    assert scalabl("doctor", f"model.name={local_model}", "lora.r=4") == 0
+    shown = capsys.readouterr().out
+    assert model_rows(shown)["exported draw"] == ("refused", "not here")
+    assert "refused, for the reasons in the table: exported draw; the rest works" in shown
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_classes_to_try_are_single_tokens(count):
+    """In a form that they share, as the embedded tokenizer has red, but white in three pieces."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    config = DoctorConfig(ModelConfig("embedded", prompt="classes"), AdapterConfig(), count)
+    chosen = doctor._choices(config)
+    assert len(set(chosen)) == count
+    before = tokenizer("Answer:").input_ids
+    added = [
+        [tokenizer(f"Answer:{space}{word}").input_ids[len(before) :] for word in chosen]
+        for space in (" ", "")
+    ]
+    assert any([len(ids) for ids in rows] == [1] * count for rows in added)
+    assert [word for word in chosen if word in doctor.COLOURS][:2] == ["red", "blue"]
+
+
+def test_doctor_tries_classes_as_answers(capsys):
+    words = ["model.prompt=classes", "lora.targets=[q_proj]", "lora.r=2"]
+    assert scalabl("doctor", "model.name=embedded", *words) == 0
+    assert capsys.readouterr().out.endswith("all of it works\n")
+
+
+def test_a_tokenizer_of_few_words_is_refused_by_its_readout(local_model, capsys):
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "Answer", "red"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+    tokenizer.save_pretrained(local_model)
+    assert scalabl("doctor", f"model.name={local_model}", "model.prompt=classes") == 1
+    _, text = model_rows(capsys.readouterr().out)["build"]
+    assert "the label words ['red', 'blue', 'green', 'white'] are not single" in text
 
 
 def test_doctor_fails_if_a_model_computes_something_else(local_model, capsys, monkeypatch):

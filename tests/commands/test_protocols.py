@@ -54,6 +54,32 @@ def test_train_takes_the_settings_of_a_protocol_with_every_method(protocol, meth
     assert config.fit.kl == alone.fit.kl
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["method=swag"], ["fit.decay is 'linear', and the one that method swag is made for is"]),
+        (["method=ivon"], ["fit.lr is 0.0001, and the one that method ivon is made for is 0.1"]),
+        (["method=swag", "fit.decay=cosine"], []),
+        (["method=mle", "protocol=paper"], []),
+        (["method=swag", "protocol=ours"], []),
+        (["method=ivon", "protocol=ours", "fit.lr=0.02"], []),
+        (
+            ["method=mle", "trials=[{method:{name:swag}},{method:{name:swag},fit:{decay:cosine}}]"],
+            ["fit.decay is 'linear', and the one that method swag is made for is 'constant'"],
+        ),
+    ],
+    ids=lambda x: " ".join(x),
+)
+def test_settings_that_are_not_made_for_a_method_are_told(monkeypatch, capsys, words, told):
+    monkeypatch.setattr("scalabl_pyro.commands.train.train_run", lambda config: {})
+    protocol = [] if any("protocol" in word for word in words) else ["protocol=paper"]
+    assert scalabl("train", "model.name=x", "data.task=embedded", *protocol, *words) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is made for" in line]
+    assert len(lines) == len(told)
+    for line, expected in zip(lines, told, strict=True):
+        assert expected in line
+
+
 def test_scalabl_as_published():
     values = composed("train", "protocol=paper", "method=reference")
     assert build(RunConfig, values).method == {

@@ -329,6 +329,29 @@ def test_report_reads_the_trials_of_runs(tmp_path, monkeypatch, capsys):
     assert "../mle-seed3/" in page.all("a", "href")
 
 
+def test_runs_of_several_folders_are_one_table(tmp_path, monkeypatch, capsys):
+    """The same as that of one folder that holds them all; a folder may be a run itself."""
+    monkeypatch.chdir(tmp_path)
+    for name, method in (("a/mle", "mle"), ("b/map", "map")):
+        for seed in (0, 1):
+            make_run(Path(f"{name}-seed{seed}"), seed=seed, method=method)
+            shutil.copytree(f"{name}-seed{seed}", f"all/{Path(name).name}-seed{seed}")
+    assert scalabl("report", "runs=all") == 0
+    expected = json.loads(Path("all/report/table.json").read_text())
+    for runs in ("[a,b]", "[a,b/map-seed0,b/map-seed1]"):
+        assert scalabl("report", f"runs={runs}", "out=page") == 0
+        assert json.loads(Path("page/table.json").read_text()) == expected
+    capsys.readouterr()
+    assert scalabl("report", "runs=[a,b]") == 1
+    assert "runs is ['a', 'b']: give out, the folder to write" in capsys.readouterr().err
+    assert scalabl("report", "runs=[a,nope]", "out=page") == 1
+    assert "runs is nope: expected a folder that holds run folders" in capsys.readouterr().err
+    Path("[a,b]").mkdir()
+    shutil.copytree("a/mle-seed0", "[a,b]/mle-seed0")
+    assert scalabl("report", "runs=[a,b]") == 0
+    assert Path("[a,b]/report/report.html").exists()
+
+
 def test_the_template_ships_with_the_package():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (pattern,) = pyproject["tool"]["setuptools"]["package-data"]["scalabl_pyro.commands"]

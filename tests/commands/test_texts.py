@@ -372,7 +372,7 @@ def test_what_reads_choices_and_what_reads_texts_say_so(chat_model, capsys):
 
 def test_decisions_about_texts_are_refused(chat_run, capsys):
     write_rows("in.jsonl", [{"messages": TURNS}])
-    for name, value in (("abstain_below", 0.5), ("conformal", "lac"), ("coverage", 0.8)):
+    for name, value in (("abstain_below", 0.5), ("conformal", "lac"), ("risk", 0.1)):
         words = ["input=in.jsonl", "output=o.jsonl", f"{name}={value}"]
         assert scalabl("predict", "run=run", *words) == 1
         assert f"{name} is {value!r}, which decides about answers" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ from transformers import BertForMultipleChoice, PreTrainedTokenizerFast, Roberta
 from scalabl_pyro import load_run, predict
 from scalabl_pyro.lora import loading
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.lora.loading import Classes, load_llm, load_readout, make_adapter
+from scalabl_pyro.lora.loading import (
+    Classes,
+    UntrainedHeadError,
+    load_llm,
+    load_readout,
+    make_adapter,
+)
 
 LETTERS = Classes(4, ("A", "B", "C", "D"))
 
@@ -38,6 +45,16 @@ def load(folder: Path, *, svd: bool = True, **settings: object):
     adapter = make_adapter(config, AdapterConfig(r=4), readout, svd=svd, projections="free")
     fill_lora_B(adapter)
     return adapter
+
+
+def test_a_head_that_would_stay_random_is_told_from_another_process(folder):
+    """As compare trains in processes of its own."""
+    config = ModelConfig(str(folder), readout="sequence_classification", device="cpu")
+    with pytest.raises(UntrainedHeadError) as told:
+        load_llm(config, load_readout(config, Classes(2, ("red", "blue"))))
+    sent = pickle.loads(pickle.dumps(told.value))
+    assert str(sent) == str(told.value)
+    assert str(sent).endswith("random: train them whole, as by lora.heads=[score]")
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

@@ -12,6 +12,8 @@ from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.checkpointing import Checkpointing
 from scalabl_pyro.lora.hooks import Hooks
 from scalabl_pyro.readouts import LabelTokens, MultipleChoice
+from scalabl_pyro.readouts.choice_likelihood import ChoiceLikelihood
+from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 from scalabl_pyro.runs import checks
 from scalabl_pyro.runs.checks import Candidate, examine
 
@@ -64,6 +66,50 @@ def test_what_a_model_lacks_is_absent_not_wrong(tokenizer):
     by_check = states(Candidate(load, adapt, readout.encode(make_records(5))))
     assert by_check.pop("generation") == by_check.pop("shared trunk") == "absent"
     assert set(by_check.values()) == {"ok"}
+
+
+def on_tiny_llama(readout, **sizes) -> Candidate:
+    def adapt(llm, *, upper=False, **options):
+        layers = {"layers_to_transform": [1]} if upper else {}
+        torch.manual_seed(0)
+        return SubspaceAdapter(llm, lora("q_proj", "v_proj", **layers), readout, **options)
+
+    split = readout.encode(make_records(5))
+    return Candidate(lambda: tiny_llama(**sizes), adapt, split, ("the cat runs", "a dog"))
+
+
+def test_prompts_are_read_again_in_the_chat_template(chat_tokenizer, monkeypatch):
+    readout = ChoiceLikelihood(
+        chat_tokenizer, PROMPTS["question"], num_classes=4, max_length=64, chat=True
+    )
+    candidate = on_tiny_llama(readout)
+    by_check = states(candidate)
+    assert set(by_check.values()) == {"ok"}, by_check
+    bare = [chat_tokenizer(prompt).input_ids for prompt in candidate.prompts]
+    monkeypatch.setattr(checks, "encode_prompts", lambda *args: bare)
+    assert checks._outcome(checks.generates, candidate).state == "wrong"
+
+
+def test_completions_of_different_lengths_are_compared_token_by_token(chat_tokenizer):
+    readout = CompletionTokens(chat_tokenizer, num_classes=32, max_length=64)
+    candidate = on_tiny_llama(readout)
+    lengths = [sum(example.rows["completion_mask"][0]) for example in candidate.split]
+    assert len(set(lengths)) > 1
+    by_check = states(candidate)
+    assert set(by_check.values()) == {"ok"}, by_check
+    # What is compared are a row's last tokens, as many as its own completion has.
+    logits = torch.randn(len(lengths), max(lengths), 32)
+    by_hand = torch.cat([row[-length:] for row, length in zip(logits, lengths, strict=True)])
+    assert checks._counted(candidate.batch, logits).equal(by_hand)
+    collate = candidate.split.collate
+
+    def with_padding_read(examples):
+        batch = collate(examples)
+        batch.inputs["attention_mask"].fill_(1)
+        return batch
+
+    candidate.split.collate = with_padding_read
+    assert checks._outcome(checks.padded, candidate).state == "absent"
 
 
 def test_a_refusal_is_told_with_its_reason(make_candidate):
@@ -122,8 +168,12 @@ def recomputed_with_another_s(patch):
 
 
 def another_prompt(patch):
-    ids = checks.prompt_ids
-    patch.setattr(checks, "prompt_ids", lambda tokenizer, prompt: ids(tokenizer, "red " + prompt))
+    encode = checks.encode_prompts
+
+    def with_a_word_before(predictor, prompts, decoding):
+        return encode(predictor, ["red " + prompt for prompt in prompts], decoding)
+
+    patch.setattr(checks, "encode_prompts", with_a_word_before)
 
 
 FAULTS = {

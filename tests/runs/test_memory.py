@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from conftest import tiny_bert_config, tiny_llama
 from omegaconf import OmegaConf
 from torch import nn
@@ -21,6 +22,8 @@ from scalabl_pyro import Predictor, SubspaceAdapter
 from scalabl_pyro.data import Batch
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, load_skeleton, make_adapter
+from scalabl_pyro.prediction.texts import MOST_LOGITS
+from scalabl_pyro.readouts import READOUTS
 from scalabl_pyro.runs.config import build
 from scalabl_pyro.runs.memory import MemoryConfig, estimate, explain_out_of_memory
 
@@ -123,6 +126,47 @@ def test_estimates_are_within_15_percent_of_what_is_allocated(folder, case):
     assert memory.activations == pytest.approx(most_in_training(adapter, config), rel=0.15)
     adapter.eval()
     assert memory.prediction == pytest.approx(allocated(predict), rel=0.15)
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_every_readout_is_estimated(folder, tmp_path, tokenizer, name):
+    """Within 15 % of what the allocator hands out, and an error for want of memory is explained."""
+    config = settings(folder, readout=name)
+    if READOUTS[name].auto_class != "AutoModelForCausalLM":
+        tiny_bert_config(max_position_embeddings=512, hidden_size=128).save_pretrained(tmp_path)
+        heads = AdapterConfig(r=4, targets=("query", "value"), heads=("classifier",))
+        config = replace(config, model=replace(config.model, name=str(tmp_path)), lora=heads)
+    memory = estimate(config)
+    assert f"{config.tokens} tokens a row" in explain_out_of_memory(config)
+    kind = READOUTS[name]
+    readout = kind.untokenized(config.classes)
+    llm = getattr(transformers, kind.auto_class).from_config(
+        AutoConfig.from_pretrained(config.model.name, **readout.llm_options())
+    )
+    adapter = SubspaceAdapter(llm.eval(), config.lora.lora(), readout, projections="free")
+    adapter.train()
+
+    def rows(size: int) -> Batch:
+        choices = (1, 1) if kind.reads_texts else (config.classes,)
+        inputs = kind.blank_inputs(size, config.classes, config.tokens)
+        return Batch(inputs, torch.ones(size, *choices, dtype=torch.bool))
+
+    def step():
+        s = torch.ones(adapter.shape, requires_grad=True)
+        adapter(rows(config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
+
+    step()  # the first pass makes what stays
+    adapter.peft_model.zero_grad(set_to_none=True)
+    assert memory.activations == pytest.approx(allocated(step), rel=0.15)
+    adapter.eval()
+    size = config.eval_batch_size
+    if kind.reads_texts:
+        each = config.tokens * config.draws * llm.config.vocab_size
+        size = next(n for n in count(1) if n * each > MOST_LOGITS) - 1
+    predictor = Predictor(adapter, torch.randn(config.draws, *adapter.shape))
+    assert memory.prediction == pytest.approx(
+        allocated(lambda: predictor.logits(rows(size))), rel=0.15
+    )
 
 
 def test_rows_of_s_perp_count_and_nothing_trains_them(folder):

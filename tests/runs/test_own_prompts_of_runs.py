@@ -211,3 +211,61 @@ def test_show_prompts_tells_what_is_cut_and_what_is_refused(words, local_model, 
     assert "cut: 4 tokens, " in shown
     assert scalabl("show-prompts", *words, "split=dev") == 1
     assert "there is no split 'dev'" in capsys.readouterr().err
+
+
+def test_show_prompts_of_a_run_shows_what_it_was_trained_on(words, local_model, capsys):
+    """The same as its training settings show, without them and without a weight."""
+    assert scalabl("show-prompts", *words, *OWN, "split=test") == 0
+    before = capsys.readouterr().out
+    assert scalabl("train", *words, *OWN, "run_dir=run") == 0
+    (local_model / "model.safetensors").unlink()
+    capsys.readouterr()
+    for where in (["split=test"], ["data.root=data", "split=test"], ["data.path=data/test.jsonl"]):
+        assert scalabl("show-prompts", "run=run", "split=test", *where) == 0
+        assert capsys.readouterr().out == before
+    unlabelled = [replace(r, label=None) for r in read_folder("data")["test"]]
+    write_jsonl(Path("new.jsonl"), unlabelled)
+    Path("data/train.jsonl").unlink()
+    assert scalabl("show-prompts", "run=run", "input=new.jsonl") == 0
+    expected = before.replace("--- test,", "--- new.jsonl,").replace("  (right)", "")
+    assert capsys.readouterr().out == expected
+    assert scalabl("show-prompts", "run=run") == 1
+    assert "the train split of the run cannot be read" in capsys.readouterr().err
+
+
+def test_show_prompts_of_a_run_reads_by_its_columns(words, local_model, capsys):
+    for name, records in read_folder("data").items():
+        rows = [{"ref": r.id, "stem": r.question, "x": r.choices, "gold": r.label} for r in records]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        Path("other").mkdir(exist_ok=True)
+        Path("other", f"{name}.jsonl").write_text(lines)
+    columns = ["id=ref", "question=stem", "choices=x", "label=gold"]
+    settings = ["data.root=other", *(f"data.columns.{column}" for column in columns)]
+    assert scalabl("train", words[0], *FAST, *settings, "run_dir=run") == 0
+    first = read_folder("data")["test"][0]
+    for where in (["input=other/test.jsonl"], ["data.root=other", "split=test"], ["split=test"]):
+        capsys.readouterr()
+        assert scalabl("show-prompts", "run=run", *where) == 0
+        shown = capsys.readouterr().out
+        assert f"record {first.id!r}" in shown
+        assert f"| {first.question} A . {first.choices[0]}" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "the setting model.name is needed, or run"),
+        (["model.name=x"], "data.path is None, data.root is None"),
+        (["model.name=x", "data.root=data", "input=i.jsonl"], "a file for a run"),
+        (["run=run", "model.chat=true"], "run is 'run', which keeps its own"),
+        (["run=run", "input=i.jsonl", "data.root=data"], "data is given too: give one of them"),
+        (["run=run", "data.limit.test=3"], "settings of data are given without a source"),
+        (["run=run", "data.columns.label=x"], "which says something about data.path"),
+        (["run=nowhere"], "nowhere"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_show_prompts_of_something_else_is_refused(words, capsys, given, message):
+    assert scalabl("show-prompts", *given) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
