@@ -42,7 +42,7 @@ def test_the_answers_to_questions_are_true():
     assert names["draws"].shape == (50, *names["adapter"].shape)
     likelihood = names["data"].log_likelihood["label"]
     assert dict(likelihood.sizes) == {"chain": 1, "draw": 50, "example": 32}
-    converted = names["data"].log_likelihood["label"]
+    converted = names["converted"].log_likelihood["label"]
     assert dict(converted.sizes) == {"chain": 1, "draw": 50, "data": 32}
     one, adapter = names["one"], names["adapter"]
     assert one.mutual_information.abs().max() < 1e-6

@@ -67,7 +67,7 @@ def format_table(table: Mapping[str, Any]) -> str:
             last = cell(auroc, 1, 3) if auroc else ""
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
             lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
-        if split in table["auroc_of_tokens"]:
+        if split in table.get("auroc_of_tokens", {}):
             control = cell(table["auroc_of_tokens"][split], 1, 3)
             lines.append(f"{split:12s}{'(tokens)':20s}{control:>84s}")
     differences = table.get(f"minus_{BASELINE}", {})
@@ -83,7 +83,7 @@ def format_table(table: Mapping[str, Any]) -> str:
 
 def auroc_note(table: Mapping[str, Any]) -> str:
     """What the AUROC of a table is."""
-    return f"{AUROC}, {EQUAL_LENGTH}" if table["auroc_of_tokens"] else AUROC
+    return f"{AUROC}, {EQUAL_LENGTH}" if table.get("auroc_of_tokens") else AUROC
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
-
 from .columns import Columns, as_text
 from .completions import check_known
 from .hub import Task
@@ -23,6 +21,15 @@ __all__ = ["DataSource"]
 def _texts(names: Any) -> Any:
     """Names of classes that are numbers, as texts; anything else as it is."""
     return tuple(map(as_text, names)) if isinstance(names, list | tuple) else names
+
+
+class _Numbers:
+    """Lets pydantic take numbers for texts. Records are read without it too, as by a benchmark."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import BeforeValidator
+
+        return BeforeValidator(_texts).__get_pydantic_core_schema__(source, handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class DataSource:
     hub_path: str | None = None
     split_names: Mapping[str, str | None] = field(default_factory=dict)
     columns: Columns = field(default_factory=Columns)
-    classes: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    classes: Annotated[tuple[str, ...], _Numbers()] = ()
     limit: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:

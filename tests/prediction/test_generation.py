@@ -442,6 +442,7 @@ def test_a_file_of_prompts_resumes_after_a_crash(predictor, prompts_file, tmp_pa
         "load_run",
         lambda folder: SimpleNamespace(folder=tmp_path, subspace_predictor=lambda: predictor),
     )
+    monkeypatch.setattr(command, "read_texts", lambda path, run, columns: read_completions(path))
 
     def config(name):
         path = str(tmp_path / name)
@@ -489,6 +490,7 @@ def test_a_refused_file_leaves_nothing_behind(predictor, prompts_file, tmp_path,
         "load_run",
         lambda folder: SimpleNamespace(folder=tmp_path, subspace_predictor=lambda: predictor),
     )
+    monkeypatch.setattr(command, "read_texts", lambda path, run, columns: read_completions(path))
     prompts_file.write_text(json.dumps({"id": "p", "prompt": "cat " * 64}) + "\n")
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="exceeds the context of 64"):
