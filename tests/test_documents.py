@@ -806,6 +806,7 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "MLE, ensemble of 5": "ensemble of 5",
         "MLE, last-layer Laplace": "MLE, last-layer Laplace",
         "MLE, Laplace-LoRA": "MLE, Laplace-LoRA",
+        "MLE, TFB": "MLE, TFB",
         "**ScalaBL**": "ScalaBL",
         "ScalaBL's point: V frozen, s a number": "V frozen, point s",
     }
