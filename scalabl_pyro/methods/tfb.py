@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -43,6 +43,8 @@ class TFB(DrawsWeights, LoRAMethod):
     :param examples: how many training examples measure the NLL, chosen at random.
     :param draws: S, the draws that measure and predict.
     :param pseudo_labels: measure with the model's own answers in the place of labels.
+    :param modules: whose A gets noise: ``all`` adapted modules, or the ``last`` one alone.
+    :raises ValueError: if a value is out of range.
     """
 
     name: ClassVar[str] = "tfb"
@@ -53,6 +55,7 @@ class TFB(DrawsWeights, LoRAMethod):
     examples: int = 500
     draws: int = 10
     pseudo_labels: bool = False
+    modules: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("tolerance", "max_scale"):
@@ -61,6 +64,8 @@ class TFB(DrawsWeights, LoRAMethod):
         for name in ("bisections", "examples", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if self.modules not in ("all", "last"):
+            raise ValueError(f"modules is {self.modules!r}: expected all or last")
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
         """The likelihood.
@@ -107,8 +112,10 @@ class TFB(DrawsWeights, LoRAMethod):
         rows = zip(means, d, strict=True)
         spread = {name: noises[name] / scale[:, None].to(noise) for name, scale in rows}
 
+        noisy = list(means) if self.modules == "all" else list(means)[-1:]
+
         def at(sigma: float) -> WeightAverage:
-            return WeightAverage(adapter, {n: means[n] + sigma * spread[n] for n in means})
+            return WeightAverage(adapter, {n: means[n] + sigma * spread[n] for n in noisy})
 
         low, high = 0.0, self.max_scale
         for _ in range(self.bisections):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_it_is_the_most_noise_that_training_data_allow(make_choice, records):
     assert fine[1] > 0
 
 
+def test_noise_on_the_last_module_alone(make_causal, records):
+    """The same noise as among all, and none elsewhere."""
+    config = replace(CONFIG, steps=2)
+    noise = dict(tolerance=1e6, max_scale=0.1, bisections=2, draws=3)
+    last = TFB(config, progress=False, modules="last", **noise)
+    everywhere = TFB(config, progress=False, **noise)
+
+    make = partial(make_causal, svd=False)
+    split = make().readout.encode(records)
+    one, every = (method.fit(make, split, None, seed=0) for method in (last, everywhere))
+    (name,) = one.predictor.weights
+    assert name == list(every.predictor.weights)[-1]
+    torch.testing.assert_close(one.predictor.weights[name], every.predictor.weights[name])
+    state = one.model.adapter.state()
+    for other, draws in every.predictor.weights.items():
+        assert ((draws - state[other]).abs().amax((1, 2)) > 0).all()
+    logits = predict(one.predictor, split).logits
+    for k, draw in enumerate(one.predictor.weights[name]):
+        with one.model.adapter.holding({name: draw}), torch.no_grad():
+            by_hand = one.model.adapter(whole(split))
+        torch.testing.assert_close(logits[k], by_hand, atol=1e-5, rtol=1e-5)
+    assert logits.std(0).max() > 1e-6
+
+
 def test_where_no_noise_is_allowed_it_says_so(make_choice, records, caplog):
     split = make_choice().readout.encode(records)
     method = TFB(CONFIG, progress=False, tolerance=1e-12, max_scale=5.0, draws=2)
@@ -130,6 +155,7 @@ def test_blob_then_tfb_has_its_noise_about_blobs_mean(make_choice, records):
         ({"bisections": 0}, "bisections is 0"),
         ({"examples": 0}, "examples is 0"),
         ({"draws": 0}, "draws is 0"),
+        ({"modules": "first"}, "modules is 'first'"),
     ],
 )
 def test_bad_settings_are_refused(options, message):
