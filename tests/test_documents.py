@@ -850,6 +850,11 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     for name, by_metric in less.items():  # what the text says can be told apart
         told = by_metric["nll"]["low"] > 0 or by_metric["nll"]["high"] < 0
         assert told == (name in TOLD_APART), name
+    lines = (path.parent / "methods" / "runs.jsonl").read_text().splitlines()
+    trials = [trial for line in lines for trial in json.loads(line).values()]
+    for name in ("MC dropout", "BLoB", "ScalaBL"):
+        best = min(trial[f"{name}|"] for trial in trials if f"{name}|" in trial)
+        assert f"{best:.3f}" in plain
     assert difference(less["V frozen, point s"]["ece"], 100, 1) in plain
     assert difference(less["V frozen, point s"]["brier"]) in plain
 
