@@ -43,7 +43,10 @@ ECE: beside it in brackets its floor, what calibrated models with the same proba
 """
 AURC = "AURC: area under the risk–coverage curve, lower is better"
 AUROC = "AUROC: entropy of this split against test"
-EQUAL_LENGTH = "of pairs whose numbers of tokens differ by 2 at most; (tokens): of these numbers"
+EQUAL_LENGTH = (
+    "where the line (tokens) stands of pairs whose numbers of tokens differ by 2 at most, and that"
+    " line of these numbers"
+)
 UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3), "aurc": (1, 3)}
 TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier", "aurc": "AURC"}
 DIFFERENCES = tuple(title.removesuffix(" (floor)") for title in TITLES.values())

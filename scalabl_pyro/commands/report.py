@@ -11,7 +11,8 @@ from ..data import DataSource
 from ..files import check_writable
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, RunConfig
-from ..runs.reading import read_json, read_settings
+from ..runs.places import resolved
+from ..runs.reading import read_json, read_settings_placed
 from ._formats import format_table
 from ._report import write_report, written
 from ._runs import ReportedRun
@@ -62,7 +63,7 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
     runs: dict[Path, RunConfig] = {}
     found = (path for folder in config.folders for path in _finished(folder))
     for path in sorted(found, key=lambda path: path.name):
-        run = read_settings(path)
+        run = read_settings_placed(path)
         if READOUTS[run.model.readout].reads_texts:
             raise ConfigError(f"{path} reads texts, and the table is of answers among choices")
         runs[path] = run
@@ -135,4 +136,5 @@ def _check_same_settings(a: Path, b: Path, runs: dict[Path, RunConfig]) -> None:
 def _source(run: RunConfig) -> dict[str, Any]:
     # How labels are read, as given or as the data decided, is seen in the records themselves.
     data = replace(run.data, columns=replace(run.data.columns, labels="auto"))
-    return {field.name: getattr(data, field.name) for field in fields(DataSource)}
+    names = [field.name for field in fields(DataSource)]
+    return resolved({f"data.{name}": getattr(data, name) for name in names})

@@ -16,7 +16,7 @@ from ..readouts import Classes, Readout
 from ..runs.config import ConfigError, DataConfig, RunConfig, build
 from ..runs.folder import read_posterior_info
 from ..runs.prior import read_data
-from ..runs.reading import find_run, read_settings
+from ..runs.reading import find_run, read_settings_placed
 from ._input import own_records, read_input, read_texts
 
 __all__ = ["ShowPromptsConfig", "show_prompts"]
@@ -97,7 +97,7 @@ class _Reader:
     @classmethod
     def of_run(cls, run: str) -> _Reader:
         folder = find_run(run)
-        info, config = read_posterior_info(folder), read_settings(folder)
+        info, config = read_posterior_info(folder), read_settings_placed(folder)
         readout = load_readout(config.model, info.classes)
         return cls(config, info.classes, readout, info.num_data, folder)
 

@@ -98,13 +98,16 @@ def read_table(
         raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix]
     columns = columns or Columns()
+    asked = columns.labels
     if trained is not None:
         first = next(iter(kind.rows(path)), (1, None))
         columns = columns.or_those_of(trained, first[1])
     own_layout = columns.none_named
     if own_layout:
         layout = kind.columns(path)
-        columns = layout if columns.labels == "auto" else replace(layout, labels=columns.labels)
+        # How a run read other files says nothing of a layout that names classes.
+        labels = asked if layout.labels != "auto" else columns.labels
+        columns = layout if labels == "auto" else replace(layout, labels=labels)
     rows = []
     for count, (number, cells) in enumerate(kind.rows(path), start=1):
         place = f"{path}, {kind.unit} {number}"

@@ -149,7 +149,15 @@ def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
     records, places = [], dict[str, str]()
     for place, record, label, reading in rows:
         if label is not None:
-            index = read_label(label, decided if decided and reading == "auto" else reading)
+            try:
+                index = read_label(label, decided if decided and reading == "auto" else reading)
+            except DataError as error:
+                if reading not in ("from_0", "from_1", "letters"):
+                    raise
+                raise DataError(
+                    f"{error}; labels are read as {reading}, as given or as the run was trained:"
+                    " data.columns.labels says otherwise"
+                ) from error
             record = replace(record, label=index)
         if record.id in places:
             raise DataError(

@@ -196,9 +196,12 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["random.cuda"][0], device)
     elif device.type == "cuda":
         count = len(state["random.cuda"])
+        if count == 1:  # of a single GPU, or of several processes with the same state
+            torch.cuda.set_rng_state(state["random.cuda"][0], device)
+            return
         if count != torch.cuda.device_count():
             raise ValueError(
-                f"the checkpoint was made with {count} GPUs in sight, and there are"
+                f"the checkpoint was made with {count} visible GPUs, and there are"
                 f" {torch.cuda.device_count()}: set CUDA_VISIBLE_DEVICES to as many"
             )
         torch.cuda.set_rng_state_all(list(state["random.cuda"]))

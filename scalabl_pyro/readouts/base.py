@@ -193,10 +193,13 @@ class Readout(ABC):
         return {}
 
     @classmethod
-    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+    def blank_inputs(
+        cls, size: int, num_classes: int, tokens: int, config: ReadoutConfig
+    ) -> dict[str, Tensor]:
         """Inputs of B examples without content, of which the shapes are right.
 
         :param tokens: T, of a row.
+        :param config: the readout's settings, on which the shapes may depend.
         """
         choices = (num_classes,) if cls.row_per_choice else ()
         ids = torch.zeros(size, *choices, tokens, dtype=torch.long)

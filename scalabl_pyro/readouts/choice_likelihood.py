@@ -47,8 +47,9 @@ class ChoiceLikelihood(CausalReadout):
 
     An example is one packed row: the prompt, then every choice, of which each sees the prompt and
     itself, at the positions that it would have behind the prompt. A model that takes no such mask
-    gets a row for each choice, which computes the same; with ``unconditional`` every model does,
-    and a second row has the choice alone. The output layer runs on the choices only.
+    gets a row for each choice, which computes the same. The output layer runs on the choices only.
+    With ``unconditional`` every model reads a row for each choice and another with the choice
+    alone, and the output layer runs on nearly all of their columns.
 
     :param prompt: how a record is put, with what is shown before it.
     :param num_classes: C, the most choices of a record; a split that has more is read with more.
@@ -145,9 +146,15 @@ class ChoiceLikelihood(CausalReadout):
         return readout
 
     @classmethod
-    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+    def blank_inputs(
+        cls, size: int, num_classes: int, tokens: int, config: ReadoutConfig
+    ) -> dict[str, Tensor]:
         """Packed rows, of which half are choices, where nobody knows better."""
-        inputs = super().blank_inputs(size, num_classes, tokens)
+        inputs = super().blank_inputs(size, num_classes, tokens, config)
+        if config.normalise == "unconditional":
+            rows = {n: v[:, None].repeat(1, 2 * num_classes, 1) for n, v in inputs.items()}
+            scored = torch.ones_like(rows["input_ids"][..., 1:], dtype=torch.bool)
+            return rows | {"scored": scored, "sizes": torch.ones(size, num_classes)}
         behind = inputs["input_ids"][:, tokens // 2 :]
         return inputs | {
             "position_ids": inputs["input_ids"],

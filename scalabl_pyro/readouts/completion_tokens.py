@@ -95,9 +95,11 @@ class CompletionTokens(Readout):
         )
 
     @classmethod
-    def blank_inputs(cls, size: int, num_classes: int, tokens: int) -> dict[str, Tensor]:
+    def blank_inputs(
+        cls, size: int, num_classes: int, tokens: int, config: ReadoutConfig
+    ) -> dict[str, Tensor]:
         """Rows of which half are completions, where nobody knows better."""
-        inputs = super().blank_inputs(size, num_classes, tokens)
+        inputs = super().blank_inputs(size, num_classes, tokens, config)
         completion = torch.ones(size, tokens - tokens // 2, dtype=torch.long)
         return inputs | {"completion_mask": completion}
 

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -283,6 +283,19 @@ class RunConfig:
             key: value for key, value in settings.items() if key not in NOT_PART_OF_FUNCTION
         }
         return dict(json.loads(json_text(of_function)))
+
+    def completed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings as :meth:`function_settings` has them, of a run that older code may have
+        written: what it did not know yet is at its default."""
+        method: Any = METHODS[self.method["name"]]
+        unknown = self.function_settings().keys() - settings.keys()
+        defaults = {
+            key: one.default
+            for part, kind in (("model", ModelConfig), ("lora", AdapterConfig), ("method", method))
+            for one in fields(kind)
+            if (key := f"{part}.{one.name}") in unknown and one.default is not MISSING
+        }
+        return dict(json.loads(json_text(defaults))) | dict(settings)
 
     def differences(self, other: RunConfig) -> list[str]:
         """The settings that differ from another run's, of those that change what is trained."""

@@ -368,7 +368,7 @@ def read_posterior_info(folder: Path) -> PosteriorInfo:
 
 def _check_settings(config: RunConfig, info: PosteriorInfo, folder: Path) -> None:
     """Refuse settings under which the trained numbers would be another function."""
-    mine, trained = config.function_settings(), info.settings
+    mine, trained = config.function_settings(), config.completed(info.settings)
     changed = [
         f"{key} is {mine.get(key)!r}, but was {trained.get(key)!r} in training"
         for key in sorted(mine.keys() | trained.keys())

@@ -226,7 +226,7 @@ def _eval_batch_size(adapter: SubspaceAdapter, config: MemoryConfig) -> int:
 
 def _batch(config: MemoryConfig, size: int) -> Batch:
     kind = READOUTS[config.model.readout]
-    inputs = kind.blank_inputs(size, config.classes, config.tokens)
+    inputs = kind.blank_inputs(size, config.classes, config.tokens, config.model)
     shape = (1, 1) if kind.reads_texts else (config.classes,)  # any token may follow
     return Batch(inputs, torch.ones(size, *shape, dtype=torch.bool))
 

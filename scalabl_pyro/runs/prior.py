@@ -83,7 +83,8 @@ def _checked(config: RunConfig) -> tuple[Path, PosteriorInfo]:
     folder = find_run(str(config.prior_run))
     info = read_posterior_info(folder)
     for attempt in config.attempts():
-        mine, before = resolved(attempt.function_settings()), resolved(info.settings)
+        mine = resolved(attempt.function_settings())
+        before = resolved(attempt.completed(info.settings))
         wrong = [
             f"{key} is {mine.get(key)!r}, expected {before.get(key)!r}"
             for key in sorted(mine.keys() | before.keys())

@@ -287,7 +287,12 @@ def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
     assert "of pairs whose numbers of tokens differ by 2 at most" in shown
     line = next(line for line in shown.splitlines() if "(tokens)  " in line)
     assert f"{control:.3f} ±" in line
-    # Of runs that do not say how long their questions are, all pairs count.
+    # Where no two have about the same length, and of runs that do not say it, all pairs count.
+    far = {
+        n: [replace(r, tokens=tokens | {other: 99 + tokens[other]}) for r in row]
+        for n, row in runs.items()
+    }
+    assert not write_report(tmp_path / "a", far, chosen={}, trials={})["auroc_of_tokens"]
     unknown = runs | {"mle": [replace(run, tokens={}) for run in runs["mle"]]}
     assert not write_report(tmp_path / "b", unknown, chosen={}, trials={})["auroc_of_tokens"]
 

@@ -20,6 +20,8 @@ from scalabl_pyro.data import (
     read_records,
 )
 from scalabl_pyro.data.csv_rows import csv_rows
+from scalabl_pyro.data.readers import read_table
+from scalabl_pyro.data.tables import to_records
 from scalabl_pyro.runs.config import ConfigError, DataConfig, build
 
 LETTERS = ["A", "B", "C", "D"]
@@ -129,6 +131,16 @@ def test_csv_of_texts_takes_its_classes_from_the_training_file(tmp_path):
         DataError, match=r"test.csv, line 2: the classes are not known.* data.classes"
     ):
         DataSource(path=str(tmp_path / "test.csv")).read_split("test")
+
+
+def test_how_a_run_read_its_labels_is_not_how_a_layout_of_names_is_read(tmp_path):
+    path = write(tmp_path / "test.csv", "text,class\nfine,good\nsad,bad\n")
+    trained = Columns(labels="from_0")
+    table = read_table(path, None, trained)
+    assert [r.label for r in to_records({"": table}, ("bad", "good"))[""]] == [1, 0]
+    table = read_table(path, Columns(labels="from_0"), trained)
+    with pytest.raises(DataError, match=r"read as from_0, .* data\.columns\.labels says otherwise"):
+        to_records({"": table}, ("bad", "good"))
 
 
 @pytest.mark.parametrize("length", [131_072, 131_073, 1_000_000])

@@ -196,6 +196,12 @@ def test_processes_go_on_with_the_random_state_that_they_had_in_common(monkeypat
     saved = module.random_state(torch.device("cuda", 0))
     module.set_random_state(saved, torch.device("cuda", 1))
     assert torch.equal(states[1], states[0])
+    # One process goes on alone, where it sees both.
+    states[1] = torch.zeros(16, dtype=torch.uint8)
+    monkeypatch.setattr(module, "world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    module.set_random_state(saved, torch.device("cuda", 1))
+    assert torch.equal(states[1], states[0])
 
 
 def test_intervals_must_be_positive():

@@ -208,6 +208,26 @@ def test_a_setting_that_contradicts_the_training_is_refused(run, key, value, tra
     assert trained_with in message.partition(f"{key} is")[2]
 
 
+@pytest.mark.parametrize("key", ["method.perp", "lora.subspace", "model.normalise"])
+def test_a_run_of_older_code_lacks_settings_that_came_later(run, key):
+    """They are at their defaults."""
+    split = load_run(run).encode(make_records(5))
+    expected = predict(load_run(run).predictor, split).logits
+    part, name = key.split(".")
+    config = OmegaConf.load(run / "config.yaml")
+    del config[part][name]
+    OmegaConf.save(config, run / "config.yaml")
+    posterior = json.loads((run / "posterior.json").read_text())
+    del posterior["settings"][key]
+    (run / "posterior.json").write_text(json.dumps(posterior))
+    logits = predict(load_run(run).predictor, split).logits
+    torch.testing.assert_close(logits, expected, atol=0, rtol=0)
+    if key == "method.perp":
+        edit(run, key, 2)
+        with pytest.raises(ValueError, match=r"method\.perp is 2, but was 0 in training"):
+            load_run(run)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -128,10 +128,14 @@ def test_estimates_are_within_15_percent_of_what_is_allocated(folder, case):
     assert memory.prediction == pytest.approx(allocated(predict), rel=0.15)
 
 
-@pytest.mark.parametrize("name", READOUTS)
-def test_every_readout_is_estimated(folder, tmp_path, tokenizer, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in READOUTS), ("choice_likelihood", {"normalise": "unconditional"})],
+    ids=str,
+)
+def test_every_readout_is_estimated(folder, tmp_path, tokenizer, name, options):
     """Within 15 % of what the allocator hands out, and an error for want of memory is explained."""
-    config = settings(folder, readout=name)
+    config = settings(folder, readout=name, **options)
     if READOUTS[name].auto_class != "AutoModelForCausalLM":
         tiny_bert_config(max_position_embeddings=512, hidden_size=128).save_pretrained(tmp_path)
         heads = AdapterConfig(r=4, targets=("query", "value"), heads=("classifier",))
@@ -148,7 +152,7 @@ def test_every_readout_is_estimated(folder, tmp_path, tokenizer, name):
 
     def rows(size: int) -> Batch:
         choices = (1, 1) if kind.reads_texts else (config.classes,)
-        inputs = kind.blank_inputs(size, config.classes, config.tokens)
+        inputs = kind.blank_inputs(size, config.classes, config.tokens, config.model)
         return Batch(inputs, torch.ones(size, *choices, dtype=torch.bool))
 
     def step():

@@ -54,6 +54,9 @@ def test_a_run_is_used_from_another_folder(run, home, capsys, monkeypatch):
     assert evaluated(capsys, f"run={run}", f"data.root={home}/fold") == saved
     loaded = load_run(run)
     assert len(own_records(loaded, "train")) == len(own_records(load_run(run), "train")) > 0
+    assert scalabl("show-prompts", f"run={run}") == 0
+    shown = capsys.readouterr().out
+    assert make_records(12)[0].question in shown
     # What has the same name in that folder is another.
     write_jsonl(Path("fold/train.jsonl"), make_records(3))
     Path("chatm").mkdir()
