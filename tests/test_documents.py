@@ -785,8 +785,12 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     trials = figures["trials"][ours]
     assert "1.289 in the place of 1.153" in plain
     assert [f"{each[ours]:.3f}" for each in trials.values()] == ["1.153", "1.289"]
-    for row, text in ((ours, "0.1"), ("MLE, fixed recipe", "29.7")):
-        assert f"{100 * figures['test'][row]['confidence_minus_acc']['mean']:.1f}" == text
+    for row, digits, said in (
+        (ours, 1, "confidence exceeds accuracy by {} points"),
+        ("MLE, fixed recipe", 0, "is {} points more confident than right"),
+    ):
+        gap = 100 * figures["test"][row]["confidence_minus_acc"]["mean"]
+        assert said.format(f"{gap:.{digits}f}") in readme
     for name, digits in (("V free", "0.6"), ("MLE, tempered", "4.6")):
         assert f"{-100 * figures['test'][name]['confidence_minus_acc']['mean']:.1f}" == digits
 
@@ -850,6 +854,14 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     for name, by_metric in less.items():  # what the text says can be told apart
         told = by_metric["nll"]["low"] > 0 or by_metric["nll"]["high"] < 0
         assert told == (name in TOLD_APART), name
+    mean = {
+        metric: {name: row["test"][metric]["mean"] for name, row in figures["metrics"].items()}
+        for metric in ("nll", "brier", "aurc")
+    }
+    assert min(mean["nll"], key=mean["nll"].get) == min(mean["brier"], key=mean["brier"].get)
+    assert min(mean["brier"], key=mean["brier"].get) == "ScalaBL"
+    by_aurc = sorted(mean["aurc"], key=mean["aurc"].get)
+    assert by_aurc[:2] == ["ensemble of 5", "MLE, Laplace-LoRA"]
     lines = (path.parent / "methods" / "runs.jsonl").read_text().splitlines()
     trials = [trial for line in lines for trial in json.loads(line).values()]
     for name in ("MC dropout", "BLoB", "ScalaBL"):
@@ -934,6 +946,15 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
         assert shown(figures["nll"]["minus"]["V activations"][other], 3) in section
     tokens = figures["rows"]["MLE"]["tokens"]["physics"]["auroc_any_length"]["mean"]
     assert f"with {tokens:.2f}" in section
+    # README: mutual information finds neither, the Mahalanobis distance other subjects.
+    for row in ("V random", "V activations"):
+        scores_of, control = figures["rows"][row], figures["rows"]["MLE"]
+        for kind in ("wrong", "physics", "chemistry"):
+            assert scores_of["mutual_information"][kind]["auroc"]["mean"] < 0.5
+        for kind in ("physics", "chemistry"):
+            for name in ("tokens", "alike"):
+                highest = control[name][kind]["auroc"]["high"]
+                assert scores_of["mahalanobis"][kind]["auroc"]["low"] > highest
     of_methods = json.loads((path.parent / "methods.json").read_text())["figures"]["auroc"]
     for kind, said in (("physics", " for physics"), ("chemistry", " for chemistry"), ("wrong", "")):
         key = f"{kind} by mutual information"
