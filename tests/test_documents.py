@@ -911,6 +911,17 @@ def test_costs_on_a_real_model_are_those_measured():
         assert f"| {tokens} tokens | {' | '.join(cells)} |" in text
 
 
+def test_what_the_embedded_model_shows_is_what_was_measured():
+    """docs/results.md and README say that ScalaBL does not help there."""
+    path = ROOT / "benchmarks" / "results" / "embedded.json"
+    differences = json.loads(path.read_text())["figures"]["minus_mle"]["scalabl"]
+    assert all(row["nll"][0] > 0 for row in differences.values())
+    mean, error = differences["test"]["nll"]
+    said = f"its NLL on `test` is higher than MLE's by {mean:.3f} ± {error:.3f}"
+    assert said in (ROOT / "docs" / "results.md").read_text()
+    assert "on the `embedded` model it does not help" in (ROOT / "README.md").read_text()
+
+
 def test_the_scores_of_what_is_unknown_are_those_measured():
     """docs/results.md says what results/unknown.json says."""
     path = ROOT / "benchmarks" / "results" / "unknown.json"
