@@ -94,12 +94,19 @@ def test_a_run_of_a_sweep_that_fails_leaves_the_others_to_go_on(train, tmp_path,
     ],
 )
 def test_runs_that_make_no_table_are_refused(train, tmp_path, capsys, second, message):
-    (tmp_path / "other").symlink_to("data")
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
     assert train("method=mle") == 0
     assert train(*second) == 0
     assert scalabl("report") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs/report").exists()
+
+
+def test_one_folder_of_data_under_two_names_is_the_same_data(train, tmp_path):
+    (tmp_path / "other").symlink_to("data")
+    assert train("method=mle") == 0
+    assert train("method=scalabl", "data.root=other") == 0
+    assert scalabl("report") == 0
 
 
 def changed(split: str, **fields: object) -> None:
