@@ -165,7 +165,7 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
     ),
     "MC dropout": rates(
         lambda lr: MCDropout(fit_config(STEPS, lr=lr), dropout=0.2, draws=DRAWS, **PLAIN),
-        3e-4, 6e-4, 1e-3,
+        2e-4, 3e-4, 6e-4, 1e-3,
     ),
     "ScalaBL": grid(scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL),
     "point s": grid(
@@ -180,7 +180,7 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         lambda lr, weight: scalabl(lr, weight, DALorRA),
         (3e-4, 1), (1e-3, 1), (2e-3, 1), (2e-3, 10), names=KL,
     ),
-    "BLoB": grid(blob, (3e-4, 0.01), (1e-3, 0.003), (1e-3, 0.01), (1e-3, 0.1), names=KL),
+    "BLoB": grid(blob, (3e-4, 0.01), (1e-3, 0.001), (1e-3, 0.003), (1e-3, 0.01), names=KL),
     "BLoB, published": grid(
         lambda lr, lr_kl: published(BLoB, lr, lr_kl=lr_kl),
         (3e-4, 0.01), (1e-3, 0.01), (2e-3, 0.01), (1e-3, 0.03), names=("lr", "lr_kl"),
@@ -223,7 +223,7 @@ ROWS: dict[str, Row] = {
     "DALorRA": Row("DALorRA", ALL["DALorRA"]),
     "BLoB": Row("BLoB", ALL["BLoB"]),
     "BLoB mean": Row("BLoB", ALL["BLoB"], {"": point}),
-    "BLoB mean, TFB": Row("BLoB", ALL["BLoB"][1:3], tfb(0.003, 0.03)),
+    "BLoB mean, TFB": Row("BLoB", ALL["BLoB"][2:], tfb(0.003, 0.03)),
     "BLoB, published": Row("BLoB, published", ALL["BLoB, published"]),
     "reference": Row("reference", ALL["reference"]),
     "IVON": Row("IVON", ALL["IVON"]),
