@@ -7,7 +7,9 @@ the prior's scale of s_perp has three trials, chosen by validation NLL on a seed
 further seeds are tested. Each score is high for what it calls unknown. Positives are the wrong
 answers among the test questions, or the questions of another subject beside them: chemistry and
 physics of MMLU, all their splits, and ARC-Challenge. Other subjects are told apart at equal length
-(``auroc``) and at any (``auroc_any_length``). Intervals are of a bootstrap over questions and
+(``auroc``) and at any (``auroc_any_length``). ``found`` is the share of another subject's questions
+whose conformal p is at most 0.05, and ``false_alarms`` that of test questions: one half of these is
+what p compares with, and the other is asked. Intervals are of a bootstrap over questions and
 seeds; the NLL stands beside them. Finished runs are kept in ``--runs``, a folder, and not run
 again.
 """
@@ -57,6 +59,7 @@ from scalabl_pyro.prediction.metrics import (
     noise_to_signal,
 )
 from scalabl_pyro.prediction.novelty import novelty, weight_novelty
+from scalabl_pyro.prediction.outliers import conformal_p_values
 from scalabl_pyro.prediction.predictor import Predicts, predict
 from scalabl_pyro.prediction.rejection import aurc
 
@@ -68,6 +71,8 @@ ARC = 300
 PRECISION, KNOWN = 1.0, 250
 #: k of s_perp
 PERP = 64
+#: up to this p a question is called unfamiliar
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -304,7 +309,22 @@ def of_other(
         both = torch.cat([there[k][i], here[k][j]])
         return fpr_at_tpr(both, torch.arange(len(both)) < len(i))
 
+    half = len(here[0]) // 2  # of the test questions, in an order that means nothing
+
+    def called(k: int, asked: Tensor, known: Tensor) -> float:
+        p = conformal_p_values(here[k][:half][known], asked)
+        return float((p <= LEVEL).double().mean())
+
     return {
+        "found": bootstrapped(
+            lambda k, i, j: called(k, there[k][i], j), len(here), [sizes[0], half], resamples
+        ),
+        "false_alarms": bootstrapped(
+            lambda k, i, j: called(k, here[k][half:][i], j),
+            len(here),
+            [sizes[1] - half, half],
+            resamples,
+        ),
         "auroc": bootstrapped(
             lambda k, i, j: area(there[k][i], here[k][j], apart[i][:, j]),
             len(here),

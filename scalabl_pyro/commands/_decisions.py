@@ -1,4 +1,5 @@
-"""What ``scalabl predict`` decides about an answer: to give it, and which choices to leave in."""
+"""What ``scalabl predict`` decides about an answer: to give it, which choices to leave in, and
+whether the question is like those that trained the run."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import Columns, DataError, Record, asked
+from ..data import Columns, DataError, Record, asked, fingerprint
 from ..prediction.abstention import abstains, threshold_at_risk
 from ..prediction.assessment import check_labelled
 from ..prediction.conformal import (
@@ -20,6 +21,7 @@ from ..prediction.metrics import Averaged, summarise
 from ..prediction.predictor import Predicts, predict
 from ..runs.folder import Run
 from ._input import own_records, read_input, warn_of_trained
+from ._unfamiliar import check_unfamiliar, unfamiliarity
 
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
@@ -37,6 +39,7 @@ class DecisionConfig:
         :func:`~scalabl_pyro.prediction.threshold_at_risk`.
     :param conformal: a score, a key of ``CONFORMAL_SCORES``, to write sets of choices.
     :param coverage: the probability with which a set is to hold the right choice.
+    :param unfamiliar: a score, a key of ``UNFAMILIARITY``, to write of each record, and p.
     :param calibration: a file of labelled records that trained nothing; the run's validation split
         if left out.
     :raises ValueError: if a value is out of range, or two of them contradict each other.
@@ -46,6 +49,7 @@ class DecisionConfig:
     risk: float | None = None
     conformal: str | None = None
     coverage: float = _COVERAGE
+    unfamiliar: str | None = None
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,10 +73,17 @@ class DecisionConfig:
                 f"coverage is {self.coverage}, which is of conformal sets alone: give conformal, or"
                 " leave it out"
             )
-        if self.calibration is not None and self.risk is None and self.conformal is None:
+        check_unfamiliar(self.unfamiliar)
+        if self.calibration is not None and not self.calibrated:
             raise ValueError(
-                f"calibration is {self.calibration!r}, which nothing needs: give risk or conformal"
+                f"calibration is {self.calibration!r}, which nothing needs: give risk, conformal or"
+                " unfamiliar"
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether records that trained nothing are needed."""
+        return (self.risk, self.conformal, self.unfamiliar) != (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,8 @@ class Decisions:
     :param abstain_below: a threshold on the largest probability, or ``None``.
     :param conformal: a score, or ``None``; ``threshold`` its own.
     :param seed: of the numbers u of randomised scores.
+    :param unfamiliar: a score, or ``None``; ``unfamiliarity`` what the line of each record gains of
+        it, by the record's id; ``familiar`` a hash of the records that p compares with.
     :param calibration: what was found on the labelled records, to be reported.
     """
 
@@ -89,6 +102,9 @@ class Decisions:
     conformal: str | None = None
     threshold: float | None = None
     seed: int = 0
+    unfamiliar: str | None = None
+    unfamiliarity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    familiar: str | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -97,12 +113,15 @@ class Decisions:
             "abstain_below": self.abstain_below,
             "conformal": self.conformal,
             "conformal_threshold": self.threshold,
+            "unfamiliar": self.unfamiliar,
+            "familiar": self.familiar,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
     def of(self, records: Sequence[Record], answers: Averaged) -> list[dict[str, Any]]:
-        """What the line of each answer gains: ``abstained``, and the ``set`` of its choices."""
-        rows: list[dict[str, Any]] = [{} for _ in records]
+        """What the line of each answer gains: how unfamiliar it is, ``abstained``, and the ``set``
+        of its choices."""
+        rows = [dict(self.unfamiliarity.get(record.id, {})) for record in records]
         if self.abstain_below is not None:
             abstained = abstains(answers.probabilities, self.abstain_below)
             for row, value in zip(rows, abstained.tolist(), strict=True):
@@ -126,7 +145,7 @@ def calibrate(
     batch_size: int,
     tolerance: float | None,
 ) -> Decisions:
-    """The thresholds, from labelled records where they need some.
+    """The thresholds, from labelled records where they need some, and how unfamiliar records are.
 
     :param columns: which columns of the file ``config.calibration`` make a record.
     :param answered: what is to be decided about; a warning tells of those that set the threshold.
@@ -135,18 +154,27 @@ def calibrate(
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
         :func:`~scalabl_pyro.prediction.conformal_threshold`; or a record is bad or has no label.
     """
-    if config.risk is None and config.conformal is None:
+    if not config.calibrated:
         return Decisions(config.abstain_below)
-    records = _labelled(config, run, columns)
-    warn_of_trained(run, records, "risk and coverage hold for no other records then")
+    records = _calibration(config, run, columns)
+    warn_of_trained(run, records, "risk, coverage and p hold for no other records then")
     _warn_of_calibrated(answered, records)
+    decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
+    if config.unfamiliar is not None:
+        told = unfamiliarity(config.unfamiliar, run, answered, records, batch_size)
+        decided |= {
+            "unfamiliar": config.unfamiliar,
+            "unfamiliarity": dict(zip((record.id for record in answered), told, strict=True)),
+            "familiar": fingerprint({"calibration": records}),
+        }
+    report: dict[str, Any] = {"records": len(records)}
+    if config.risk is None and config.conformal is None:
+        return Decisions(**decided, calibration=report)
     predictions = predict(
         predictor, run.encode(records), batch_size=batch_size, tolerance=tolerance
     )
     assert predictions.labels is not None
     answers = summarise(predictions.logits)
-    decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
-    report: dict[str, Any] = {"records": len(records)}
     if config.risk is not None:
         chosen = threshold_at_risk(answers.probabilities, predictions.labels, config.risk)
         decided["abstain_below"] = chosen.abstain_below
@@ -177,14 +205,14 @@ def _warn_of_calibrated(answered: Sequence[Record], calibration: Sequence[Record
     count = sum(key in known for key in asked(answered))
     if count:
         log.warning(
-            "%d of %d records set the threshold that decides about them: risk and coverage are of"
-            " other records",
+            "%d of %d records set the threshold that decides about them: risk, coverage and p are"
+            " of other records",
             count,
             len(answered),
         )
 
 
-def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:
+def _calibration(config: DecisionConfig, run: Run, columns: Columns) -> list[Record]:
     if config.calibration is None:
         try:
             return own_records(run, "validation")
@@ -193,5 +221,6 @@ def _labelled(config: DecisionConfig, run: Run, columns: Columns) -> list[Record
                 f"{error}; or give calibration=FILE, labelled records that trained nothing"
             ) from error
     records = read_input(config.calibration, run, columns)
-    check_labelled(records, config.calibration)
+    if config.risk is not None or config.conformal is not None:
+        check_labelled(records, config.calibration)
     return records

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import Columns, DataError, Split
+from ..data import Columns, Split
 from ..files import json_text, new_path, write_whole
 from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
-from ._input import own_records, read_input
+from ._input import read_input
+from ._unfamiliar import trained_on
 
 __all__ = ["SelectConfig", "select_records"]
 
@@ -89,7 +90,4 @@ def _train(run: Run) -> Split:
             f"by is 'novelty', but method {run.config.method['name']} has no posterior over s: use"
             " by=entropy"
         )
-    try:
-        return run.encode(own_records(run, "train"))
-    except DataError as error:
-        raise DataError(f"by is 'novelty', but {error}; or use by=entropy") from error
+    return trained_on(run, "by is 'novelty'", "use by=entropy")

@@ -38,6 +38,7 @@ from .metrics import (
     summarise,
 )
 from .novelty import novelty, weight_novelty
+from .outliers import conformal_p_values
 from .predictor import (
     NonFinitePredictionsError,
     Predictions,
@@ -84,6 +85,7 @@ __all__ = [
     "auroc_per_question",
     "average",
     "calibration_band",
+    "conformal_p_values",
     "conformal_sets",
     "conformal_threshold",
     "crossed_interval",

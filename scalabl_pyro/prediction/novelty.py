@@ -49,7 +49,7 @@ def novelty(
         ``model.num_data`` examples.
     """
     loc = loc.to(model.init_loc.device)
-    why = "novelty needs a normal one; to select records by=entropy needs none"
+    why = "novelty needs a normal one; by=entropy and unfamiliar=mahalanobis need none"
     precision = normal_prior(model, why).scale.detach().double().flatten().pow(-2)
     model.adapter.eval()
     H = torch.zeros(loc.numel(), loc.numel(), dtype=torch.float64, device=loc.device)

@@ -104,7 +104,8 @@ class Bench:
         raise AssertionError(f"seed {seed} was run again")
 
 
-def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path):
+def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path, monkeypatch):
+    monkeypatch.setattr(unknown, "LEVEL", 0.5)
     bench = Bench(tmp_path)
     log_probs = torch.tensor([[0.8, 0.2]]).log().expand(16, -1)
     high_for_wrong = torch.tensor([0.9, 0.8, 0.7, 0.2, *[0.1] * 3, *[0.3] * 3])
@@ -129,6 +130,9 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path):
     assert row["novelty"]["physics"]["fpr95"]["mean"] == pytest.approx(
         fpr_at_tpr(high_for_physics, other)
     )
+    # Of the first five test questions two have 0.75 or more: p = 3/6. The others have at most 0.3.
+    found, alarms = (row["novelty"]["physics"][name]["mean"] for name in ("found", "false_alarms"))
+    assert (found, alarms) == (1.0, 0.0)
     assert row["tokens"]["wrong"]["auroc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     with pytest.raises(AssertionError, match="seed 2 was run again"):
         unknown.table(bench, ["V random, s_perp"], 3, 10)

@@ -274,7 +274,7 @@ def test_novelty_of_another_prior_names_what_needs_none(local_model, data, capsy
     capsys.readouterr()
     assert scalabl("select", *asked, "by=novelty") == 1
     error = capsys.readouterr().err
-    assert "novelty needs a normal one; to select records by=entropy needs none" in error
+    assert "novelty needs a normal one; by=entropy and unfamiliar=mahalanobis need none" in error
     assert scalabl("select", *asked, "by=entropy") == 0
 
 
@@ -438,19 +438,21 @@ def test_the_commands_of_the_documentation_run(run, capsys):
     Path("in.jsonl").rename("questions.jsonl")
     blocks = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         # So little training leaves few errors out, whatever the threshold.
         words = shlex.split(command.replace("risk=0.2", "risk=0.8"))
         assert words.pop(0) == "scalabl"
         assert scalabl(*words) == 0, command
-    for name, key in (("sure", "abstained"), ("at-risk", "abstained"), ("sets", "set")):
+    keys = {"sure": "abstained", "at-risk": "abstained", "sets": "set"}
+    for name, key in (keys | {"unfamiliar": "mahalanobis_p"}).items():
         rows = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
         assert all(key in row for row in rows)
     assert len(read_records("to-label.jsonl")) == 2
 
 
-def test_the_snippet_of_the_documentation_decides(run, data):
+def test_the_snippet_of_the_documentation_decides(run, data, capsys):
+    _, rows = predicted(capsys, "unfamiliar=mahalanobis")
     Path("runs").mkdir()
     run.rename("runs/mine")
     Path("in.jsonl").rename("questions.jsonl")
@@ -462,3 +464,4 @@ def test_the_snippet_of_the_documentation_decides(run, data):
     assert names["sets"].shape == (60, 4)
     assert names["chosen"].risk <= 0.8
     assert len(names["to_label"]) == 2
+    assert names["p"].tolist() == pytest.approx([row["mahalanobis_p"] for row in rows], abs=1e-5)
