@@ -941,13 +941,27 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
     section = text.partition("## What it does not know")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
     rows = [row for row in rows if row[0] in ("MLE", "V random", "V activations", "control")]
-    assert len(rows) == 20
+    assert len(rows) == 20 + 7
 
     def shown(value, digits):
         numbers = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
         return "{} ({} to {})".format(*numbers).replace("-", "−")
 
-    for row, score, *cells in rows:
+    for row, score, *cells in rows[20:]:
+        by_kind = figures["rows"]["MLE" if row == "control" else row][scores[score]]
+        found = [by_kind[kind]["found"] for kind in ("physics", "chemistry", "arc")]
+        values = [by_kind["physics"]["false_alarms"], *found]
+        assert cells == [shown(value, 2) for value in values]
+        assert values[0]["low"] < 0.05
+    for kind in ("physics", "chemistry"):
+        found = [
+            figures["rows"][row]["mahalanobis"][kind]["found"] for row in ("V activations", "MLE")
+        ]
+        assert f"{found[0]['mean']:.2f} against {found[1]['mean']:.2f} of {kind}" in " ".join(
+            section.split()
+        )
+        assert found[0]["low"] > found[1]["high"]
+    for row, score, *cells in rows[:20]:
         by_kind = figures["rows"]["MLE" if row == "control" else row][scores[score]]
         kinds = ("wrong", "physics", "chemistry", "arc")
         assert cells == [shown(by_kind[kind]["auroc"], 2) for kind in kinds]

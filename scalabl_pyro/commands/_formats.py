@@ -12,6 +12,7 @@ from ..runs.card import plain
 
 __all__ = [
     "AURC",
+    "AUROC_OF",
     "BASELINE",
     "BEST",
     "COST",
@@ -22,6 +23,8 @@ __all__ = [
     "TITLES",
     "UNITS",
     "auroc_note",
+    "auroc_scores",
+    "aurocs",
     "cell",
     "cost_cells",
     "cost_ratio",
@@ -42,11 +45,16 @@ mean ± half of its 95 % interval over seeds and questions (Student's t; one see
 ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
 """
 AURC = "AURC: area under the risk–coverage curve, lower is better"
-AUROC = "AUROC: entropy of this split against test"
+AUROC = "AUROC of scores that are to tell a split from test; 0.5 is chance"
 EQUAL_LENGTH = (
-    "where the line (tokens) stands of pairs whose numbers of tokens differ by 2 at most, and that"
-    " line of these numbers"
+    "where tokens, a control, has a number, over pairs whose numbers of tokens differ by 2 at most"
 )
+#: keys of a table, and what they are of
+AUROC_OF = {
+    "auroc_of_entropy": "entropy",
+    "auroc_of_mahalanobis": "Mahalanobis distance",
+    "auroc_of_tokens": "tokens",
+}
 UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3), "aurc": (1, 3)}
 TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier", "aurc": "AURC"}
 DIFFERENCES = tuple(title.removesuffix(" (floor)") for title in TITLES.values())
@@ -62,17 +70,15 @@ def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
     head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
     lines = [*HEADER.splitlines(), head]
-    if any(table["auroc_of_entropy"].values()):
-        lines = [*HEADER.splitlines(), auroc_note(table), f"{head}{'AUROC':>16s}"]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
-            auroc = table["auroc_of_entropy"][name].get(split)
-            last = cell(auroc, 1, 3) if auroc else ""
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
-            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}{last:>16s}")
-        if split in table.get("auroc_of_tokens", {}):
-            control = cell(table["auroc_of_tokens"][split], 1, 3)
-            lines.append(f"{split:12s}{'(tokens)':20s}{control:>84s}")
+            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}")
+    if scores := auroc_scores(table):
+        titles = "".join(f"{AUROC_OF[score]:>24s}" for score in scores)
+        lines += [auroc_note(table), f"{'':32s}{titles}"]
+    for split, name, cells in aurocs(table):
+        lines.append(f"{split:12s}{name:20s}{''.join(f'{text:>24s}' for text in cells)}")
     differences = table.get(f"minus_{BASELINE}", {})
     if differences:
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
@@ -86,7 +92,27 @@ def format_table(table: Mapping[str, Any]) -> str:
 
 def auroc_note(table: Mapping[str, Any]) -> str:
     """What the AUROC of a table is."""
-    return f"{AUROC}, {EQUAL_LENGTH}" if table.get("auroc_of_tokens") else AUROC
+    return f"{AUROC}; {EQUAL_LENGTH}" if table.get("auroc_of_tokens") else AUROC
+
+
+def auroc_scores(table: Mapping[str, Any]) -> list[str]:
+    """Those of :data:`AUROC_OF` that the table has."""
+    return [key for key in AUROC_OF if any(table.get(key, {}).values())]
+
+
+def aurocs(table: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """Split, row, and the AUROC of each of :func:`auroc_scores`; a dash where it is not known."""
+    for split in (s for s in next(iter(table["metrics"].values())) if s != "test"):
+        for name in table["metrics"]:
+            by_score = [
+                table[key] if key == "auroc_of_tokens" else table[key][name]
+                for key in auroc_scores(table)
+            ]
+            yield (
+                split,
+                name,
+                [cell(each[split], 1, 3) if split in each else "–" for each in by_score],
+            )
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
@@ -106,6 +132,11 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             lines.append(_line([plain(name), *cells, *cost_cells(table, name).values()]))
         lines.append("")
     lines += [f"{AURC}.", f"{COST}."]
+    if scores := auroc_scores(table):
+        heads = ["", "split", *(AUROC_OF[score] for score in scores)]
+        lines += ["", "## Other data", "", f"{auroc_note(table)}.", "", _line(heads)]
+        lines.append("|---" * len(heads) + "|")
+        lines += [_line([plain(name), plain(s), *cells]) for s, name, cells in aurocs(table)]
     differences = table.get(f"minus_{BASELINE}", {})
     if differences:
         heads = ["", "split", *DIFFERENCES]

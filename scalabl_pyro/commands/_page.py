@@ -26,6 +26,7 @@ from ..prediction.rejection import risk_coverage_curve
 from ..runs.config import flat
 from ._formats import (
     AURC,
+    AUROC_OF,
     BASELINE,
     BEST,
     COST,
@@ -36,6 +37,8 @@ from ._formats import (
     TITLES,
     UNITS,
     auroc_note,
+    auroc_scores,
+    aurocs,
     cell,
     cost_cells,
     cost_ratio,
@@ -91,12 +94,12 @@ def to_html(
             for name, row in runs.items()
         },
         splits=splits,
-        others=[split for split in splits if split != "test"],
         header=HEADER.strip().replace("\n", "; "),
         best=BEST,
         cost=COST,
         auroc=auroc_note(table),
-        controls={s: cell(value, 1, 3) for s, value in table["auroc_of_tokens"].items()},
+        auroc_columns=[AUROC_OF[score] for score in auroc_scores(table)],
+        aurocs=list(aurocs(table)),
         columns=list(TITLES.values()),
         difference_columns=DIFFERENCES,
         aurc=AURC,
@@ -123,8 +126,6 @@ def _cells(table: Mapping[str, Any], split: str, name: str) -> list[tuple[str, s
         floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})" if metric == "ece" else ""
         text = cell(table["metrics"][name][split][metric], *UNITS[metric]) + floor
         cells.append((text, mark(table, split, metric, name).strip()))
-    if split != "test":
-        cells.append((cell(table["auroc_of_entropy"][name][split], 1, 3), ""))
     return cells
 
 

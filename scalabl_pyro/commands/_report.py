@@ -54,9 +54,10 @@ def write_report(
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
         of calibrated models with the same probabilities; and ``auroc_of_entropy`` for telling the
-        examples of a further split from ``test``. Where the runs keep how many tokens their
-        questions have, pairs of about equal length alone count there, and ``auroc_of_tokens`` has
-        by split what the number of tokens would reach, a control.
+        examples of a further split from ``test``, with ``auroc_of_mahalanobis`` of the rows whose
+        runs keep such distances. Where the runs keep how many tokens their questions have, pairs of
+        about equal length alone count there, and ``auroc_of_tokens`` has by split what the number
+        of tokens would reach, a control.
         ``best`` has for each split and metric the ``row`` with the best mean, and those that are
         ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
         the mean over seeds of what runs cost, ``None`` where one of them does not say.
@@ -93,6 +94,14 @@ def write_report(
                 for s, lengths in tokens.items()
             }
             for name, row in predictions.items()
+        },
+        "auroc_of_mahalanobis": {
+            name: {
+                s: _mean(torch.stack([_auroc(_distances(run, s), lengths) for run in row]))
+                for s, lengths in tokens.items()
+                if all({"test", s} <= run.mahalanobis.keys() for run in row)
+            }
+            for name, row in rows.items()
         },
         "auroc_of_tokens": {
             s: _mean(_auroc(lengths, lengths)[None])
@@ -230,6 +239,10 @@ def _tokens(rows: Mapping[str, Sequence[ReportedRun]], split: str) -> Pair | Non
 
 def _entropies(run: Mapping[str, Predictions], split: str) -> Pair:
     return entropy(run["test"].logits), entropy(run[split].logits)
+
+
+def _distances(run: ReportedRun, split: str) -> Pair:
+    return run.mahalanobis["test"], run.mahalanobis[split]
 
 
 def _auroc(scores: Pair, tokens: Pair | None) -> Tensor:

@@ -26,6 +26,8 @@ class ReportedRun:
     :param settings: by full names.
     :param cost: ``None`` where nobody knows it.
     :param tokens: (N,) by split, of each question, as far as they are known.
+    :param mahalanobis: (N,) by split, distances of features from those of the training questions,
+        as far as they are known.
     :param data: hashes of the records by split, as far as they are known.
     :param folder: where it is kept, which the page links to.
     """
@@ -36,6 +38,7 @@ class ReportedRun:
     seed: int
     cost: Cost | None = None
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    mahalanobis: Mapping[str, Tensor] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -55,6 +58,7 @@ class ReportedRun:
             config.seed,
             read_cost(folder),
             {name: parts["tokens"] for name, parts in saved.items() if "tokens" in parts},
+            {n: parts["mahalanobis"] for n, parts in saved.items() if "mahalanobis" in parts},
             read_fingerprints(folder),
             folder,
         )

@@ -8,9 +8,9 @@
 * ``posterior.json`` what these tensors mean, and the settings that they were trained with;
   ``config.yaml`` all settings of the run, of which those must not be changed any more;
   ``places.json`` where the files and folders are that these name by a relative path
-* ``predictions.safetensors`` of every split but the training one: logits (S, N, C), labels (N,) and
-  numbers of tokens (N,);
-  of texts what :class:`~scalabl_pyro.prediction.Assessment` says
+* ``predictions.safetensors`` of every split but the training one: logits (S, N, C), labels (N,),
+  numbers of tokens (N,) and, where there is another split than those of the task, Mahalanobis
+  distances (N,); of texts what :class:`~scalabl_pyro.prediction.Assessment` says
 * ``metrics.json``, ``cost.json``, ``trials.json`` if there were some, ``history.csv``,
   ``environment.json``; ``data.json``, hashes of the records of each split, and ``trained_on.json``,
   of each training question; ``README.md``, a model card

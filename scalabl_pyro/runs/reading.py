@@ -167,11 +167,14 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:
         if shapes.keys() == texts and shapes["log_probs"][1:] == (int(parts["lengths"].sum()),):
             continue
         by_question = {name: shape for name, shape in shapes.items() if name != "logits"}
-        known = by_question.keys() - {"tokens"} == {"labels"}  # older runs have no tokens
+        # Older runs have no tokens, and some have no distances.
+        known = by_question.keys() - {"tokens", "mahalanobis"} == {"labels"}
         N = shapes.get("logits", ())[1:2]
         if not (known and N and set(by_question.values()) == {N}):
             raise RunFolderError.damaged(
-                path, f"{split} has {shapes}: expected logits (S, N, C), labels (N,), tokens (N,)"
+                path,
+                f"{split} has {shapes}: expected logits (S, N, C), labels (N,), tokens (N,) and, if"
+                " any, mahalanobis (N,)",
             )
     return by_split
 

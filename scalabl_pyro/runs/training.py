@@ -24,10 +24,12 @@ from ..lora.adapter import SubspaceAdapter
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
 from ..methods import Fitted, ScalaBL
-from ..prediction.assessment import assess
+from ..prediction.assessment import Assessment, assess
+from ..prediction.mahalanobis import mahalanobis, pooled_features
+from ..prediction.predictor import Predictor
 from ..readouts import Readout
 from .config import ConfigError, RunConfig
-from .folder import save_run
+from .folder import posterior_mean, save_run
 from .memory import MemoryConfig, explain_out_of_memory
 from .places import relative_places
 from .prior import load_prior_run, prior_fingerprint, read_data
@@ -103,6 +105,8 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
         name: assess(fitted.predictor, split, batch_size=config.eval_batch_size, progress=show)
         for name, split in encoded.items()
     }
+    prediction = counter.passes(sum(map(len, encoded.values())))
+    _add_distances(assessed, fitted, trainer.train, encoded, config.eval_batch_size)
     if is_main():
         save_run(
             chosen,
@@ -112,10 +116,30 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
             trials,
             records=splits,
             training=trainer.spent[name],
-            prediction=counter.passes(sum(map(len, encoded.values()))),
+            prediction=prediction,
         )
     metrics: dict[str, Any] = {name: assessment.metrics for name, assessment in assessed.items()}
     return {**metrics, "trials": trials} if trials else metrics
+
+
+def _add_distances(
+    assessed: Mapping[str, Assessment],
+    fitted: Fitted,
+    train: Split,
+    splits: Mapping[str, Split],
+    batch_size: int,
+) -> None:
+    """Mahalanobis distances (N,) from the training examples, where there is another split than
+    those of the task, to be told from ``test``, and one model has features."""
+    predictor = fitted.predictor
+    others = splits.keys() - {"validation", "test"}
+    if not others or not isinstance(predictor, Predictor) or predictor.adapter.readout.reads_texts:
+        return
+    s = posterior_mean(predictor, fitted.guide)
+    known = pooled_features(predictor.adapter, train, s, batch_size=batch_size)
+    for name in ("test", *others):
+        features = pooled_features(predictor.adapter, splits[name], s, batch_size=batch_size)
+        assessed[name].tensors["mahalanobis"] = mahalanobis(known, features)
 
 
 @dataclass

@@ -254,7 +254,8 @@ def test_runs_that_are_kept_nowhere_have_no_links(tmp_path, rows):
 
 
 def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
-    """Against a loop over pairs; with the number of tokens as a control."""
+    """Against a loop over pairs; with the number of tokens as a control, and distances of features
+    for the rows whose runs all have some."""
     runs, other = read(rows), f"other {EVIL}"
     generator = torch.Generator().manual_seed(0)
     names = ("test", other)
@@ -262,7 +263,10 @@ def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
     tokens = {
         s: torch.randint(5 + 2 * (s == other), 14, (sizes[s],), generator=generator) for s in names
     }
+    distances = {s: torch.rand(sizes[s], generator=generator) + 0.3 * (s == other) for s in names}
     runs = {n: [replace(run, tokens=tokens) for run in row] for n, row in runs.items()}
+    runs["mle"] = [replace(run, mahalanobis=distances) for run in runs["mle"]]
+    runs["ten"][0] = replace(runs["ten"][0], mahalanobis=distances)
     table = write_report(tmp_path, runs, chosen={}, trials={})
 
     def won(scores: dict[str, list[float]]) -> float:
@@ -280,13 +284,25 @@ def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
         assert mean == pytest.approx(sum(each) / len(each), abs=1e-9)
     control = won({s: tokens[s].tolist() for s in names})
     assert table["auroc_of_tokens"][other]["mean"] == pytest.approx(control, abs=1e-9)
+    far_off = won({s: distances[s].tolist() for s in names})
+    assert table["auroc_of_mahalanobis"]["mle"][other]["mean"] == pytest.approx(far_off, abs=1e-9)
+    assert {name for name, row in table["auroc_of_mahalanobis"].items() if row} == {"mle"}
     page = Page(tmp_path / "report.html")
-    (cells,) = [row for row in page.rows if row[0] == "(tokens)"]
-    assert cells[-1].startswith(f"{control:.3f} ±")
+    heads, *lines = page.rows[[row[:2] for row in page.rows].index(["method", "split"]) :][:4]
+    assert heads[2:] == ["entropy", "Mahalanobis distance", "tokens"]
+    for name, cells in zip(runs, lines, strict=True):
+        assert cells[:2] == [name, other]
+        expected = [table["auroc_of_entropy"][name][other]["mean"], far_off, control]
+        starts = [f"{value:.3f} ±" for value in expected]
+        if name != "mle":
+            starts[1] = "–"
+        assert all(a.startswith(b) for a, b in zip(cells[2:], starts, strict=True))
     shown = (tmp_path / "table.txt").read_text()
-    assert "of pairs whose numbers of tokens differ by 2 at most" in shown
-    line = next(line for line in shown.splitlines() if "(tokens)  " in line)
-    assert f"{control:.3f} ±" in line
+    assert "over pairs whose numbers of tokens differ by 2 at most" in shown
+    line = next(line for line in shown.splitlines()[::-1] if line.startswith(f"{other}mle  "))
+    assert f"{far_off:.3f} ±" in line
+    assert line.rpartition("  ")[2].startswith(f"{control:.3f} ±")
+    assert f"{far_off:.3f} ±" in (tmp_path / "table.md").read_text()
     # Where no two have about the same length, and of runs that do not say it, all pairs count.
     far = {
         n: [replace(r, tokens=tokens | {other: 99 + tokens[other]}) for r in row]
@@ -317,7 +333,7 @@ def test_the_markdown_is_a_table_of_equal_lines(written):
     _, _, out = written
     text = (out / "table.md").read_text()
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-    assert len(tables) == 3
+    assert len(tables) == 4
     for lines in tables:
         assert len({line.count("|") for line in lines.splitlines()}) == 1
 

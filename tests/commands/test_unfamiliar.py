@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_records, scalabl, write_jsonl
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import scalabl_pyro as sp
@@ -157,6 +158,28 @@ def test_what_a_run_does_not_have_is_refused_by_name(train, capsys, method, word
     assert scalabl("predict", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
     assert message in capsys.readouterr().err
     assert not list(Path().glob("o.jsonl*"))
+
+
+def test_runs_keep_the_distances_of_other_data_for_the_table(train, local_model, data):
+    plain = load_file(train(run_dir="plain") / "predictions.safetensors")
+    assert not any("mahalanobis" in name for name in plain), "nothing is to be told from test"
+    write_jsonl(data / "unseen.jsonl", make_records(9))
+    run = train()
+    saved = load_file(run / "predictions.safetensors")
+    known = features_by_hand(local_model, run, read_records(data / "train.jsonl"))
+    for name in ("test", "unseen"):
+        features = features_by_hand(local_model, run, read_records(data / f"{name}.jsonl"))
+        expected = torch.tensor(distances_by_hand(known, features)).float()
+        torch.testing.assert_close(saved[f"{name}.mahalanobis"], expected, rtol=1e-3, atol=1e-3)
+    assert "validation.mahalanobis" not in saved
+    # What they cost is no part of a prediction.
+    costs = [json.loads((Path(each) / "cost.json").read_text()) for each in ("plain", "run")]
+    assert costs[0]["prediction"]["forward"] == costs[1]["prediction"]["forward"]
+    several = train("method=ensemble", "method.members=2", run_dir="several")
+    assert "unseen.mahalanobis" not in load_file(several / "predictions.safetensors")
+    assert scalabl("report", "runs=[run]", "out=page") == 0
+    table = json.loads(Path("page/table.json").read_text())
+    assert table["auroc_of_mahalanobis"]["run"]["unseen"]["mean"] >= 0
 
 
 def test_training_data_that_are_gone_are_named(train, data, capsys):
