@@ -99,6 +99,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         split,
         batch_size=config.batch_size,
         tolerance=config.prediction.tolerance,
+        weights=config.prediction.weights,
         progress=config.progress,
     ).metrics
     if config.output is not None:

@@ -124,7 +124,7 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
         first = file.done - file.done % config.batch_size
         for chunk in split.batches(config.batch_size, start=first):
             written = file.done - first
-            texts = score_split(predictor, chunk)[written:]
+            texts = score_split(predictor, chunk, weights=config.prediction.weights)[written:]
             rows = zip(records[file.done :], texts, strict=False)
             file.write([given(record) | scored(text) for record, text in rows])
             bar.update(len(texts))

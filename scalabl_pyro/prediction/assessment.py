@@ -35,17 +35,20 @@ def assess(
     *,
     batch_size: int = 64,
     tolerance: float | None = None,
+    weights: str = "equal",
     progress: bool = False,
 ) -> Assessment:
     """Predict a split by any method, and measure it.
 
     :param batch_size: as in :func:`predict`; of texts as many run at once as have few logits.
     :param tolerance: as in :func:`predict`; of no effect on texts.
+    :param weights: of the draws in texts, as in :class:`~scalabl_pyro.prediction.Decoding`; of no
+        effect on choices.
     :raises DataError: before any work, if a record has no label.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite.
     """
     if predictor.adapter.readout.reads_texts:
-        texts = score_split(predictor, split, progress=progress)
+        texts = score_split(predictor, split, weights=weights, progress=progress)
         rows = {
             "log_probs": torch.cat([text.draw_log_probs for text in texts], dim=-1),
             "entropy": torch.cat([text.entropy for text in texts]),

@@ -155,12 +155,17 @@ def score(
     return [by_number[n] for n in range(len(split))]
 
 
-def score_split(predictor: Predicts, split: Split, *, progress: bool = False) -> list[ScoredText]:
+def score_split(
+    predictor: Predicts, split: Split, *, weights: str = "equal", progress: bool = False
+) -> list[ScoredText]:
     """The same for the N completions of a split, end tokens included.
 
     :param predictor: of any method, whose readout is ``CompletionTokens``.
+    :param weights: of the draws, as in :class:`~scalabl_pyro.prediction.Decoding`.
+    :raises ValueError: if there are no such weights.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite.
     """
+    check_weights(weights)
     readout = predictor.adapter.readout
     predictor.adapter.eval()
     by_number: dict[int, ScoredText] = {}
@@ -170,9 +175,8 @@ def score_split(predictor: Predicts, split: Split, *, progress: bool = False) ->
             batch = chunk.collate(chunk.examples)
             with torch.no_grad():
                 logits = predictor.logits(batch)  # (S, B, K, C)
-            by_number |= zip(
-                numbers, _scored(readout, chunk, batch.to(logits.device), logits), strict=True
-            )
+            scored = _scored(readout, chunk, batch.to(logits.device), logits, weights)
+            by_number |= zip(numbers, scored, strict=True)
             bar.update(len(numbers))
     return [by_number[n] for n in range(len(split))]
 
@@ -222,7 +226,7 @@ def _few_logits(lengths: Sequence[int], each: int) -> Iterator[list[int]]:
 
 
 def _scored(
-    readout: Readout, split: Split, batch: Batch, logits: Tensor, weights: str = "equal"
+    readout: Readout, split: Split, batch: Batch, logits: Tensor, weights: str
 ) -> list[ScoredText]:
     """Of the B texts of a split.
 

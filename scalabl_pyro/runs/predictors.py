@@ -10,6 +10,7 @@ from torch import Tensor
 from ..prediction.draws import KINDS, draw, hold
 from ..prediction.linearised import Linearised
 from ..prediction.predictor import Predictor, Predicts
+from ..prediction.text_scores import check_weights
 from .folder import Run
 
 __all__ = ["WAYS", "PredictionConfig", "make_predictor"]
@@ -30,6 +31,8 @@ class PredictionConfig:
         draws.
     :param tolerance: for ``average``, stop drawing for an example when its probabilities are known
         so well (see :func:`~scalabl_pyro.prediction.predict`).
+    :param weights: of the draws in texts, a key of ``WEIGHTS``: ``equal``, or ``posterior`` by what
+        they gave the text so far.
     :param seed: of new draws; see :meth:`check_seed`.
     :raises ValueError: if a value is not one of those listed, or means nothing.
     """
@@ -39,6 +42,7 @@ class PredictionConfig:
     kind: str = "independent"
     trunk: float = 0.0
     tolerance: float | None = None
+    weights: str = "equal"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,10 @@ class PredictionConfig:
             raise ValueError(f"prediction.name is {self.name!r}: expected one of {sorted(WAYS)}")
         if self.kind not in KINDS:
             raise ValueError(f"prediction.kind is {self.kind!r}: expected one of {sorted(KINDS)}")
+        try:
+            check_weights(self.weights)
+        except ValueError as error:
+            raise ValueError(f"prediction.{error}") from error
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
@@ -79,9 +87,16 @@ class PredictionConfig:
 def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     """What predicts in this way.
 
-    :raises ValueError: if the run has no posterior over s, and the way is another than its own.
+    :raises ValueError: if the run has no posterior over s, and the way is another than its own; or
+        weights of texts are given for choices.
     """
-    if replace(config, seed=0) == PredictionConfig():  # a seed alone draws nothing
+    if config.weights != "equal" and not run.readout.reads_texts:
+        raise ValueError(
+            f"prediction.weights is {config.weights!r}, of the tokens of texts, and the run answers"
+            " among choices: leave it out"
+        )
+    # A seed alone draws nothing, and weights are for those who read texts with the predictor.
+    if replace(config, seed=0, weights="equal") == PredictionConfig():
         return run.predictor
     if run.guide is None:
         raise ValueError("the run has no posterior over s: leave prediction as it is")

@@ -238,6 +238,7 @@ def test_other_labelled_records_calibrate_where_they_are_given(run, data, capsys
         ),
         (["calibration=in.jsonl"], "calibration is 'in.jsonl', which nothing needs"),
         (["coverage=0.8"], "coverage is 0.8, which is of conformal sets alone: give conformal"),
+        (["prediction.weights=posterior"], "prediction.weights is 'posterior', of the tokens of"),
         (["coverage=0.8", "risk=0.5"], "coverage is 0.8, which is of conformal sets alone"),
         (["risk=0.5", "calibration=in.jsonl"], "in.jsonl: record 'q0' has no label"),
     ],

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scalabl_pyro import load_run
+from scalabl_pyro.data import read_completions
+from scalabl_pyro.prediction import score_split
 
 FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr_guide=0.3", "fit.lr=0.1", "progress=false"]
 WORDS = ["cat", "dog", "bird", "tree"]
@@ -178,6 +180,39 @@ def test_methods_learn_completions(chat_model, capsys, method, kind):
     assert (metrics["mutual_information"] is None) == (method in ("mle", "zero_shot"))
     if method == "zero_shot":
         assert metrics["nll"] == pytest.approx(by_the_base_model(prompts(5)), abs=1e-5)
+
+
+def test_posterior_weights_give_the_average_of_the_draws_probabilities_of_a_text(chat_run, capsys):
+    """log 1/S Σ_k p_k(Y), from the draws one by one; equal weights average each token."""
+    write_rows("known.jsonl", prompts(5))
+    run = load_run("run")
+    draws = run.predictor.draws
+    assert len(draws) > 1
+    split = run.encode(read_completions("known.jsonl", known=True))
+    each = torch.tensor(
+        [
+            [text.log_prob for text in score_split(replace(run.predictor, draws=s[None]), split)]
+            for s in draws
+        ],
+        dtype=torch.float64,
+    )
+    expected = each.logsumexp(0) - math.log(len(draws))
+    where = ["run=run", "input=known.jsonl", "progress=false"]
+    found = {}
+    for weights in ("posterior", "equal"):
+        words = [*where, f"output={weights}.jsonl", f"prediction.weights={weights}"]
+        assert scalabl("predict", *words) == 0
+        rows = [json.loads(line) for line in Path(f"{weights}.jsonl").read_text().splitlines()]
+        found[weights] = [row["log_prob"] for row in rows]
+    assert found["posterior"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert found["equal"] != pytest.approx(expected.tolist(), abs=1e-4)
+    capsys.readouterr()
+    words = ["evaluate", "run=run", "data.path=known.jsonl", "progress=false"]
+    assert scalabl(*words, "prediction.weights=posterior") == 0
+    nll = json.loads(capsys.readouterr().out)["nll"]
+    assert nll == pytest.approx(-float(expected.mean()), abs=1e-4)
+    assert scalabl(*words, "prediction.weights=mine") == 1
+    assert "prediction.weights is 'mine': expected one of" in capsys.readouterr().err
 
 
 def test_texts_are_read_by_a_column_map_and_later_ones_by_the_runs(chat_model, capsys):
