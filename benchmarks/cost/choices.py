@@ -5,7 +5,7 @@
 A pass and a training step (forward and backward) of the same questions with C = 4 choices, at two
 lengths of the prompt: ``packed``, one row with the prompt once; ``separate``, a row for each
 choice, as evaluation harnesses run it; ``letters``, the same question read by answer letters, one
-row and four label words. The three alternate in one process.
+row and four label words. The three alternate in one process, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CHOICES = (
     "the song of a small bird",
     "a storm over the open sea",
 )
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = ("packed", "separate", "letters")
 
 
@@ -47,7 +48,7 @@ class Reader:
     def __init__(self, way: str, args: argparse.Namespace, records: list[Record]) -> None:
         llm = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attention
-        )
+        ).to(DEVICE)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if way == "letters":
             readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=1024)
@@ -59,7 +60,7 @@ class Reader:
         if way == "separate":
             readout.packed = False
         split = readout.encode(records)
-        self.batch: Batch = split.collate(list(split))
+        self.batch: Batch = split.collate(list(split)).to(DEVICE)
         self.tokens = self.batch.inputs["input_ids"].numel() // len(records)
 
     @torch.no_grad()
