@@ -1,13 +1,15 @@
 """What runs on a GPU, where there is none: tensors that say they are elsewhere, and hold numbers.
 
 Their device is called meta, which every build of torch has. An operation that mixes them with
-tensors of the CPU is refused, as CUDA refuses it.
+tensors of the CPU is refused, as CUDA refuses it. So a model with its upper blocks on the CPU is as
+one that ``device_map`` spreads over two GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pyro.distributions import Uniform
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
 import scalabl_pyro as sp
 from scalabl_pyro.guides import GUIDES
@@ -80,6 +83,8 @@ class Devices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func._schema.name.startswith("aten::_foreach_"):
+            return self.each(func, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = any(isinstance(x, There) for x in tensors)
         # An index may be on the CPU, and so may a single number.
@@ -102,14 +107,54 @@ class Devices(TorchDispatchMode):
 
         return tree_map(placed, found)
 
+    def each(self, func, args, kwargs) -> object:
+        """Of lists, whose tensors may be apart, where those at one place are together."""
+        lists = [list(x) for x in args if isinstance(x, (list, tuple))]
+        found = []
+        for number, group in enumerate(zip(*lists, strict=True)):
+            given = [[x[number]] if isinstance(x, (list, tuple)) else x for x in args]
+            tensors = [x for x in (*group, *given, *kwargs.values()) if isinstance(x, Tensor)]
+            there = {isinstance(x, There) for x in tensors if x.dim() or isinstance(x, There)}
+            if len(there) > 1 and "copy" not in func._schema.name:
+                raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
+            result = func(*tree_map(held, given), **tree_map(held, kwargs))
+            if result is not None:
+                found.append(There(result[0]) if True in there else result[0])
+        return found if found else None
 
-@pytest.fixture(autouse=True)
-def _elsewhere(monkeypatch) -> Iterator[None]:
+
+def spread(llm: PreTrainedModel) -> None:
+    """Move the first block and what is below it, and have what comes in and goes out follow the
+    weights, as accelerate does."""
+
+    def to(device: str, value: object) -> object:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def bring(module, args, kwargs) -> object:
+        return tree_map(partial(to, "cpu"), args), tree_map(partial(to, "cpu"), kwargs)
+
+    def bring_back(module, args, output) -> None:
+        for name, value in output.items():
+            output[name] = to("meta", value)
+
+    blocks = next(m for m in llm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)
+    last = {"norm", "pooler", "lm_head", "classifier", "score"}
+    above = [*blocks[1:], *(m for n, m in llm.named_modules() if n.split(".")[-1] in last)]
+    llm.to("meta")
+    for module in above:
+        module.to("cpu").register_forward_pre_hook(bring, with_kwargs=True)
+    llm.register_forward_hook(bring_back)
+
+
+@pytest.fixture(params=["whole", "spread"], autouse=True)
+def _elsewhere(request, monkeypatch) -> Iterator[None]:
     """Models are moved before adapters are made, and keep their numbers."""
     make, tensor = sp.SubspaceAdapter.__init__, torch.tensor
+    move = spread if request.param == "spread" else partial(torch.nn.Module.to, device="meta")
 
     def make_there(self, llm, *args, **options) -> None:
-        make(self, llm.to("meta"), *args, **options)
+        move(llm)
+        make(self, llm, *args, **options)
 
     # torch makes no numbers for meta.
     monkeypatch.setattr(torch, "tensor", lambda x, device=None, **o: tensor(x, **o).to(device))
@@ -219,6 +264,7 @@ def test_a_distilled_student(make_causal):
     sp.distill(student, split, log_probs, CONFIG, progress=False)
 
 
+@pytest.mark.parametrize("_elsewhere", ["whole"], indirect=True)
 def test_a_model_may_move_later(make_causal, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "to", lambda self, *args, **options: self)

@@ -107,7 +107,8 @@ def logit_moments(
     f, rows = weight_jacobian(adapter, batch)
     covariance = f.new_zeros(*f.shape, f.shape[1], dtype=torch.float64)
     for name, factor in factors.items():
-        covariance += factor.covariance(rows[name], precision[name])
+        J = rows[name].to(factor.g.device)  # layers may be on other devices than the logits
+        covariance += factor.covariance(J, precision[name]).to(covariance.device)
     return f, covariance
 
 
@@ -169,7 +170,9 @@ def _slopes(
         each = grad(f.sum(), outputs)
         for direction in directions:
             weights = direction.reshape(-1, 1)  # (B·C, 1)
-            yield tuple((weights * g.reshape(len(weights), -1)).view_as(g) for g in each)
+            yield tuple(
+                (weights.to(g.device) * g.reshape(len(weights), -1)).view_as(g) for g in each
+            )
         return
     for direction in directions:  # one at a time: each holds as much as a forward pass
         yield grad((direction * f).sum(), outputs, retain_graph=True)

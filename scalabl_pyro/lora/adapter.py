@@ -411,9 +411,9 @@ class SubspaceAdapter:
         inputs, cached = self.trunk.take(batch.inputs)
         if shift is not None:
             rows_each = math.prod(inputs["input_ids"].shape[1:-1])
+            deltas = zip(self._A, self.matrices.named_A(shift).values(), strict=True)
             shifts = tuple(
-                flipped(delta, len(batch), rows_each)
-                for delta in self.matrices.named_A(shift).values()
+                flipped(delta.to(A.weight.device), len(batch), rows_each) for A, delta in deltas
             )
             self._hooks.add(shift=shifts)
         S = draws.numel()

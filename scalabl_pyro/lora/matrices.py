@@ -36,14 +36,15 @@ class LoRAMatrices:
         return self.A | self.B
 
     def flat_A(self) -> Tensor:
-        """The M matrices A one after another, (r · Σ_m d_m,)."""
-        return torch.cat([A.weight.flatten() for A in self.A.values()])
+        """The M matrices A one after another, (r · Σ_m d_m,), where the first layer is."""
+        device = next(iter(self.A.values())).weight.device
+        return torch.cat([A.weight.flatten().to(device) for A in self.A.values()])
 
     def named_A(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`flat_A`.
 
         :param flat: (\\*draws, r · Σ_m d_m).
-        :returns: (\\*draws, r, d_m) each.
+        :returns: (\\*draws, r, d_m) each, where ``flat`` is.
         """
         parts = flat.split([A.weight.numel() for A in self.A.values()], dim=-1)
         return {

@@ -71,7 +71,7 @@ def head_jacobian(adapter: SubspaceAdapter, batch: Batch) -> tuple[Tensor, Tenso
         slope = slope.reshape(len(batch), -1, slope.shape[-1]).double()
         weight = torch.einsum("bto,btd->bod", slope, x).flatten(1)
         rows.append(weight if layer.bias is None else torch.cat([weight, slope.sum(1)], 1))
-    return f.detach(), torch.stack(rows, 1)
+    return f.detach(), torch.stack(rows, 1).to(f.device)  # the layer may be elsewhere
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -65,7 +65,9 @@ class SWAG(IterateAveraging):
         iterates = posterior.iterates()
         if not iterates or len(next(iter(iterates.values()))) < 2:
             return Predictor(model.adapter)
-        flat = torch.cat([value.reshape(len(value), -1) for value in iterates.values()], 1)
+        device = model.adapter.device  # of the first layer; the others may be elsewhere
+        rows = [value.reshape(len(value), -1).to(device) for value in iterates.values()]
+        flat = torch.cat(rows, 1)
         draws = swag_draws(flat, self.draws, torch.Generator().manual_seed(seed))
         parts = draws.split([value[0].numel() for value in iterates.values()], 1)
         weights = {
