@@ -44,6 +44,7 @@ class CompareConfig:
     :param methods: a row's name → its trials, each a mapping that overrides ``method`` and ``fit``.
         Where there are several, the one with the lowest validation NLL on ``tuning_seed`` is taken.
     :param seeds: the seeds of the table's rows.
+    :param trunk_cache: of each run, see :class:`~scalabl_pyro.runs.RunConfig`.
     :param jobs: runs at a time, each in a process of its own; 0 takes one for each core, or one
         in all where there is a GPU.
     """
@@ -59,6 +60,7 @@ class CompareConfig:
     jobs: int = 0
     eval_batch_size: int = 64
     progress: bool = True
+    trunk_cache: str | None = None
 
     def __post_init__(self) -> None:
         if READOUTS[self.model.readout].reads_texts:
@@ -124,6 +126,8 @@ class CompareConfig:
             "eval_batch_size": self.eval_batch_size,
             "seed": seed,
         }
+        if self.trunk_cache is not None:
+            values["trunk_cache"] = self.trunk_cache
         config = build(RunConfig, values | {"run_dir": "", "progress": False})
         defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]

@@ -32,6 +32,7 @@ from .matrices import LoRAMatrices
 from .output_layer import prepare_output_layer
 from .rows import RowCheck
 from .trunk import Trunk, TrunkError, TrunkOutput
+from .trunk_cache import cached_split
 
 __all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
 
@@ -456,15 +457,18 @@ class SubspaceAdapter:
             self._hooks.bind(s)
             yield self._llm
 
-    def cache_trunk(self, split: Split, *, batch_size: int = 64) -> Split:
+    def cache_trunk(
+        self, split: Split, *, batch_size: int = 64, folder: str | Path | None = None
+    ) -> Split:
         """The same split, with the trunk computed once: whatever is then run on it, a fit, a chain
         or a prediction, runs the blocks from the first adapted one on, with the same result.
 
         Hidden states stay in memory on the CPU: a vector for each token of each row.
 
         :param batch_size: B of a forward pass.
+        :param folder: keep them there too, for other runs on the same model, depth and questions.
         :raises ValueError: if the adapter has no trunk, the trunk holds something that is trained,
-            or ``base_dropout`` is on.
+            ``base_dropout`` is on, or what the folder holds is damaged or of other weights.
         """
         if self._base_dropout:
             raise ValueError(
@@ -476,7 +480,14 @@ class SubspaceAdapter:
             with self.bound(None) as llm:
                 return self.readout(llm, batch.to(self.device).inputs)
 
-        return self.trunk.cache(split, run, batch_size=batch_size)
+        return cached_split(
+            self.trunk,
+            split,
+            run,
+            batch_size=batch_size,
+            folder=None if folder is None else Path(folder),
+            model=self.base_fingerprint(),
+        )
 
     def _depth_shared_by(self, s: Tensor) -> int:
         """The number of blocks that may run once for these draws."""

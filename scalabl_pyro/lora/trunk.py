@@ -3,7 +3,7 @@
 With adapted modules in the blocks k, k + 1, … of a stack, the hidden states that leave block k − 1
 do not depend on s. They are computed once for the S draws of one pass (:meth:`Trunk.shared`), or
 kept for further passes (:meth:`Trunk.leaving`, :meth:`Trunk.replaced`), which are the chunks that
-many draws run in, or a whole training run (:meth:`Trunk.cache`).
+many draws run in, or a whole training run (:mod:`~scalabl_pyro.lora.trunk_cache`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..data import Batch, Example, Split
-
 __all__ = ["Trunk", "TrunkError", "TrunkOutput", "map_tensors"]
 
 log = logging.getLogger(__name__)
 
-_KEY = "hidden_states_leaving_block_"
+#: with the number of the block, the name of cached hidden states among the inputs
+CACHED = "hidden_states_leaving_block_"
 # Arguments of blocks whose first dimension is no row: of DeBERTa; of Bloom and Falcon; of MPT.
 _ROWLESS = {"rel_embeddings", "alibi", "position_bias"}
 
@@ -83,6 +80,11 @@ class Trunk:
     def blocks(self) -> tuple[nn.Module, ...]:
         """In the order in which they run; none where they are not known, see ``why_not``."""
         return tuple(self._blocks)
+
+    @property
+    def model_name(self) -> str:
+        """In messages."""
+        return type(self._llm).__name__
 
     @property
     def num_blocks(self) -> int:
@@ -180,53 +182,14 @@ class Trunk:
 
     # ------------------------------------------------------------------ one pass for further ones
 
-    def cache(self, split: Split, run: Callable[[Batch], Any], *, batch_size: int) -> Split:
-        """The same split, whose batches also carry what leaves the trunk.
-
-        :param run: runs the model on a batch.
-        :returns: hidden states are kept on the CPU, (T, H) for each row of tokens.
-        :raises ValueError: if there is no trunk, or it holds something that is trained.
-        """
-        if not self.depth:
-            raise ValueError(f"there is no trunk to compute once: {self.why_not}")
-        examples: list[Example] = []
-        for chunk in split.batches(batch_size):
-            batch = chunk.collate(chunk.examples)
-            mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
-            # With gradients on, the first batch tells whether a trained parameter has a part in it.
-            with torch.set_grad_enabled(not examples):
-                leaving = self.leaving(partial(run, batch), self.depth)
-                if leaving is None:
-                    raise ValueError(
-                        f"a block of {type(self._llm).__name__} returns more than hidden states,"
-                        " and cannot be replaced by what it returned once"
-                    )
-                self._check_untrained(leaving.hidden)
-            hidden = leaving.hidden.detach().cpu().unflatten(0, mask.shape[:-1])  # (B, [C,] T, H)
-            examples += [
-                _CachedExample(**_fields(example), hidden=hidden[b][mask[b]])
-                for b, example in enumerate(chunk)
-            ]
-
-        def collate(examples: Sequence[Any]) -> Batch:
-            batch = split.collate(examples)
-            mask = batch.inputs["attention_mask"].bool()
-            tokens = torch.cat([example.hidden for example in examples])
-            # No attended position looks at a padded one, whose hidden states stay zero.
-            hidden = tokens.new_zeros(*mask.shape, tokens.shape[-1])  # (B, [C,] T, H)
-            hidden[mask] = tokens
-            return replace(batch, inputs=batch.inputs | {f"{_KEY}{self.depth - 1}": hidden})
-
-        return Split(split.records, examples, collate)
-
     def take(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], TrunkOutput | None]:
         """The model's inputs, and apart from them the cached hidden states, if any.
 
         :raises ValueError: if they were cached for another depth.
         """
-        cached = {name: value for name, value in inputs.items() if name.startswith(_KEY)}
+        cached = {name: value for name, value in inputs.items() if name.startswith(CACHED)}
         for name in cached:
-            if name != f"{_KEY}{self.depth - 1}":
+            if name != f"{CACHED}{self.depth - 1}":
                 raise ValueError(
                     f"the batch holds {name}, but the adapter's trunk has {self.depth} blocks:"
                     " cache it again with this adapter"
@@ -265,26 +228,22 @@ class Trunk:
             run()
         return TrunkOutput(output, depth) if isinstance(output, Tensor) else None
 
-    def _check_untrained(self, hidden: Tensor) -> None:
+    def check_untrained(self, hidden: Sequence[Tensor]) -> None:
+        """Refuse what a trained parameter has a part in.
+
+        :param hidden: what leaves the trunk and has a gradient.
+        :raises ValueError: if there is such a parameter.
+        """
         trained = [p for p in self._llm.parameters() if p.requires_grad]
-        if not (trained and hidden.requires_grad):
+        if not (trained and hidden):
             return
-        gradients = torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
+        total = torch.stack([states.sum() for states in hidden]).sum()
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
         if any(gradient is not None for gradient in gradients):
             raise ValueError(
                 "the trunk holds parameters that are trained, such as a head in modules_to_save"
                 " below the first adapted block: what leaves it would not stay the same"
             )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _CachedExample(Example):
-    """An example with the hidden states of its attended tokens, row after row.
-
-    :param hidden: (T, H).
-    """
-
-    hidden: Tensor
 
 
 @contextmanager
@@ -302,10 +261,6 @@ def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterat
             del block.forward
             if own is not None:
                 block.forward = own  # type: ignore[method-assign]
-
-
-def _fields(example: Example) -> dict[str, Any]:
-    return {field.name: getattr(example, field.name) for field in fields(Example)}
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

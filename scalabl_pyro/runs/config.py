@@ -117,6 +117,8 @@ class RunConfig:
     :param prior_run: a run folder, or ``owner/name`` on the Hub, with the same settings of model,
         lora and method. Its posterior is the prior of s, and where q starts; its V, B, heads and
         classes stay as they are, and s alone moves. ``method.prior`` is that of the first run.
+    :param trunk_cache: a folder, to keep what leaves the blocks below the first adapted one: they
+        run once for each example of training and validation, for all runs on the same model.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
         finished one as it is.
     :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
@@ -136,6 +138,7 @@ class RunConfig:
     seed: int = 0
     progress: bool = True
     prior_run: str | None = None
+    trunk_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     trainer = _Trainer(config, readout, encoded.pop("train"), encoded["validation"], checkpoints)
+    if config.trunk_cache is not None:
+        trainer.cache_trunk(config.trunk_cache)
     chosen, name, trials = config, "run", list[dict[str, Any]]()
     if config.trials:
         chosen, name, trials = _best(config, trainer)
@@ -146,6 +148,8 @@ def _add_distances(
 class _Trainer:
     """Fits the attempts of one run, and counts the passes of each.
 
+    :param train: the training examples; ``learnt`` the same as methods take them, with what leaves
+        the trunk if that is kept, and so ``validation`` and ``looked_at``.
     :param spent: by an attempt's name; ``None`` where a part of them was in another process.
     """
 
@@ -158,7 +162,30 @@ class _Trainer:
     spent: dict[str, Passes | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.learnt, self.looked_at = self.train, self.validation
         self._whole = not self.checkpoints.exist and world_size() == 1
+
+    def cache_trunk(self, folder: str) -> None:
+        """Train and validate on what leaves the trunk, which is of the base model.
+
+        :raises ConfigError: if there is no trunk, or what leaves it cannot be kept.
+        """
+        if world_size() > 1:
+            raise ConfigError(
+                f"trunk_cache is {folder!r}, and {world_size()} processes train together: leave it"
+                " out, or train in one"
+            )
+        # No prompts are needed: where V points changes nothing below.
+        lora = replace(self.config.lora, subspace="random")
+        adapter = make_adapter(self.config.model, lora, self.readout, svd=False)
+        try:
+            self.learnt, self.looked_at = (
+                adapter.cache_trunk(split, folder=folder) for split in (self.train, self.validation)
+            )
+        except ValueError as error:
+            raise ConfigError(f"trunk_cache is {folder!r}, but {error}") from error
+        del adapter
+        gc.collect()  # one language model in memory at a time, and they refer to themselves
 
     def fit(self, attempt: RunConfig, name: str) -> Fitted:
         """:raises RuntimeError: if memory runs out; it says what the run needs and what helps."""
@@ -180,8 +207,8 @@ class _Trainer:
             assert before.guide is not None  # as every run of the method has one
             adapter = before.predictor.adapter
             self.counter.watch(adapter)
-            return method.fit_next(adapter, before.guide, self.train, self.validation, **options)
-        return method.fit(self._make_adapter, self.train, self.validation, **options)
+            return method.fit_next(adapter, before.guide, self.learnt, self.looked_at, **options)
+        return method.fit(self._make_adapter, self.learnt, self.looked_at, **options)
 
     def _make_adapter(self, **options: Any) -> SubspaceAdapter:
         model, lora = self.config.model, self.config.lora

@@ -1,0 +1,133 @@
+"""``trunk_cache=FOLDER``: what leaves the blocks that no run trains is computed once for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_records, scalabl, write_jsonl
+from safetensors.torch import load_file, save_file
+
+FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]
+UPPER = ["lora.layers=[1]", "lora.targets=[q_proj,v_proj]"]
+
+
+@pytest.fixture
+def train(local_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("train", 16), ("validation", 8), ("test", 9)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+
+    def run(run_dir, *words, fails=False):
+        where = [f"model.name={local_model}", "data.root=data", f"run_dir={run_dir}"]
+        assert scalabl("train", *where, *FAST, *UPPER, "model.dtype=float32", *words) == fails
+        return capsys.readouterr().err if fails else Path(run_dir)
+
+    return run
+
+
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def kept():
+    return {path: path.stat().st_mtime_ns for path in Path("cache").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=scalabl", "lora.subspace=activations", "fit.eval_every=2", "fit.keep=best"],
+        ["method=mle"],
+        ["method=blob"],
+        ["method=tfb"],
+        ["method=laplace_lora"],
+        ["method=ensemble", "method.members=2"],
+        ["method=temperature"],
+        ["method=scalabl", "model.readout=choice_likelihood"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_run_is_that_without_the_cache(train, words):
+    plain = train("plain", *words)
+    cached = train("cached", *words, "trunk_cache=cache")
+    for split, figures in metrics(plain).items():
+        for name in ("nll", "brier", "entropy"):
+            assert metrics(cached)[split][name] == pytest.approx(figures[name], abs=1e-5)
+    saved, expected = (load_file(run / "projections.safetensors") for run in (cached, plain))
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=1e-4)
+    costs = [json.loads((run / "cost.json").read_text())["training"] for run in (cached, plain)]
+    assert costs[0]["forward"] < costs[1]["forward"]
+    if words == ["method=mle"]:  # of two blocks one runs
+        assert costs[0]["forward"] == costs[1]["forward"] / 2
+
+
+def test_runs_share_what_was_computed_once(train):
+    train("a", "trunk_cache=cache", "method=mle")
+    files = kept()
+    assert len(files) == 2, "training and validation"
+    train("b", "trunk_cache=cache", "seed=1", "fit.lr=0.2")
+    assert kept() == files
+    write_jsonl(Path("data/train.jsonl"), make_records(15))
+    train("c", "trunk_cache=cache")
+    assert len(kept()) == 3
+    write_jsonl(Path("data/train.jsonl"), make_records(16))
+    train("d", "trunk_cache=cache", "model.prompt=letters", "model.template='{question} {choices}'")
+    assert len(kept()) == 5, "other prompts"
+    train("e", "trunk_cache=cache", "model.dtype=bfloat16")
+    assert len(kept()) == 7
+    assert not list(Path("cache").glob("*.part"))
+
+
+def test_rows_of_a_comparison_share_it(local_model, train):
+    rows = [f"methods.{n}=[{{method:{{name:{n}}},fit:{{lr:0.1}}}}]" for n in ("mle", "scalabl")]
+    others = ["~methods.map", "~methods.mle_tempered", "~methods.zero_shot"]
+    where = [
+        f"model.name={local_model}",
+        "data.root=data",
+        "data.task=null",
+        "model.prompt=letters",
+    ]
+    words = [*where, *UPPER, *FAST, "model.dtype=float32", "seeds=[0]", "jobs=1", *rows, *others]
+    assert scalabl("compare", *words, "out=out", "trunk_cache=cache") == 0
+    assert len(kept()) == 2
+    table = json.loads(Path("out/table.json").read_text())
+    for row in ("mle", "scalabl"):
+        alone = metrics(train(row, f"method={row}", "fit.lr=0.1"))["test"]["nll"]
+        nll = table["metrics"][row]["test"]["nll"]["mean"]
+        assert nll == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_file_that_is_damaged_or_of_other_weights_is_refused(train):
+    train("a", "trunk_cache=cache")
+    for path in kept():
+        whole = path.read_bytes()
+        save_file(
+            {n: 2 * x if x.is_floating_point() else x for n, x in load_file(path).items()}, path
+        )
+        error = train("b", "trunk_cache=cache", fails=True)
+        assert f"{path} holds what another model computes: remove it" in error
+        path.write_bytes(whole[: len(whole) // 2])
+        error = train("b", "trunk_cache=cache", fails=True)
+        assert f"{path} is damaged" in error
+        path.write_bytes(whole)
+    assert {p.name for p in Path().iterdir()} == {"a", "cache", "data", "model"}
+    train("b", "trunk_cache=cache")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora.layers=[]"], "there is no trunk to compute once: "),
+        (["lora.base_dropout=true"], "base_dropout is on"),
+        (["lora.heads=[embed_tokens]"], "the trunk holds parameters that are trained"),
+    ],
+)
+def test_a_trunk_that_cannot_be_kept_is_refused_before_training(train, words, message):
+    error = train("a", "trunk_cache=cache", *words, fails=True)
+    assert "trunk_cache is 'cache', but" in error
+    assert message in error
+    assert not list(Path().glob("a*"))
