@@ -21,7 +21,7 @@ from ..prediction.metrics import Averaged, summarise
 from ..prediction.predictor import Predicts, predict
 from ..runs.folder import Run
 from ._input import own_records, read_input, warn_of_trained
-from ._unfamiliar import check_unfamiliar, unfamiliarity
+from ._unfamiliar import UNFAMILIARITY, check_unfamiliar, unfamiliarity
 
 __all__ = ["DecisionConfig", "Decisions", "calibrate"]
 
@@ -40,8 +40,8 @@ class DecisionConfig:
     :param conformal: a score, a key of ``CONFORMAL_SCORES``, to write sets of choices.
     :param coverage: the probability with which a set is to hold the right choice.
     :param unfamiliar: a score, a key of ``UNFAMILIARITY``, to write of each record, and p.
-    :param calibration: a file of labelled records that trained nothing; the run's validation split
-        if left out.
+    :param calibration: a file of records that trained nothing, with labels for ``risk`` and
+        ``conformal``; the run's validation split if left out.
     :raises ValueError: if a value is out of range, or two of them contradict each other.
     """
 
@@ -94,7 +94,7 @@ class Decisions:
     :param conformal: a score, or ``None``; ``threshold`` its own.
     :param seed: of the numbers u of randomised scores.
     :param unfamiliar: a score, or ``None``; ``unfamiliarity`` what the line of each record gains of
-        it, by the record's id; ``familiar`` a hash of the records that p compares with.
+        it, by the record's id; ``calibration_records`` a hash of those that p compares with.
     :param calibration: what was found on the labelled records, to be reported.
     """
 
@@ -104,7 +104,7 @@ class Decisions:
     seed: int = 0
     unfamiliar: str | None = None
     unfamiliarity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    familiar: str | None = None
+    calibration_records: str | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Decisions:
             "conformal": self.conformal,
             "conformal_threshold": self.threshold,
             "unfamiliar": self.unfamiliar,
-            "familiar": self.familiar,
+            "calibration_records": self.calibration_records,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -150,22 +150,27 @@ def calibrate(
     :param columns: which columns of the file ``config.calibration`` make a record.
     :param answered: what is to be decided about; a warning tells of those that set the threshold.
     :param tolerance: of the draws, as for the answers.
+    :raises ConfigError: if the run has no such score as ``config.unfamiliar``.
     :raises ValueError: if no threshold does what is asked, see
         :func:`~scalabl_pyro.prediction.threshold_at_risk` and
         :func:`~scalabl_pyro.prediction.conformal_threshold`; or a record is bad or has no label.
     """
     if not config.calibrated:
         return Decisions(config.abstain_below)
+    # Before any record is read, for a run that has no such score.
+    unlike = None if config.unfamiliar is None else UNFAMILIARITY[config.unfamiliar](run)
     records = _calibration(config, run, columns)
-    warn_of_trained(run, records, "risk, coverage and p hold for no other records then")
-    _warn_of_calibrated(answered, records)
+    of = {"risk": config.risk, "coverage": config.conformal, "p": config.unfamiliar}
+    told = " and ".join(name for name, value in of.items() if value is not None)
+    warn_of_trained(run, records, f"what they say of {told} holds for no others")
+    _warn_of_calibrated(answered, records, told)
     decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
-    if config.unfamiliar is not None:
-        told = unfamiliarity(config.unfamiliar, run, answered, records, batch_size)
+    if config.unfamiliar is not None and unlike is not None:
+        rows = unfamiliarity(config.unfamiliar, unlike, run, answered, records, batch_size)
         decided |= {
             "unfamiliar": config.unfamiliar,
-            "unfamiliarity": dict(zip((record.id for record in answered), told, strict=True)),
-            "familiar": fingerprint({"calibration": records}),
+            "unfamiliarity": dict(zip((record.id for record in answered), rows, strict=True)),
+            "calibration_records": fingerprint({"calibration": records}),
         }
     report: dict[str, Any] = {"records": len(records)}
     if config.risk is None and config.conformal is None:
@@ -199,16 +204,21 @@ def calibrate(
     return Decisions(**decided, calibration=report)
 
 
-def _warn_of_calibrated(answered: Sequence[Record], calibration: Sequence[Record]) -> None:
-    """Tell of records to be answered whose questions are to set the threshold."""
+def _warn_of_calibrated(
+    answered: Sequence[Record], calibration: Sequence[Record], told: str
+) -> None:
+    """Tell of records to be answered that are calibration records too.
+
+    :param told: what is said by these.
+    """
     known = set(asked(calibration))
     count = sum(key in known for key in asked(answered))
     if count:
         log.warning(
-            "%d of %d records set the threshold that decides about them: risk, coverage and p are"
-            " of other records",
+            "%d of %d records are calibration records too: %s holds for others alone",
             count,
             len(answered),
+            told,
         )
 
 
@@ -218,7 +228,7 @@ def _calibration(config: DecisionConfig, run: Run, columns: Columns) -> list[Rec
             return own_records(run, "validation")
         except DataError as error:
             raise DataError(
-                f"{error}; or give calibration=FILE, labelled records that trained nothing"
+                f"{error}; or give calibration=FILE, records that trained nothing"
             ) from error
     records = read_input(config.calibration, run, columns)
     if config.risk is not None or config.conformal is not None:

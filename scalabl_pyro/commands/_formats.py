@@ -45,9 +45,12 @@ mean ± half of its 95 % interval over seeds and questions (Student's t; one see
 ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
 """
 AURC = "AURC: area under the risk–coverage curve, lower is better"
-AUROC = "AUROC of scores that are to tell a split from test; 0.5 is chance"
+AUROC = (
+    "AUROC of scores that are to tell a split from test, 0.5 is chance; –: of several models, or of"
+    " a run that keeps none"
+)
 EQUAL_LENGTH = (
-    "where tokens, a control, has a number, over pairs whose numbers of tokens differ by 2 at most"
+    "tokens is a control; where it has a number, pairs of equal length (± 2 tokens) alone count"
 )
 #: keys of a table, and what they are of
 AUROC_OF = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,18 @@ from ..prediction.outliers import conformal_p_values
 from ..prediction.predictor import Predictor
 from ..runs.config import ConfigError
 from ..runs.folder import Run, posterior_mean
-from ._input import own_records
+from ._input import own_records, warn_of_trained
 from ._jsonl import significant
 
 __all__ = ["UNFAMILIARITY", "check_unfamiliar", "trained_on", "unfamiliarity"]
+
+log = logging.getLogger(__name__)
+
+#: functions of training examples, N others and B that return (N,)
+Scores = Callable[[Split, Split, int], Tensor]
+
+#: records that p has to compare with so that 0.05 can be reached
+_FEWEST = 19
 
 
 def check_unfamiliar(name: str | None) -> None:
@@ -28,27 +37,38 @@ def check_unfamiliar(name: str | None) -> None:
 
 
 def unfamiliarity(
-    name: str, run: Run, records: Sequence[Record], calibration: Sequence[Record], batch_size: int
+    name: str,
+    scores: Scores,
+    run: Run,
+    records: Sequence[Record],
+    calibration: Sequence[Record],
+    batch_size: int,
 ) -> list[dict[str, Any]]:
-    """What the line of each record gains: its score, and ``p``, the share of the records that
-    trained nothing whose score is as high.
+    """What the line of each record gains: its score, and p among records that trained nothing (see
+    :func:`~scalabl_pyro.prediction.conformal_p_values`).
 
-    :param name: a key of :data:`UNFAMILIARITY`.
+    :param name: a key of :data:`UNFAMILIARITY`, and what it gave for this run.
     :param records: those to be told of.
     :param calibration: records that trained nothing; their labels are not looked at.
     :raises DataError: if the run's training records cannot be read.
-    :raises ConfigError: if the run has no such score.
     """
-    check_unfamiliar(name)
     train = trained_on(run, f"unfamiliar is {name!r}", "leave it out")
+    warn_of_trained(run, records, f"{name} compares them with themselves")
+    if len(calibration) < _FEWEST:
+        log.warning(
+            "p is 1/%d or more, as it compares with %d records: give %d or more by"
+            " calibration=FILE, so that 0.05 can be reached",
+            len(calibration) + 1,
+            len(calibration),
+            _FEWEST,
+        )
     # All at once, for a score may look at the training data anew in each call.
     asked = run.encode([*calibration, *records])
-    scores = UNFAMILIARITY[name](run, train, asked, batch_size)
-    known, scores = scores.split([len(calibration), len(records)])
-    ps = conformal_p_values(known, scores)
+    known, values = scores(train, asked, batch_size).split([len(calibration), len(records)])
+    ps = conformal_p_values(known, values)
     return [
-        {name: significant(score), f"{name}_p": significant(p)}
-        for score, p in zip(scores, ps, strict=True)
+        {name: significant(value), f"{name}_p": significant(p)}
+        for value, p in zip(values, ps, strict=True)
     ]
 
 
@@ -64,33 +84,43 @@ def trained_on(run: Run, why: str, instead: str) -> Split:
         raise DataError(f"{why}, but {error}; or {instead}") from error
 
 
-def _mahalanobis(run: Run, train: Split, split: Split, batch_size: int) -> Tensor:
+def _mahalanobis(run: Run) -> Scores:
     if not isinstance(run.predictor, Predictor):
         raise ConfigError(
             f"unfamiliar is 'mahalanobis', which takes the features of one model, and method"
-            f" {run.config.method['name']} predicts by several: leave it out"
+            f" {run.config.method['name']} predicts by several models: leave it out, or take a run"
+            " of another method, such as mle"
         )
     adapter, s = run.predictor.adapter, posterior_mean(run.predictor, run.guide)
-    return mahalanobis(
-        pooled_features(adapter, train, s, batch_size=batch_size),
-        pooled_features(adapter, split, s, batch_size=batch_size),
-    )
+
+    def scores(train: Split, split: Split, batch_size: int) -> Tensor:
+        return mahalanobis(
+            pooled_features(adapter, train, s, batch_size=batch_size),
+            pooled_features(adapter, split, s, batch_size=batch_size),
+        )
+
+    return scores
 
 
-def _novelty(run: Run, train: Split, split: Split, batch_size: int) -> Tensor:
+def _novelty(run: Run) -> Scores:
     if not isinstance(run.model, ScalaBLModel) or run.guide is None:
+        able = isinstance(run.predictor, Predictor)
         raise ConfigError(
             f"unfamiliar is 'novelty', but method {run.config.method['name']} has no posterior over"
-            " s: use unfamiliar=mahalanobis"
+            f" s: {'use unfamiliar=mahalanobis' if able else 'take a run of method scalabl'}"
         )
-    loc = run.guide.median()["s"]
-    shares = novelty(run.model, train, split, loc=loc, batch_size=batch_size)
-    return shares.nan_to_num(0.0)  # where no contrast depends on s there is nothing new about it
+    model, loc = run.model, run.guide.median()["s"]
+
+    def scores(train: Split, split: Split, batch_size: int) -> Tensor:
+        shares = novelty(model, train, split, loc=loc, batch_size=batch_size)
+        return shares.nan_to_num(0.0)  # where no contrast depends on s nothing is new about it
+
+    return scores
 
 
-#: scores by name, high for what is unlike the training data: functions of a run, its training
-#: examples, N others and B that return (N,)
-UNFAMILIARITY: dict[str, Callable[[Run, Split, Split, int], Tensor]] = {
+#: scores by name, high for what is unlike the training data: functions of a run, which refuse one
+#: that has no such score, that return :data:`Scores`
+UNFAMILIARITY: dict[str, Callable[[Run], Scores]] = {
     "mahalanobis": _mahalanobis,
     "novelty": _novelty,
 }

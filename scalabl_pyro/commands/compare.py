@@ -126,14 +126,12 @@ class CompareConfig:
             "eval_batch_size": self.eval_batch_size,
             "seed": seed,
         }
-        if self.trunk_cache is not None:
-            values["trunk_cache"] = self.trunk_cache
         config = build(RunConfig, values | {"run_dir": "", "progress": False})
         defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]
-        return replace(
-            config, resume=True, run_dir=str(Path(self.out) / "runs" / f"{name}-{key}-seed{seed}")
-        )
+        folder = Path(self.out) / "runs" / f"{name}-{key}-seed{seed}"
+        # Neither is a part of what the run is.
+        return replace(config, resume=True, run_dir=str(folder), trunk_cache=self.trunk_cache)
 
 
 def _check_fit(name: str, trial: dict[str, Any], run: RunConfig) -> None:

@@ -486,7 +486,7 @@ class SubspaceAdapter:
             run,
             batch_size=batch_size,
             folder=None if folder is None else Path(folder),
-            model=self.base_fingerprint(),
+            trained=self._stored.values(),
         )
 
     def _depth_shared_by(self, s: Tensor) -> int:

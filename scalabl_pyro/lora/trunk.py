@@ -8,9 +8,10 @@ many draws run in, or a whole training run (:mod:`~scalabl_pyro.lora.trunk_cache
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-__all__ = ["Trunk", "TrunkError", "TrunkOutput", "map_tensors"]
+__all__ = ["Trunk", "TrunkError", "TrunkOutput", "bytes_of", "map_tensors"]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,26 @@ class Trunk:
     @property
     def num_blocks(self) -> int:
         return len(self._blocks)
+
+    def fingerprint(self, trained: Iterable[nn.Parameter]) -> str:
+        """A hash of all that the trunk computes with: the model's settings, and every number below
+        and beside the blocks above the trunk.
+
+        :param trained: what is left out: LoRA matrices and heads.
+        """
+        above = [*trained, *(p for block in self._blocks[self.depth :] for p in block.parameters())]
+        left_out = set(map(id, above))
+        settings = self._llm.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            settings.pop(name, None)
+        digest = hashlib.sha256(f"{self.depth} {sorted(settings.items(), key=str)}".encode())
+        for name, value in (*self._llm.named_parameters(), *self._llm.named_buffers()):
+            # A head's untrained original is random, and of no effect.
+            of_runs = id(value) in left_out or ".lora_" in name or ".original_module." in name
+            if not of_runs:
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(bytes_of(value))
+        return digest.hexdigest()
 
     def depth_for(self, s: Tensor) -> int:
         """The number of blocks that these draws do not change: at least :attr:`depth`, and more
@@ -261,6 +282,11 @@ def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterat
             del block.forward
             if own is not None:
                 block.forward = own  # type: ignore[method-assign]
+
+
+def bytes_of(value: Tensor) -> bytes:
+    """The numbers of a tensor, for a hash."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -4,7 +4,7 @@ runs of the same model share."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,11 +15,11 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batch, Example, Split
 from ..files import whole_file
-from .trunk import CACHED, Trunk
+from .trunk import CACHED, Trunk, bytes_of
 
 __all__ = ["cached_split"]
 
@@ -44,14 +44,14 @@ def cached_split(
     *,
     batch_size: int,
     folder: Path | None = None,
-    model: str = "",
+    trained: Iterable[nn.Parameter] = (),
 ) -> Split:
     """The same split, whose batches also carry what leaves the trunk.
 
     :param run: runs the model on a batch.
-    :param folder: where it is kept, a file for each model, depth and split; the first batch is
-        computed anyway, and compared.
-    :param model: what else tells models apart, in the name of the file.
+    :param folder: where it is kept, a file for each trunk and split, whose name is a hash of both;
+        the first batch is computed anyway, and compared.
+    :param trained: what is no part of the trunk, whatever its place: LoRA matrices and heads.
     :returns: hidden states are on the CPU, (T, H) for each row of tokens.
     :raises ValueError: if there is no trunk, it holds something that is trained, or a file is
         damaged or of other weights.
@@ -73,9 +73,13 @@ def cached_split(
     if folder is None:
         hidden = compute()
     else:
-        made_by = f"{version('torch')} {version('transformers')}"
-        kind = f"{model} {trunk.depth} {first[0].dtype} {made_by}"
-        hidden = _kept(folder / f"{_digest(kind, chunks)}.safetensors", first, compute)
+        made_by = f"{version('torch')} {version('transformers')} {first[0].dtype}"
+        digest = hashlib.sha256(f"{made_by} {trunk.fingerprint(trained)}".encode())
+        for example in split.examples:  # one by one, so that how they are padded does not matter
+            for name, value in sorted(split.collate([example]).inputs.items()):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(bytes_of(value))
+        hidden = _kept(folder / f"{digest.hexdigest()[:32]}.safetensors", first, compute)
     examples = [
         _CachedExample(**{f.name: getattr(example, f.name) for f in fields(Example)}, hidden=states)
         for example, states in zip(split.examples, hidden, strict=True)
@@ -109,27 +113,18 @@ def _collate(
     return replace(batch, inputs=batch.inputs | {f"{CACHED}{depth - 1}": hidden})
 
 
-def _digest(kind: str, chunks: Sequence[Split]) -> str:
-    """Of all that the trunk reads."""
-    digest = hashlib.sha256(kind.encode())
-    for chunk in chunks:
-        for name, value in sorted(chunk.collate(chunk.examples).inputs.items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 def _kept(path: Path, first: Sequence[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
     """What the file holds, or what is computed and then kept in it; one process computes it, and
     others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            hidden = compute()
-            lengths = torch.tensor([len(states) for states in hidden])
-            with whole_file(path) as part:
-                save_file({"hidden": torch.cat(hidden), "lengths": lengths}, part)
-            return hidden
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                hidden = compute()
+                lengths = torch.tensor([len(states) for states in hidden])
+                with whole_file(path) as part:
+                    save_file({"hidden": torch.cat(hidden), "lengths": lengths}, part)
+                return hidden
     try:
         held = load_file(path)
         hidden = list(held["hidden"].split(held["lengths"].tolist()))

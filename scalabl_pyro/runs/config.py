@@ -35,7 +35,10 @@ __all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
 T = TypeVar("T")
 
 #: settings that may change between an interruption and its resumption
-MAY_CHANGE_ON_RESUME = ("run_dir", "resume", "checkpoint", "progress", "eval_batch_size")
+MAY_CHANGE_ON_RESUME = (
+    *("run_dir", "resume", "checkpoint", "progress"),
+    *("eval_batch_size", "trunk_cache"),  # which round otherwise, and change nothing else
+)
 
 #: settings of a finished run that leave the function as it is that was trained: where its model is
 #: and where it runs, what only training heeds, and how many draws are made of a posterior
@@ -118,7 +121,8 @@ class RunConfig:
         lora and method. Its posterior is the prior of s, and where q starts; its V, B, heads and
         classes stay as they are, and s alone moves. ``method.prior`` is that of the first run.
     :param trunk_cache: a folder, to keep what leaves the blocks below the first adapted one: they
-        run once for each example of training and validation, for all runs on the same model.
+        run once for each example of training and validation, for all runs on the same model and
+        records. It is held in memory while a run trains.
     :param resume: go on with an unfinished run of the same settings, if there is one, and leave a
         finished one as it is.
     :param trials: mappings that override ``method`` and ``fit``; where there are any, each is
@@ -143,6 +147,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
             raise ConfigError(f"eval_batch_size is {self.eval_batch_size}: expected 1 or more")
+        if self.trunk_cache == "":
+            raise ConfigError("trunk_cache is '': expected a folder, or null")
         if not 0 <= self.seed < 2**32:  # numpy's generators, which Pyro seeds too, take no more
             raise ConfigError(f"seed is {self.seed}: expected 0 to 2^32 − 1")
         method = self.make_method()

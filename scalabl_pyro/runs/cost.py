@@ -21,7 +21,8 @@ class Cost:
     :param stored: numbers in ``projections.safetensors`` and ``posterior.safetensors``.
     :param training: of the run's own settings, from the first step to what follows the last, such
         as the choice of a temperature; not of other trials. ``None`` if a part of it was another
-        process's: the run was resumed, or several trained it.
+        process's: the run was resumed, or several trained it. What filled a ``trunk_cache`` is not
+        counted.
     :param prediction: of an example of the splits that are evaluated, on average.
     """
 

@@ -54,6 +54,11 @@ class PredictionConfig:
             check_weights(self.weights)
         except ValueError as error:
             raise ValueError(f"prediction.{error}") from error
+        if self.weights != "equal" and self.name == "mean":
+            raise ValueError(
+                f"prediction.weights is {self.weights!r}, of several draws, and prediction.name is"
+                " 'mean', which has one: leave one of them out"
+            )
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
         if self.kind != "independent" and self.draws is None:
@@ -94,6 +99,11 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
         raise ValueError(
             f"prediction.weights is {config.weights!r}, of the tokens of texts, and the run answers"
             " among choices: leave it out"
+        )
+    if config.weights != "equal" and (config.draws or run.predictor.num_draws) < 2:
+        raise ValueError(
+            f"prediction.weights is {config.weights!r}, of several draws, and there is one: leave"
+            " it out"
         )
     # A seed alone draws nothing, and weights are for those who read texts with the predictor.
     if replace(config, seed=0, weights="equal") == PredictionConfig():

@@ -135,21 +135,33 @@ def _add_distances(
     those of the task, to be told from ``test``, and one model has features."""
     predictor = fitted.predictor
     others = splits.keys() - {"validation", "test"}
-    if not others or not isinstance(predictor, Predictor) or predictor.adapter.readout.reads_texts:
+    if not others or "test" not in splits:
+        return
+    if not isinstance(predictor, Predictor) or predictor.adapter.readout.reads_texts:
         return
     s = posterior_mean(predictor, fitted.guide)
-    known = pooled_features(predictor.adapter, train, s, batch_size=batch_size)
-    for name in ("test", *others):
-        features = pooled_features(predictor.adapter, splits[name], s, batch_size=batch_size)
-        assessed[name].tensors["mahalanobis"] = mahalanobis(known, features)
+    try:
+        known = pooled_features(predictor.adapter, train, s, batch_size=batch_size)
+        distances = {
+            name: mahalanobis(
+                known, pooled_features(predictor.adapter, splits[name], s, batch_size=batch_size)
+            )
+            for name in ("test", *others)
+        }
+    except (ValueError, torch.OutOfMemoryError) as error:
+        # What was trained is not lost for a column of a table.
+        log.warning("the run keeps no Mahalanobis distances: %s", error)
+        return
+    for name, values in distances.items():
+        assessed[name].tensors["mahalanobis"] = values
 
 
 @dataclass
 class _Trainer:
     """Fits the attempts of one run, and counts the passes of each.
 
-    :param train: the training examples; ``learnt`` the same as methods take them, with what leaves
-        the trunk if that is kept, and so ``validation`` and ``looked_at``.
+    :param train: the training examples; ``cached_train`` the same as methods take them, with what
+        leaves the trunk if that is kept, and so ``validation`` and ``cached_validation``.
     :param spent: by an attempt's name; ``None`` where a part of them was in another process.
     """
 
@@ -162,7 +174,7 @@ class _Trainer:
     spent: dict[str, Passes | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.learnt, self.looked_at = self.train, self.validation
+        self.cached_train, self.cached_validation = self.train, self.validation
         self._whole = not self.checkpoints.exist and world_size() == 1
 
     def cache_trunk(self, folder: str) -> None:
@@ -179,11 +191,18 @@ class _Trainer:
         lora = replace(self.config.lora, subspace="random")
         adapter = make_adapter(self.config.model, lora, self.readout, svd=False)
         try:
-            self.learnt, self.looked_at = (
-                adapter.cache_trunk(split, folder=folder) for split in (self.train, self.validation)
+            self.cached_train, self.cached_validation = (
+                adapter.cache_trunk(split, batch_size=self.config.eval_batch_size, folder=folder)
+                for split in (self.train, self.validation)
             )
         except ValueError as error:
             raise ConfigError(f"trunk_cache is {folder!r}, but {error}") from error
+        except OSError as error:
+            raise ConfigError(
+                f"trunk_cache is {folder!r}: expected a folder that can be written ({error})"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(explain_out_of_memory(self._sizes(self.config))) from error
         del adapter
         gc.collect()  # one language model in memory at a time, and they refer to themselves
 
@@ -201,14 +220,15 @@ class _Trainer:
     def _fit(self, attempt: RunConfig, name: str) -> Fitted:
         method = attempt.make_method()
         part = self.checkpoints.part(name)
+        splits = self.cached_train, self.cached_validation
         options: dict[str, Any] = {"seed": self.config.seed, "checkpoints": part}
         if isinstance(method, ScalaBL) and attempt.prior_run is not None:
             before = load_prior_run(attempt)
             assert before.guide is not None  # as every run of the method has one
             adapter = before.predictor.adapter
             self.counter.watch(adapter)
-            return method.fit_next(adapter, before.guide, self.learnt, self.looked_at, **options)
-        return method.fit(self._make_adapter, self.learnt, self.looked_at, **options)
+            return method.fit_next(adapter, before.guide, *splits, **options)
+        return method.fit(self._make_adapter, *splits, **options)
 
     def _make_adapter(self, **options: Any) -> SubspaceAdapter:
         model, lora = self.config.model, self.config.lora

@@ -298,7 +298,7 @@ def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
             starts[1] = "–"
         assert all(a.startswith(b) for a, b in zip(cells[2:], starts, strict=True))
     shown = (tmp_path / "table.txt").read_text()
-    assert "over pairs whose numbers of tokens differ by 2 at most" in shown
+    assert "pairs of equal length (± 2 tokens) alone count" in shown
     line = next(line for line in shown.splitlines()[::-1] if line.startswith(f"{other}mle  "))
     assert f"{far_off:.3f} ±" in line
     assert line.rpartition("  ")[2].startswith(f"{control:.3f} ±")

@@ -211,6 +211,10 @@ def test_posterior_weights_give_the_average_of_the_draws_probabilities_of_a_text
     assert scalabl(*words, "prediction.weights=posterior") == 0
     nll = json.loads(capsys.readouterr().out)["nll"]
     assert nll == pytest.approx(-float(expected.mean()), abs=1e-4)
+    assert scalabl(*words, "prediction.weights=posterior", "prediction.name=mean") == 1
+    assert "of several draws, and prediction.name is 'mean'" in capsys.readouterr().err
+    assert scalabl(*words, "prediction.weights=posterior", "prediction.draws=1") == 1
+    assert "of several draws, and there is one" in capsys.readouterr().err
     assert scalabl(*words, "prediction.weights=mine") == 1
     assert "prediction.weights is 'mine': expected one of" in capsys.readouterr().err
 

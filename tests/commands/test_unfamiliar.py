@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import scalabl_pyro as sp
 import scalabl_pyro.commands.predict as predict_command
+from scalabl_pyro import Record
 from scalabl_pyro.data import read_records
 
 FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]
@@ -149,12 +150,14 @@ def test_an_interrupted_file_is_gone_on_with_for_the_same_comparison_alone(
     [
         ("mle", ["unfamiliar=age"], "unfamiliar is 'age': expected one of ['mahalanobis', 'nov"),
         ("mle", ["unfamiliar=novelty"], "method mle has no posterior over s: use unfamiliar=maha"),
-        ("ensemble", ["unfamiliar=mahalanobis"], "method ensemble predicts by several: leave it"),
-        ("blob", ["unfamiliar=mahalanobis"], "method blob predicts by several: leave it out"),
+        ("tfb", ["unfamiliar=novelty"], "has no posterior over s: take a run of method scalabl"),
+        ("ensemble", ["unfamiliar=mahalanobis"], "method ensemble predicts by several models: le"),
+        ("blob", ["unfamiliar=mahalanobis"], "method blob predicts by several models: leave it"),
     ],
 )
 def test_what_a_run_does_not_have_is_refused_by_name(train, capsys, method, words, message):
     train(f"method={method}", *(["method.members=2"] if method == "ensemble" else []))
+    Path("data/train.jsonl").unlink()  # which is not the reason
     assert scalabl("predict", "run=run", "input=in.jsonl", "output=o.jsonl", *words) == 1
     assert message in capsys.readouterr().err
     assert not list(Path().glob("o.jsonl*"))
@@ -179,7 +182,45 @@ def test_runs_keep_the_distances_of_other_data_for_the_table(train, local_model,
     assert "unseen.mahalanobis" not in load_file(several / "predictions.safetensors")
     assert scalabl("report", "runs=[run]", "out=page") == 0
     table = json.loads(Path("page/table.json").read_text())
-    assert table["auroc_of_mahalanobis"]["run"]["unseen"]["mean"] >= 0
+    pairs = [
+        (a > b) + (a == b) / 2
+        for a, m in zip(saved["unseen.mahalanobis"], saved["unseen.tokens"], strict=True)
+        for b, n in zip(saved["test.mahalanobis"], saved["test.tokens"], strict=True)
+        if abs(m - n) <= 2
+    ]
+    area = table["auroc_of_mahalanobis"]["run"]["unseen"]["mean"]
+    assert area == pytest.approx(float(sum(pairs)) / len(pairs), abs=1e-6)
+
+
+def test_a_run_is_kept_where_there_are_no_distances(train, data, capsys):
+    """There is nothing to be told apart from, or no variance to measure by."""
+    write_jsonl(data / "unseen.jsonl", make_records(9))
+    test = (data / "test.jsonl").rename(data / "test.kept")
+    run = train(run_dir="no-test")
+    assert not any("mahalanobis" in name for name in load_file(run / "predictions.safetensors"))
+    test.rename(data / "test.jsonl")
+    alike = [Record(f"a{n}", "the red cat", ("yes", "no", "dog", "bird"), 1) for n in range(4)]
+    write_jsonl(data / "train.jsonl", alike)
+    where = ["model.name=model", "data.root=data", "run_dir=alike", "model.dtype=float32"]
+    assert scalabl("train", *where, *FAST) == 0
+    assert "the run keeps no Mahalanobis distances" in capsys.readouterr().err
+    assert (Path("alike") / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("words", [["data.limit.validation=5"], []], ids=["few", "many"])
+def test_a_p_that_cannot_be_low_is_told(train, capsys, words):
+    train(*words)
+    predicted("unfamiliar=mahalanobis")
+    assert ("p is 1/6 or more, as it compares with 5 records" in capsys.readouterr().err) == bool(
+        words
+    )
+
+
+def test_records_that_trained_the_run_are_told(train, data, capsys):
+    train()
+    where = ["run=run", f"input={data / 'train.jsonl'}", "output=o.jsonl", "progress=false"]
+    assert scalabl("predict", *where, "unfamiliar=mahalanobis") == 0
+    assert "40 of 40 records trained the run: mahalanobis compares" in capsys.readouterr().err
 
 
 def test_training_data_that_are_gone_are_named(train, data, capsys):
