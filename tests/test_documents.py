@@ -811,6 +811,11 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "MLE, last-layer Laplace": "MLE, last-layer Laplace",
         "MLE, Laplace-LoRA": "MLE, Laplace-LoRA",
         "MLE, TFB": "MLE, TFB",
+        "MLE early-stopped": "MLE early-stopped",
+        "MLE early-stopped, temperature": "MLE early-stopped, temperature",
+        "MAP": "MAP",
+        "BLoB": "BLoB",
+        "BLoB mean": "BLoB mean",
         "**ScalaBL**": "ScalaBL",
         "ScalaBL's point: V frozen, s a number": "V frozen, point s",
     }
@@ -847,10 +852,14 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     plain = " ".join(section.split())
     readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
     less = figures["minus ScalaBL"]
-    for name in ("MLE, temperature", "MLE, Laplace-LoRA", "V frozen, point s"):
+    compared = ("MLE, temperature", "MLE, Laplace-LoRA", "V frozen, point s", "BLoB")
+    for name in (*compared, "MLE early-stopped, temperature", "ensemble of 5"):
         assert difference(less[name]["nll"]) in plain
     assert difference(less["V frozen, point s"]["nll"]) in readme
-    assert "Laplace-LoRA and an ensemble of 5 cannot be told apart from ScalaBL" in readme
+    said = "MLE stopped by validation NLL, BLoB, Laplace-LoRA and an ensemble of 5 cannot be told"
+    assert f"{said} apart from ScalaBL by NLL" in readme
+    for name in ("MLE early-stopped", "BLoB", "MLE, Laplace-LoRA", "ensemble of 5"):
+        assert name not in TOLD_APART
     for name, by_metric in less.items():  # what the text says can be told apart
         told = by_metric["nll"]["low"] > 0 or by_metric["nll"]["high"] < 0
         assert told == (name in TOLD_APART), name
@@ -858,10 +867,15 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         metric: {name: row["test"][metric]["mean"] for name, row in figures["metrics"].items()}
         for metric in ("nll", "brier", "aurc")
     }
-    assert min(mean["nll"], key=mean["nll"].get) == min(mean["brier"], key=mean["brier"].get)
-    assert min(mean["brier"], key=mean["brier"].get) == "ScalaBL"
-    by_aurc = sorted(mean["aurc"], key=mean["aurc"].get)
-    assert by_aurc[:2] == ["ensemble of 5", "MLE, Laplace-LoRA"]
+    stopped = ["MLE early-stopped, temperature", "MLE early-stopped"]
+    for metric in ("nll", "brier"):
+        by_mean = sorted(mean[metric], key=mean[metric].get)
+        assert by_mean[:5] == [*stopped, "BLoB mean", "BLoB", "ScalaBL"]
+    better = [name for name, by_metric in less.items() if by_metric["aurc"]["high"] < 0]
+    assert sorted(better) == sorted(stopped)
+    aurc = less["MLE early-stopped"]["aurc"]
+    numbers = [f"{-aurc[key]:.3f}" for key in ("mean", "high", "low")]
+    assert "By AURC, stopping early is better, by {} ({} to {})".format(*numbers) in plain
     lines = (path.parent / "methods" / "runs.jsonl").read_text().splitlines()
     trials = [trial for line in lines for trial in json.loads(line).values()]
     for name in ("MC dropout", "BLoB", "ScalaBL"):
