@@ -12,7 +12,9 @@ from conftest import make_records, scalabl, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from scalabl_pyro.runs import training
+from scalabl_pyro.commands.compare import CompareConfig
+from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
+from scalabl_pyro.runs import DataConfig, training
 
 FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]
 UPPER = ["lora.layers=[1]", "lora.targets=[q_proj,v_proj]"]
@@ -45,10 +47,8 @@ def kept():
     [
         ["method=scalabl", "lora.subspace=activations", "fit.eval_every=2", "fit.keep=best"],
         ["method=mle"],
-        ["method=blob"],
         ["method=tfb"],
         ["method=laplace_lora"],
-        ["method=ensemble", "method.members=2"],
         ["method=temperature"],
         ["method=scalabl", "model.readout=choice_likelihood"],
     ],
@@ -140,23 +140,22 @@ def test_a_run_goes_on_with_another_cache_or_none(train, local_model, monkeypatc
             assert metrics(Path("a"))[split][name] == pytest.approx(figures[name], abs=1e-6)
 
 
-def test_rows_of_a_comparison_share_it(local_model, train):
-    rows = [f"methods.{n}=[{{method:{{name:{n}}},fit:{{lr:0.1}}}}]" for n in ("mle", "scalabl")]
-    others = ["~methods.map", "~methods.mle_tempered", "~methods.zero_shot"]
-    where = [
-        f"model.name={local_model}",
-        "data.root=data",
-        "data.task=null",
-        "model.prompt=letters",
+def test_rows_of_a_comparison_share_it_and_are_the_same_runs_without_it():
+    settings = {
+        "model": ModelConfig("embedded"),
+        "lora": AdapterConfig(),
+        "data": DataConfig(task="embedded"),
+        "out": "out",
+        "methods": {"mle": [{"method": {"name": "mle"}}]},
+    }
+    (trial,) = settings["methods"]["mle"]
+    runs = [
+        CompareConfig(**settings, trunk_cache=folder).run_config("mle", trial, seed=0)
+        for folder in ("cache", "/elsewhere", None)
     ]
-    words = [*where, *UPPER, *FAST, "model.dtype=float32", "seeds=[0]", "jobs=1", *rows, *others]
-    assert scalabl("compare", *words, "out=out", "trunk_cache=cache") == 0
-    assert len(kept()) == 2
-    table = json.loads(Path("out/table.json").read_text())
-    for row in ("mle", "scalabl"):
-        alone = metrics(train(row, f"method={row}", "fit.lr=0.1"))["test"]["nll"]
-        nll = table["metrics"][row]["test"]["nll"]["mean"]
-        assert nll == pytest.approx(alone, abs=1e-4)
+    assert [run.trunk_cache for run in runs] == ["cache", "/elsewhere", None]
+    assert len({run.run_dir for run in runs}) == 1
+    assert not runs[0].differences(runs[2])
 
 
 def test_a_file_that_is_damaged_or_of_other_weights_is_refused(train):
