@@ -50,7 +50,7 @@ from scalabl_pyro.prediction.intervals import (
     per_question,
     stacked,
 )
-from scalabl_pyro.prediction.mahalanobis import mahalanobis, pooled_features
+from scalabl_pyro.prediction.mahalanobis import feature_distances
 from scalabl_pyro.prediction.metrics import (
     average,
     entropy,
@@ -156,8 +156,7 @@ def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
     train, new = bench.splits["train"], bench.splits["all"]
     adapter = fitted.model.adapter
     loc = None if fitted.guide is None else fitted.guide.median()["s"]
-    features = (pooled_features(adapter, each, loc) for each in (train, new))
-    by_score = {"mahalanobis": mahalanobis(*features)}
+    by_score = {"mahalanobis": feature_distances(adapter, train, [new], loc)[0]}
     if loc is not None:
         by_score["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
     sample = train.select(range(0, len(train), max(1, len(train) // KNOWN)))

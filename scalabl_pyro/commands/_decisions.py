@@ -157,8 +157,8 @@ def calibrate(
     """
     if not config.calibrated:
         return Decisions(config.abstain_below)
-    # Before any record is read, for a run that has no such score.
-    unlike = None if config.unfamiliar is None else UNFAMILIARITY[config.unfamiliar](run)
+    # Before any record is read, for a run that may have no such score.
+    unlike = UNFAMILIARITY[config.unfamiliar](run) if config.unfamiliar is not None else None
     records = _calibration(config, run, columns)
     of = {"risk": config.risk, "coverage": config.conformal, "p": config.unfamiliar}
     told = " and ".join(name for name, value in of.items() if value is not None)

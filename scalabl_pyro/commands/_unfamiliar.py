@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import DataError, Record, Split
 from ..models.model import ScalaBLModel
-from ..prediction.mahalanobis import mahalanobis, pooled_features
+from ..prediction.mahalanobis import feature_distances
 from ..prediction.novelty import novelty
 from ..prediction.outliers import conformal_p_values
 from ..prediction.predictor import Predictor
@@ -94,10 +94,8 @@ def _mahalanobis(run: Run) -> Scores:
     adapter, s = run.predictor.adapter, posterior_mean(run.predictor, run.guide)
 
     def scores(train: Split, split: Split, batch_size: int) -> Tensor:
-        return mahalanobis(
-            pooled_features(adapter, train, s, batch_size=batch_size),
-            pooled_features(adapter, split, s, batch_size=batch_size),
-        )
+        (distances,) = feature_distances(adapter, train, [split], s, batch_size=batch_size)
+        return distances
 
     return scores
 

@@ -7,6 +7,7 @@ with the mean μ and a covariance Σ of the training questions' features φ, one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,28 @@ from torch import Tensor, nn
 from ..data import Split
 from ..lora.adapter import SubspaceAdapter
 
-__all__ = ["ledoit_wolf", "mahalanobis", "pooled_features"]
+__all__ = ["feature_distances", "ledoit_wolf", "mahalanobis", "pooled_features"]
+
+
+def feature_distances(
+    adapter: SubspaceAdapter,
+    train: Split,
+    splits: Sequence[Split],
+    s: Tensor | None = None,
+    *,
+    batch_size: int = 64,
+) -> list[Tensor]:
+    """d, (N,) for each split, of its :func:`pooled_features` from those of the training questions.
+    One forward pass for each question.
+
+    :param s: (M, r), as for :func:`pooled_features`.
+    :raises ValueError: as :func:`mahalanobis`.
+    """
+    known = pooled_features(adapter, train, s, batch_size=batch_size)
+    return [
+        mahalanobis(known, pooled_features(adapter, split, s, batch_size=batch_size))
+        for split in splits
+    ]
 
 
 def mahalanobis(known: Tensor, features: Tensor) -> Tensor:

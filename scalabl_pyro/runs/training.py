@@ -25,7 +25,7 @@ from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
 from ..methods import Fitted, ScalaBL
 from ..prediction.assessment import Assessment, assess
-from ..prediction.mahalanobis import mahalanobis, pooled_features
+from ..prediction.mahalanobis import feature_distances
 from ..prediction.predictor import Predictor
 from ..readouts import Readout
 from .config import ConfigError, RunConfig
@@ -141,18 +141,15 @@ def _add_distances(
         return
     s = posterior_mean(predictor, fitted.guide)
     try:
-        known = pooled_features(predictor.adapter, train, s, batch_size=batch_size)
-        distances = {
-            name: mahalanobis(
-                known, pooled_features(predictor.adapter, splits[name], s, batch_size=batch_size)
-            )
-            for name in ("test", *others)
-        }
+        names = ("test", *others)
+        distances = feature_distances(
+            predictor.adapter, train, [splits[name] for name in names], s, batch_size=batch_size
+        )
     except (ValueError, torch.OutOfMemoryError) as error:
         # What was trained is not lost for a column of a table.
         log.warning("the run keeps no Mahalanobis distances: %s", error)
         return
-    for name, values in distances.items():
+    for name, values in zip(names, distances, strict=True):
         assessed[name].tensors["mahalanobis"] = values
 
 
