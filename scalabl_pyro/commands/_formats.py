@@ -16,7 +16,6 @@ __all__ = [
     "BASELINE",
     "BEST",
     "COST",
-    "COST_TITLES",
     "DIFFERENCES",
     "HEADER",
     "METRICS",
@@ -28,6 +27,8 @@ __all__ = [
     "cell",
     "cost_cells",
     "cost_ratio",
+    "cost_titles",
+    "differences",
     "format_table",
     "mark",
     "p_value",
@@ -82,14 +83,12 @@ def format_table(table: Mapping[str, Any]) -> str:
         lines += [auroc_note(table), f"{'':32s}{titles}"]
     for split, name, cells in aurocs(table):
         lines.append(f"{split:12s}{name:20s}{''.join(f'{text:>24s}' for text in cells)}")
-    differences = table.get(f"minus_{BASELINE}", {})
-    if differences:
+    if differences(table):
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
-    for name, row in differences.items():
-        for split, cells in row.items():
-            lines.append(f"{split:12s}{name + ' − ' + BASELINE:20s}{_cells(cells)}")
-            p = {m: p_value(cells[m]["p"]) for m in NARROW}
-            lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
+    for split, name, by_metric in differences(table):
+        lines.append(f"{split:12s}{name + ' − ' + BASELINE:20s}{_cells(by_metric)}")
+        p = {m: p_value(by_metric[m]["p"]) for m in NARROW}
+        lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -118,11 +117,20 @@ def aurocs(table: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
             )
 
 
+def differences(
+    table: Mapping[str, Any],
+) -> list[tuple[str, str, Mapping[str, Mapping[str, float]]]]:
+    """Split, row, and by metric the row's paired difference to :data:`BASELINE`."""
+    rows = table.get(f"minus_{BASELINE}", {})
+    splits = next(iter(table["metrics"].values()))
+    return [(split, name, row[split]) for split in splits for name, row in rows.items()]
+
+
 def to_markdown(table: Mapping[str, Any]) -> str:
     """The table for a document: a section a split, with marks and costs."""
     lines = [*HEADER.splitlines(), BEST, ""]
     for split in next(iter(table["metrics"].values())):
-        heads = ["", *TITLES.values(), *COST_TITLES]
+        heads = ["", *TITLES.values(), *cost_titles(table)]
         lines += [f"## {plain(split)}", "", _line(heads), "|---" * len(heads) + "|"]
         for name, row in table["metrics"].items():
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
@@ -134,25 +142,23 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             ]
             lines.append(_line([plain(name), *cells, *cost_cells(table, name).values()]))
         lines.append("")
-    lines += [f"{AURC}.", f"{COST}."]
+    lines += [f"{AURC}.", *([f"{COST}."] if cost_titles(table) else [])]
     if scores := auroc_scores(table):
         heads = ["", "split", *(AUROC_OF[score] for score in scores)]
         lines += ["", "## Other data", "", f"{auroc_note(table)}.", "", _line(heads)]
         lines.append("|---" * len(heads) + "|")
         lines += [_line([plain(name), plain(s), *cells]) for s, name, cells in aurocs(table)]
-    differences = table.get(f"minus_{BASELINE}", {})
-    if differences:
+    if differences(table):
         heads = ["", "split", *DIFFERENCES]
         lines += ["", f"## Differences to {BASELINE}, paired by seed and question", ""]
         lines += ["In brackets p of none (two-sided).", "", _line(heads)]
         lines.append("|---" * len(heads) + "|")
-    for name, row in differences.items():
-        for split, by_metric in row.items():
-            cells = [
-                f"{cell(by_metric[m], *UNITS[m])} ({p_value(by_metric[m]['p']) or '–'})"
-                for m in METRICS
-            ]
-            lines.append(_line([plain(name), plain(split), *cells]))
+    for split, name, by_metric in differences(table):
+        cells = [
+            f"{cell(by_metric[m], *UNITS[m])} ({p_value(by_metric[m]['p']) or '–'})"
+            for m in METRICS
+        ]
+        lines.append(_line([plain(name), plain(split), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -164,8 +170,20 @@ def mark(table: Mapping[str, Any], split: str, metric: str, name: str) -> str:
     return " ≈" if name in best["not_told_apart"] else ""
 
 
+def cost_titles(table: Mapping[str, Any]) -> list[str]:
+    """Those of :data:`COST_TITLES` that are known of a row."""
+    rows = [_costs_of(table, name) for name in table["cost"]]
+    return [title for title in COST_TITLES if any(row[title] != "–" for row in rows)]
+
+
 def cost_cells(table: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Numbers trained and stored, and costs over plain LoRA's; a dash where they are not known."""
+    """By :func:`cost_titles`, numbers trained and stored, and costs over plain LoRA's; a dash where
+    they are not known."""
+    cells = _costs_of(table, name)
+    return {title: cells[title] for title in cost_titles(table)}
+
+
+def _costs_of(table: Mapping[str, Any], name: str) -> dict[str, str]:
     own, plain_lora = table["cost"][name], table["cost"].get(BASELINE)
     if own is None:
         return dict.fromkeys(COST_TITLES, "–")

@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +30,6 @@ from ._formats import (
     BASELINE,
     BEST,
     COST,
-    COST_TITLES,
     DIFFERENCES,
     HEADER,
     METRICS,
@@ -42,6 +41,8 @@ from ._formats import (
     cell,
     cost_cells,
     cost_ratio,
+    cost_titles,
+    differences,
     mark,
     p_value,
 )
@@ -99,15 +100,18 @@ def to_html(
         cost=COST,
         auroc=auroc_note(table),
         auroc_columns=[AUROC_OF[score] for score in auroc_scores(table)],
-        aurocs=list(aurocs(table)),
+        aurocs=_by_split(aurocs(table)),
         columns=list(TITLES.values()),
         difference_columns=DIFFERENCES,
         aurc=AURC,
-        cost_columns=COST_TITLES,
+        cost_columns=cost_titles(table),
         cells={split: {name: _cells(table, split, name) for name in runs} for split in splits},
         costs={name: cost_cells(table, name) for name in runs},
         reference=BASELINE,
-        differences=_differences(table),
+        differences=_by_split(
+            (split, name, [(_signed(by_metric[m], m), p_value(by_metric[m]["p"])) for m in METRICS])
+            for split, name, by_metric in differences(table)
+        ),
         pictures={name: _pictures(table, predictions, name, splits) for name in runs},
         cost_pictures=_cost_pictures(table),
         settings=_settings({name: row[0].settings for name, row in runs.items()}),
@@ -129,13 +133,12 @@ def _cells(table: Mapping[str, Any], split: str, name: str) -> list[tuple[str, s
     return cells
 
 
-def _differences(table: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Row, split, and for each metric the difference and its p."""
-    return [
-        (name, split, [(_signed(by_metric[m], m), p_value(by_metric[m]["p"])) for m in METRICS])
-        for name, row in table.get(f"minus_{BASELINE}", {}).items()
-        for split, by_metric in row.items()
-    ]
+def _by_split(rows: Iterable[tuple[str, str, list[Any]]]) -> dict[str, list[tuple[str, list[Any]]]]:
+    """Split → row and cells, of split, row and cells."""
+    groups: dict[str, list[tuple[str, list[Any]]]] = {}
+    for split, name, cells in rows:
+        groups.setdefault(split, []).append((name, cells))
+    return groups
 
 
 def _signed(difference: Mapping[str, float], metric: str) -> str:
