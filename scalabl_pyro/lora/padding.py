@@ -11,10 +11,16 @@ __all__ = ["real_tokens", "token_mask"]
 
 def token_mask(batch: Batch) -> Tensor:
     """(R, T), where the rows that the model reads have a token of a choice that exists."""
-    mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
-    if mask.dim() == 3:
-        mask = mask & batch.choices[..., None].to(mask.device)
-    return mask.flatten(0, -2)
+    return _of_choices(batch.inputs["attention_mask"].bool(), batch).flatten(0, -2)
+
+
+def _of_choices(mask: Tensor, batch: Batch) -> Tensor:
+    """Without the rows of missing choices, where a row is a choice's: (B, C, T), or (B, 2C, T) of
+    choices behind their prompts and then alone."""
+    if mask.dim() == 2:
+        return mask
+    there = batch.choices.repeat(1, mask.shape[1] // batch.choices.shape[1])
+    return mask & there[..., None].to(mask.device)
 
 
 def real_tokens(values: Tensor, batch: Batch) -> Tensor:
@@ -32,8 +38,5 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
         return values.flatten(0, -2)
     scored = batch.inputs.get("scored")
     if scored is not None and values.shape[1] == scored.shape[-1] < width:
-        mask = scored.to(mask.device)
-        if mask.dim() == 3:  # a row for each choice
-            mask = mask & batch.choices[..., None].to(mask.device)
-        mask = mask.flatten(0, -2)
+        mask = _of_choices(scored, batch).flatten(0, -2).to(mask.device)
     return values[mask[:, -values.shape[1] :]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import Split
 from ..lora.adapter import SubspaceAdapter
+from ..lora.padding import token_mask
 
 __all__ = ["feature_distances", "ledoit_wolf", "mahalanobis", "pooled_features"]
 
@@ -99,9 +100,7 @@ def pooled_features(
     features = []
     for chunk in split.select(order).batches(batch_size):
         batch = chunk.collate(chunk.examples).to(adapter.device)
-        mask = batch.inputs["attention_mask"].bool()  # (B, [C,] T)
-        if mask.dim() == 3:
-            mask = mask & batch.choices[..., None]
+        mask = token_mask(batch).view(len(batch), -1)  # (B, [C·]T)
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any, hidden: list[Tensor] = hidden) -> None:
@@ -112,7 +111,7 @@ def pooled_features(
             adapter(batch, s)
         finally:
             handle.remove()
-        weight = mask.flatten(1)[..., None].to(hidden[0])  # (B, [C·]T, 1)
+        weight = mask[..., None].to(hidden[0])
         rows = hidden[0].reshape(len(batch), -1, hidden[0].shape[-1])
         features.append(((rows * weight).sum(1) / weight.sum(1)).cpu())
     return torch.cat(features)[torch.tensor(order).argsort()]

@@ -351,12 +351,10 @@ class ChoiceLikelihood(CausalReadout):
         ids, scored = inputs["input_ids"], inputs["scored"]
         first = ids.shape[1] - scored.shape[1]
         if keeps_logits(type(llm)):
-            # A slice is no whole block of memory, on which bfloat16 is slow on CPUs. On others by
-            # number: positions would have to be where the output layer is.
-            on_cpu = ids.device.type == "cpu"
-            to_keep = torch.arange(first - 1, ids.shape[1] - 1) if on_cpu else scored.shape[1] + 1
+            # By positions, and not by their number: a slice is no whole block of memory, on which
+            # bfloat16 is slow on CPUs. Positions on the CPU count on every device.
+            to_keep = torch.arange(first - 1, ids.shape[1] - 1)
             logits = llm(ids, use_cache=False, logits_to_keep=to_keep, **options).logits
-            logits = logits[:, : scored.shape[1]]
         else:
             logits = llm(ids, use_cache=False, **options).logits[:, first - 1 : -1]
         source, tokens, scored = (x.to(logits.device) for x in (source, ids[:, first:], scored))

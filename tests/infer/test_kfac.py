@@ -185,9 +185,14 @@ def test_bad_settings_are_refused(options, message):
         LaplaceLoRA(**options)
 
 
-def test_factors_of_an_output_layer_do_not_depend_on_the_rows_beside_it(tokenizer, records):
+@pytest.mark.parametrize("normalise", ["characters", "unconditional"])
+def test_factors_of_an_output_layer_do_not_depend_on_the_rows_beside_it(
+    tokenizer, records, normalise
+):
     """Choices in rows of their own, with prompts of several lengths."""
-    readout = ChoiceLikelihood(tokenizer, PROMPTS["question"], num_classes=4, max_length=64)
+    readout = ChoiceLikelihood(
+        tokenizer, PROMPTS["question"], num_classes=4, max_length=64, normalise=normalise
+    )
     readout.packed = False
     targets = ("q_proj", "v_proj", "lm_head")
     adapter = SubspaceAdapter(tiny_llama(), lora(*targets), readout, svd=False)

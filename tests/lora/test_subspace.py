@@ -120,6 +120,31 @@ def test_choices_that_share_a_row_count_their_prompt_once(tokenizer, records):
     torch.testing.assert_close(moments["lm_head"], moment(output), rtol=1e-4, atol=1e-5)
 
 
+def test_choices_behind_their_prompts_and_alone_all_count(tokenizer):
+    """``unconditional`` reads two rows a choice, of which those of missing choices are none."""
+    records = [*make_records(3), *make_records(4, choices=2)]
+    prompt = PROMPTS["question"]
+    readout = ChoiceLikelihood(
+        tokenizer, prompt, num_classes=4, max_length=64, normalise="unconditional"
+    )
+    adapter = SubspaceAdapter(tiny_llama(), lora("q_proj", "lm_head"), readout)
+    split = adapter.encode(records)
+    moments = second_moments(adapter, split)
+    llm, first, output = tiny_llama(), [], []
+    for example in split:
+        assert len(example.rows["input_ids"]) == 2 * example.num_choices
+        for ids, scored in zip(*(example.rows[n] for n in ("input_ids", "scored")), strict=True):
+            with torch.no_grad():
+                hidden = llm.model(torch.tensor([ids])).last_hidden_state[0]
+                embedded = llm.model.embed_tokens(torch.tensor(ids))
+                first.append(llm.model.layers[0].input_layernorm(embedded))
+            output.append(hidden[:-1][torch.tensor(scored[1:]).bool()])
+    torch.testing.assert_close(
+        moments["model.layers.0.self_attn.q_proj"], moment(first), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(moments["lm_head"], moment(output), rtol=1e-4, atol=1e-5)
+
+
 def test_directions_of_a_known_covariance(tokenizer):
     """Token k is embedded on axis k, so that C is diagonal, with the tokens' frequencies."""
     llm = tiny_llama(vocab_size=16)

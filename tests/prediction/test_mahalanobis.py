@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_records, tiny_bert_config, tiny_llama
+from conftest import lora, make_records, tiny_bert_config, tiny_llama
 from transformers import BertForMultipleChoice
 
+from scalabl_pyro import SubspaceAdapter
+from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.prediction import mahalanobis, pooled_features
 from scalabl_pyro.prediction.mahalanobis import ledoit_wolf
+from scalabl_pyro.readouts import ChoiceLikelihood
 
 
 @pytest.mark.parametrize("size", [(40, 6), (5, 8), (400, 3)])
@@ -95,4 +98,20 @@ def test_features_of_choices_in_rows_are_means_over_the_choices_that_exist(make_
         ]
         expected.append(torch.cat(tokens).mean(0))
     features = pooled_features(adapter, split, batch_size=3)
+    torch.testing.assert_close(features, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_choices_behind_their_prompts_and_alone(tokenizer):
+    readout = ChoiceLikelihood(
+        tokenizer, PROMPTS["question"], num_classes=4, max_length=64, normalise="unconditional"
+    )
+    adapter = SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
+    split = adapter.encode([*make_records(4), *make_records(3, choices=2)])
+    llm = tiny_llama()
+    expected = []
+    for example in split:
+        rows = [torch.tensor([ids]) for ids in example.rows["input_ids"]]
+        tokens = [llm.model(row).last_hidden_state[0] for row in rows]
+        expected.append(torch.cat(tokens).mean(0))
+    features = pooled_features(adapter, split, adapter.init_loc, batch_size=3)
     torch.testing.assert_close(features, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
