@@ -80,7 +80,7 @@ class KLSchedule:
 class KLBudget:
     r"""Minimise −E_q[log p(y | x, s)] subject to KL(q‖p) = C, by adapting a factor on β.
 
-    .. math:: \log λ_t = 3 e_t + I_t, \quad I_{t+1} = I_t + a_t e_t, \quad
+    .. math:: \log λ_{t+1} = 3 e_t + I_{t+1}, \quad I_{t+1} = I_t + a_t e_t, \quad
               e_t = \mathrm{clip}(\log(KL_t / C), -1, 1)
 
     with a_t = 1/20, and 1/100 where e_t is clipped; \|I_t\| ≤ 10. The factor λ on β rises while the

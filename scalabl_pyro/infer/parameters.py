@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro
+import torch
 from torch import nn
 
+from ..data import Split
 from ..models.model import LoRAModel
 
-__all__ = ["parameter_groups", "trained_parameters"]
+__all__ = ["make_parameters", "parameter_groups", "trained_parameters"]
+
+
+def make_parameters(guide: Callable[..., Any], train: Split) -> None:
+    """Let a guide make its parameters, as Pyro's automatic guides do at their first call."""
+    if isinstance(guide, nn.Module) and not list(guide.parameters()):
+        with torch.no_grad(), pyro.poutine.block():
+            guide(train.collate(train.examples[:1]))
 
 
 def trained_parameters(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
@@ -22,6 +21,7 @@ from ..models.model import LoRAModel
 from .callbacks import Callback, ProgressBar
 from .checkpoints import Checkpoints
 from .fit_config import FitConfig
+from .parameters import make_parameters
 from .training import FitResult, Training, no_guide
 
 __all__ = ["fit"]
@@ -79,10 +79,7 @@ def fit(
     """
     _check(model, guide, train, config, validate, callbacks)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
-    if isinstance(guide, nn.Module) and not list(guide.parameters()):
-        with torch.no_grad(), pyro.poutine.block():
-            # Pyro's automatic guides make their parameters at the first call.
-            guide(next(train.minibatches(config.batch_size, seed=seed)))
+    make_parameters(guide, train)
     _tell_reach(guide, config)
     model.start_readout(train)
     run = Training(model, guide, config, optimizer)

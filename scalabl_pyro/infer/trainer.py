@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..data import Batch, Split
 from ..models.model import LoRAModel
 from .kl import KLSchedule, kl_weight
-from .parameters import parameter_groups
+from .messengers import AllSites
+from .parameters import make_parameters, parameter_groups
 
 __all__ = ["ELBOTrainer"]
 
@@ -69,6 +71,7 @@ class ELBOTrainer(transformers.Trainer):
                 f"args runs on {args.device}, and the adapter on {model.adapter.device}: expected"
                 " the same device"
             )
+        make_parameters(guide, train)
         model.start_readout(train)
         self._groups = parameter_groups(
             model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
@@ -95,15 +98,19 @@ class ELBOTrainer(transformers.Trainer):
         return DataLoader(batches, batch_size=None)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW over the two groups of parameters."""
-        self.optimizer = torch.optim.AdamW(self._groups)
+        """That of ``args``, over the two groups of parameters."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(self._groups, **options)
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any
     ) -> Tensor:
         """−ELBO/N of a batch, at the KL weight of this step."""
-        with kl_weight(self._kl(self.state.global_step, self.args.max_steps)):
+        # As in fit: what nothing would train is refused at the first step.
+        moved = [p for group in self._groups for p in group["params"]]
+        sites = nullcontext() if self.state.global_step else AllSites(moved)
+        with sites, kl_weight(self._kl(self.state.global_step, self.args.max_steps)):
             loss: Tensor = model(inputs["batch"])
         return loss
 

@@ -88,6 +88,7 @@ class Training:
                 f"the {type(self._optimizer).__name__} given is over {len(moved)} parameters:"
                 f" expected the {len(self._parameters)} that are trained, {list(self._named)}"
             )
+        self._optimizer.zero_grad()  # what a step left that did not come to its end
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.lr_factor)
         self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
         self._per_example = 1 / (model.num_data * config.accumulation)
@@ -198,14 +199,17 @@ class Training:
         if validate is None or not every or not (self.over or self.step % every == 0):
             return
         self._model.adapter.eval()
-        validation_nll = self.history[-1]["validation_nll"] = validate()
-        self._model.adapter.train()
-        if math.isnan(validation_nll):
+        try:
+            validation_nll = self.history[-1]["validation_nll"] = validate()
+            if math.isnan(validation_nll):
+                raise NonFiniteLossError(f"the validation NLL is {validation_nll}")
+        except NonFiniteLossError as error:
             self._good.restore()
             raise NonFiniteLossError(
-                f"the validation NLL is {validation_nll} after step {self.step}; the parameters are"
-                f" those of step {self.step - 1}; lower lr or lr_guide"
-            )
+                f"{error}; this was after step {self.step}, and the parameters are those of step"
+                f" {self.step - 1}; lower lr or lr_guide"
+            ) from error
+        self._model.adapter.train()
         if validation_nll < self.best_nll or math.isinf(self.best_nll):
             self.best_nll, self.best_step = validation_nll, self.step
             self.best.take()

@@ -27,6 +27,7 @@ from scalabl_pyro import (
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
 from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError, no_guide
+from scalabl_pyro.prediction import NonFinitePredictionsError
 
 ELBOS = {
     "Trace_ELBO": Trace_ELBO(max_plate_nesting=1),
@@ -253,6 +254,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(make_causal, record
         fit(model, guide, split, FitConfig(steps=9, batch_size=4), progress=False)
     parameters = [*adapter.named_parameters().values(), *guide.parameters()]
     assert all(p.isfinite().all() for p in parameters)
+    # Nothing is left of the step that failed: who follows the advice trains on.
+    split.collate = original
+    result = fit(model, guide, split, FitConfig(steps=2, batch_size=4, lr=1e-4), progress=False)
+    assert len(result.history) == 2
 
 
 def test_the_best_state_is_kept_when_asked(make_causal, records):
@@ -427,7 +432,8 @@ def test_a_point_has_no_kl_to_budget(make_causal, records):
         fit(model, AutoSubspaceDelta(model), split, config, progress=False)
 
 
-def test_a_validation_that_is_no_number_stops_training(make_causal, records):
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_validation_that_is_no_number_stops_training(make_causal, records, raises):
     adapter = make_causal()
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
@@ -436,13 +442,15 @@ def test_a_validation_that_is_no_number_stops_training(make_causal, records):
 
     def validate() -> float:
         assert not adapter.peft_model.training
+        if raises:  # as predict does
+            raise NonFinitePredictionsError("3 of 12 examples are nan")
         return float("nan")
 
     class Remember(Callback):
         def on_step(self, row):
             seen.append({name: p.detach().clone() for name, p in adapter.state().items()})
 
-    with pytest.raises(NonFiniteLossError, match=r"nan after step 2; .* those of step 1"):
+    with pytest.raises(NonFiniteLossError, match=r"nan; this was after step 2, .* those of step 1"):
         fit(
             model,
             AutoSubspaceNormal(model),

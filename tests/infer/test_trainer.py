@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, blocks, make_records
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.infer import Callback, no_guide
@@ -122,6 +123,43 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
     unlabelled = adapter.readout.encode(make_records(4, labelled=False))
     with pytest.raises(ValueError, match="needs a label in every record"):
         ELBOTrainer(model, guide, arguments(tmp_path), unlabelled)
+
+
+def test_a_guide_that_makes_its_parameters_late_is_trained(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values={"s": adapter.init_loc}))
+    ELBOTrainer(model, guide, arguments(tmp_path), split, lr_guide=0.05).train()
+    assert (guide.median()["s"] - adapter.init_loc).abs().max() > 0.1
+    assert (guide.scales.s - 0.1).abs().max() > 0.01
+
+
+def test_a_site_that_no_guide_covers_is_refused(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    with (
+        pytest.warns(UserWarning, match="in model but not guide"),
+        pytest.raises(ValueError, match=r"the latent sites \['s'\]"),
+    ):
+        ELBOTrainer(model, no_guide, arguments(tmp_path), split).train()
+
+
+def test_the_optimizer_is_that_of_the_arguments(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    kinds = {"adamw_torch": torch.optim.AdamW, "adafactor": transformers.Adafactor}
+    for optim, kind in kinds.items():
+        args = arguments(tmp_path, optim=optim, adam_epsilon=1e-4, adam_beta1=0.8)
+        trainer = ELBOTrainer(model, AutoSubspaceNormal(model), args, split, lr_guide=0.05)
+        optimizer = trainer.create_optimizer()
+        assert type(optimizer) is kind
+        assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.05]
+        if kind is torch.optim.AdamW:
+            assert {group["eps"] for group in optimizer.param_groups} == {1e-4}
+            assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.999)}
 
 
 def test_it_runs_on_one_of_several_gpus(make_causal, records, tmp_path):
