@@ -65,6 +65,7 @@ def check_same(number: int, message: str) -> None:
         raise RuntimeError(f"{message}: {numbers}")
 
 
+@torch.no_grad()
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by the first process's, in place."""
     for tensor in tensors if world_size() > 1 else ():

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_records, scalabl, write_jsonl
+from conftest import ROOT, make_records, scalabl, write_jsonl
 from safetensors.torch import load_file
 
 from scalabl_pyro import distributed, load_run
@@ -69,6 +69,54 @@ def test_two_processes_train_as_one(local_model, tmp_path, monkeypatch, shard):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert load_run("two").predictor.num_draws == 10  # in one process
     assert len(losses[0]) == 20
+
+
+OTHERWISE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import lora, make_records, tiny_llama
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+from scalabl_pyro import AutoSubspaceNormal, FitConfig, ScalaBLModel, SubspaceAdapter
+from scalabl_pyro import distributed, fit
+from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.readouts import LabelTokens
+
+distributed.start()
+torch.manual_seed(0)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+adapter = SubspaceAdapter(tiny_llama(vocab_size=len(tokenizer)), lora("q_proj"), readout)
+if distributed.rank():
+    with torch.no_grad():
+        for A in adapter.matrices.A.values():
+            A.weight.neg_()
+split = adapter.encode(make_records(8))
+model = ScalaBLModel(adapter, num_data=8)
+guide = AutoSubspaceNormal(model)
+fit(model, guide, split, FitConfig(steps=3, batch_size=4, lr=0.01), progress=False)
+state = {name: value.detach().clone() for name, value in adapter.state().items()}
+save_file(state | {"loc": guide.loc.detach()}, f"{sys.argv[3]}/{distributed.rank()}.safetensors")
+"""
+
+
+def test_processes_start_from_the_same_projections(local_model, tmp_path):
+    """Singular vectors have the sign that rounding gives them."""
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    arguments = [str(ROOT / "tests"), str(local_model), str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OTHERWISE, *arguments],
+            env=os.environ | environment | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in "01")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(two[name], value), name
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(make_causal, records):

@@ -15,7 +15,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from ..data import Split
-from ..distributed import check_same, is_main, rank, world_size
+from ..distributed import check_same, copy_from_main, is_main, rank, world_size
 from ..guides import AutoSubspaceDelta
 from ..models.model import LoRAModel
 from .callbacks import Callback, ProgressBar
@@ -48,8 +48,9 @@ def fit(
     .. math:: -\frac{1}{N} \Big( \frac{N}{B} \sum_{n ∈ batch} E_q[\log p(y_n \mid x_n, s)]
               - β_t \, KL(q(s) \,\|\, p(s)) \Big)
 
-    In a process group of ``torch.distributed`` every process has its share of each minibatch, and
-    all must start from the same random state, so that they draw the same s.
+    In a process group of ``torch.distributed`` every process has its share of each minibatch and
+    the first one's projections and guide to start from, and all must start from the same random
+    state, so that they draw the same s.
 
     :param model: with its projections; ``model.num_data`` is N.
     :param guide: any Pyro guide for the model, or :func:`no_guide` for a point estimate.
@@ -83,6 +84,9 @@ def fit(
     _tell_reach(guide, config)
     model.start_readout(train)
     run = Training(model, guide, config, optimizer)
+    # Gradients are averaged: they have to be of the same V, which rounding on another device may
+    # have turned round.
+    copy_from_main([*model.adapter.state().values(), *run.parameters])
     if checkpoints is not None:
         run.resume(checkpoints)
         check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")

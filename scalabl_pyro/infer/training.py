@@ -71,7 +71,7 @@ class Training:
         self._device = model.adapter.device
         matrices, numbers = trained_parameters(model, guide)
         self._named = matrices | numbers
-        self._parameters = list(self._named.values())
+        self.parameters = list(self._named.values())
         if optimizer is None:
             groups = parameter_groups(model, guide, **config.rates)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
@@ -83,10 +83,10 @@ class Training:
             )
         self._optimizer = optimizer
         moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        if moved != {id(parameter) for parameter in self._parameters}:
+        if moved != {id(parameter) for parameter in self.parameters}:
             raise ValueError(
                 f"the {type(self._optimizer).__name__} given is over {len(moved)} parameters:"
-                f" expected the {len(self._parameters)} that are trained, {list(self._named)}"
+                f" expected the {len(self.parameters)} that are trained, {list(self._named)}"
             )
         self._optimizer.zero_grad()  # what a step left that did not come to its end
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.lr_factor)
@@ -94,8 +94,8 @@ class Training:
         self._per_example = 1 / (model.num_data * config.accumulation)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self._good = Snapshot(self._parameters)
-        self.best = Snapshot(self._parameters)
+        self._good = Snapshot(self.parameters)
+        self.best = Snapshot(self.parameters)
         self.best_nll, self.best_step = math.inf, config.steps
 
     @property
@@ -107,7 +107,7 @@ class Training:
 
     @property
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters if p.grad is not None]
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def kl_weight(self) -> float:
         """β of the next step."""
@@ -121,7 +121,7 @@ class Training:
         loss, nll = 0.0, 0.0
         # Checks are worth their time once: sites, shapes and supports do not change.
         check = self.step == 0
-        sites = AllSites(self._parameters) if check else nullcontext()
+        sites = AllSites(self.parameters) if check else nullcontext()
         with pyro.validation_enabled(check), sites, kl_weight(beta):
             for _ in range(self._config.accumulation):
                 # Once: adapter and likelihood each need it there.
@@ -240,7 +240,7 @@ class Training:
         if self._config.keep == "best":
             self.best.restore()
         step = self.best_step if self._config.keep == "best" else self.step
-        return FitResult(self.history, step, sum(p.numel() for p in self._parameters))
+        return FitResult(self.history, step, sum(p.numel() for p in self.parameters))
 
     def state(self) -> TrainingState:
         """All of it, and torch's random state."""
