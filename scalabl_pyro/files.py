@@ -86,15 +86,20 @@ def _check_name(path: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the context ends.
+    """A temporary folder beside ``folder`` that takes its name when the context ends, and is
+    removed where it ends by an error.
 
     :raises FileExistsError: if the folder exists.
     """
     part = new_path(folder).with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
-    put(part, folder)
+    try:
+        yield part
+        put(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pyro
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -30,6 +31,7 @@ from scalabl_pyro import Predictor, Record, ScalaBLModel, Split, SubspaceAdapter
 from scalabl_pyro.commands.cli import main
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.guides import AutoSubspace
+from scalabl_pyro.prediction import Predictions
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.choice_likelihood import ChoiceLikelihood
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
@@ -274,6 +276,13 @@ def split(adapter: SubspaceAdapter, records: list[Record]) -> Split:
 @pytest.fixture
 def model(adapter: SubspaceAdapter, split: Split) -> ScalaBLModel:
     return ScalaBLModel(adapter, num_data=len(split))
+
+
+def predictions_of(folder: str | Path) -> dict[str, Predictions]:
+    """Those that a run folder keeps, by split."""
+    saved = load_file(Path(folder) / "predictions.safetensors")
+    splits = [name.removesuffix(".logits") for name in saved if name.endswith(".logits")]
+    return {n: Predictions(saved[f"{n}.logits"], saved[f"{n}.labels"]) for n in splits}
 
 
 def whole(split: Split):

@@ -10,11 +10,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_records, scalabl, write_jsonl
+from conftest import ROOT, make_records, predictions_of, scalabl, write_jsonl
 from safetensors.torch import load_file
 
 from scalabl_pyro import distributed, load_run
-from scalabl_pyro.commands._runs import load_predictions
 
 
 def free_port() -> int:
@@ -60,7 +59,7 @@ def test_two_processes_train_as_one(local_model, tmp_path, monkeypatch, shard):
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=name)
-    logits = [load_predictions(tmp_path / name)["test"].logits for name in ("one", "two")]
+    logits = [predictions_of(tmp_path / name)["test"].logits for name in ("one", "two")]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
     losses = []
     for name in ("one", "two"):

@@ -57,6 +57,17 @@ def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, event
     assert [p.name for p in folder.iterdir()] == ["a.txt"]
 
 
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        with whole_folder(tmp_path / "new") as part:
+            (part / "a.txt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
 def test_so_is_all_that_is_in_a_folder(tmp_path, events):
     with whole_folder(tmp_path / "out") as part:
         (part / "inner").mkdir()

@@ -14,7 +14,7 @@ from ..runs.config import MAY_CHANGE_ON_RESUME
 from ..runs.cost import Cost, read_cost
 from ..runs.reading import read_fingerprints, read_json, read_predictions, read_settings
 
-__all__ = ["ReportedRun", "load_predictions"]
+__all__ = ["ReportedRun"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,3 @@ class ReportedRun:
             read_fingerprints(folder),
             folder,
         )
-
-
-def load_predictions(folder: Path) -> dict[str, Predictions]:
-    """The predictions of a run folder, by split.
-
-    :raises RunFolderError: if they are missing or damaged.
-    """
-    by_split = read_predictions(folder)
-    return {name: Predictions(parts["logits"], parts["labels"]) for name, parts in by_split.items()}

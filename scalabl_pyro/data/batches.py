@@ -109,6 +109,12 @@ class Split(Sequence[Example]):
             self.collate,
         )
 
+    def by_length(self) -> tuple[Split, Tensor]:
+        """The examples in the order of their length, so that little is padded when they are
+        batched, and (N,) where each of these stands among those."""
+        order = sorted(range(len(self)), key=self.lengths.__getitem__)
+        return self.select(order), torch.tensor(order).argsort()
+
     def relabelled(self, labels: Sequence[int]) -> Split:
         """The same examples with other labels.
 

@@ -46,6 +46,8 @@ class AutoSubspaceTopNormal(AutoSubspace):
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
         trunk = model.adapter.trunk
+        if not trunk.num_blocks:
+            raise ValueError(f"guide top_normal needs blocks: {trunk.why_not}")
         if not (isinstance(blocks, int) and 0 <= blocks <= trunk.num_blocks):
             raise ValueError(
                 f"blocks is {blocks!r}: expected a whole number from 0 to {trunk.num_blocks}, the"

@@ -84,9 +84,10 @@ def fit(
     _tell_reach(guide, config)
     model.start_readout(train)
     run = Training(model, guide, config, optimizer)
-    # Gradients are averaged: they have to be of the same V, which rounding on another device may
-    # have turned round.
-    copy_from_main([*model.adapter.state().values(), *run.parameters])
+    if world_size() > 1:
+        # Gradients are averaged: they have to be of the same V, which rounding on another device
+        # may have turned round.
+        copy_from_main([*model.adapter.state().values(), *run.parameters])
     if checkpoints is not None:
         run.resume(checkpoints)
         check_same(run.step, f"processes would go on from different steps of {checkpoints.folder}")

@@ -72,7 +72,8 @@ class SubspaceAdapter:
     :param share_trunk: run the blocks below the first random vector once for all draws, which
         computes the same (see :class:`~scalabl_pyro.lora.Trunk`). Where a forward pass shows that a
         model does not allow it, all blocks run for all draws, with a line in the log.
-    :raises ValueError: if a target matches no module, what PEFT builds would bypass the hook, or
+    :raises ValueError: if the model is on another device than a CPU or a CUDA device, a target
+        matches no module, what PEFT builds would bypass the hook, or
         ``start`` does not fit the model.
 
     Usage::
@@ -108,6 +109,12 @@ class SubspaceAdapter:
         self.warm_start = start is not None
         self.unit = projections == "unit"
         self.peft_model, self.layers = add_lora(llm, lora, start)
+        if llm.device.type not in ("cpu", "cuda", "meta"):
+            # Seeds are set and put back, and random states saved, on these alone.
+            raise ValueError(
+                f"the model is on {llm.device}: expected a CPU or a CUDA device, as after"
+                " llm.to('cpu')"
+            )
         if perp < 0:
             raise ValueError(f"perp is {perp}: expected a number of coordinates, 0 or more")
         #: k
@@ -281,9 +288,9 @@ class SubspaceAdapter:
         originals = [A.weight.clone() for A in matrices]
         parts = self._hooks.effective(s).split([self.rank, self.perp], dim=-1)
         scales = [scale for part in parts[: 1 + bool(self.perp)] for scale in part]
-        for A, scale in zip(matrices, scales, strict=True):
-            A.weight.mul_(scale[:, None].to(A.weight))
         try:
+            for A, scale in zip(matrices, scales, strict=True):
+                A.weight.mul_(scale[:, None].to(A.weight))
             with self._hooks.rebound(Bound()):
                 yield self.peft_model
         finally:
@@ -299,9 +306,9 @@ class SubspaceAdapter:
         """
         stored = self.state()
         originals = {name: stored[name].clone() for name in weights}
-        for name, value in weights.items():
-            stored[name].copy_(value)
         try:
+            for name, value in weights.items():
+                stored[name].copy_(value)
             yield
         finally:
             for name, value in originals.items():

@@ -77,7 +77,7 @@ class ModelConfig(ReadoutConfig):
                     f"{name} is {getattr(self, name)!r} with readout {self.readout!r}, which"
                     f" reads no such thing: leave it out, or take one of {able}"
                 )
-        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
 
     def classes(self, records: Sequence[Record], *, shots: Sequence[Record] = ()) -> Classes:

@@ -53,11 +53,15 @@ def cached_split(
         the first batch is computed anyway, and compared.
     :param trained: what is no part of the trunk, whatever its place: LoRA matrices and heads.
     :returns: hidden states are on the CPU, (T, H) for each row of tokens.
-    :raises ValueError: if there is no trunk, it holds something that is trained, or a file is
-        damaged or of other weights.
+    :raises ValueError: if there is no trunk, it holds something that is trained, the split is
+        cached already, or a file is damaged or of other weights.
     """
     if not trunk.depth:
         raise ValueError(f"there is no trunk to compute once: {trunk.why_not}")
+    if isinstance(split.examples[0], _CachedExample):
+        raise ValueError(
+            "the split holds what leaves a trunk already: expected one as the readout encodes it"
+        )
     chunks = list(split.batches(batch_size))
     # With gradients on, the first batch tells whether a trained parameter has a part in it.
     with torch.enable_grad():

@@ -70,6 +70,11 @@ class Method(ABC):
         setting of the methods that leave a choice."""
         return "free"
 
+    @property
+    def particles(self) -> int:
+        """P, the draws of a training step, each of which multiplies the rows of a minibatch."""
+        return 1
+
     def form(self) -> dict[str, Any]:
         """The options of :class:`~scalabl_pyro.lora.SubspaceAdapter` that the method decides."""
         return {"svd": self.svd, "projections": self.projections}

@@ -74,6 +74,10 @@ class ScalaBL(Method):
         if self.draws < 0:
             raise ValueError(f"draws is {self.draws}: expected 1 or more, or 0 for the median")
 
+    @property
+    def particles(self) -> int:
+        return int(self.elbo.get("num_particles", 1))
+
     def form(self) -> dict[str, Any]:
         return super().form() | ({"perp": self.perp} if self.perp else {})
 

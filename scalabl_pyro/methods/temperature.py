@@ -56,9 +56,18 @@ class TemperatureScaling(LoRAMethod):
         return self.temper(fitted, validation)
 
     def temper(self, fitted: Fitted, validation: Split) -> Fitted:
-        """The same trained model at its best temperature."""
+        """The same trained model at its best temperature.
+
+        :raises ValueError: if it predicts by an average of draws, which no one temperature of the
+            logits makes calibrated.
+        """
+        if not isinstance(fitted.predictor, Predictor) or fitted.predictor.num_draws > 1:
+            raise ValueError(
+                "a temperature divides the logits of one model, and this is an average over"
+                f" {fitted.predictor.num_draws} draws: expected what mle or map trained, or the"
+                " posterior mean, Predictor(adapter, guide.median()['s'][None])"
+            )
         predictions = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
         assert predictions.labels is not None
         temperature = best_temperature(predictions.logits[0], predictions.labels)
-        assert isinstance(fitted.predictor, Predictor)
         return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))

@@ -27,11 +27,13 @@ class Linearised:
 
     :param loc: μ (M, r), the posterior's mean.
     :param draws: (S, M, r), of any posterior, or (S, M, r + k) with s_perp, whose mean is 0.
+    :param temperature: divides the logits.
     """
 
     adapter: SubspaceAdapter
     loc: Tensor
     draws: Tensor
+    temperature: float = 1.0
 
     @property
     def num_draws(self) -> int:
@@ -43,4 +45,4 @@ class Linearised:
         loc, draws = self.adapter.with_perp(self.loc), self.adapter.with_perp(self.draws)
         f, J = jacobian(self.adapter, batch, loc)
         steps = (draws - loc).flatten(1)  # (S, D)
-        return f + torch.einsum("bcd,sd->sbc", J.flatten(2), steps)
+        return (f + torch.einsum("bcd,sd->sbc", J.flatten(2), steps)) / self.temperature

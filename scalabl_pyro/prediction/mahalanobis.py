@@ -96,9 +96,9 @@ def pooled_features(
     """
     adapter.eval()
     backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
-    order = sorted(range(len(split)), key=split.lengths.__getitem__)  # so that little is padded
+    ordered, place = split.by_length()
     features = []
-    for chunk in split.select(order).batches(batch_size):
+    for chunk in ordered.batches(batch_size):
         batch = chunk.collate(chunk.examples).to(adapter.device)
         mask = token_mask(batch).view(len(batch), -1)  # (B, [C·]T)
         hidden: list[Tensor] = []
@@ -114,4 +114,4 @@ def pooled_features(
         weight = mask[..., None].to(hidden[0])
         rows = hidden[0].reshape(len(batch), -1, hidden[0].shape[-1])
         features.append(((rows * weight).sum(1) / weight.sum(1)).cpu())
-    return torch.cat(features)[torch.tensor(order).argsort()]
+    return torch.cat(features)[place]

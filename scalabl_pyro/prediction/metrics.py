@@ -48,18 +48,13 @@ class Averaged(NamedTuple):
 
 def summarise(logits: Tensor) -> Averaged:
     """All of it from (S, N, C), with the average computed once."""
-    exact = in_double(logits)  # for the difference of two entropies that are nearly the same
+    exact = logits.double()  # for the difference of two entropies that are nearly the same
     log_probs = average(exact)
     probs = log_probs.exp()
     total = torch.special.entr(probs).sum(-1)
     each = torch.special.entr(exact.softmax(-1)).sum(-1).mean(0)
     between = (total - each).clamp(min=0).masked_fill(all_alike(logits), 0.0)
     return Averaged(*(x.to(logits.dtype) for x in (probs, log_probs, total, between)))
-
-
-def in_double(logits: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return logits if logits.device.type == "mps" else logits.double()
 
 
 def all_alike(logits: Tensor) -> Tensor:

@@ -128,12 +128,12 @@ def _shares(
     variances: Callable[[Batch], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """(N,), the first of two variances (B,) over the second, in the order of the split."""
-    order = sorted(range(len(split)), key=split.lengths.__getitem__)  # so that little is padded
+    ordered, place = split.by_length()
     shares = []
-    for chunk in split.select(order).batches(batch_size):
+    for chunk in ordered.batches(batch_size):
         after, before = variances(chunk.collate(chunk.examples).to(adapter.device))
         shares.append((after / before).clamp(0, 1).float().cpu())  # but for rounding it is there
-    return torch.cat(shares)[torch.tensor(order).argsort()]
+    return torch.cat(shares)[place]
 
 
 def _contrasts(J: Tensor, batch: Batch) -> Tensor:

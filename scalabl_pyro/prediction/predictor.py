@@ -217,7 +217,7 @@ def predict(
     :param tolerance: stop drawing for an example when its :func:`half_width` is at most so much, in
         probability. It is looked at after each divisor of S that is 4 or more, so that an S with
         many of them, such as 12, 24 or 48, stops soonest.
-    :raises ValueError: if a tolerance is not above 0, or the predictor has no draws; for
+    :raises ValueError: if a tolerance is not above 0, or the predictor has one draw or none; for
         completions, which have no choices.
     :raises DataError: if a record does not fit the readout.
     :raises NonFinitePredictionsError: if a logit is NaN or infinite where there is a choice.
@@ -225,16 +225,17 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected 1 or more")
     if tolerance is not None and not (
-        tolerance > 0 and isinstance(predictor, Predictor) and predictor.draws is not None
+        tolerance > 0 and isinstance(predictor, Predictor) and predictor.num_draws > 1
     ):
         raise ValueError(
-            f"tolerance is {tolerance}: expected a number above 0, and a predictor with draws of s"
+            f"tolerance is {tolerance}: expected a number above 0, and a predictor with several"
+            " draws of s"
         )
     split = data if isinstance(data, Split) else predictor.adapter.readout.encode(data)
     predictor.adapter.eval()
-    order = sorted(range(len(split)), key=split.lengths.__getitem__)
+    ordered, place = split.by_length()
     parts, used = [], []
-    for chunk in tqdm(split.select(order).batches(batch_size), disable=not progress):
+    for chunk in tqdm(ordered.batches(batch_size), disable=not progress):
         if tolerance is not None and isinstance(predictor, Predictor):
             logits, draws = _until_settled(predictor, chunk, tolerance)
             used.append(draws)
@@ -242,7 +243,6 @@ def predict(
             batch = chunk.collate(chunk.examples)
             logits = _finite(predictor.logits(batch).cpu(), batch, chunk)
         parts.append(logits)
-    place = torch.tensor(order).argsort()
     return Predictions(
         torch.cat(parts, dim=1)[:, place],
         split.labels,

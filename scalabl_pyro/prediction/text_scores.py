@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import all_alike, average, in_double
+from .metrics import all_alike, average
 
 __all__ = [
     "WEIGHTS",
@@ -113,7 +113,7 @@ def _token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:
     """In float64: mutual information is the difference of two entropies that are nearly the
     same."""
     alike = all_alike(logits)
-    logits, log_weights = in_double(logits), in_double(log_weights).log_softmax(0)
+    logits, log_weights = logits.double(), log_weights.double().log_softmax(0)
     log_mean = average(logits, log_weights)
     mean = log_mean.exp()
     total = torch.special.entr(mean).sum(-1)

@@ -142,12 +142,17 @@ def score(
 
     @torch.no_grad()
     def run(numbers: Sequence[int]) -> list[ScoredText]:
-        chunk = split.select(numbers)
-        batch = chunk.collate(chunk.examples).to(adapter.device)
-        rows = {k: v.repeat(predictor.num_draws, 1) for k, v in batch.inputs.items()}
-        with adapter.bound(predictor.draws) as llm:
-            logits = readout(llm, rows).unflatten(0, (predictor.num_draws, -1))
-        return _scored(readout, chunk, batch, logits, weights)
+        texts = []
+        for few in _few_logits(
+            [split.lengths[n] for n in numbers], predictor.num_draws * readout.num_classes
+        ):
+            chunk = split.select([numbers[i] for i in few])
+            batch = chunk.collate(chunk.examples).to(adapter.device)
+            rows = {k: v.repeat(predictor.num_draws, 1) for k, v in batch.inputs.items()}
+            with adapter.bound(predictor.draws) as llm:
+                logits = readout(llm, rows).unflatten(0, (predictor.num_draws, -1))
+            texts += _scored(readout, chunk, batch, logits, weights)
+        return texts
 
     # In the order of their length, so that little is padded.
     order = sorted(range(len(split)), key=split.lengths.__getitem__)

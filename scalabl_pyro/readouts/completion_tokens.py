@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Self
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, Completion, DataError, Example, Record, Split
-from .base import Classes, Readout, check_records
+from .base import Classes, Readout, check_records, common
 from .causal import check_chat, last_logits, prompt_ids
 from .config import ReadoutConfig
 from .conversations import answer_text, given_text
@@ -126,9 +125,7 @@ class CompletionTokens(Readout):
         except DataError as error:
             raise DataError(f"record {record.id!r}: {error}") from error
         prompt, whole = self._ids(prompt_text), self._ids(prompt_text + answer)
-        start = len(
-            list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
-        )
+        start = common(prompt, whole)
         if not prompt_ids(self.tokenizer, record.messages[-1].content, add_special_tokens=False):
             start = 0  # what remains are tokens that begin any text
         if not 0 < start < len(whole):

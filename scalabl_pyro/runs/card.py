@@ -49,12 +49,14 @@ def run_card(
     sizes: Mapping[str, int],
     figures: Mapping[str, Mapping[str, Figure]],
     *,
+    rank: int,
     adapter: bool = False,
 ) -> str:
     """The card of a run folder.
 
     :param sizes: examples by split.
     :param figures: see :func:`with_intervals`.
+    :param rank: r, which an adapter to start from may have brought.
     :param adapter: the card of the folder ``adapter`` in it.
     """
     base, _ = find_gguf(model_folder(config.model.name))
@@ -66,7 +68,7 @@ def run_card(
     lines = [*head(base), f"# {plain(config.method['name'])} on {plain(config.model.name)}", ""]
     if adapter:
         lines += [mean, ""]
-    lines += about(config, sizes)
+    lines += about(config, sizes, rank)
     lines += ["", "## Results", "", *results(figures)]
     if not adapter:
         lines += ["", "## How to load it", "", *_loading(config), "", f"`adapter/`: {mean}"]
@@ -84,14 +86,15 @@ def head(base: str, *, on_hub: bool = True) -> list[str]:
     return [*lines, "tags: [lora, bayesian]", "---", ""]
 
 
-def about(config: RunConfig, sizes: Mapping[str, int]) -> list[str]:
+def about(config: RunConfig, sizes: Mapping[str, int], rank: int) -> list[str]:
     """Method, model and data in a sentence each.
 
     :param sizes: examples by split; none where they are not known.
+    :param rank: r of the adapter.
     """
     lines = [
         f"Method `{config.method['name']}` of scalabl_pyro {version('scalabl_pyro')}, seed"
-        f" {config.seed}, LoRA of rank {config.lora.r} on {plain(config.model.name)}."
+        f" {config.seed}, LoRA of rank {rank} on {plain(config.model.name)}."
     ]
     if sizes:
         counts = ", ".join(f"{count} of {plain(name)}" for name, count in sizes.items())

@@ -265,7 +265,7 @@ def _card(
         ),
         *_how_choices_are_scored(manifest),
         "",
-        *about(run.config, {}),
+        *about(run.config, {}, run.predictor.adapter.rank),
     ]
     if metrics:
         lines += ["", "## Results", "", *results(metrics)]

@@ -262,8 +262,9 @@ def _write_cards(
         sizes[split] = len(
             assessment.tensors["labels" if "labels" in assessment.tensors else "lengths"]
         )
+    rank = fitted.model.adapter.rank
     for folder in (part, part / "adapter"):
-        text = run_card(config, sizes, figures, adapter=folder != part)
+        text = run_card(config, sizes, figures, rank=rank, adapter=folder != part)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 

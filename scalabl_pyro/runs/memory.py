@@ -50,6 +50,7 @@ class MemoryConfig:
     :param tokens: T of the longest row, padding included; half of a text is its completion.
     :param classes: C.
     :param draws: S.
+    :param particles: P of the ELBO.
     :raises ValueError: if ``perp`` is below 0, or another number below 1.
     """
 
@@ -62,9 +63,11 @@ class MemoryConfig:
     tokens: int = 256
     classes: int = 4
     draws: int = 10
+    particles: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_batch_size", "tokens", "classes", "draws"):
+        counts = ("batch_size", "eval_batch_size", "tokens", "classes", "draws", "particles")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
         if self.perp < 0:
@@ -200,8 +203,8 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
         width = r + config.perp
         adapter.train()
         with _Alive(resident) as training:
-            s = torch.ones(M, width, requires_grad=True)
-            adapter(_batch(config, config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
+            s = torch.ones(config.particles, M, width, requires_grad=True)
+            adapter(_batch(config, config.batch_size), s).log_softmax(-1)[..., 0].sum().backward()
         for parameter in resident:
             parameter.grad = None
 

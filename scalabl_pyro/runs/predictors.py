@@ -135,7 +135,7 @@ def _average(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
 
 
 def _linearised(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
-    return Linearised(predictor.adapter, median, draws)
+    return Linearised(predictor.adapter, median, draws, predictor.temperature)
 
 
 def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:

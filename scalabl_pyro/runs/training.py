@@ -145,7 +145,7 @@ def _add_distances(
         distances = feature_distances(
             predictor.adapter, train, [splits[name] for name in names], s, batch_size=batch_size
         )
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError) as error:  # of which running out of memory is one
         # What was trained is not lost for a column of a table.
         log.warning("the run keeps no Mahalanobis distances: %s", error)
         return
@@ -244,6 +244,7 @@ class _Trainer:
             eval_batch_size=self.config.eval_batch_size,
             tokens=max(self.train.lengths),
             classes=self.readout.num_classes,
+            particles=method.particles,
         )
 
 

@@ -15,7 +15,15 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from conftest import FAST, make_records, scalabl, tiny_bert_config, tiny_llama, write_jsonl
+from conftest import (
+    FAST,
+    make_records,
+    predictions_of,
+    scalabl,
+    tiny_bert_config,
+    tiny_llama,
+    write_jsonl,
+)
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -25,7 +33,6 @@ import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import FitConfig, KLSchedule, Record, load_run, predict
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands._input import begun_for
-from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.commands.cli import COMMANDS
 from scalabl_pyro.data import read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
@@ -154,7 +161,7 @@ def test_real_causal_lm_reloads_to_the_bit(shared, tmp_path, capsys):
     model = shared / "models" / "stories260k"
     words = [f"model.name={model}", "data.root=obqa", "run_dir=out", *FAST]
     assert scalabl("train", *words) == 0
-    before = load_predictions(Path("out"))["test"].logits
+    before = predictions_of(Path("out"))["test"].logits
     loaded = load_run("out")
     split = loaded.readout.encode(read_folder("obqa")["test"])
     assert torch.equal(before, predict(loaded.predictor, split).logits)
@@ -512,7 +519,7 @@ def test_inference_on_s_alone_starts_from_a_trained_adapter(local_model, data, t
     trained = json.loads(out)
     overruled = re.findall(r"(\S+) has no effect with lora.start", told)
     assert overruled == ["lora.r", "lora.heads"]
-    point, bayes = (load_predictions(tmp_path / name)["test"].logits for name in ("point", "bayes"))
+    point, bayes = (predictions_of(tmp_path / name)["test"].logits for name in ("point", "bayes"))
     torch.testing.assert_close(bayes, point.expand_as(bayes), atol=1e-3, rtol=1e-3)
     (tmp_path / "point").rename(tmp_path / "gone")
     assert scalabl("evaluate", "run=bayes", f"data.root={data}", "progress=false") == 0
@@ -688,7 +695,7 @@ def test_a_run_that_is_not_finite_answers_nothing(run, tmp_path, capsys, where):
 def test_predict_proba_takes_records(run, data):
     trained = load_run(run)
     records = read_folder(data)["test"]
-    logits = load_predictions(run)["test"].logits
+    logits = predictions_of(run)["test"].logits
     probs = trained.predict_proba(records)
     torch.testing.assert_close(probs, logits.softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="differ from record to record"):

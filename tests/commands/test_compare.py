@@ -9,13 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import make_records, scalabl, write_jsonl
+from conftest import make_records, predictions_of, scalabl, write_jsonl
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from scalabl_pyro import Predictions
 from scalabl_pyro.commands._configs import CONFIGS
-from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.commands.compare import CompareConfig
 from scalabl_pyro.methods import METHODS
 from scalabl_pyro.runs.config import build
@@ -118,7 +117,7 @@ def test_predictions_of_a_run_are_kept(compare, tmp_path):
     words = ["methods.scalabl=[{method:{name:scalabl,draws:3},fit:{lr:0.01}}]", *others]
     assert compare("seeds=[0]", *words) == 0
     (folder,) = (tmp_path / "out/runs").iterdir()
-    predictions = load_predictions(folder)
+    predictions = predictions_of(folder)
     assert set(predictions) == {"validation", "test", "unseen"}
     assert isinstance(predictions["test"], Predictions)
     assert predictions["test"].logits.shape == (3, 9, 4)

@@ -16,12 +16,12 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import ROOT, scalabl
+from conftest import ROOT, predictions_of, scalabl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from scalabl_pyro.commands._report import write_report
-from scalabl_pyro.commands._runs import ReportedRun, load_predictions
+from scalabl_pyro.commands._runs import ReportedRun
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.prediction import entropy, paired_difference
 from scalabl_pyro.runs import DataConfig, RunConfig
@@ -196,7 +196,7 @@ def test_not_told_apart_is_what_the_paired_difference_says(written, rows):
     table, _, _ = written
     loss = {}
     for name, folders in rows.items():
-        runs = [load_predictions(folder)["test"] for folder in folders]
+        runs = [predictions_of(folder)["test"] for folder in folders]
         loss[name] = torch.stack(
             [
                 -run.logits.double().softmax(-1).mean(0)[torch.arange(N), run.labels].log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import lora, tiny_llama, whole
+from torch import nn
 
 from scalabl_pyro import FitConfig, ScalaBLModel, SubspaceAdapter, fit
 from scalabl_pyro.data import PROMPTS
@@ -69,6 +70,16 @@ def test_draws_agree_below_and_run_those_blocks_once(make_causal, blocks):
     assert draw(guide, 4, seed=0, kind="sobol").shape == (4, *adapter.shape)
     M, r = adapter.shape
     assert sum(p.numel() for p in guide.parameters()) == M * r + (2 * blocks + 1) * r
+
+
+def test_a_model_without_known_blocks_is_refused(tokenizer):
+    llm = tiny_llama()
+    llm.model.layers = nn.Sequential(*llm.model.layers)
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    model = ScalaBLModel(SubspaceAdapter(llm, lora("q_proj"), readout), num_data=3)
+    for blocks in (0, 1):
+        with pytest.raises(ValueError, match=r"top_normal needs blocks: .*in no nn"):
+            make_guide(model, "top_normal", blocks=blocks)
 
 
 def test_bad_settings_are_refused(make_causal):

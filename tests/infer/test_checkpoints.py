@@ -11,12 +11,11 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from conftest import make_records, scalabl, write_jsonl
+from conftest import make_records, predictions_of, scalabl, write_jsonl
 from filelock import FileLock
 from pyro.infer import Trace_ELBO
 
 from scalabl_pyro import ScalaBLModel, fit, load_run
-from scalabl_pyro.commands._runs import load_predictions
 from scalabl_pyro.guides import make_guide
 from scalabl_pyro.infer import Callback, FitConfig
 from scalabl_pyro.infer import checkpoints as module
@@ -259,7 +258,7 @@ def test_train_resumes_to_the_bit(words, tmp_path, capsys, monkeypatch):
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["test"] == expected["test"]
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out"]
-    whole, resumed = (load_predictions(tmp_path / name)["test"].logits for name in ("whole", "out"))
+    whole, resumed = (predictions_of(tmp_path / name)["test"].logits for name in ("whole", "out"))
     assert torch.equal(whole, resumed)
     assert load_run("out").guide is not None
 

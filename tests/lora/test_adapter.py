@@ -360,3 +360,22 @@ def test_a_trained_adapter_of_another_base_is_refused(make_causal, tmp_path):
     wider = tiny_llama(hidden_size=48)
     with pytest.raises(ValueError, match="does not fit LlamaForCausalLM"):
         SubspaceAdapter(wider, config, make_causal().readout, start=tmp_path)
+
+
+def test_weights_are_put_back_whatever_fails(make_causal):
+    adapter = make_causal()
+    before = {name: value.clone() for name, value in adapter.state().items()}
+    first, second = list(before)[:2]
+    wrong = {first: torch.full_like(before[first], 7.0), second: torch.zeros(3, 5, 7)}
+    with pytest.raises(RuntimeError), adapter.holding(wrong):
+        pass
+    for name, value in adapter.state().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_on_a_device_whose_random_state_is_not_kept_is_refused(tokenizer, monkeypatch):
+    llm = tiny_llama()
+    monkeypatch.setattr(type(llm), "device", torch.device("mps"))
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    with pytest.raises(ValueError, match="is on mps: expected a CPU or a CUDA device"):
+        SubspaceAdapter(llm, lora("q_proj"), readout)

@@ -297,6 +297,8 @@ def test_what_cannot_be_cached_is_refused(tokenizer, records):
     deep, deeper = make(tokenizer, "llama", first=2), make(tokenizer, "llama", first=3)
     with pytest.raises(ValueError, match=r"leaving_block_1.* has 3 blocks"):
         deeper(whole(deep.cache_trunk(split)))
+    with pytest.raises(ValueError, match="holds what leaves a trunk already"):
+        deep.cache_trunk(deep.cache_trunk(split))
     embedding = make(tokenizer, "llama")
     embedding.peft_model.get_input_embeddings().weight.requires_grad_()
     with pytest.raises(ValueError, match="holds parameters that are trained"):

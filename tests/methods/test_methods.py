@@ -196,6 +196,14 @@ def test_what_only_a_restore_of_its_own_could_read_is_refused(make_choice):
         MLE(CONFIG).restore(make_choice(), {"weights.a": torch.zeros(1)}, temperature=1.0, seed=0)
 
 
+def test_a_temperature_is_of_one_model(make_causal, records):
+    adapter = make_causal()
+    split = adapter.readout.encode(records)
+    fitted = ScalaBL(CONFIG, progress=False).fit(lambda **_: adapter, split, None, seed=0)
+    with pytest.raises(ValueError, match="an average over 10 draws"):
+        TemperatureScaling(CONFIG).temper(fitted, split)
+
+
 def test_temperature_needs_a_validation_split(make_choice, records):
     split = make_choice().readout.encode(records)
     with pytest.raises(ValueError, match="needs a validation split"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,30 @@ def test_prompts_do_not_touch_each_other(predictor, decoding):
     for start in (1, 2, 5):  # inside a chunk too, and then to the bit
         for a, b in zip(whole[start:], generate(few, prompts, decoding, start=start), strict=True):
             assert torch.equal(a.draw_log_probs, b.draw_log_probs)
+
+
+def test_given_texts_run_so_many_at_once_as_are_few_logits(predictor, monkeypatch):
+    completions = [" runs", " a green dog sleeps .", " sings the tree"]
+    prompts = ["the cat", "a bird in the tree", "dog"]
+    together = score(predictor, prompts, completions)
+    sizes, bound = [], predictor.adapter.bound
+
+    @contextmanager
+    def watched(draws):
+        with bound(draws) as llm:
+            handle = llm.register_forward_pre_hook(
+                lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+            )
+            try:
+                yield llm
+            finally:
+                handle.remove()
+
+    monkeypatch.setattr(predictor.adapter, "bound", watched)
+    monkeypatch.setattr("scalabl_pyro.prediction.texts.MOST_LOGITS", 1)
+    for a, b in zip(together, score(predictor, prompts, completions), strict=True):
+        same(a, b)
+    assert sizes == [predictor.num_draws] * 3
 
 
 def test_less_runs_at_once_where_memory_runs_out(predictor, monkeypatch, caplog):

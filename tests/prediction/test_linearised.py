@@ -49,6 +49,14 @@ def test_near_the_mean_it_is_the_model_itself(adapter, split):
     assert 0 <= evaluate(predictions.logits, predictions.labels)["ece"] <= 1
 
 
+def test_a_temperature_divides_its_logits(adapter, split):
+    draws = adapter.init_loc + 0.1 * torch.randn(6, *adapter.shape)
+    one, two = (
+        predict(Linearised(adapter, adapter.init_loc, draws, t), split).logits for t in (1.0, 2.0)
+    )
+    torch.testing.assert_close(two, one / 2)
+
+
 def test_missing_choices_stay_missing_and_a_cached_trunk_serves(make_choice):
     adapter = make_choice()
     split = adapter.readout.encode(make_records(5, choices=3))

@@ -148,8 +148,9 @@ def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
 def test_a_tolerance_needs_draws_and_a_positive_number(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)
-    with pytest.raises(ValueError, match="a predictor with draws"):
-        predict(Predictor(adapter), split, tolerance=0.1)
+    for draws in (None, torch.ones(1, *adapter.shape)):
+        with pytest.raises(ValueError, match="a predictor with several draws"):
+            predict(Predictor(adapter, draws), split, tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance is 0"):
         predict(Predictor(adapter, torch.ones(4, *adapter.shape)), split, tolerance=0)
 

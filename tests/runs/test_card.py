@@ -65,6 +65,14 @@ def test_a_run_folder_has_a_card_with_intervals_by_hand(train, tmp_path):
     assert "More Information Needed" not in adapter, "the template of PEFT"
 
 
+def test_the_rank_is_that_of_the_adapter_to_start_from(train):
+    first = train("method=mle", "lora.r=4", name="first")
+    assert "LoRA of rank 4 on" in (first / "README.md").read_text()
+    folder = train(f"lora.start={first / 'adapter'}", "method.projections=fixed", name="second")
+    for card in (folder / "README.md", folder / "adapter" / "README.md"):
+        assert "LoRA of rank 4 on" in card.read_text()
+
+
 def test_names_stand_in_a_card_as_they_are():
     assert "base_model: org/name" in head("org/name")
     assert "base_model: gpt2" in head("gpt2")

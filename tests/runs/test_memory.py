@@ -42,6 +42,7 @@ def folder(tmp_path, tokenizer) -> Path:
 def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryConfig:
     options = dict(lora or {})
     projections, perp = options.pop("projections", "free"), options.pop("perp", 0)
+    particles = options.pop("particles", 1)
     adapter = AdapterConfig(r=4, targets=("q_proj", "v_proj", "lm_head"), **options)
     return MemoryConfig(
         ModelConfig(str(folder), device="cpu", **model),
@@ -52,6 +53,7 @@ def settings(folder: Path, lora: dict | None = None, **model: object) -> MemoryC
         eval_batch_size=2,
         tokens=96,
         draws=5,
+        particles=particles,
     )
 
 
@@ -77,8 +79,13 @@ def allocated(run) -> int:
 
 def most_in_training(adapter: SubspaceAdapter, config: MemoryConfig) -> int:
     def step():
-        s = torch.ones(len(adapter.layers), adapter.rank + adapter.perp, requires_grad=True)
-        adapter(batch_of(config, config.batch_size), s).log_softmax(-1)[:, 0].sum().backward()
+        s = torch.ones(
+            *((config.particles,) if config.particles > 1 else ()),
+            len(adapter.layers),
+            adapter.rank + adapter.perp,
+            requires_grad=True,
+        )
+        adapter(batch_of(config, config.batch_size), s).log_softmax(-1)[..., 0].sum().backward()
 
     adapter.train()
     step()  # the first pass makes what stays
@@ -106,6 +113,7 @@ CASES = {
     "V frozen": ({"projections": "frozen_v"}, {}),
     "s alone": ({"projections": "fixed"}, {}),
     "s_perp": ({"projections": "frozen_v", "perp": 3}, {}),
+    "particles": ({"particles": 3}, {}),
     "4bit": ({}, {"quantization": "4bit"}),
 }
 
