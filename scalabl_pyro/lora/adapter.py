@@ -108,6 +108,8 @@ class SubspaceAdapter:
         #: whether it starts from a trained adapter, which s = 1 reproduces
         self.warm_start = start is not None
         self.unit = projections == "unit"
+        #: whether V is fresh and never moves, so that it may come from the data before training
+        self.V_waits_for_data = svd and start is None and projections == "frozen_v"
         self.peft_model, self.layers = add_lora(llm, lora, start)
         if llm.device.type not in ("cpu", "cuda", "meta"):
             # Seeds are set and put back, and random states saved, on these alone.

@@ -116,7 +116,8 @@ class AdapterConfig:
     :param gradient_checkpointing: less memory for more time: the backward pass computes the
         activations of each block again.
     :param subspace: where V comes from, a name in ``SUBSPACES`` (see
-        :func:`~scalabl_pyro.lora.set_subspace`): ``random``, ``activations`` or ``weights``.
+        :func:`~scalabl_pyro.lora.set_subspace`): ``random``, ``activations`` or ``weights``;
+        ``auto`` is ``activations`` where V is frozen and fresh, and ``random`` elsewhere.
     :raises ValueError: if a value is out of range.
     """
 
@@ -129,7 +130,7 @@ class AdapterConfig:
     start: str | None = None
     base_dropout: bool = False
     gradient_checkpointing: bool = False
-    subspace: str = "random"
+    subspace: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):
@@ -149,9 +150,11 @@ class AdapterConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a probability below 1")
-        if self.subspace not in SUBSPACES:
-            raise ValueError(f"subspace is {self.subspace!r}: expected one of {sorted(SUBSPACES)}")
-        if self.subspace != "random" and self.start is not None:
+        if self.subspace not in ("auto", *SUBSPACES):
+            raise ValueError(
+                f"subspace is {self.subspace!r}: expected one of {['auto', *sorted(SUBSPACES)]}"
+            )
+        if self.subspace not in ("auto", "random") and self.start is not None:
             raise ValueError(
                 f"subspace is {self.subspace!r}, but the adapter {self.start!r} to start from has a"
                 " V of its own: expected 'random', which leaves it as it is"

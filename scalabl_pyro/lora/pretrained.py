@@ -15,7 +15,7 @@ from ..readouts import Readout
 from .adapter import ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
 from .loading import load_llm, load_readout, make_readout, prepare
-from .subspace import set_perp, set_subspace
+from .subspace import few_prompts, set_perp, set_subspace
 
 __all__ = ["LoadOptions", "from_pretrained"]
 
@@ -48,7 +48,7 @@ def from_pretrained(
     truncate: bool = False,
     projections: ProjectionMode | None = None,
     start: str | Path | None = None,
-    subspace: str = "random",
+    subspace: str = "auto",
     perp: int = 0,
     gradient_checkpointing: bool = False,
     **loading: Unpack[LoadOptions],
@@ -71,7 +71,9 @@ def from_pretrained(
     :param start: a trained PEFT adapter to start from.
     :param gradient_checkpointing: recompute activations in the backward pass.
     :param subspace: where V comes from (see :func:`~scalabl_pyro.lora.set_subspace`): ``random``,
-        ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at.
+        ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at;
+        ``auto`` is ``activations`` where V is frozen and fresh, and ``random`` elsewhere. Leave
+        test records out of ``records``, or take ``random``, where not even their texts may be seen.
     :param perp: k, coordinates of each module that stay at their prior (see
         :func:`~scalabl_pyro.lora.set_perp`), in directions that up to 256 of the records hardly
         excite.
@@ -151,9 +153,10 @@ def from_pretrained(
         perp=perp,
         gradient_checkpointing=gradient_checkpointing,
     )
-    set_subspace(adapter, subspace, adapter.encode(records) if subspace == "activations" else None)
+    prompts = adapter.encode(few_prompts(records))  # type: ignore[arg-type]
+    set_subspace(adapter, subspace, prompts)
     if perp:
-        set_perp(adapter, adapter.encode(records))
+        set_perp(adapter, prompts)
     return adapter
 
 

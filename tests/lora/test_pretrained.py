@@ -150,8 +150,9 @@ def test_python_and_the_command_line_start_alike_and_train_alike(local_model, re
     config = ModelConfig(str(local_model), readout=readout)
     fit_config = sp.FitConfig(steps=3, batch_size=4)
     reader = load_readout(config, config.classes(records))
-    make = partial(make_adapter, config, AdapterConfig(r=4, alpha=8, targets=("q_proj",)), reader)
-    fitted = ScalaBL(fit_config, progress=False).fit(make, reader.encode(records), None, seed=3)
+    settings, split = AdapterConfig(r=4, alpha=8, targets=("q_proj",)), reader.encode(records)
+    make = partial(make_adapter, config, settings, reader, prompts=split)
+    fitted = ScalaBL(fit_config, progress=False).fit(make, split, None, seed=3)
 
     pyro.set_rng_seed(3)
     adapter = sp.from_pretrained(local_model, lora("q_proj"), records, readout=readout)

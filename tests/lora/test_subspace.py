@@ -14,6 +14,7 @@ from conftest import (
     whole,
     write_jsonl,
 )
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import BertForMultipleChoice, GPT2Config, GPT2LMHeadModel
@@ -22,7 +23,13 @@ import scalabl_pyro as sp
 from scalabl_pyro import ScalaBLModel, SubspaceAdapter, load_run, predict
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora import AdapterConfig, ModelConfig, load_readout, make_adapter
-from scalabl_pyro.lora.subspace import SUBSPACES, second_moments, set_subspace
+from scalabl_pyro.lora.subspace import (
+    SUBSPACES,
+    _leading,
+    second_moments,
+    set_perp,
+    set_subspace,
+)
 from scalabl_pyro.readouts import ChoiceLikelihood, LabelTokens
 from scalabl_pyro.readouts.heads import MultipleChoice
 
@@ -343,7 +350,7 @@ def test_a_run_folder_predicts_the_same_to_the_bit(local_model, tmp_path, name, 
     )
     directions = V(run.predictor.adapter)
     torch.testing.assert_close(V(fresh), directions)
-    other = make_adapter(config, AdapterConfig(r=3), readout, svd=True)
+    other = make_adapter(config, AdapterConfig(r=3, subspace="random"), readout, svd=True)
     assert not torch.allclose(
         projector(V(other)["lm_head"]), projector(directions["lm_head"]), atol=0.1
     )
@@ -377,7 +384,9 @@ def test_other_methods_take_it_too(local_model, tmp_path, method):
 def test_from_pretrained(tokenizer, records, name):
     options = dict(tokenizer=tokenizer, projections="frozen_v")
     adapter = sp.from_pretrained(tiny_llama(), lora("q_proj"), records, subspace=name, **options)
-    expected = sp.from_pretrained(tiny_llama(), lora("q_proj"), records, **options)
+    expected = sp.from_pretrained(
+        tiny_llama(), lora("q_proj"), records, subspace="random", **options
+    )
     start = V(expected)
     for key, value in V(adapter).items():
         assert not torch.allclose(projector(value), projector(start[key]), atol=0.1)
@@ -386,24 +395,94 @@ def test_from_pretrained(tokenizer, records, name):
         torch.testing.assert_close(V(adapter)[key], value)
 
 
-def test_a_module_that_no_token_reaches_is_named(tokenizer, records):
+def test_by_default_a_frozen_v_comes_from_activations(tokenizer, records, tmp_path):
+    """And no other V: the methods that train it, or plain LoRA, start as they are published."""
+    train = [*records, *make_records(10)]
+    config = ModelConfig("embedded")
+    readout = load_readout(config, config.classes(train))
+    prompts = readout.encode(train)
+    for svd, projections, source in (
+        (True, "frozen_v", "activations"),
+        (True, "free", "random"),
+        (False, "frozen_v", "random"),
+        (False, "free", "random"),
+    ):
+        form = dict(svd=svd, projections=projections, prompts=prompts)
+        adapters = []
+        for subspace in ("auto", source):
+            torch.manual_seed(0)
+            settings = AdapterConfig(targets=("q_proj",), subspace=subspace)
+            adapters.append(make_adapter(config, settings, readout, **form))
+        torch.testing.assert_close(V(adapters[0]), V(adapters[1]), rtol=0, atol=0)
+    saved = get_peft_model(tiny_llama(), lora("q_proj", init_lora_weights=False))
+    saved.save_pretrained(tmp_path)
+    options = dict(tokenizer=tokenizer, start=tmp_path)
+    warm, own = (
+        sp.from_pretrained(tiny_llama(), lora("q_proj"), records, **options, subspace=subspace)
+        for subspace in ("auto", "random")
+    )
+    torch.testing.assert_close(V(warm), V(own), rtol=0, atol=0)
+
+
+def test_directions_that_no_input_has_stay_random(make_causal, records):
+    """The output layer reads the last token of a prompt alone: two prompts have two directions."""
+    adapter = make_causal(filled=False)
+    before = V(adapter)["lm_head"].clone()
+    split = adapter.encode(records[:2])
+    set_subspace(adapter, "activations", split)
+    rows = V(adapter)["lm_head"]
+    C = second_moments(adapter, split)["lm_head"].float()
+    size = C.trace() / len(C)
+    torch.testing.assert_close((rows @ C @ rows.mT).diag(), size * torch.tensor([1.0, 1, 0, 0]))
+    torch.testing.assert_close(rows[2:] @ rows.mT, torch.eye(4)[2:], atol=1e-5, rtol=0)
+    # They are what the two leave of the random ones.
+    span = projector(torch.cat([rows[:2], before[:2]]))
+    torch.testing.assert_close(span, projector(rows), atol=1e-5, rtol=0)
+
+
+def test_second_moments_that_do_not_fit_are_computed_one_after_another(
+    make_causal, records, monkeypatch
+):
+    together, apart = make_causal(filled=False), make_causal(filled=False)
+    split = together.encode(records)
+    set_subspace(together, "activations", split)
+    monkeypatch.setattr("scalabl_pyro.lora.subspace._MOST_BYTES", 1)
+    set_subspace(apart, "activations", split)
+    torch.testing.assert_close(V(apart), V(together), rtol=0, atol=0)
+
+
+def test_the_first_eigenvectors_of_many_inputs_are_those_of_all(monkeypatch):
+    Q = torch.linalg.qr(torch.randn(60, 60).double()).Q
+    sizes = torch.arange(60, 0, -1).double() ** 2
+    C = Q @ sizes.diag() @ Q.mT
+    monkeypatch.setattr("scalabl_pyro.lora.subspace._DENSE", 59)
+    state = torch.get_rng_state()
+    values, vectors = _leading(C, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(values, sizes[:4])
+    torch.testing.assert_close(projector(vectors), projector(Q.mT[:4]), atol=1e-5, rtol=0)
+
+
+def test_a_module_that_no_token_reaches_stays_as_it_is(tokenizer, records):
     llm = tiny_llama()
     llm.add_module("expert", torch.nn.Linear(16, 16))
     readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
-    adapter = SubspaceAdapter(llm, lora("q_proj", "expert"), readout)
-    with pytest.raises(ValueError, match=r"no token of 12 prompts reaches \['expert'\]"):
-        set_subspace(adapter, "activations", adapter.encode(records))
+    adapter = SubspaceAdapter(llm, lora("q_proj", "expert"), readout, perp=1)
+    before = {name: value.clone() for name, value in V(adapter).items()}
+    set_subspace(adapter, "activations", adapter.encode(records))
+    for name, rows in V(adapter).items():
+        assert torch.allclose(rows, before[name], atol=1e-6) == (name == "expert")
+    with pytest.raises(ValueError, match="no token of 12 prompts reaches expert"):
+        set_perp(adapter, adapter.encode(records))
 
 
 def test_what_is_refused(make_causal, records):
     adapter = make_causal(filled=False)
     split = adapter.encode(records)
-    with pytest.raises(ValueError, match=r"subspace is 'pca': expected one of \['activations'"):
+    with pytest.raises(ValueError, match=r"subspace is 'pca': expected one of \['auto'"):
         set_subspace(adapter, "pca")
     with pytest.raises(ValueError, match="give prompts, a split of training examples"):
         set_subspace(adapter, "activations")
-    with pytest.raises(ValueError, match=r"lm_head at 2 prompts have 2 directions, .* rank 4"):
-        set_subspace(adapter, "activations", split.select([0, 1]))
     with pytest.raises(ValueError, match="but B is not 0"):
         set_subspace(make_causal(), "weights")
     unit = make_causal(filled=False, projections="unit")
