@@ -42,7 +42,10 @@ class Bench:
         self.config = ModelConfig(
             model, readout="multiple_choice", dtype="bfloat16", attention="eager"
         )
-        self.adapter = AdapterConfig(targets=("query", "value"), heads=("classifier",))
+        # The runs that are kept had a random V where nothing else is said.
+        self.adapter = AdapterConfig(
+            targets=("query", "value"), heads=("classifier",), subspace="random"
+        )
         records = disjoint(read_folder(Path(data) / "openbookqa"))
         records["train"] = records["train"][:TRAIN]
         records["ood"] = read_folder(Path(data) / "mmlu" / OOD)["test"]

@@ -72,7 +72,8 @@ def trained(bench: Bench, bought: Sequence[str], seed: int) -> tuple[Fitted, dic
     records = [record for record in bench.splits["train"].records if record.id in ids]
     train = bench.readout.encode(records)
     method = scalabl(5e-3, 10, projections="frozen_v")(STEPS)
-    make = partial(make_adapter, bench.config, bench.adapter, bench.readout, prompts=train)
+    settings = replace(bench.adapter, subspace="auto")
+    make = partial(make_adapter, bench.config, settings, bench.readout, prompts=train)
     fitted = method.fit(make, train, None, seed=seed)
     test = predict(fitted.predictor, bench.splits["test"])
     assert test.labels is not None

@@ -168,6 +168,7 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         2e-4, 3e-4, 6e-4, 1e-3,
     ),
     "ScalaBL": grid(scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL),
+    "ScalaBL, V random": grid(scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL),
     "point s": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
         (1e-3, 10), (2e-3, 10), (5e-3, 10), (5e-3, 30), (5e-3, 100), names=KL,
@@ -194,6 +195,8 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
     ),
 }  # fmt: skip
 
+#: where V comes from, if not from a random A
+SUBSPACES = dict.fromkeys(("ScalaBL", "ScalaBL, top block", "DALorRA"), "auto")
 ALL = {family: tuple(settings) for family, settings in FAMILIES.items()}
 HIGH = ALL["MLE"][1:]
 
@@ -218,7 +221,8 @@ ROWS: dict[str, Row] = {
     "MC dropout": Row("MC dropout", ALL["MC dropout"]),
     "ScalaBL": Row("ScalaBL", ALL["ScalaBL"]),
     "ScalaBL, posterior mean": Row("ScalaBL", ALL["ScalaBL"], {"": posterior_mean}),
-    "V frozen, point s": Row("point s", ALL["point s"]),
+    "ScalaBL, V random": Row("ScalaBL, V random", ALL["ScalaBL, V random"]),
+    "V random, point s": Row("point s", ALL["point s"]),
     "ScalaBL, random in the top block": Row("ScalaBL, top block", ALL["ScalaBL, top block"]),
     "DALorRA": Row("DALorRA", ALL["DALorRA"]),
     "BLoB": Row("BLoB", ALL["BLoB"]),
@@ -258,13 +262,18 @@ def trial(bench: Bench, family: str, label: str, names: Sequence[str]) -> dict[s
     todo = [(name, v) for name in names for v in ROWS[name].derive if f"{name}|{v}" not in nlls]
     if todo:
         print(f"running {run}", flush=True)
-        fitted = bench.fit(FAMILIES[family][label](), TUNING_SEED)
+        fitted = train(bench, family, label, TUNING_SEED)
         nlls = nlls | {
             f"{name}|{v}": bench.validate(ROWS[name].derive[v](bench, fitted))["nll"]
             for name, v in todo
         }
         bench.keep(run, nlls)
     return nlls
+
+
+def train(bench: Bench, family: str, label: str, seed: int) -> Fitted:
+    subspace = SUBSPACES.get(family, "random")
+    return bench.fit(FAMILIES[family][label](), seed, subspace=subspace)
 
 
 def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Path:
@@ -282,7 +291,7 @@ def run_missing(bench: Bench, choices: Mapping[str, Sequence[tuple[str, str]]], 
                 todo.setdefault((ROWS[name].family, label), {})[name] = variant
     for (family, label), names in todo.items():
         print(f"running {family} {label} seed {seed}: {', '.join(names)}", flush=True)
-        fitted = bench.fit(FAMILIES[family][label](), seed)
+        fitted = train(bench, family, label, seed)
         for name, variant in names.items():
             predictor = ROWS[name].derive[variant](bench, fitted)
             logits = predict(predictor, bench.splits["all"]).logits
