@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import pyro
 import torch
@@ -31,6 +31,7 @@ from ..infer.fit_config import FitConfig
 from ..infer.svi import fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
+from ..lora.subspace import set_subspace
 from ..models.model import ScalaBLModel
 from ..prediction.generation import Decoding, encode_prompts, generate
 from ..prediction.predictor import Predictor
@@ -214,6 +215,33 @@ def padded(candidate: Candidate) -> str:
 
 
 @torch.no_grad()
+def from_activations(candidate: Candidate) -> str:
+    """V from activations whitens the inputs that the modules have in the base model: the second
+    moment of V·x is a multiple of the unit matrix, in the directions that there are."""
+    adapter = candidate.adapt(candidate.load())
+    set_subspace(adapter, "activations", candidate.split)
+    llm = candidate.load()
+    adapter.readout.attach(llm)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in adapter.module_names}
+    for name, seen in inputs.items():
+
+        def keep(_: Any, args: tuple[Any, ...], seen: list[Tensor] = seen) -> None:
+            seen.append(args[0].flatten(0, -2).double())
+
+        llm.get_submodule(name).register_forward_pre_hook(keep)
+    for example in candidate.split:
+        adapter.readout(llm, candidate.split.collate([example]).to(adapter.device).inputs)
+    share = 0.0
+    for seen, A in zip(inputs.values(), adapter.matrices.A.values(), strict=True):
+        x = torch.cat(seen)
+        projected = x @ A.weight.double().mT
+        moment = projected.mT @ projected * (x.shape[1] / x.square().sum())
+        there = moment.diag().round()  # 0 of a direction that no input has
+        share = max(share, float((moment - there.diag()).abs().max()))
+    return _judged(adapter, share)
+
+
+@torch.no_grad()
 def draws_at_once(candidate: Candidate) -> str:
     """Several draws of s at once equal a loop over them."""
     adapter = candidate.make()
@@ -321,6 +349,7 @@ def generates(candidate: Candidate) -> str:
 CHECKS: dict[str, Callable[[Candidate], str]] = {
     "plain PEFT": plain_peft,
     "padded rows": padded,
+    "V from activations": from_activations,
     "draws at once": draws_at_once,
     "shared trunk": shared_trunk,
     "checkpointing": checkpointed,
