@@ -88,8 +88,9 @@ def test_what_it_says_of_equal_predictions_is_measured():
     text = " ".join(PAGE.read_text().split())
     assert f"On the first {figures['n']} test questions of ARC-Easy" in text
     assert f"in {figures['dtype']}," in text
-    equal = (figures[metric]["predictions_equal"] for metric in ("acc", "acc_norm"))
-    assert "the same in {} by `acc` and in {} by `acc_norm`".format(*equal) in text
+    equal = {figures[metric]["predictions_equal"] for metric in ("acc", "acc_norm")}
+    assert equal == {figures["n"]}
+    assert f"all {figures['n']} predictions agree, by `acc` and by `acc_norm`" in text
 
 
 def test_its_python_estimates_uncertainty(folder):
