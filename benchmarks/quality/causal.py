@@ -357,7 +357,7 @@ ROWS: dict[str, Row] = {
         {(5e-3, 3): (5e-3, 10), (1e-2, 1): (2e-2, 1)},
         subspace="activations",
     ),
-    # Runs as long as the fixed recipe. The first trial is the package's default.
+    # Runs as long as the fixed recipe, with the package's rate and weight and with others.
     "ScalaBL, 1,000 steps": Row(
         {
             "V frozen lr=0.005 kl_weight=10": scalabl(5e-3, 10, 1000),
@@ -365,6 +365,7 @@ ROWS: dict[str, Row] = {
         },
         same={"ScalaBL, 1,000 steps, posterior mean": at_the_mean},
     ),
+    # The first trial is the package's default.
     "V activations, 1,000 steps": Row(
         {
             "lr=0.005 kl_weight=10": scalabl(5e-3, 10, 1000),
