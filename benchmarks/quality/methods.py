@@ -167,7 +167,9 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         lambda lr: MCDropout(fit_config(STEPS, lr=lr), dropout=0.2, draws=DRAWS, **PLAIN),
         2e-4, 3e-4, 6e-4, 1e-3,
     ),
-    "ScalaBL": grid(scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL),
+    "ScalaBL": grid(
+        scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), (2e-2, 100), names=KL
+    ),
     "ScalaBL, V random": grid(scalabl, (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL),
     "point s": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
