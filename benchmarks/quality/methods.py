@@ -438,8 +438,9 @@ def main() -> None:
         for name, nlls in figures["trials"].items()
     }
     out = RESULTS / "methods_report" if args.save else args.runs / "report"
-    if OURS in runs:
-        figures[f"minus {OURS}"] = differences(runs, OURS)
+    for own in (OURS, f"{OURS}, V random"):
+        if own in runs:
+            figures[f"minus {own}"] = differences(runs, own)
     figures |= write_report(out, runs, chosen=figures["chosen"], trials=trials)
     report("quality.methods", figures, save=args.save)
 
