@@ -31,6 +31,7 @@ from ..infer.fit_config import FitConfig
 from ..infer.svi import fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
+from ..lora.padding import real_tokens
 from ..lora.subspace import set_subspace
 from ..models.model import ScalaBLModel
 from ..prediction.generation import Decoding, encode_prompts, generate
@@ -226,14 +227,17 @@ def from_activations(candidate: Candidate) -> str:
     for name, seen in inputs.items():
 
         def keep(_: Any, args: tuple[Any, ...], seen: list[Tensor] = seen) -> None:
-            seen.append(args[0].flatten(0, -2).double())
+            seen.append(args[0])
 
         llm.get_submodule(name).register_forward_pre_hook(keep)
-    for example in candidate.split:
-        adapter.readout(llm, candidate.split.collate([example]).to(adapter.device).inputs)
+    batches = [candidate.split.collate([e]).to(adapter.device) for e in candidate.split]
+    for batch in batches:
+        adapter.readout(llm, batch.inputs)
     share = 0.0
     for seen, A in zip(inputs.values(), adapter.matrices.A.values(), strict=True):
-        x = torch.cat(seen)
+        each = len(seen) // len(batches)  # calls of a module in a pass
+        rows = (real_tokens(value, batches[i // each]) for i, value in enumerate(seen))
+        x = torch.cat(list(rows)).double()
         projected = x @ A.weight.double().mT
         moment = projected.mT @ projected * (x.shape[1] / x.square().sum())
         there = moment.diag().round()  # 0 of a direction that no input has
@@ -349,7 +353,7 @@ def generates(candidate: Candidate) -> str:
 CHECKS: dict[str, Callable[[Candidate], str]] = {
     "plain PEFT": plain_peft,
     "padded rows": padded,
-    "V from activations": from_activations,
+    "activations": from_activations,
     "draws at once": draws_at_once,
     "shared trunk": shared_trunk,
     "checkpointing": checkpointed,
