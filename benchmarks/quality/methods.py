@@ -158,6 +158,10 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         lambda lr: MLE(fit_config(STEPS, lr=lr, eval_every=25, keep="best"), **PLAIN),
         1e-3, 2e-3, 3e-3, 5e-3,
     ),
+    "MLE early-stopped, A from activations": rates(
+        lambda lr: MLE(fit_config(STEPS, lr=lr, eval_every=25, keep="best"), **PLAIN),
+        1e-3, 2e-3, 3e-3, 5e-3,
+    ),
     "MAP": rates(lambda lr: MAP(fit_config(STEPS, lr=lr, weight_decay=1.0), **PLAIN), 3e-4, 1e-3),
     "SWAG": rates(
         lambda lr: SWAG(fit_config(STEPS, lr=lr, decay="constant"), draws=DRAWS, **PLAIN),
@@ -174,6 +178,10 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
     "point s": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
         (1e-3, 10), (2e-3, 10), (5e-3, 10), (5e-3, 30), (5e-3, 100), names=KL,
+    ),
+    "V from activations, point s": grid(
+        lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
+        (5e-3, 10), (5e-3, 30), (1e-2, 30), (2e-2, 100), names=KL,
     ),
     "ScalaBL, top block": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "top_normal", "blocks": 1}),
@@ -198,7 +206,9 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
 }  # fmt: skip
 
 #: where V comes from, if not from a random A
-SUBSPACES = dict.fromkeys(("ScalaBL", "ScalaBL, top block", "DALorRA"), "auto")
+SUBSPACES = dict.fromkeys(("ScalaBL", "ScalaBL, top block", "DALorRA"), "auto") | dict.fromkeys(
+    ("MLE early-stopped, A from activations", "V from activations, point s"), "activations"
+)
 ALL = {family: tuple(settings) for family, settings in FAMILIES.items()}
 HIGH = ALL["MLE"][1:]
 
@@ -217,6 +227,12 @@ ROWS: dict[str, Row] = {
     "MLE early-stopped, temperature": Row(
         "MLE early-stopped", ALL["MLE early-stopped"], {"": point_tempered}
     ),
+    "MLE early-stopped, A from activations": Row(
+        "MLE early-stopped, A from activations", ALL["MLE early-stopped"], {"": point}
+    ),
+    "MLE early-stopped, A from activations, temperature": Row(
+        "MLE early-stopped, A from activations", ALL["MLE early-stopped"], {"": point_tempered}
+    ),
     "MAP": Row("MAP", ALL["MAP"], {"": point}),
     "MAP, TFB": Row("MAP", ALL["MAP"], tfb(0.003, 0.03)),
     "SWAG": Row("SWAG", ALL["SWAG"]),
@@ -225,6 +241,9 @@ ROWS: dict[str, Row] = {
     "ScalaBL, posterior mean": Row("ScalaBL", ALL["ScalaBL"], {"": posterior_mean}),
     "ScalaBL, V random": Row("ScalaBL, V random", ALL["ScalaBL, V random"]),
     "V random, point s": Row("point s", ALL["point s"]),
+    "V from activations, point s": Row(
+        "V from activations, point s", ALL["V from activations, point s"]
+    ),
     "ScalaBL, random in the top block": Row("ScalaBL, top block", ALL["ScalaBL, top block"]),
     "DALorRA": Row("DALorRA", ALL["DALorRA"]),
     "BLoB": Row("BLoB", ALL["BLoB"]),
