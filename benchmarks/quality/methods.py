@@ -179,6 +179,10 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
         (1e-3, 10), (2e-3, 10), (5e-3, 10), (5e-3, 30), (5e-3, 100), names=KL,
     ),
+    "ScalaBL, full core": grid(
+        lambda lr, weight: scalabl(lr, weight, core="full"),
+        (5e-3, 3), (5e-3, 10), (5e-3, 30), (1e-2, 30), names=KL,
+    ),
     "V from activations, point s": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
         (5e-3, 10), (5e-3, 30), (1e-2, 30), (2e-2, 100), names=KL,
@@ -206,7 +210,9 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
 }  # fmt: skip
 
 #: where V comes from, if not from a random A
-SUBSPACES = dict.fromkeys(("ScalaBL", "ScalaBL, top block", "DALorRA"), "auto") | dict.fromkeys(
+SUBSPACES = dict.fromkeys(
+    ("ScalaBL", "ScalaBL, full core", "ScalaBL, top block", "DALorRA"), "auto"
+) | dict.fromkeys(
     ("MLE early-stopped, A from activations", "V from activations, point s"), "activations"
 )
 ALL = {family: tuple(settings) for family, settings in FAMILIES.items()}
@@ -244,6 +250,7 @@ ROWS: dict[str, Row] = {
     "V from activations, point s": Row(
         "V from activations, point s", ALL["V from activations, point s"]
     ),
+    "ScalaBL, full core": Row("ScalaBL, full core", ALL["ScalaBL, full core"]),
     "ScalaBL, random in the top block": Row("ScalaBL, top block", ALL["ScalaBL, top block"]),
     "DALorRA": Row("DALorRA", ALL["DALorRA"]),
     "BLoB": Row("BLoB", ALL["BLoB"]),

@@ -62,11 +62,12 @@ AUROC_OF = {
 UNITS = {"acc": (100, 1), "ece": (100, 1), "nll": (1, 3), "brier": (1, 3), "aurc": (1, 3)}
 TITLES = {"acc": "ACC %", "ece": "ECE % (floor)", "nll": "NLL", "brier": "Brier", "aurc": "AURC"}
 DIFFERENCES = tuple(title.removesuffix(" (floor)") for title in TITLES.values())
-COST_TITLES = ("trained", "stored", "training", "prediction")
+COST_TITLES = ("trained", "stored", "training", "prediction", "training GiB", "prediction GiB")
 BEST = "★ best mean; ≈ not told apart from it: the 95 % interval of their paired difference holds 0"
 COST = (
     "training and prediction: passes through the language model, forward or backward, over those of"
-    f" {BASELINE}; s: seconds on the clock instead, for all of training and for 1,000 predictions"
+    f" {BASELINE}; s: seconds on the clock instead, for all of training and for 1,000 predictions;"
+    " GiB: the most that was taken at once on the GPUs"
 )
 
 
@@ -194,6 +195,8 @@ def _costs_of(table: Mapping[str, Any], name: str) -> dict[str, str]:
             cells[key] = f"{ratio:.3g}×"
         else:
             cells[key] = "–" if own[key] is None else f"{each * own[key]['seconds']:.3g} s"
+        peak = own[key] and own[key].get("peak")
+        cells[f"{key} GiB"] = f"{peak / 2**30:.3g}" if peak else "–"
     return cells
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -94,7 +93,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
         llm = cast(PreTrainedModel, student.peft_model.get_base_model())
         summary["kappa"] = float(readout.kappa(llm).detach())
     with whole_folder(output) as part:
-        save_adapter(student, torch.ones(student.shape, device=student.device), part)
+        save_adapter(student, student.identity(), part)
         about = {"run": config.run, "input": config.input, "records": len(split)} | summary
         (part / "distilled.json").write_text(json.dumps(about, indent=2) + "\n")
     return summary

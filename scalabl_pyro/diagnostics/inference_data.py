@@ -88,19 +88,20 @@ def to_inference_data(
         )
     if guide is not None and isinstance(guide.get_posterior(), dist.Delta):
         raise ValueError(f"{type(guide).__name__} is a point, which has no density q(s)")
+    width = predictor.adapter.shape[1]
     coords: dict[str, Any] = {
         "module": list(predictor.adapter.module_names),
-        "rank": range(predictor.adapter.rank),
-        "direction": range(predictor.draws.shape[-1] - predictor.adapter.rank),
+        "rank": range(width),
+        "direction": range(predictor.draws.shape[-1] - width),
     }
     dims = {
         "s": ["module", "rank"],
         "s_perp": ["module", "direction"],
         "label": ["example"],
     }
-    sites = {"s": predictor.draws[..., : predictor.adapter.rank]}
+    sites = {"s": predictor.draws[..., :width]}
     if coords["direction"]:
-        sites["s_perp"] = predictor.draws[..., predictor.adapter.rank :]
+        sites["s_perp"] = predictor.draws[..., width:]
     draws: dict[str, dict[str, Tensor]] = {}  # variables (S, ...) by group
     densities: dict[str, dict[str, Tensor]] = {}  # variables (S,) by group
     observed: dict[str, np.ndarray] = {}

@@ -1,7 +1,7 @@
 """A language model with LoRA layers as a function of the subspace vectors s."""
 
 from . import _bitsandbytes  # noqa: F401  before the files below import peft
-from .adapter import PROJECTIONS, ProjectionMode, SubspaceAdapter
+from .adapter import CORES, PROJECTIONS, Core, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .loading import Classes, load_llm, load_readout, make_adapter
 from .pretrained import LoadOptions, from_pretrained
@@ -9,10 +9,12 @@ from .subspace import SUBSPACES, second_moments, set_perp, set_subspace
 from .trunk import Trunk
 
 __all__ = [
+    "CORES",
     "PROJECTIONS",
     "SUBSPACES",
     "AdapterConfig",
     "Classes",
+    "Core",
     "LoadOptions",
     "ModelConfig",
     "ProjectionMode",

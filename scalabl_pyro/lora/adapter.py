@@ -1,7 +1,8 @@
 """A language model with LoRA layers whose rank coordinates are scaled by a vector s.
 
-ΔW(s) = (α/r) · B · diag(s) · V for each adapted module, with V: (r, d_in), B: (d_out, r), s: (r,).
-The layers are PEFT's own; one forward hook on each ``lora_A`` multiplies its output by s.
+ΔW(s) = (α/r) · B · diag(s) · V for each adapted module, with V: (r, d_in), B: (d_out, r), s: (r,);
+or B · R · V with a matrix R (r, r) of r² coordinates in the place of the diagonal. The layers are
+PEFT's own; one forward hook on each ``lora_A`` multiplies its output by s.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from .rows import RowCheck
 from .trunk import Trunk, TrunkError, TrunkOutput
 from .trunk_cache import cached_split
 
-__all__ = ["PROJECTIONS", "ProjectionMode", "SubspaceAdapter"]
+__all__ = ["CORES", "PROJECTIONS", "Core", "ProjectionMode", "SubspaceAdapter"]
 
 ProjectionMode = Literal["free", "unit", "frozen_v", "fixed"]
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionMode)
+Core = Literal["diagonal", "full"]
+CORES: tuple[str, ...] = get_args(Core)
 
 
 class SubspaceAdapter:
@@ -65,6 +68,10 @@ class SubspaceAdapter:
     :param svd: whether to bring the layers to the subspace form.
     :param projections: what is trained, as above; if left out, ``frozen_v``, as method ScalaBL has
         it, and ``free`` for a plain LoRA adapter (``svd=False``), as MLE has it.
+    :param core: what s is in a module: ``diagonal``, r numbers, or ``full``, a matrix R of r²
+        numbers, row by row, which also mixes the r directions (the core of LoRA-XS; Marszałek et
+        al. 2025, arXiv 2502.12122, infer one). It starts at the diagonal. Wherever (M, r) is said
+        of s, it is then (M, r²).
     :param perp: k, how many coordinates s_perp of each module nothing trains, beside the r of s; 0
         until :func:`~scalabl_pyro.lora.set_perp` says what they scale.
     :param base_dropout: train with the base model's own dropout, which makes p(y | x, s) random.
@@ -95,6 +102,7 @@ class SubspaceAdapter:
         start: str | Path | None = None,
         svd: bool = True,
         projections: ProjectionMode | None = None,
+        core: Core = "diagonal",
         perp: int = 0,
         base_dropout: bool = False,
         gradient_checkpointing: bool = False,
@@ -104,6 +112,8 @@ class SubspaceAdapter:
             projections = "frozen_v" if svd else "free"
         if projections not in PROJECTIONS:
             raise ValueError(f"projections is {projections!r}: expected one of {PROJECTIONS}")
+        if core not in CORES:
+            raise ValueError(f"core is {core!r}: expected one of {CORES}")
         self.readout = readout
         #: whether it starts from a trained adapter, which s = 1 reproduces
         self.warm_start = start is not None
@@ -136,7 +146,9 @@ class SubspaceAdapter:
         #: M matrices V⊥ (k, d_m), and ``perp_B`` B⊥ (d_out, k); none if k is 0
         self.perp_A = [cast(nn.Linear, layer.lora_A[PERP]) for layer in perp_layers]
         self.perp_B = [cast(nn.Linear, layer.lora_B[PERP]) for layer in perp_layers]
-        self._hooks = Hooks(self._llm, A_of, self._rows, unit=self.unit, perp=self.perp_A)
+        self._hooks = Hooks(
+            self._llm, A_of, self._rows, unit=self.unit, full=core == "full", perp=self.perp_A
+        )
         self._checkpointing = Checkpointing(self._llm, self._hooks)
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
@@ -156,9 +168,9 @@ class SubspaceAdapter:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         self._output_rows = prepare_output_layer(self._llm, readout, self.device)
-        self._init_loc = torch.ones(self.shape, device=self.device)
+        self._init_loc = self._hooks.identity()
         if svd and start is None:
-            self._init_loc = self.matrices.decompose_A()
+            self._init_loc = self._hooks.diagonal(self.matrices.decompose_A())
         elif svd:
             self.matrices.decompose_product()
         self._B_at_start = self.matrices.norms_of_B()
@@ -172,8 +184,13 @@ class SubspaceAdapter:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(M, r)."""
-        return len(self.layers), self.rank
+        """The shape of s: (M, r), or (M, r²) of a full core."""
+        return len(self.layers), self._hooks.width
+
+    def identity(self) -> Tensor:
+        """(M, r), the s at which A and B act as they are stored: 1, or of a full core the identity
+        matrices; where the model is now."""
+        return self._hooks.identity()
 
     def with_perp(self, s: Tensor) -> Tensor:
         """(\\*draws, M, r + k), with s_perp = 0 where it was left out.
@@ -254,6 +271,11 @@ class SubspaceAdapter:
         """
         if not (loc != 0).all():
             raise ValueError("s = 0 cannot be the start: no gradient reaches V and B there")
+        if not (self._init_loc != 0).all():
+            raise ValueError(
+                "the prior's support is part of the line, and a full core starts at a diagonal,"
+                " whose other numbers are 0: expected a prior on the whole line, or core='diagonal'"
+            )
         if not torch.equal(self.matrices.norms_of_B(), self._B_at_start.to(self.device)):
             raise ValueError(
                 "the start of s would have to move, and with it B, which has been trained or moved"
@@ -282,17 +304,17 @@ class SubspaceAdapter:
     @contextmanager
     @torch.no_grad()
     def folded(self, s: Tensor) -> Iterator[PeftModel]:
-        """The PEFT model as ordinary LoRA at one s: A = diag(s)·V, until the context ends.
+        """The PEFT model as ordinary LoRA at one s: A = diag(s)·V, or R·V, until the context ends.
 
         :param s: (M, r), or (M, r + k) with s_perp, whose rows are a second adapter of PEFT's.
         """
         matrices = [*self._A, *self.perp_A]
         originals = [A.weight.clone() for A in matrices]
-        parts = self._hooks.effective(s).split([self.rank, self.perp], dim=-1)
-        scales = [scale for part in parts[: 1 + bool(self.perp)] for scale in part]
+        of_A, of_perp = self._hooks.effective(s).split([self._hooks.width, self.perp], dim=-1)
+        scales = [*of_A, *of_perp][: len(matrices)]
         try:
             for A, scale in zip(matrices, scales, strict=True):
-                A.weight.mul_(scale[:, None].to(A.weight))
+                A.weight.copy_(_scaled_rows(A.weight, scale.to(A.weight)))
             with self._hooks.rebound(Bound()):
                 yield self.peft_model
         finally:
@@ -519,3 +541,12 @@ class SubspaceAdapter:
         )
         self._hooks.add(s=parted)
         return self.trunk.shared(depth, rows=rows, draws=draws)
+
+
+def _scaled_rows(A: Tensor, s: Tensor) -> Tensor:
+    """diag(s)·A or, of r² numbers, R·A.
+
+    :param A: (r, d).
+    :param s: (r,) or (r²,).
+    """
+    return s[:, None] * A if len(s) == len(A) else s.view(len(A), len(A)) @ A

@@ -1,4 +1,4 @@
-"""The hooks by which A_m·x becomes diag(s_m)·A_m·x, with the s of each row."""
+"""The hooks by which A_m·x becomes diag(s_m)·A_m·x, or R_m·A_m·x, with the s of each row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Bound", "Hooks"]
 class Bound(NamedTuple):
     """What the hooks read in a forward pass, and in the backward pass that repeats it.
 
-    :param s: M of (S, r), or (S, r + k) with s_perp; ``None`` for all matrices as they are stored.
+    :param s: M of (S, D), or (S, D + k) with s_perp; ``None`` for all matrices as they are stored.
     :param shift: what is added to each of the M matrices A.
     :param tokens: the shape (S·R, T) of the model's input; ``None`` where it has not been seen.
     """
@@ -37,6 +37,7 @@ class Hooks:
     :param A: the M matrices A by the names of their modules.
     :param rows: refuses inputs in which the rows of a draw cannot be found.
     :param unit: let A act with rows of unit norm.
+    :param full: s_m is a matrix R_m (r, r), row by row, D = r² numbers; else a diagonal, D = r.
     :param perp: the M matrices (k, d_m) that s_perp scales; none if it has no coordinates.
     """
 
@@ -47,6 +48,7 @@ class Hooks:
         rows: RowCheck,
         *,
         unit: bool,
+        full: bool,
         perp: Sequence[nn.Linear] = (),
     ) -> None:
         self.bound = Bound()
@@ -54,6 +56,7 @@ class Hooks:
         self._perp = list(perp)
         self._rows = rows
         self._unit = unit
+        self._full = full
         #: calls of each A in this forward pass; ``None`` once they were found to be one each
         self._calls: list[int] | None = [0] * len(A)
         for index, matrix in enumerate(A.values()):
@@ -70,16 +73,15 @@ class Hooks:
     def bind(self, s: Tensor | None) -> torch.Size:
         """Let the hooks read s from now on, and nothing else; returns the shape of the draws.
 
-        :param s: (\\*draws, M, r), or (\\*draws, M, r + k) with s_perp, which is 0 if left out.
-            ``None`` is s = 1, plain LoRA.
+        :param s: (\\*draws, M, D), or (\\*draws, M, D + k) with s_perp, which is 0 if left out.
+            ``None`` is plain LoRA: s = 1, or R the identity.
         :raises ValueError: if s has another shape.
         """
         self.bound = Bound()
         if s is None and not (self._unit or self._perp):
             return torch.Size()
         if s is None:
-            first = next(iter(self._A.values())).weight
-            s = torch.ones(len(self._A), self.rank, device=first.device)
+            s = self.identity()
         each = self.effective(s)
         self.bound = Bound(each.reshape(-1, *each.shape[-2:]).unbind(1))
         # Of a tensor that Pyro tracks through a model, as ``pyro.infer.inspect`` does, the shape is
@@ -91,18 +93,32 @@ class Hooks:
         """r."""
         return next(iter(self._A.values())).weight.shape[0]
 
+    @property
+    def width(self) -> int:
+        """D, the numbers of s in a module: r, or r² of a matrix."""
+        return self.rank**2 if self._full else self.rank
+
+    def identity(self) -> Tensor:
+        """The s (M, D) that changes nothing, where the first module is."""
+        device = next(iter(self._A.values())).weight.device
+        return self.diagonal(torch.ones(len(self._A), self.rank, device=device))
+
+    def diagonal(self, values: Tensor) -> Tensor:
+        """The s (M, D) that is a diagonal of these numbers (M, r)."""
+        return values.diag_embed().flatten(-2) if self._full else values
+
     def with_perp(self, s: Tensor) -> Tensor:
-        """(\\*draws, M, r + k), with s_perp = 0 where it was left out.
+        """(\\*draws, M, D + k), with s_perp = 0 where it was left out.
 
         :raises ValueError: if s has another shape.
         """
-        M, r, k = len(self._A), self.rank, self._perp[0].weight.shape[0] if self._perp else 0
-        if s.shape[-2:] not in ((M, r), (M, r + k)):
+        M, D, k = len(self._A), self.width, self._perp[0].weight.shape[0] if self._perp else 0
+        if s.shape[-2:] not in ((M, D), (M, D + k)):
             raise ValueError(
-                f"s has shape {tuple(s.shape)}: expected (*draws, M, r) = (*draws, {M}, {r})"
-                + (f", or with s_perp (*draws, {M}, {r + k})" if k else "")
+                f"s has shape {tuple(s.shape)}: expected (*draws, M, {'r²' if self._full else 'r'})"
+                f" = (*draws, {M}, {D})" + (f", or with s_perp (*draws, {M}, {D + k})" if k else "")
             )
-        missing = r + k - s.shape[-1]
+        missing = D + k - s.shape[-1]
         return nn.functional.pad(s, (0, missing)) if missing else s
 
     def effective(self, s: Tensor) -> Tensor:
@@ -114,9 +130,13 @@ class Hooks:
         s = self.with_perp(s)
         if not self._unit:
             return s
-        norms = [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A.values()]
-        scaled = s[..., : self.rank] / torch.stack(norms)
-        return torch.cat([scaled, s[..., self.rank :]], -1)
+        norms = torch.stack(
+            [torch.linalg.vector_norm(A.weight, dim=1).to(s.device) for A in self._A.values()]
+        )
+        if self._full:
+            norms = norms.repeat(1, self.rank)  # of the column of each number of R
+        scaled = s[..., : self.width] / norms
+        return torch.cat([scaled, s[..., self.width :]], -1)
 
     def add(self, **fields: Any) -> None:
         """Change some fields of what is bound."""
@@ -170,7 +190,8 @@ class Hooks:
         s = each[index]
         if len(s) > 1 and tokens is not None:
             self._rows.look(index, args[0].shape, len(s), *tokens)
-        return _times(output, s[:, : output.shape[-1]])
+        s = s[:, : self.width]
+        return _mixed(output, s) if self._full else _times(output, s)
 
     def _scale_perp(
         self, index: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -196,3 +217,14 @@ def _times(output: Tensor, s: Tensor) -> Tensor:
         return output * s[0]
     parts = output.unflatten(0, (s.shape[0], -1))  # (S, R, ..., r)
     return (parts * s.view(s.shape[0], *[1] * (parts.dim() - 2), -1)).flatten(0, 1)
+
+
+def _mixed(output: Tensor, s: Tensor) -> Tensor:
+    """R times each row, with the R of its draw.
+
+    :param output: (S·R, ..., r).
+    :param s: (S, r²).
+    """
+    r = output.shape[-1]
+    cores = s.to(output).unflatten(-1, (r, r)).mT  # (S, r, r), for products from the right
+    return (output.reshape(len(cores), -1, r) @ cores).reshape(output.shape)

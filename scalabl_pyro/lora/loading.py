@@ -26,7 +26,7 @@ from ..data import Split
 from ..distributed import world_size
 from ..embedded import model_folder
 from ..readouts import READOUTS, Classes, Readout
-from .adapter import ProjectionMode, SubspaceAdapter
+from .adapter import Core, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .gguf import find_gguf
 from .subspace import set_subspace
@@ -182,12 +182,13 @@ def make_adapter(
     *,
     svd: bool,
     projections: ProjectionMode | None = None,
+    core: Core = "diagonal",
     perp: int = 0,
     prompts: Split | None = None,
 ) -> SubspaceAdapter:
     """A fresh adapter on a freshly loaded model.
 
-    :param svd: as in :class:`SubspaceAdapter`, and so ``projections`` and ``perp``.
+    :param svd: as in :class:`SubspaceAdapter`, and so ``projections``, ``core`` and ``perp``.
     :param prompts: of :func:`set_subspace`: training examples, which ``adapter.subspace`` may need.
     :raises ValueError: if the model is to be sharded and this is the only process; or see
         :func:`set_subspace`.
@@ -202,6 +203,7 @@ def make_adapter(
         start=adapter.start,
         svd=svd,
         projections=projections,
+        core=core,
         perp=perp,
         base_dropout=adapter.base_dropout,
         gradient_checkpointing=adapter.gradient_checkpointing,

@@ -1,4 +1,4 @@
-"""How often a language model is run, counted in rows that go through its blocks."""
+"""How often a language model is run, in rows that go through its blocks, and in what memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import SubspaceAdapter
@@ -22,11 +23,14 @@ class Passes:
         are not known.
     :param backward: the same of gradients.
     :param seconds: on the clock, whatever else the machine was doing.
+    :param peak: the most bytes that tensors took at once, added over the GPUs; ``None`` on a CPU,
+        where nobody counts them, and in folders that were written before it was counted.
     """
 
     forward: float | None
     backward: float | None
     seconds: float
+    peak: float | None = None
 
 
 class PassCounter:
@@ -44,6 +48,8 @@ class PassCounter:
         """Start from 0."""
         self._forward = self._backward = 0.0
         self._started = time.perf_counter()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
 
     def watch(self, adapter: SubspaceAdapter) -> None:
         """Count what this adapter's language model is run for, from now on."""
@@ -56,14 +62,16 @@ class PassCounter:
     def passes(self, examples: int = 1) -> Passes:
         """Since the last reset.
 
-        :param examples: divides them.
+        :param examples: divides passes and seconds.
         """
         seconds = (time.perf_counter() - self._started) / examples
+        devices = range(torch.cuda.device_count())
+        peak = sum(map(torch.cuda.max_memory_allocated, devices)) or None
         if not self._known:
-            return Passes(None, None, seconds)
+            return Passes(None, None, seconds, peak)
         forward, backward = self._forward / examples, self._backward / examples
         # Shares of blocks, such as thirds, do not add up to the bit.
-        return Passes(round(forward, 6), round(backward, 6), seconds)
+        return Passes(round(forward, 6), round(backward, 6), seconds, peak)
 
     def _hook(self, share: float) -> Callable[..., None]:
         def passed(module: nn.Module, args: Any, output: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Completion, Record
 from ..readouts import Readout
-from .adapter import ProjectionMode, SubspaceAdapter
+from .adapter import Core, ProjectionMode, SubspaceAdapter
 from .config import ModelConfig
 from .loading import load_llm, load_readout, make_readout, prepare
 from .subspace import few_prompts, set_perp, set_subspace
@@ -49,6 +49,7 @@ def from_pretrained(
     projections: ProjectionMode | None = None,
     start: str | Path | None = None,
     subspace: str = "auto",
+    core: Core = "diagonal",
     perp: int = 0,
     gradient_checkpointing: bool = False,
     **loading: Unpack[LoadOptions],
@@ -74,6 +75,8 @@ def from_pretrained(
         ``weights``, or ``activations`` of up to 256 of the records, whose labels are not looked at;
         ``auto`` is ``activations`` where V is frozen and fresh, and ``random`` elsewhere. Leave
         test records out of ``records``, or take ``random``, where not even their texts may be seen.
+    :param core: what s is in a module: r numbers, or with ``full`` an r × r matrix (see
+        :class:`SubspaceAdapter`).
     :param perp: k, coordinates of each module that stay at their prior (see
         :func:`~scalabl_pyro.lora.set_perp`), in directions that up to 256 of the records hardly
         excite.
@@ -150,6 +153,7 @@ def from_pretrained(
         read,
         start=start,
         projections=projections,
+        core=core,
         perp=perp,
         gradient_checkpointing=gradient_checkpointing,
     )

@@ -13,7 +13,7 @@ from ..infer.checkpoints import Checkpoints
 from ..infer.elbos import make_elbo
 from ..infer.fit_config import FitConfig
 from ..infer.training import FitResult
-from ..lora.adapter import ProjectionMode, SubspaceAdapter
+from ..lora.adapter import CORES, Core, ProjectionMode, SubspaceAdapter
 from ..lora.subspace import set_perp
 from ..models.model import ScalaBLModel
 from ..models.priors import Prior, make_prior
@@ -34,9 +34,12 @@ class ScalaBL(Method):
         about 5e-3, with V free all want about 1e-3.
     :param guide: ``name``, a key of ``GUIDES``, and that guide's own options.
     :param prior: ``name``, a key of ``PRIORS``, and its own options. A normal's ``loc``, if left
-        out, is 0, or 1 where the adapter starts from trained weights, at s = 1.
+        out, is 0, or 1 where the adapter starts from trained weights, at s = 1 (a full core at
+        the identity).
     :param scale_B: standard deviation of a normal prior on the entries of B; none if left out. The
         KL weight does not multiply it.
+    :param core: what s is in a module, as there: the r numbers of a ``diagonal``, or a ``full``
+        r × r matrix.
     :param perp: k, coordinates s_perp of each module in directions that the training data hardly
         excite (see :func:`~scalabl_pyro.lora.set_perp`), which stay at their prior.
     :param perp_scale: τ, the standard deviation of that prior.
@@ -52,6 +55,7 @@ class ScalaBL(Method):
     guide: dict[str, Any] = field(default_factory=lambda: {"name": "normal", "init_scale": 0.05})
     prior: dict[str, Any] = field(default_factory=lambda: {"name": "normal"})
     scale_B: float | None = None
+    core: Core = "diagonal"
     perp: int = 0
     perp_scale: float = 1.0
     elbo: dict[str, Any] = field(default_factory=lambda: {"name": "trace", "num_particles": 1})
@@ -64,6 +68,8 @@ class ScalaBL(Method):
         check_guide(**self.guide)
         if self.guide.get("name") == "delta" and self.config.kl_budget is not None:
             raise ValueError("kl_budget needs a density q(s), and guide delta is a point")
+        if self.core not in CORES:
+            raise ValueError(f"core is {self.core!r}: expected one of {list(CORES)}")
         if self.perp < 0:
             raise ValueError(f"perp is {self.perp}: expected a number of coordinates, 0 or more")
         if self.perp_scale != 1.0 and not self.perp:
@@ -79,7 +85,8 @@ class ScalaBL(Method):
         return int(self.elbo.get("num_particles", 1))
 
     def form(self) -> dict[str, Any]:
-        return super().form() | ({"perp": self.perp} if self.perp else {})
+        changed = {"core": self.core} if self.core != "diagonal" else {}
+        return super().form() | changed | ({"perp": self.perp} if self.perp else {})
 
     def start(self, adapter: SubspaceAdapter, train: Split) -> None:
         super().start(adapter, train)
@@ -122,7 +129,7 @@ class ScalaBL(Method):
         """
         options = dict(self.prior)
         if adapter.warm_start and options.get("name", "normal") == "normal":
-            options.setdefault("loc", 1.0)
+            options.setdefault("loc", adapter.init_loc)
         if prior is None:
             prior = make_prior(adapter.shape, **options)
         return ScalaBLModel(

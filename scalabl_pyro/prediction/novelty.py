@@ -98,7 +98,7 @@ def weight_novelty(
             " frozen_v"
         )
     adapter.eval()
-    folded = torch.ones(adapter.shape, device=adapter.device) if s is None else s
+    folded = adapter.identity() if s is None else s
     with adapter.folded(folded):
         parts: list[Tensor] = []
         for chunk in train.batches(batch_size):

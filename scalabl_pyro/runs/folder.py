@@ -344,7 +344,7 @@ def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
         return guide.median()["s"]
     if isinstance(predictor, Predictor) and predictor.draws is not None:
         return predictor.draws.mean(0)
-    return torch.ones(predictor.adapter.shape, device=predictor.adapter.device)
+    return predictor.adapter.identity()
 
 
 def read_posterior_info(folder: Path) -> PosteriorInfo:

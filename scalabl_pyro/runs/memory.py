@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..data import Batch
-from ..lora.adapter import ProjectionMode, SubspaceAdapter
+from ..lora.adapter import Core, ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import bytes_beside_weights, load_skeleton, positions, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
@@ -43,6 +43,7 @@ class MemoryConfig:
     """What is to be trained, and how much of it at once.
 
     :param projections: what is trained beside s, as in :class:`SubspaceAdapter`.
+    :param core: what s is in a module, as there.
     :param perp: k, coordinates of each module that nothing trains, as there.
     :param batch_size: B of a minibatch.
     :param eval_batch_size: B in prediction, before draws multiply it; of texts as many run at once
@@ -57,6 +58,7 @@ class MemoryConfig:
     model: ModelConfig
     lora: AdapterConfig
     projections: ProjectionMode = "free"
+    core: Core = "diagonal"
     perp: int = 0
     batch_size: int = 16
     eval_batch_size: int = 64
@@ -148,6 +150,7 @@ def estimate(config: MemoryConfig) -> Memory:
             readout,
             svd=False,
             projections=config.projections,
+            core=config.core,
             perp=config.perp,
             base_dropout=lora.base_dropout,
             gradient_checkpointing=lora.gradient_checkpointing,
@@ -199,8 +202,7 @@ def _peaks(adapter: SubspaceAdapter, config: MemoryConfig) -> dict[str, int]:
         adapter.trunk.depth_for = lambda s: adapter.trunk.depth  # type: ignore[method-assign]
         resident = [*adapter.peft_model.parameters(), *adapter.peft_model.buffers()]
 
-        M, r = adapter.shape
-        width = r + config.perp
+        M, width = adapter.shape[0], adapter.shape[1] + config.perp
         adapter.train()
         with _Alive(resident) as training:
             s = torch.ones(config.particles, M, width, requires_grad=True)

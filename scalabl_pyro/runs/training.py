@@ -239,6 +239,7 @@ class _Trainer:
             self.config.model,
             self.config.lora,
             method.projections if attempt.prior_run is None else "fixed",
+            method.form().get("core", "diagonal"),
             method.form().get("perp", 0),
             batch_size=attempt.fit.batch_size,
             eval_batch_size=self.config.eval_batch_size,

@@ -66,9 +66,12 @@ def make_run(
     return folder
 
 
-def cost(forward: float | None, each: float | None, *, trained: int = 100) -> Cost:
+def cost(
+    forward: float | None, each: float | None, *, trained: int = 100, peak: float | None = None
+) -> Cost:
     back = None if each is None else 0.0
-    return Cost(trained, 2 * trained, Passes(forward, forward, 3.0), Passes(each, back, 0.004))
+    training = Passes(forward, forward, 3.0, peak)
+    return Cost(trained, 2 * trained, training, Passes(each, back, 0.004))
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +234,20 @@ def test_where_passes_are_not_known_there_are_seconds(tmp_path):
     assert rows["unknown"][8:10] == ["3 s", "4 s"]
     assert rows["mle"][8:10] == ["1×", "1×"]
     assert rows["mle"][5].startswith(f"{of_test(row['mle'][0]):.3f} ± 0.")
+
+
+def test_memory_is_a_column_where_a_gpu_counted_it(tmp_path):
+    row = {
+        name: [make_run(tmp_path / name, seed=0, cost=cost(1.0, 1.0, peak=peak))]
+        for name, peak in (("mle", 3 * 2**30), ("unknown", None))
+    }
+    write_report(tmp_path / "out", read(row), chosen={}, trials={})
+    rows = Page(tmp_path / "out" / "report.html").rows
+    at = rows[0].index("training GiB")
+    assert "prediction GiB" not in rows[0]
+    cells = {row[0]: row[at] for row in rows if len(row) == len(rows[0])}
+    assert (cells["mle"], cells["unknown"]) == ("3", "–")
+    assert "training GiB |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def of_test(folder: Path) -> float:

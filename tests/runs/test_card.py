@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from scalabl_pyro.infer.checkpoints import Checkpoints
+from scalabl_pyro.lora.passes import PassCounter
 from scalabl_pyro.prediction import Interval
 from scalabl_pyro.prediction.intervals import per_text
 from scalabl_pyro.runs import RunFolderError
@@ -158,6 +159,26 @@ def test_a_run_with_trials_counts_its_own_settings_alone(train):
     trials = "trials=[{fit:{lr:0.01}},{fit:{lr:0.001}}]"
     cost = read_cost(train("method=mle", trials))
     assert cost.training.forward == 4 * 4
+
+
+def test_memory_is_that_of_all_gpus_since_the_last_reset(monkeypatch):
+    peaks = [5, 7]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peaks[device])
+    monkeypatch.setattr(
+        "torch.cuda.reset_peak_memory_stats", lambda device: peaks.__setitem__(device, 1)
+    )
+    counter = PassCounter()
+    assert counter.passes().peak == 2
+    peaks[:] = 5, 7
+    assert counter.passes(4).peak == 12, "it is not that of an example"
+    counter.reset()
+    assert counter.passes().peak == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which counts it")
+def test_on_a_cpu_nobody_counts_memory():
+    assert PassCounter().passes().peak is None
 
 
 def test_a_folder_without_a_cost_has_none_and_a_damaged_one_is_named(tmp_path):
