@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 __all__ = [
-    "average_over_ranks",
+    "average_gradients",
     "check_same",
     "copy_from_main",
     "is_main",
@@ -78,7 +78,7 @@ def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:
     """Spread the weights of a frozen model over all processes (FSDP2), a block at a time.
 
     :param keep: parameters that every process holds whole, such as those that are trained; their
-        gradients are averaged by :func:`average_over_ranks`.
+        gradients are averaged by :func:`average_gradients`.
     """
     whole = set(keep)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,15 +90,20 @@ def shard(llm: nn.Module, keep: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in place, in one message.
+def average_gradients(parameters: Sequence[Tensor], terms: Tensor) -> None:
+    """Replace each gradient, and further numbers, by their means over all processes, in one
+    message.
 
     Gradients of −ELBO/N on shares of a minibatch average to that on the whole of it, for each share
-    is scaled to the data set. The tensors are the adapter's and the guide's, a few megabytes: there
-    is nothing to overlap with the backward pass.
+    is scaled to the data set. A parameter that a share does not reach, such as an expert's, has the
+    gradient 0 there. The tensors are the adapter's and the guide's, a few megabytes: there is
+    nothing to overlap with the backward pass.
     """
-    if world_size() == 1 or not tensors:
+    if world_size() == 1:
         return
+    reached = terms.new_tensor([float(p.grad is not None) for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    tensors = [*gradients, reached, terms]
     flat = torch.cat([tensor.flatten().float() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
@@ -106,3 +111,5 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
         tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
     ):
         tensor.copy_(mean.view_as(tensor))
+    for parameter, gradient, share in zip(parameters, gradients, reached.tolist(), strict=True):
+        parameter.grad = gradient if share else None

@@ -36,6 +36,20 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def two_processes(script: str, *arguments: str) -> list[int]:
+    """Run a script in two processes of one group; their exit statuses."""
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            env=os.environ | environment | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    return [process.wait(timeout=120) for process in processes]
+
+
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 def test_two_processes_train_as_one(local_model, tmp_path, monkeypatch, shard):
     for name, count in (("train", 32), ("validation", 8), ("test", 9)):
@@ -101,21 +115,34 @@ save_file(state | {"loc": guide.loc.detach()}, f"{sys.argv[3]}/{distributed.rank
 
 def test_processes_start_from_the_same_projections(local_model, tmp_path):
     """Singular vectors have the sign that rounding gives them."""
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"OMP_NUM_THREADS": "1"}
     arguments = [str(ROOT / "tests"), str(local_model), str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OTHERWISE, *arguments],
-            env=os.environ | environment | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert two_processes(OTHERWISE, *arguments) == [0, 0]
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in "01")
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(two[name], value), name
+
+
+UNREACHED = """
+import sys, torch
+from scalabl_pyro import distributed
+distributed.start()
+rank = distributed.rank()
+a, b, c = (torch.zeros(n, requires_grad=True) for n in (2, 3, 4))
+a.grad = torch.full((2,), 1.0 + 2 * rank)
+if rank:  # as an expert that no token of the other share reached
+    b.grad = torch.full((3,), 6.0)
+terms = torch.tensor([float(rank), 5.0])
+distributed.average_gradients([a, b, c], terms)
+assert a.grad.tolist() == [2.0] * 2, a.grad
+assert b.grad.tolist() == [3.0] * 3, b.grad
+assert c.grad is None
+assert terms.tolist() == [0.5, 5.0]
+"""
+
+
+def test_a_parameter_that_one_share_does_not_reach():
+    assert two_processes(UNREACHED) == [0, 0]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(make_causal, records):

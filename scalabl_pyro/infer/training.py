@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..distributed import average_over_ranks, is_main, wait, world_size
+from ..distributed import average_gradients, is_main, wait, world_size
 from ..models.model import LoRAModel, ScalaBLModel
 from .callbacks import Callback
 from .checkpoints import (
@@ -72,6 +72,9 @@ class Training:
         matrices, numbers = trained_parameters(model, guide)
         self._named = matrices | numbers
         self.parameters = list(self._named.values())
+        # Made from the data or at random, and made again otherwise where numbers round otherwise.
+        frozen = {n: p for n, p in model.adapter.state().items() if not p.requires_grad}
+        self._kept = self._named | {f"frozen.{name}": p for name, p in frozen.items()}
         if optimizer is None:
             groups = parameter_groups(model, guide, **config.rates)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
@@ -140,7 +143,7 @@ class Training:
         if world_size() == 1:
             return loss, nll, stop
         terms = torch.tensor([loss, nll, float(stop)], device=self._device)
-        average_over_ranks([*self._gradients, terms])
+        average_gradients(self.parameters, terms)
         loss, nll, share = terms.tolist()
         return loss, nll, share > 0  # all stop if one is asked to
 
@@ -245,7 +248,7 @@ class Training:
     def state(self) -> TrainingState:
         """All of it, and torch's random state."""
         optimizer = self._optimizer.state_dict()
-        tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in self._named.items()}
+        tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in self._kept.items()}
         for index, moments in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         if self._config.keep == "best":
@@ -271,8 +274,8 @@ class Training:
         tensors, values = dict(state.tensors), state.values
         prefix = "parameter."
         saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        wrong = {n for n, p in self._named.items() if n not in saved or saved[n].shape != p.shape}
-        wrong |= saved.keys() - self._named.keys()
+        wrong = {n for n, p in self._kept.items() if n not in saved or saved[n].shape != p.shape}
+        wrong |= saved.keys() - self._kept.keys()
         if wrong:
             raise ValueError(
                 f"the checkpoint of step {state.step} in {checkpoints.folder} is of other"
@@ -284,7 +287,7 @@ class Training:
                 _, index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = value
         with torch.no_grad():
-            for name, parameter in self._named.items():
+            for name, parameter in self._kept.items():
                 parameter.copy_(saved[name])
             if self._config.keep == "best":
                 for value, name in zip(self.best.values, self._named, strict=True):

@@ -20,6 +20,7 @@ from scalabl_pyro.guides import make_guide
 from scalabl_pyro.infer import Callback, FitConfig
 from scalabl_pyro.infer import checkpoints as module
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints, Interrupted, TrainingState
+from scalabl_pyro.lora import set_perp
 
 FIT = FitConfig(steps=7, batch_size=4, lr=0.05, accumulation=2, kl_budget=5.0)
 BEST = FitConfig(steps=7, batch_size=4, lr=0.05, eval_every=2, keep="best")
@@ -80,6 +81,33 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert len(list(tmp_path.iterdir())) == checkpoints.config.keep
+
+
+def test_a_frozen_V_is_that_of_the_start(make_causal, records, tmp_path):
+    """Of a V from the data the sign is that of rounding, which another machine does otherwise."""
+
+    def run(turned: bool, steps: int, checkpoints: Checkpoints | None = None):
+        pyro.set_rng_seed(0)
+        adapter = make_causal(projections="frozen_v", perp=2)
+        set_perp(adapter, split := adapter.encode(records))
+        if turned:
+            with torch.no_grad():
+                for matrix in [*adapter.matrices.A.values(), *adapter.perp_A]:
+                    matrix.weight.neg_()
+        model = ScalaBLModel(adapter, num_data=len(split))
+        guide = make_guide(model, "normal")
+        config = FitConfig(steps=6, batch_size=4, lr=0.05)
+        elbo = Ends(steps)
+        fit(model, guide, split, config, elbo=elbo, checkpoints=checkpoints, progress=False)
+        return adapter
+
+    whole = run(False, 6)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1))
+    with pytest.raises(Stop):
+        run(False, 3, checkpoints)
+    resumed = run(True, 6, checkpoints)
+    for name, value in whole.state().items():
+        assert torch.equal(resumed.state()[name], value), name
 
 
 def test_torn_checkpoints_are_passed_over(make_causal, records, tmp_path):
