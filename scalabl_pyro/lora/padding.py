@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..data import Batch
@@ -27,8 +28,8 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
     """(n, d), the rows of a layer's inputs or outputs that are no padding.
 
     :param values: (R, T, d); or (R·T, d) of an expert; or (R, K, d) of an output layer, which sees
-        the last columns, or those before K of which some are scored: then these alone count. All of
-        them are tokens where a layer sees another number.
+        the last columns, or those before K of which some are scored: then those alone count that
+        are read. All of them are tokens where a layer sees another number.
     """
     mask = token_mask(batch).to(values.device)
     width = mask.shape[1]
@@ -39,4 +40,9 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
     scored = batch.inputs.get("scored")
     if scored is not None and values.shape[1] == scored.shape[-1] < width:
         mask = _of_choices(scored, batch).flatten(0, -2).to(mask.device)
+        if "segment" in batch.inputs:
+            # The first token of a choice is read at the prompt's end, not at the end of the choice
+            # before.
+            begins = batch.inputs["segment"].diff(dim=1).to(mask.device) != 0
+            mask = torch.cat([mask[:, :1], mask[:, 1:] & ~begins], 1)
     return values[mask[:, -values.shape[1] :]]

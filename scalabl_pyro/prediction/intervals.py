@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from .calibration import calibration_gaps, check_labels, mean_by_value
-from .metrics import auroc, auroc_at_equal_length, average
+from .metrics import auroc, auroc_at_equal_length, summarise
 from .rejection import risk_coverage_curve
 
 __all__ = [
@@ -123,18 +123,18 @@ def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str,
     :param logits: (S, N, C).
     :param labels: (N,).
     """
-    log_probs = average(logits).double()
-    probs = log_probs.exp()
+    summary = summarise(logits)
+    probs, log_probs = summary.probabilities, summary.log_probabilities
     check_labels(probs, labels)
     labels = labels.long()
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
-    confidence, answer = probs.max(-1)
+    right = log_probs.argmax(-1) == labels
     return {
-        "acc": (answer == labels).double(),
-        "ece": calibration_gaps(average(logits).exp(), labels, bins),
+        "acc": right.double(),
+        "ece": calibration_gaps(probs, labels, bins),
         "nll": torch.nn.functional.nll_loss(log_probs, labels, reduction="none"),
         "brier": (probs - one_hot).square().sum(-1),
-        "aurc": aurc_per_question(-confidence, answer != labels),
+        "aurc": aurc_per_question(summary.uncertainty, ~right),
     }
 
 

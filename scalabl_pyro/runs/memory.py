@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..data import Batch
-from ..lora.adapter import Core, ProjectionMode, SubspaceAdapter
+from ..lora.adapter import CORES, Core, ProjectionMode, SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.loading import bytes_beside_weights, load_skeleton, positions, unquantized
 from ..prediction.predictor import MAX_ROWS, Predictor
@@ -43,8 +43,8 @@ class MemoryConfig:
     """What is to be trained, and how much of it at once.
 
     :param projections: what is trained beside s, as in :class:`SubspaceAdapter`.
-    :param core: what s is in a module, as there.
     :param perp: k, coordinates of each module that nothing trains, as there.
+    :param core: what s is in a module, as there.
     :param batch_size: B of a minibatch.
     :param eval_batch_size: B in prediction, before draws multiply it; of texts as many run at once
         as have few logits.
@@ -52,14 +52,14 @@ class MemoryConfig:
     :param classes: C.
     :param draws: S.
     :param particles: P of the ELBO.
-    :raises ValueError: if ``perp`` is below 0, or another number below 1.
+    :raises ValueError: if ``perp`` is below 0, another number below 1, or the core unknown.
     """
 
     model: ModelConfig
     lora: AdapterConfig
     projections: ProjectionMode = "free"
-    core: Core = "diagonal"
     perp: int = 0
+    core: Core = "diagonal"
     batch_size: int = 16
     eval_batch_size: int = 64
     tokens: int = 256
@@ -74,6 +74,8 @@ class MemoryConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
         if self.perp < 0:
             raise ValueError(f"perp is {self.perp}: expected 0 or more")
+        if self.core not in CORES:
+            raise ValueError(f"core is {self.core!r}: expected one of {list(CORES)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,9 +118,9 @@ def test_choices_that_share_a_row_count_their_prompt_once(tokenizer, records):
                 x = llm.model.layers[0].input_layernorm(llm.model.embed_tokens(torch.tensor(ids)))
                 last = llm.model(torch.tensor([ids])).last_hidden_state[0]
             first.append(x if c == 0 else x[shared:])
-            # What predicts a token is the one before it, in that place of the packed row.
+            # What predicts a token is the one before it, of a choice's first the prompt's last.
             output.append(last[shared - 1 : shared] if c == 0 else last[:0])
-            output.append(last[shared:] if c < 3 else last[shared:-1])
+            output.append(last[shared:-1])
     torch.testing.assert_close(
         moments["model.layers.0.self_attn.q_proj"], moment(first), rtol=1e-4, atol=1e-5
     )
@@ -189,10 +189,6 @@ def test_each_direction_has_the_energy_of_a_random_one(make_causal, records):
         rows = V(adapter)[name].double()
         energy = torch.einsum("jd,de,je->j", rows, C, rows)  # mean of (V_j x)²
         torch.testing.assert_close(energy, (C.trace() / len(C)).expand(4), rtol=1e-4, atol=0)
-        # The mean over all unit vectors is tr C / d: a check on that, by many of them.
-        unit = torch.nn.functional.normalize(torch.randn(20_000, len(C)).double(), dim=1)
-        mean = torch.einsum("jd,de,je->j", unit, C, unit).mean()
-        torch.testing.assert_close(mean, energy[0], rtol=0.05, atol=0)
         leading = torch.linalg.svd(C).Vh[:4]
         torch.testing.assert_close(projector(rows), projector(leading), rtol=0, atol=1e-3)
 

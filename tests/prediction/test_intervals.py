@@ -50,11 +50,15 @@ def test_intervals_cover_the_mean_of_crossed_data(seeds, questions, rest):
 def test_intervals_over_seeds_alone_would_not_cover():
     """What the questions add is seen: seeds that share them agree too well."""
     generator = torch.Generator().manual_seed(0)
-    hits = 0
+    hits = alone = 0
     for _ in range(300):
-        means = crossed(0.0, 1.0, 0.1, generator=generator).mean(1)
-        hits += abs(float(means.mean())) <= 2.776 * float(means.std()) / 5**0.5
-    assert hits / 300 < 0.5
+        values = crossed(0.0, 1.0, 0.1, generator=generator)
+        means = values.mean(1)
+        alone += abs(float(means.mean())) <= 2.776 * float(means.std()) / 5**0.5
+        interval = crossed_interval(values)
+        hits += interval.low <= 0 <= interval.high
+    assert alone / 300 < 0.5
+    assert hits / 300 >= 0.92
 
 
 def test_the_variance_is_that_of_an_analysis_of_variance_by_hand():

@@ -17,6 +17,7 @@ from scalabl_pyro.prediction import (
     max_probability,
     mutual_information,
     noise_to_signal,
+    per_question,
 )
 from scalabl_pyro.prediction.text_scores import equal_weights, token_scores
 
@@ -134,7 +135,7 @@ def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     assert evaluate(logits, labels.tolist()) == evaluate(logits, labels.numpy()) == metrics
     assert 0 <= metrics["auroc_mutual_information"] <= 1
     ratios = ratios_in_loops(logits)
-    assert metrics["noise_to_signal"] == pytest.approx(sorted(ratios)[29], rel=1e-5)
+    assert metrics["noise_to_signal"] == pytest.approx(np.median(ratios), rel=1e-5)
     assert metrics["auroc_noise_to_signal"] == pytest.approx(pairs_won(ratios, wrong), abs=1e-6)
     one = evaluate(logits[:1], labels)
     assert math.isnan(one["auroc_mutual_information"])
@@ -142,6 +143,29 @@ def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     assert one["noise_to_signal"] == 0
     right = evaluate(logits, probabilities.argmax(-1))
     assert math.isnan(right["auroc_entropy"])
+
+
+def test_probabilities_next_to_one_keep_their_order():
+    """As many are of a model that is too sure: 1 − p is below what float32 knows of p."""
+    generator = torch.Generator().manual_seed(0)
+    gaps = 5 + 25 * torch.rand(400, generator=generator)
+    logits = torch.zeros(1, 400, 4)
+    logits[0, :, 0] = gaps
+    labels = torch.randint(4, (400,), generator=generator).minimum(
+        (torch.rand(400, generator=generator) < 0.5).long() * 3
+    )
+    wrong = labels.numpy() != 0
+    unsure = 3 / (np.exp(gaps.double().numpy()) + 3)  # 1 − p of the answer
+    assert len(np.unique(np.float32(1 - unsure))) < 350
+    expected = pairs_won(unsure.tolist(), wrong.tolist())
+    order = np.argsort(unsure)
+    aurc = np.mean(np.cumsum(wrong[order]) / np.arange(1, 401))
+    metrics = evaluate(logits, labels)
+    assert metrics["auroc_max_probability"] == pytest.approx(expected, abs=1e-9)
+    assert metrics["auroc_entropy"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["aurc"] == pytest.approx(aurc, abs=1e-9)
+    for name, values in per_question(logits, labels).items():
+        assert float(values.mean()) == pytest.approx(metrics[name], abs=1e-9), name
 
 
 def pairs_won(scores, positive):
