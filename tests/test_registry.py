@@ -111,5 +111,5 @@ def test_a_way_to_predict_is_a_function_and_an_entry(make_causal, monkeypatch):
     run = SimpleNamespace(guide=guide, predictor=predictor, subspace_predictor=lambda: predictor)
     first = make_predictor(run, PredictionConfig(name="first"))
     assert torch.equal(first.draws, predictor.draws[:1])
-    mean = make_predictor(run, PredictionConfig(name="mean"))
+    mean = make_predictor(run, PredictionConfig(name="median"))
     assert torch.equal(mean.draws[0], guide.median()["s"])

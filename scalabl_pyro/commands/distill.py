@@ -50,11 +50,11 @@ class DistillConfig:
 
 
 def distill_run(config: DistillConfig) -> dict[str, Any]:
-    """Teach a plain LoRA adapter, started at the posterior mean, the average on a file's records.
+    """Teach a plain LoRA adapter the average on a file's records, from the posterior's median on.
 
     :returns: the mean KL(average ‖ student) in nats on these records, before and after.
     :raises ValueError: if a record is bad, or the run is a point estimate.
-    :raises RuntimeError: if the student is no nearer to the average than the posterior mean.
+    :raises RuntimeError: if the student is no nearer to the average than the posterior's median.
     :raises FileExistsError: if the output exists.
     """
     output = new_path(Path(config.output))
@@ -62,14 +62,14 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     if run.readout.reads_texts:
         raise ValueError(
             f"{config.run} reads texts: expected a run that answers among choices; export its"
-            " draws, or its mean, instead"
+            " draws, or its median, instead"
         )
     if run.predictor.num_draws == 1:
         raise ValueError(f"{config.run} is a point estimate: there is no average to distill")
     split = run.encode(read_input(config.input, run, config.columns))
     log_probs = average(predict(run.predictor, split, batch_size=config.batch_size).logits)
-    mean = str(run.folder / "adapter")
-    lora = replace(run.config.lora, start=mean, subspace="random")
+    start = str(run.folder / "adapter")
+    lora = replace(run.config.lora, start=start, subspace="random")
     settings, readout = run.config.model, run.readout
     own = run.predictor.adapter.readout_parameters  # of which no PEFT adapter knows
     del run  # one language model at a time
@@ -84,9 +84,9 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     if not after <= before + ROUNDING:
         raise RuntimeError(
             f"after {config.fit.steps} steps the student is further from the average than the"
-            f" posterior mean, where it began: KL {after:.3g} against {before:.3g} nats on"
+            f" posterior's median, where it began: KL {after:.3g} against {before:.3g} nats on"
             f" {config.input}; nothing is written. Lower fit.lr, which is {config.fit.lr:g}, or"
-            f" give it more fit.steps. The posterior mean itself is the adapter in {mean}"
+            f" give it more fit.steps. The posterior's median itself is the adapter in {start}"
         )
     summary: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
     if isinstance(readout, ChoiceLikelihood):

@@ -45,7 +45,7 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
     if config.merged:
         del run  # one model at a time
         gc.collect()
-        merge(settings.model, readout, output / "mean", output / "merged")
+        merge(settings.model, readout, output / "median", output / "merged")
         summary["merged"] = str(output / "merged")
     if config.push_to_hub is not None:
         summary["url"] = push_to_hub(output, config.push_to_hub, private=config.private)

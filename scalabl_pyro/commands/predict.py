@@ -71,13 +71,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         tolerance=config.prediction.tolerance,
     )
-    settings = {
-        "run": config.run,
-        "prediction": asdict(config.prediction),
-        "batch": config.batch_size,
-        **decisions.settings(),
-        **begun_for(run, records),
-    }
+    settings = _begun(config, run, records) | decisions.settings()
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
@@ -111,11 +105,7 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
     records = read_texts(config.input, config.run, config.columns, known=True)
     predictor = make_predictor(run, config.prediction)
     split = run.encode(records)  # type: ignore[arg-type]  # texts are the records of this readout
-    settings = {
-        "run": config.run,
-        "prediction": asdict(config.prediction),
-        **begun_for(run, records),
-    }
+    settings = _begun(config, run, records)
     with (
         ResumableJsonl(config.output, [record.id for record in records], settings) as file,
         tqdm(initial=file.done, total=len(records), disable=not config.progress) as bar,
@@ -130,6 +120,16 @@ def _score_file(config: PredictConfig, run: Run) -> dict[str, Any]:
             bar.update(len(texts))
             first = file.done
     return {"output": config.output, "records": len(records)}
+
+
+def _begun(config: PredictConfig, run: Run, records: Sequence[Any]) -> dict[str, Any]:
+    """What an interrupted output goes on with alone."""
+    return {
+        "run": config.run,
+        "prediction": asdict(config.prediction),
+        "batch": config.batch_size,
+        **begun_for(run, records),
+    }
 
 
 def _answers(

@@ -17,6 +17,7 @@ from ..guides import AutoSubspaceMultivariateNormal
 from ..lora.jacobian import derivatives, jacobian
 from ..models.model import ScalaBLModel
 from .chains import whole_split
+from .evidence import log_det_by_eigenvalues, precision_by_evidence
 
 __all__ = [
     "CURVATURES",
@@ -25,7 +26,6 @@ __all__ = [
     "hessian",
     "laplace",
     "normal_prior",
-    "precision_by_evidence",
 ]
 
 
@@ -100,7 +100,7 @@ def laplace(
                 " higher the evidence; take a prior with another mean, such as Normal(0, 1), or"
                 " leave by_evidence out"
             )
-        precision = precision_by_evidence(torch.linalg.eigvalsh(H), distance)
+        precision = precision_by_evidence(log_det_by_eigenvalues(H), loc.numel(), distance)
         scale = torch.full_like(scale, precision**-0.5)
     tril, info = torch.linalg.cholesky_ex(H + scale.flatten().pow(-2).diag())
     if info:
@@ -179,15 +179,3 @@ def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor
         model.observe(batch, logits)
     log_likelihood = cast(Tensor, seen.trace.log_prob_sum())
     return log_likelihood * len(batch) / model.num_data
-
-
-def precision_by_evidence(eigenvalues: Tensor, distance: float) -> float:
-    """The λ from 1e-6 to 1e6 that maximises the evidence at a fixed mode, to 0.3 %.
-
-    :param eigenvalues: (D,) of H.
-    :param distance: ‖s* − prior mean‖².
-    """
-    precision = torch.logspace(-6, 6, 10_001, dtype=eigenvalues.dtype)
-    log_det = (eigenvalues.clamp(min=0).cpu() + precision[:, None]).log().sum(-1)
-    log_evidence = 0.5 * (len(eigenvalues) * precision.log() - precision * distance - log_det)
-    return float(precision[log_evidence.argmax()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pyro
 import torch
@@ -23,7 +23,17 @@ from ..prediction.assessment import assess
 from ..prediction.predictor import Predictor, Predicts, RunPredictor
 from ..prediction.weight_draws import WeightAverage
 
-__all__ = ["DrawsWeights", "Fitted", "LoRAMethod", "Method", "check_plain"]
+__all__ = [
+    "DrawsWeights",
+    "Fitted",
+    "LoRAMethod",
+    "Method",
+    "check_modules",
+    "check_plain",
+    "random_modules",
+]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Method(ABC):
     svd: ClassVar[bool] = False
     #: whether it can learn texts too, and not answers among choices alone
     reads_texts: ClassVar[bool] = True
-    #: settings of :class:`FitConfig` that have no effect
+    #: settings of :class:`FitConfig` that never have an effect
     ignores: ClassVar[tuple[str, ...]] = ()
 
     config: FitConfig = FitConfig()  # noqa: RUF009  (frozen)
@@ -74,6 +84,10 @@ class Method(ABC):
     def particles(self) -> int:
         """P, the draws of a training step, each of which multiplies the rows of a minibatch."""
         return 1
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings of :class:`FitConfig` that have no effect with these of the method."""
+        return self.ignores
 
     def form(self) -> dict[str, Any]:
         """The options of :class:`~scalabl_pyro.lora.SubspaceAdapter` that the method decides."""
@@ -206,6 +220,17 @@ def check_plain(fitted: Fitted, name: str) -> None:
             f"method {name} works on A and B of plain LoRA, and this model has vectors s: give what"
             " mle, map or blob trained"
         )
+
+
+def check_modules(modules: str) -> None:
+    """:raises ValueError: if :func:`random_modules` knows no such choice."""
+    if modules not in ("all", "last"):
+        raise ValueError(f"modules is {modules!r}: expected all or last")
+
+
+def random_modules(each: list[_T], modules: str) -> list[_T]:
+    """Of something for each adapted module what is random: ``all`` of it, or the ``last``."""
+    return each if modules == "all" else each[-1:]
 
 
 class DrawsWeights:

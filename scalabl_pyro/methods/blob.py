@@ -134,6 +134,9 @@ class BLoB(DrawsWeights, Method):
         if self.lr_kl is not None:
             check_bursts(self.config, self.name)
 
+    def without_effect(self) -> tuple[str, ...]:
+        return () if self.lr_kl is None else ("kl",)
+
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> BLoBModel:
         """The probabilistic model of these settings.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, Split
+from ..infer.evidence import precision_by_evidence
 from ..infer.kfac import Kronecker, kfac, logit_moments
 from ..lora.adapter import SubspaceAdapter
-from .base import Fitted, LoRAMethod, check_plain
+from .base import Fitted, LoRAMethod, check_modules, check_plain, random_modules
 
-__all__ = ["LaplaceAverage", "LaplaceLoRA", "kfac_precision_by_evidence", "logit_draws"]
+__all__ = ["LaplaceAverage", "LaplaceLoRA", "logit_draws"]
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class LaplaceLoRA(LoRAMethod):
                 f"projections is {self.projections!r}: method laplace_lora needs free, for its"
                 " posterior is over A and B, at a mode of both"
             )
+        check_modules(self.modules)
         for name in ("rank", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
@@ -134,7 +135,7 @@ class LaplaceLoRA(LoRAMethod):
         parts = [{name: factor} for name, factor in factors.items()]
         precision: dict[str, float] = {}
         for group in parts if self.per_matrix else [factors]:
-            group_precision = self.prior_precision or kfac_precision_by_evidence(adapter, group)
+            group_precision = self.prior_precision or _by_evidence(adapter, group)
             precision |= dict.fromkeys(group, group_precision)
         log.info("the prior precision is %s", sorted({float(f"{x:g}") for x in precision.values()}))
         predictor = LaplaceAverage(adapter, factors, precision, self.draws, seed)
@@ -153,27 +154,15 @@ class LaplaceLoRA(LoRAMethod):
 
     def _random(self, adapter: SubspaceAdapter) -> list[str]:
         """The names of the matrices that are random."""
-        matrices = adapter.matrices
-        each = [*zip(matrices.A, matrices.B, strict=True)]
-        return [name for pair in (each if self.modules == "all" else each[-1:]) for name in pair]
+        pairs = [*zip(adapter.matrices.A, adapter.matrices.B, strict=True)]
+        return [name for pair in random_modules(pairs, self.modules) for name in pair]
 
 
-def kfac_precision_by_evidence(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -> float:
-    r"""The λ from 1e-4 to 1e6 that maximises the evidence at a fixed θ*, to 6 %.
-
-    .. math:: \log p(D \mid λ) = \mathrm{const} - \tfrac{λ}{2} ‖θ^*‖^2 + \tfrac{P}{2} \log λ
-              - \tfrac{1}{2} \log\det(H + λI)
-
-    :param factors: H of the matrices that make up θ, by their names.
-    """
-    linears = adapter.matrices.linears
-    weights = [linears[name].weight.detach() for name in factors]
-    norm = float(sum(w.double().square().sum() for w in weights))
-    P = sum(w.numel() for w in weights)
-    grid = torch.logspace(-4, 6, 401, dtype=torch.float64)
-
-    def log_evidence(precision: float) -> float:
-        log_det = sum(factor.log_det(precision) for factor in factors.values())
-        return 0.5 * (P * math.log(precision) - precision * norm - log_det)
-
-    return max(grid.tolist(), key=log_evidence)
+def _by_evidence(adapter: SubspaceAdapter, factors: Mapping[str, Kronecker]) -> float:
+    """The λ of the highest evidence, with the matrices of these factors for θ*."""
+    weights = [adapter.matrices.linears[name].weight.detach() for name in factors]
+    return precision_by_evidence(
+        lambda precision: float(sum(factor.log_det(precision) for factor in factors.values())),
+        sum(weight.numel() for weight in weights),
+        float(sum(weight.double().square().sum() for weight in weights)),
+    )

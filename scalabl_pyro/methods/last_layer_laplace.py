@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch, Split
-from ..infer.laplace_approximation import precision_by_evidence
+from ..infer.evidence import log_det_by_eigenvalues, precision_by_evidence
 from ..lora.adapter import SubspaceAdapter
 from .base import Fitted, LoRAMethod, check_plain
 from .laplace_lora import logit_draws
@@ -160,7 +160,7 @@ class LastLayerLaplace(LoRAMethod):
         if precision is None:
             parameters = last_layer(adapter).parameters()
             norm = sum(float(p.detach().double().square().sum()) for p in parameters)
-            precision = precision_by_evidence(torch.linalg.eigvalsh(H), norm)
+            precision = precision_by_evidence(log_det_by_eigenvalues(H), len(H), norm)
             log.info("the prior precision is %g", precision)
         eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(H + precision * eye))

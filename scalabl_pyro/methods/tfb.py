@@ -14,7 +14,14 @@ from ..models.model import LoRAModel
 from ..prediction.predictor import Predictor, predict
 from ..prediction.weight_draws import WeightAverage
 from ..readouts import Readout
-from .base import DrawsWeights, Fitted, LoRAMethod, check_plain
+from .base import (
+    DrawsWeights,
+    Fitted,
+    LoRAMethod,
+    check_modules,
+    check_plain,
+    random_modules,
+)
 
 __all__ = ["TFB"]
 
@@ -64,8 +71,7 @@ class TFB(DrawsWeights, LoRAMethod):
         for name in ("bisections", "examples", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 1 or more")
-        if self.modules not in ("all", "last"):
-            raise ValueError(f"modules is {self.modules!r}: expected all or last")
+        check_modules(self.modules)
 
     def make_model(self, adapter: SubspaceAdapter, *, num_data: int) -> LoRAModel:
         """The likelihood.
@@ -112,7 +118,7 @@ class TFB(DrawsWeights, LoRAMethod):
         rows = zip(means, d, strict=True)
         spread = {name: noises[name] / scale[:, None].to(noise) for name, scale in rows}
 
-        noisy = list(means) if self.modules == "all" else list(means)[-1:]
+        noisy = random_modules(list(means), self.modules)
 
         def at(sigma: float) -> WeightAverage:
             return WeightAverage(adapter, {n: means[n] + sigma * spread[n] for n in noisy})

@@ -397,6 +397,8 @@ class ChoiceLikelihood(CausalReadout):
         try:
             masked = self._log_probs_of_packed(llm, packed, apart)[0]
             in_sight = self._log_probs_of_packed(llm, packed, packed["attention_mask"])[0]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # models refuse such a mask in ways of their own
             return f"it takes no mask of four dimensions ({error})"
         if not (masked - right).norm() <= _ROUNDING * (in_sight - right).norm():

@@ -60,18 +60,18 @@ def run_card(
     :param adapter: the card of the folder ``adapter`` in it.
     """
     base, _ = find_gguf(model_folder(config.model.name))
-    mean = (
+    there = (
         "An ordinary PEFT adapter: `PeftModel.from_pretrained(llm, FOLDER)` puts it on the base"
-        " model. Where the method has a posterior it is at the posterior's mean, and in one pass it"
-        " predicts other probabilities than the average, which the results are of."
+        " model. Where the method has a posterior it is at the posterior's median, and in one pass"
+        " it predicts other probabilities than the average, which the results are of."
     )
     lines = [*head(base), f"# {plain(config.method['name'])} on {plain(config.model.name)}", ""]
     if adapter:
-        lines += [mean, ""]
+        lines += [there, ""]
     lines += about(config, sizes, rank)
     lines += ["", "## Results", "", *results(figures)]
     if not adapter:
-        lines += ["", "## How to load it", "", *_loading(config), "", f"`adapter/`: {mean}"]
+        lines += ["", "## How to load it", "", *_loading(config), "", f"`adapter/`: {there}"]
     lines += ["", "## Settings", "", *settings(config)]
     return "\n".join(lines) + "\n"
 

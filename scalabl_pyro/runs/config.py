@@ -252,11 +252,12 @@ class RunConfig:
     def without_effect(self) -> list[str]:
         """A line for each setting that was changed and that acts on nothing: one of ``fit`` that
         the method does not use, or one of ``lora`` that the adapter to start from has itself."""
-        method = METHODS[self.method["name"]]
+        method = self.make_method()
+        own = METHODS[method.name].config
         unused = [
-            f"fit.{name} has no effect with method {self.method['name']}"
-            for name in method.ignores
-            if getattr(self.fit, name) != getattr(method.config, name)
+            f"fit.{name} has no effect with method {method.name}"
+            for name in method.without_effect()
+            if getattr(self.fit, name) != getattr(own, name)
         ]
         overruled = [
             f"lora.{name} has no effect with lora.start, whose adapter has its own"

@@ -1,7 +1,7 @@
 """Trained runs for other programs: each draw as an ordinary PEFT adapter, or one merged model.
 
-An exported folder holds ``mean/`` and ``draw_00/``, ``draw_01/``, … with A = diag(s)·V and B, which
-any reader of PEFT adapters can load; ``manifest.json``, which says how to average them; and
+An exported folder holds ``median/`` and ``draw_00/``, ``draw_01/``, … with A = diag(s)·V and B,
+which any reader of PEFT adapters can load; ``manifest.json``, which says how to average them; and
 ``README.md``, a model card.
 """
 
@@ -31,7 +31,7 @@ from ..lora.loading import load_llm
 from ..lora.saving import save_peft, write_weights
 from ..readouts.base import Readout
 from .card import Figure, about, head, plain, results, settings
-from .folder import Run, posterior_mean
+from .folder import Run, posterior_median
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
 
@@ -47,15 +47,15 @@ def export(
     output_layer: str = "keep",
     metrics: Mapping[str, Mapping[str, Figure]] | None = None,
 ) -> dict[str, Any]:
-    r"""Write the mean and the draws as PEFT adapters of the run's own rank.
+    r"""Write the median and the draws as PEFT adapters of the run's own rank.
 
     .. math:: ΔW_m = (α/r) \, B_m A_m, \quad A_m = \mathrm{diag}(s_m) \, V_m
 
     With s_perp they have k more rows, and rank r + k.
 
     A server that adapts blocks but no output layer needs that layer's adapter out of the way:
-    ``drop`` leaves it out of every adapter; ``merge`` also folds its mean into ``base/``, a copy of
-    the base model that the adapters then go with. Both change the logits, for no draw has an output
+    ``drop`` leaves it out of every adapter; ``merge`` also folds its median into ``base/``, a copy
+    of the base model that the adapters then go with. Both change the logits, for no draw has an output
     layer of its own any more.
 
     :param folder: must not exist; written whole or not at all.
@@ -78,7 +78,7 @@ def export(
             f"output_layer is {output_layer!r}, but nothing else is adapted, so that no adapter"
             " would be left: set it to keep"
         )
-    points = {"mean": posterior_mean(run.predictor, run.guide)}
+    points = {"median": posterior_median(run.predictor, run.guide)}
     available = 0 if bank is None else len(bank)
     if draws is not None and draws > available:
         raise ValueError(f"draws is {draws}, but the run has {available}: export at most those")
@@ -89,7 +89,7 @@ def export(
         for name, s in points.items():
             save_adapter(adapter, s, part / name, drop=drop)
         if output_layer == "merge":
-            save_adapter(adapter, points["mean"], part / "head", drop=set(adapter.layers) - drop)
+            save_adapter(adapter, points["median"], part / "head", drop=set(adapter.layers) - drop)
             merge(run.config.model, run.readout, part / "head", part / "base")
             shutil.rmtree(part / "head")
         manifest = _manifest(run, part, list(points), output_layer)
@@ -110,7 +110,7 @@ def merge(
     Input and output embeddings that were tied are no longer, if the output layer was adapted.
 
     :param config: the base model, which is loaded anew.
-    :param adapter: a PEFT adapter for it, such as ``mean/``.
+    :param adapter: a PEFT adapter for it, such as ``median/``.
     :param folder: must not exist; written whole or not at all.
     :raises FileExistsError: if the folder exists.
     """
@@ -249,12 +249,12 @@ def _card(
     lines = [*head(base, on_hub=manifest["output_layer"] != "merge")]
     lines += [f"# Bayesian LoRA on {plain(base)}", ""]
     lines += [
-        f"`mean/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run,"
+        f"`median/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run,"
         f" each an ordinary PEFT adapter of rank {manifest['rank']}.",
         "",
         "```python",
         *_snippet(manifest),
-        'model = PeftModel.from_pretrained(llm, "mean")  # or a name in "draws" of manifest.json',
+        'model = PeftModel.from_pretrained(llm, "median")  # or a name in "draws" of manifest.json',
         "```",
         "",
         "The prediction is the mean over the draws of softmax(logits / temperature), with"

@@ -1,7 +1,7 @@
 """Run folders: what a trained method leaves on disk, and how it is read again.
 
-* ``adapter/`` an ordinary PEFT adapter with the posterior mean folded in; of an ensemble the last
-  member
+* ``adapter/`` an ordinary PEFT adapter with the posterior's median folded in; of an ensemble the
+  last member
 * ``projections.safetensors`` A (or V), B and heads, trained or not; ``posterior.safetensors`` the
   parameters of the guide and of the prior, such as the posterior of ``prior_run``, and draws
   ``s`` (S, M, r), or ``weights.*`` of projections
@@ -205,8 +205,8 @@ def _write_run(
     predictor, adapter = fitted.predictor, fitted.predictor.adapter
     history = fitted.result.history  # empty where nothing was trained
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
-    mean = posterior_mean(predictor, fitted.guide)
-    with adapter.folded(mean) as peft_model:
+    median = posterior_median(predictor, fitted.guide)
+    with adapter.folded(median) as peft_model:
         save_peft(peft_model, part / "adapter")
     projections = _tensors(adapter.state())
     save_file(projections, part / "projections.safetensors")
@@ -338,7 +338,7 @@ def restore(folder: Path, config: RunConfig, info: PosteriorInfo) -> Run:
     return Run(folder, config, classes, predictor, model, guide)
 
 
-def posterior_mean(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
+def posterior_median(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     """(M, r), the s of one pass: the guide's median, the mean of the draws, or 1 without either."""
     if guide is not None:
         return guide.median()["s"]

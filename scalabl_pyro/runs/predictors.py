@@ -1,4 +1,4 @@
-"""How a run folder predicts: which draws of s, how many, or the posterior's mean."""
+"""How a run folder predicts: which draws of s, how many, or the posterior's median."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PredictionConfig:
     """A way to predict with a posterior over s.
 
     * ``average``: the average of the probabilities over draws of s
-    * ``mean``: one pass at the posterior's median
+    * ``median``: one pass at the posterior's median
     * ``linearised``: the average, with logits that are linear in s
 
     :param name: one of these.
@@ -54,10 +54,10 @@ class PredictionConfig:
             check_weights(self.weights)
         except ValueError as error:
             raise ValueError(f"prediction.{error}") from error
-        if self.weights != "equal" and self.name == "mean":
+        if self.weights != "equal" and self.name == "median":
             raise ValueError(
                 f"prediction.weights is {self.weights!r}, of several draws, and prediction.name is"
-                " 'mean', which has one: leave one of them out"
+                " 'median', which has one: leave one of them out"
             )
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"prediction.draws is {self.draws}: expected 1 or more")
@@ -65,8 +65,10 @@ class PredictionConfig:
             raise ValueError(
                 f"prediction.kind is {self.kind!r}: give prediction.draws, how many of them"
             )
-        if self.name == "mean" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
-            raise ValueError("prediction.name is 'mean', which takes no draws, trunk or tolerance")
+        if self.name == "median" and (self.draws, self.trunk, self.tolerance) != (None, 0.0, None):
+            raise ValueError(
+                "prediction.name is 'median', which takes no draws, trunk or tolerance"
+            )
         if not 0 <= self.trunk <= 1:
             raise ValueError(f"prediction.trunk is {self.trunk}: expected a share, 0 to 1")
         if self.tolerance is not None and not (self.tolerance > 0 and self.name == "average"):
@@ -83,7 +85,7 @@ class PredictionConfig:
         :raises ValueError: if there is a seed, and no number of draws.
         """
         if self.seed and self.draws is None:
-            fix = "" if self.name == "mean" else "give prediction.draws, how many to make, or "
+            fix = "" if self.name == "median" else "give prediction.draws, how many to make, or "
             raise ValueError(
                 f"prediction.seed is {self.seed}, and nothing is drawn anew: {fix}leave it out"
             )
@@ -114,7 +116,7 @@ def make_predictor(run: Run, config: PredictionConfig) -> Predicts:
     if only_choices and run.readout.reads_texts:
         raise ValueError(
             f"prediction.name is {config.name!r} and prediction.tolerance {config.tolerance}, of a"
-            " run that reads texts: expected average or mean, without a tolerance"
+            " run that reads texts: expected average or median, without a tolerance"
         )
     predictor = run.subspace_predictor()
     adapter, draws = predictor.adapter, predictor.draws
@@ -138,7 +140,7 @@ def _linearised(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts
     return Linearised(predictor.adapter, median, draws, predictor.temperature)
 
 
-def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
+def _median(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
     return replace(predictor, draws=median[None])
 
 
@@ -147,5 +149,5 @@ def _mean(predictor: Predictor, median: Tensor, draws: Tensor) -> Predicts:
 WAYS: dict[str, Callable[[Predictor, Tensor, Tensor], Predicts]] = {
     "average": _average,
     "linearised": _linearised,
-    "mean": _mean,
+    "median": _median,
 }

@@ -29,7 +29,7 @@ from ..prediction.mahalanobis import feature_distances
 from ..prediction.predictor import Predictor
 from ..readouts import Readout
 from .config import ConfigError, RunConfig
-from .folder import posterior_mean, save_run
+from .folder import posterior_median, save_run
 from .memory import MemoryConfig, explain_out_of_memory
 from .places import relative_places
 from .prior import load_prior_run, prior_fingerprint, read_data
@@ -139,7 +139,7 @@ def _add_distances(
         return
     if not isinstance(predictor, Predictor) or predictor.adapter.readout.reads_texts:
         return
-    s = posterior_mean(predictor, fitted.guide)
+    s = posterior_median(predictor, fitted.guide)
     try:
         names = ("test", *others)
         distances = feature_distances(

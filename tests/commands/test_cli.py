@@ -137,7 +137,7 @@ def test_a_folder_without_validation_holds_some_of_train_out(local_model, data, 
 def test_posterior_mean_differs_from_the_average(run, data, capsys):
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", "progress=false") == 0
     average = json.loads(capsys.readouterr().out)
-    words = ["prediction.name=mean", "progress=false"]
+    words = ["prediction.name=median", "progress=false"]
     assert scalabl("evaluate", f"run={run}", f"data.root={data}", *words) == 0
     mean = json.loads(capsys.readouterr().out)
     assert mean["mutual_information"] < 1e-6 < 1e-5 < average["mutual_information"]
@@ -554,7 +554,10 @@ def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
     for words, message in {
         ("prediction.name=median",): "prediction.name is 'median'",
         ("prediction.kind=sobol",): "give prediction.draws",
-        ("prediction.name=mean", "prediction.tolerance=0.1"): "takes no draws, trunk or tolerance",
+        (
+            "prediction.name=median",
+            "prediction.tolerance=0.1",
+        ): "takes no draws, trunk or tolerance",
         ("prediction.draws=0",): "prediction.draws is 0",
         ("prediction.trunk=2",): "prediction.trunk is 2.0",
     }.items():
@@ -562,7 +565,7 @@ def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
         assert message in capsys.readouterr().err
     point = ["method=mle", f"model.name={local_model}", f"data.root={data}", "run_dir=point"]
     assert scalabl("train", *point, *FAST) == 0
-    assert scalabl("evaluate", "run=point", f"data.root={data}", "prediction.name=mean") == 1
+    assert scalabl("evaluate", "run=point", f"data.root={data}", "prediction.name=median") == 1
     assert "no posterior over s" in capsys.readouterr().err
 
 
@@ -571,7 +574,7 @@ def test_what_needs_draws_of_s_says_so_of_a_run_without(local_model, data, tmp_p
     assert scalabl("train", "method=ensemble", "method.members=2", *where, *FAST) == 0
     (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "prompt": "the cat"}) + "\n")
     for words in (
-        ["evaluate", "run=out", f"data.root={data}", "prediction.name=mean"],
+        ["evaluate", "run=out", f"data.root={data}", "prediction.name=median"],
         ["export", "run=out", "output=exported"],
         ["generate", "run=out", "input=in.jsonl", "output=o.jsonl"],
     ):
@@ -606,7 +609,7 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     part = tmp_path / "out.jsonl.part"
     assert len(part.read_text().splitlines()) == 6
     part.write_bytes(part.read_bytes() + b'{"id": "torn')
-    assert scalabl("predict", *words, "output=out.jsonl", "prediction.name=mean") == 1
+    assert scalabl("predict", *words, "output=out.jsonl", "prediction.name=median") == 1
     assert "was begun with other settings" in capsys.readouterr().err
     # The same ids with other choices, and the same folder with another run.
     asked = tmp_path / "in.jsonl"
@@ -831,6 +834,8 @@ def test_settings_that_would_be_lost_are_refused(local_model, data, capsys, word
     [
         (["method=mle", "fit.kl.weight=3"], ["fit.kl"]),
         (["method=map", "fit.lr_guide=1"], []),
+        (["method=blob", "+method.lr_kl=0.01", "fit.kl.weight=3"], ["fit.kl"]),
+        (["method=blob", "fit.kl.weight=3"], []),
         (["method=ivon", "fit.lr_guide=1", "fit.eps=0.1"], ["fit.lr_guide", "fit.eps"]),
         (["method=zero_shot", "fit.lr=1"], ["fit.lr"]),
     ],

@@ -289,14 +289,14 @@ def test_a_seed_of_nothing_is_refused(run, data, capsys):
         ["evaluate", "run=run", f"data.root={data}", "progress=false"],
     ]
     for command in commands:
-        for way, fix in (("average", "give prediction.draws"), ("mean", "leave it out")):
+        for way, fix in (("average", "give prediction.draws"), ("median", "leave it out")):
             assert scalabl(*command, f"prediction.name={way}", "prediction.seed=3") == 1
             expected = f"prediction.seed is 3, and nothing is drawn anew: {fix}"
             assert expected in capsys.readouterr().err
     for command in commands[1:]:
         assert scalabl(*command, "prediction.draws=4", "prediction.seed=3") == 0
     # The mean makes no draws, but the sets are randomised.
-    words = ["prediction.name=mean", "prediction.seed=3", "conformal=raps"]
+    words = ["prediction.name=median", "prediction.seed=3", "conformal=raps"]
     assert scalabl("predict", *asked, "output=sets.jsonl", *words) == 0
 
 
@@ -425,7 +425,7 @@ def test_the_configurations_hold_the_defaults(name, kind):
 
 
 def test_scores_of_one_draw_select_by_entropy(run, capsys):
-    words = ["run=run", "input=in.jsonl", "count=3", "prediction.name=mean"]
+    words = ["run=run", "input=in.jsonl", "count=3", "prediction.name=median"]
     assert scalabl("select", *words, "output=o.jsonl") == 1
     assert "use by='entropy'" in capsys.readouterr().err
     assert scalabl("select", *words, "output=o.jsonl", "by=entropy") == 0

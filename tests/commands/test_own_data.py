@@ -70,7 +70,7 @@ def test_it_trains_predicts_and_generates(run, capsys):
     asked = [{k: v for k, v in row.items() if k != "stars"} for row in reviews(34)[30:]]
     datasets.Dataset.from_list(asked).to_parquet("new.parquet")
     words = ["run=run", "input=new.parquet", "output=answers.jsonl", "progress=false"]
-    assert scalabl("predict", *words, "prediction.name=mean") == 0  # by the run's columns
+    assert scalabl("predict", *words, "prediction.name=median") == 0  # by the run's columns
     answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == ["r30", "r31", "r32", "r33"]
 

@@ -211,8 +211,8 @@ def test_posterior_weights_give_the_average_of_the_draws_probabilities_of_a_text
     assert scalabl(*words, "prediction.weights=posterior") == 0
     nll = json.loads(capsys.readouterr().out)["nll"]
     assert nll == pytest.approx(-float(expected.mean()), abs=1e-4)
-    assert scalabl(*words, "prediction.weights=posterior", "prediction.name=mean") == 1
-    assert "of several draws, and prediction.name is 'mean'" in capsys.readouterr().err
+    assert scalabl(*words, "prediction.weights=posterior", "prediction.name=median") == 1
+    assert "of several draws, and prediction.name is 'median'" in capsys.readouterr().err
     assert scalabl(*words, "prediction.weights=posterior", "prediction.draws=1") == 1
     assert "of several draws, and there is one" in capsys.readouterr().err
     assert scalabl(*words, "prediction.weights=mine") == 1
@@ -421,8 +421,8 @@ def test_decisions_about_texts_are_refused(chat_run, capsys):
 def test_ways_to_predict_that_texts_do_not_have_are_refused(chat_run, capsys):
     for words in (["prediction.name=linearised"], ["prediction.tolerance=0.1"]):
         assert scalabl("evaluate", "run=run", "data.root=data", *words) == 1
-        assert "of a run that reads texts: expected average or mean" in capsys.readouterr().err
-    assert scalabl("evaluate", "run=run", "data.root=data", "prediction.name=mean") == 0
+        assert "of a run that reads texts: expected average or median" in capsys.readouterr().err
+    assert scalabl("evaluate", "run=run", "data.root=data", "prediction.name=median") == 0
     assert json.loads(capsys.readouterr().out)["mutual_information"] is None
     assert load_run("run").readout.num_classes == 32
 

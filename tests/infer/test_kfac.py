@@ -8,9 +8,9 @@ from conftest import fill_lora_B, longer_and_longer, lora, tiny_llama, whole
 
 from scalabl_pyro import FitConfig, SubspaceAdapter, predict
 from scalabl_pyro.data import PROMPTS
+from scalabl_pyro.infer.evidence import precision_by_evidence
 from scalabl_pyro.infer.kfac import Kronecker, kfac, logit_moments
 from scalabl_pyro.methods import MLE, LaplaceLoRA
-from scalabl_pyro.methods.laplace_lora import kfac_precision_by_evidence
 from scalabl_pyro.readouts import ChoiceLikelihood
 
 CONFIG = FitConfig(steps=5, batch_size=4, lr=0.01)
@@ -111,15 +111,19 @@ def test_log_det_is_that_of_the_dense_matrix():
 
 def test_the_precision_maximises_the_evidence(plain, records):
     factors = kfac(plain, plain.readout.encode(records), rank=1000)
-    precision = kfac_precision_by_evidence(plain, factors)
     weights = torch.cat(
         [m.weight.detach().flatten() for m in plain.matrices.linears.values()]
     ).double()
+    precision = precision_by_evidence(
+        lambda precision: sum(float(factor.log_det(precision)) for factor in factors.values()),
+        len(weights),
+        float(weights.square().sum()),
+    )
     # d/dλ = 0: λ‖θ‖² = Σ h / (h + λ), the number of parameters that the data determine
     effective = sum(
         float((h / (h + precision)).sum()) for h in (f.eigenvalues() for f in factors.values())
     )
-    assert precision * float(weights.square().sum()) == pytest.approx(effective, rel=0.1)
+    assert precision * float(weights.square().sum()) == pytest.approx(effective, rel=1e-3)
 
 
 def test_each_matrix_has_the_precision_of_its_own_evidence(make_choice, records):

@@ -184,6 +184,7 @@ def test_the_best_step_can_be_tempered(make_choice, records):
         (lambda: ScalaBL(elbo={"name": "renyi"}), "num_particles is 1: .* 2 or more for renyi"),
         (lambda: ScalaBL(prior={"name": "learned_normal", "per_module": "no"}), "is 'no'"),
         (lambda: LaplaceLoRA(projections="frozen_v"), "laplace_lora needs free"),
+        (lambda: LaplaceLoRA(modules="first"), "modules is 'first': expected all or last"),
     ],
 )
 def test_bad_settings_are_refused(build, message):

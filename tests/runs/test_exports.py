@@ -225,7 +225,7 @@ def test_the_manifest_and_the_card_describe_what_is_there(make_run, tmp_path):
     assert "method:\n  name: scalabl" in card
     assert "base_model:" not in card  # a folder is no name on the Hub
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"mean", "draw_00", "draw_01", "manifest.json", "README.md"}
+    assert names == {"median", "draw_00", "draw_01", "manifest.json", "README.md"}
 
 
 @pytest.mark.parametrize("output_layer", ["drop", "merge"])
@@ -297,10 +297,10 @@ def test_heads_that_came_with_an_adapter_are_merged(tmp_path, make_classifier, t
     settings = AdapterConfig(start=str(tmp_path / "adapter"))  # which names no heads
     adapter = make_adapter(config, settings, readout, svd=True)
     with adapter.folded(adapter.init_loc) as peft_model:
-        peft_model.save_pretrained(str(tmp_path / "mean"))
+        peft_model.save_pretrained(str(tmp_path / "median"))
     batch = whole(readout.encode(make_records(6)))
     expected = adapter(batch, adapter.init_loc).detach()
-    merge(config, readout, tmp_path / "mean", tmp_path / "merged")
+    merge(config, readout, tmp_path / "median", tmp_path / "merged")
     merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(readout(merged, batch.inputs), expected, rtol=0, atol=1e-5)
@@ -318,7 +318,7 @@ def test_a_point_estimate_has_a_mean_and_no_draws(make_run, tmp_path):
     run = make_run(method="mle")
     assert export(run, tmp_path / "out")["draws"] == []
     llm = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path / "out" / "mean")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path / "out" / "median")
     )
     expected = run.predictor.adapter(batch_of(run)).detach()
     torch.testing.assert_close(label_logits(llm, run), expected, rtol=0, atol=1e-5)
