@@ -1,1 +1,2 @@
-"""Runs in other projects' harnesses, each in a file of its own that needs the extra ``harness``."""
+"""Runs in other projects' harnesses, which need the extra ``harness``, and the ELBO in the loop of
+transformers; each in a file of its own."""

@@ -55,8 +55,8 @@ def export(
 
     A server that adapts blocks but no output layer needs that layer's adapter out of the way:
     ``drop`` leaves it out of every adapter; ``merge`` also folds its median into ``base/``, a copy
-    of the base model that the adapters then go with. Both change the logits, for no draw has an output
-    layer of its own any more.
+    of the base model that the adapters then go with. Both change the logits, for no draw has an
+    output layer of its own any more.
 
     :param folder: must not exist; written whole or not at all.
     :param draws: export the first so many of the run's S draws; all if left out.

@@ -11,12 +11,18 @@ import transformers
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import PredictionOutput
 
 from ..data import Batch, Split
-from ..models.model import LoRAModel
-from .kl import KLSchedule, kl_weight
-from .messengers import AllSites
-from .parameters import make_parameters, parameter_groups
+from ..infer.kl import KLSchedule, kl_weight
+from ..infer.messengers import AllSites
+from ..infer.parameters import make_parameters, parameter_groups
+from ..infer.training import no_guide
+from ..models.model import LoRAModel, ScalaBLModel
+from ..prediction.assessment import assess, check_labelled
+from ..prediction.draws import draw
+from ..prediction.metrics import average
+from ..prediction.predictor import Predictor, Predicts, predict
 
 __all__ = ["ELBOTrainer"]
 
@@ -26,7 +32,9 @@ class ELBOTrainer(transformers.Trainer):
 
     For who has that loop already, with its logging, callbacks and checkpoints. On the same batches
     and draws it moves the parameters as :func:`~scalabl_pyro.infer.fit` does, which has what a
-    posterior needs beside: a KL budget, validation by the model average, and the last good state.
+    posterior needs beside: a KL budget, and the last good state. Evaluation is of the model
+    average: ``eval_nll``, which is also ``eval_loss``, and all else that
+    :func:`~scalabl_pyro.prediction.evaluate` gives.
 
     :param model: the probabilistic model.
     :param guide: q(s), or :func:`~scalabl_pyro.infer.no_guide` for a point estimate.
@@ -37,9 +45,14 @@ class ELBOTrainer(transformers.Trainer):
     :param lr_guide: learning rate of the guide, which follows the same schedule.
     :param elbo: any ELBO of Pyro; ``Trace_ELBO`` with one particle if left out.
     :param kl: schedule of the KL weight.
+    :param eval_dataset: a labelled split, for ``args.eval_strategy`` and :meth:`evaluate`.
+    :param predictor: makes what is evaluated; if left out, an average over 10 draws of s, or of
+        plain LoRA without a guide the matrices as they are.
     :param options: of ``transformers.Trainer``, such as ``callbacks``.
-    :raises ValueError: if ``max_steps`` is not set, a record has no label, nothing is trained, or
-        ``args`` would run on another device than the adapter's.
+    :raises TypeError: if a split is something else, or ``kl`` is.
+    :raises ValueError: if ``max_steps`` is not set, a record has no label, nothing is trained,
+        there is nothing that could be evaluated, or ``args`` would run on another device than the
+        adapter's.
 
     Usage::
 
@@ -60,12 +73,33 @@ class ELBOTrainer(transformers.Trainer):
         lr_guide: float = 1e-2,
         elbo: Any = None,
         kl: KLSchedule | None = None,
+        eval_dataset: Split | None = None,
+        predictor: Callable[[], Predicts] | None = None,
         **options: Any,
     ) -> None:
         if args.max_steps < 1:
-            raise ValueError(f"args.max_steps is {args.max_steps}: expected the number of steps")
+            raise ValueError(
+                f"args.max_steps is {args.max_steps}: expected the number of steps, for batches are"
+                " drawn without an end, and num_train_epochs has no effect"
+            )
+        for name, split in (("train", train), ("eval_dataset", eval_dataset)):
+            if split is not None and not isinstance(split, Split):
+                raise TypeError(
+                    f"{name} is a {type(split).__name__}: expected adapter.encode(records)"
+                )
+        if not (kl is None or isinstance(kl, KLSchedule)):
+            raise TypeError(f"kl is {kl!r}: expected a KLSchedule, such as KLSchedule({kl!r})")
         if train.labels is None:
             raise ValueError("training needs a label in every record")
+        if eval_dataset is not None:
+            check_labelled(eval_dataset.records, "eval_dataset")
+        plain = guide is no_guide and not isinstance(model, ScalaBLModel)
+        known = plain or isinstance(model, ScalaBLModel) or predictor is not None
+        if eval_dataset is not None and not known:
+            raise ValueError(
+                f"the posterior of a {type(model).__name__} is not over s: give predictor=, a"
+                " function that makes what eval_dataset is evaluated with"
+            )
         if args.device != model.adapter.device:
             raise ValueError(
                 f"args runs on {args.device}, and the adapter on {model.adapter.device}: expected"
@@ -77,12 +111,14 @@ class ELBOTrainer(transformers.Trainer):
             model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
         )
         self._train, self._adapter = train, model.adapter
+        self._predictor = predictor or (lambda: _average(model, guide, train, plain=plain))
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
         # On a machine with several GPUs it would run a copy of model and guide on each, in threads,
         # all on the same adapter.
         args._n_gpu = min(args.n_gpu, 1)
-        super().__init__(_Objective(model, guide, elbo), args, **options)
+        objective = _Objective(model, guide, elbo)
+        super().__init__(objective, args, eval_dataset=eval_dataset, **options)  # type: ignore[arg-type]  # which is only kept
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As :meth:`transformers.Trainer.train`; leaves the adapter in evaluation mode."""
@@ -96,6 +132,43 @@ class ELBOTrainer(transformers.Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batches = _Minibatches(self._train, self.args.train_batch_size, seed)
         return DataLoader(batches, batch_size=None)
+
+    def evaluate(  # type: ignore[override]  # of splits alone
+        self,
+        eval_dataset: Split | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Metrics of the model average on a labelled split; logged, and told to callbacks.
+
+        :param eval_dataset: that of the trainer if left out.
+        :raises DataError: if a record has no label.
+        """
+        split: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._adapter.eval()
+        size = self.args.eval_batch_size
+        found = assess(self._predictor(), split, batch_size=size).metrics
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_loss"] = found["nll"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def predict(  # type: ignore[override]
+        self,
+        test_dataset: Split,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """log p̄ (N, C) of the model average, the labels (N,), and no metrics."""
+        self._adapter.eval()
+        size = self.args.eval_batch_size
+        predictions = predict(self._predictor(), test_dataset, batch_size=size)
+        labels = predictions.labels
+        log_probs = average(predictions.logits).numpy()
+        return PredictionOutput(log_probs, None if labels is None else labels.numpy(), {})
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """That of ``args``, over the two groups of parameters."""
@@ -113,6 +186,16 @@ class ELBOTrainer(transformers.Trainer):
         with sites, kl_weight(self._kl(self.state.global_step, self.args.max_steps)):
             loss: Tensor = model(inputs["batch"])
         return loss
+
+
+def _average(
+    model: LoRAModel, guide: Callable[..., Any], train: Split, *, plain: bool
+) -> Predictor:
+    """What predicts with a guide over s, or with plain LoRA."""
+    if plain:
+        return Predictor(model.adapter)
+    batch = train.collate(train.examples[:1]).to(model.adapter.device)
+    return Predictor(model.adapter, draw(guide, 10, seed=0, batch=batch))
 
 
 class _Objective(nn.Module):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import ROOT, blocks, make_records
+from conftest import ROOT, blocks, make_records, whole
 from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
+from scalabl_pyro.data import DataError
 from scalabl_pyro.infer import Callback, no_guide
-from scalabl_pyro.infer.trainer import ELBOTrainer
+from scalabl_pyro.integrations.trainer import ELBOTrainer
+from scalabl_pyro.methods.blob import AutoNormalA, BLoBModel
 from scalabl_pyro.models.model import LoRAModel
 
 STEPS = 20
@@ -100,6 +102,48 @@ def test_it_trains_as_fit_does(request, readout, tmp_path, accumulation):
         torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_evaluation_is_of_the_model_average(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split, other = adapter.encode(records), adapter.encode(make_records(9))
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    args = arguments(tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2)
+    trainer = ELBOTrainer(model, guide, args, split, lr_guide=0.3, eval_dataset=other)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_nll" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    draws = guide_draws(guide)
+    with torch.no_grad():  # a loop by hand
+        each = torch.stack([adapter(whole(other), s).softmax(-1) for s in draws])
+    expected = -each.mean(0).log()[torch.arange(9), other.labels].mean()
+    assert rows[-1]["eval_nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert rows[-1]["eval_loss"] == rows[-1]["eval_nll"]
+    output = trainer.predict(other)
+    torch.testing.assert_close(torch.tensor(output.predictions), each.mean(0).log())
+    assert output.label_ids.tolist() == other.labels.tolist()
+
+
+def guide_draws(guide):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return guide.get_posterior().sample((10,))
+
+
+def test_the_best_state_comes_back_and_patience_ends_it(make_causal, records, tmp_path):
+    adapter = make_causal(svd=False)
+    split = adapter.encode(records)
+    model = LoRAModel(adapter, num_data=len(split))
+    steps = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="nll", greater_is_better=False)
+    args = arguments(tmp_path, learning_rate=2.0, **steps, **best)  # away from the start at once
+    patience = transformers.EarlyStoppingCallback(early_stopping_patience=3)
+    trainer = ELBOTrainer(model, no_guide, args, split, eval_dataset=split, callbacks=[patience])
+    trainer.train()
+    nlls = [row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row]
+    assert len(nlls) < STEPS
+    assert trainer.evaluate()["eval_nll"] == pytest.approx(min(nlls), rel=1e-5)
+
+
 def test_a_point_estimate_lowers_its_loss(make_causal, records, tmp_path):
     adapter = make_causal(svd=False)
     split = adapter.readout.encode(records)
@@ -118,11 +162,22 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
     split = adapter.readout.encode(records)
     model = ScalaBLModel(adapter, num_data=len(split))
     guide = AutoSubspaceNormal(model)
-    with pytest.raises(ValueError, match="max_steps is -1: expected the number of steps"):
+    with pytest.raises(ValueError, match=r"max_steps is -1: .* num_train_epochs has no effect"):
         ELBOTrainer(model, guide, arguments(tmp_path, max_steps=-1), split)
     unlabelled = adapter.readout.encode(make_records(4, labelled=False))
     with pytest.raises(ValueError, match="needs a label in every record"):
         ELBOTrainer(model, guide, arguments(tmp_path), unlabelled)
+    with pytest.raises(DataError, match="eval_dataset"):
+        ELBOTrainer(model, guide, arguments(tmp_path), split, eval_dataset=unlabelled)
+    with pytest.raises(TypeError, match=r"kl is 3\.0: expected a KLSchedule"):
+        ELBOTrainer(model, guide, arguments(tmp_path), split, kl=3.0)
+    for options in ({"train": records}, {"train": split, "eval_dataset": records}):
+        with pytest.raises(TypeError, match=r"is a list: expected adapter.encode\(records\)"):
+            ELBOTrainer(model, guide, arguments(tmp_path), **options)
+    other = BLoBModel(make_causal(svd=False), num_data=12, prior_scale=1.0)
+    of_A = AutoNormalA(other, init_scale=0.1)
+    with pytest.raises(ValueError, match="posterior of a BLoBModel is not over s: give predictor="):
+        ELBOTrainer(other, of_A, arguments(tmp_path), split, eval_dataset=split)
 
 
 def test_a_guide_that_makes_its_parameters_late_is_trained(make_causal, records, tmp_path):
