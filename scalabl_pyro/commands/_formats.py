@@ -30,6 +30,7 @@ __all__ = [
     "cost_titles",
     "differences",
     "format_table",
+    "left_out",
     "mark",
     "p_value",
     "to_csv",
@@ -74,7 +75,7 @@ COST = (
 def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
     head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
-    lines = [*HEADER.splitlines(), head]
+    lines = [*HEADER.splitlines(), *filter(None, [left_out(table)]), head]
     for split in next(iter(table["metrics"].values())):
         for name, row in table["metrics"].items():
             floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
@@ -91,6 +92,12 @@ def format_table(table: Mapping[str, Any]) -> str:
         p = {m: p_value(by_metric[m]["p"]) for m in NARROW}
         lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def left_out(table: Mapping[str, Any]) -> str:
+    """Which rows are left out, and why; empty if none is."""
+    lost = table.get("lost", [])
+    return f"left out, as their training diverged: {', '.join(lost)}" if lost else ""
 
 
 def auroc_note(table: Mapping[str, Any]) -> str:
@@ -129,7 +136,7 @@ def differences(
 
 def to_markdown(table: Mapping[str, Any]) -> str:
     """The table for a document: a section a split, with marks and costs."""
-    lines = [*HEADER.splitlines(), BEST, ""]
+    lines = [*HEADER.splitlines(), BEST, *filter(None, [plain(left_out(table))]), ""]
     for split in next(iter(table["metrics"].values())):
         heads = ["", *TITLES.values(), *cost_titles(table)]
         lines += [f"## {plain(split)}", "", _line(heads), "|---" * len(heads) + "|"]

@@ -43,6 +43,7 @@ from ._formats import (
     cost_ratio,
     cost_titles,
     differences,
+    left_out,
     mark,
     p_value,
 )
@@ -90,6 +91,7 @@ def to_html(
     return template.render(
         version=version("scalabl_pyro"),
         rows=list(runs),
+        lost=left_out(table),
         links={
             name: [(str(run.seed), run.folder and _link(run.folder, out)) for run in row]
             for name, row in runs.items()

@@ -42,6 +42,7 @@ def write_report(
     *,
     chosen: Mapping[str, Any],
     trials: Mapping[str, Any],
+    lost: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``report.html``, its table as ``table.json``, ``.csv``, ``.md`` and ``.txt``, and
     ``comparison.png``.
@@ -50,6 +51,7 @@ def write_report(
     :param chosen: the settings of each row.
     :param trials: those that were tried: mappings with ``trial``, ``validation_nll`` and, where it
         is not that of the others, ``seed``.
+    :param lost: rows that are left out, as their training diverged.
     :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
         to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
         by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
@@ -60,7 +62,8 @@ def write_report(
         of tokens would reach, a control.
         ``best`` has for each split and metric the ``row`` with the best mean, and those that are
         ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
-        the mean over seeds of what runs cost, ``None`` where one of them does not say.
+        the mean over seeds of what runs cost, ``None`` where one of them does not say; ``lost`` are
+        the rows that are left out.
     :raises ValueError: if runs answer other questions than the first.
     """
     first = next(iter(rows.values()))[0]
@@ -115,6 +118,7 @@ def write_report(
         "cost": {name: _cost([run.cost for run in row]) for name, row in rows.items()},
         "chosen": dict(chosen),
         "trials": dict(trials),
+        "lost": list(lost),
     }
     if BASELINE in values:
         table[f"minus_{BASELINE}"] = {

@@ -22,6 +22,7 @@ from ..files import check_writable
 from ..infer.fit_config import FitConfig
 from ..infer.training import NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
+from ..lora.layers import start_fingerprint
 from ..methods import ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
@@ -105,9 +106,11 @@ class CompareConfig:
     def run_config(
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""
     ) -> RunConfig:
-        """The configuration of one run, whose folder is named by a hash of all that defines it.
+        """The configuration of one run, whose folder is named by its seed and a hash of all else
+        that defines it.
 
-        :param data_hash: of the records themselves, which a path does not pin down.
+        :param data_hash: of the records themselves, and of the adapter that training starts from,
+            which a path does not pin down.
         """
         if "method" not in trial:
             raise ConfigError(f"methods.{name} has a trial without method: {trial}")
@@ -124,9 +127,8 @@ class CompareConfig:
             "fit": merged(asdict(self.fit), trial.get("fit", {})),
             "method": trial["method"],
             "eval_batch_size": self.eval_batch_size,
-            "seed": seed,
         }
-        config = build(RunConfig, values | {"run_dir": "", "progress": False})
+        config = build(RunConfig, values | {"seed": seed, "run_dir": "", "progress": False})
         defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]
         folder = Path(self.out) / "runs" / f"{name}-{key}-seed{seed}"
@@ -158,9 +160,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     :raises DataError: if the data cannot be read or have no test split.
     :raises PermissionError: if ``out`` cannot be written.
     :raises RuntimeError: if a run fails; the message names its settings, and other runs are kept.
+        If training diverges it is told at the end, when the other rows have their report.
     """
     check_writable(Path(config.out) / "runs")
-    data_hash = _data_hash(config.data)
+    data_hash = _data_hash(config)
 
     def run_config(name: str, trial: dict[str, Any], seed: int) -> RunConfig:
         return config.run_config(name, trial, seed, data_hash=data_hash)
@@ -181,43 +184,54 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         for seed in config.seeds
     ]
     diverged = _run_all(config, [*settled, *attempts], "trials" if attempts else "runs")
-    _check_none_lost(diverged & {r.run_dir for r in settled})
     trials: dict[str, list[dict[str, Any]]] = {
         name: [{"trial": t, "validation_nll": validation_nll(name, t)} for t in row]
         for name, row in tuned.items()
     }
-    for name, row in trials.items():
-        if all(attempt["validation_nll"] is None for attempt in row):
-            raise RuntimeError(f"every trial of {name} diverged: lower lr or lr_guide")
+    finite = {
+        name: [attempt for attempt in row if attempt["validation_nll"] is not None]
+        for name, row in trials.items()
+    }
     chosen = {
-        name: min(
-            (attempt for attempt in trials[name] if attempt["validation_nll"] is not None),
-            key=lambda attempt: attempt["validation_nll"],
-        )["trial"]
+        name: min(finite[name], key=lambda attempt: attempt["validation_nll"])["trial"]
         if name in tuned
         else row[0]
         for name, row in config.methods.items()
+        if name not in tuned or finite[name]
     }
     runs = {
         name: [run_config(name, trial, seed) for seed in config.seeds]
         for name, trial in chosen.items()
     }
-    _check_none_lost(_run_all(config, [r for row in runs.values() for r in row], "runs"))
-    folders = {name: [Path(r.run_dir) for r in row] for name, row in runs.items()}
-    reported = {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()}
-    return write_report(Path(config.out), reported, chosen=chosen, trials=trials)
+    left = [r for row in runs.values() for r in row if r.run_dir not in diverged]
+    diverged |= _run_all(config, left, "runs")
+    folders = {
+        name: [Path(r.run_dir) for r in row]
+        for name, row in runs.items()
+        if not diverged & {r.run_dir for r in row}
+    }
+    lost = sorted(config.methods.keys() - folders.keys())
+    if not folders:
+        raise RuntimeError(f"training diverged in every row, {lost}; lower lr or lr_guide")
+    table = write_report(
+        Path(config.out),
+        {name: [ReportedRun.read(folder) for folder in row] for name, row in folders.items()},
+        chosen={name: chosen[name] for name in folders},
+        trials=trials,
+        lost=lost,
+    )
+    if lost:
+        raise RuntimeError(
+            f"training diverged in the rows {lost}, which are left out of the report in"
+            f" {config.out}; lower their lr or lr_guide, and the same command adds them"
+        )
+    return table
 
 
-def _data_hash(data: DataConfig) -> str:
-    splits = data.splits(seed=0)
+def _data_hash(config: CompareConfig) -> str:
+    splits = config.data.splits(seed=0)
     check_split(splits, "test")
-    return fingerprint(splits)
-
-
-def _check_none_lost(diverged: set[str]) -> None:
-    """:raises RuntimeError: if a run of the table diverged."""
-    if diverged:
-        raise RuntimeError(f"these runs diverged: {sorted(diverged)}; lower lr or lr_guide")
+    return fingerprint(splits) + start_fingerprint(config.lora.start)
 
 
 def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set[str]:

@@ -77,7 +77,10 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
         row[run.seed] = path
     seeds = {name: sorted(row) for name, row in rows.items()}
     if len({tuple(row) for row in seeds.values()}) > 1:
-        raise ConfigError(f"the rows have different seeds, {seeds}: train what is missing")
+        raise ConfigError(
+            f"the rows have different seeds, {seeds}: train what is missing, or list the runs that"
+            " the table is of, as runs=[a,b]"
+        )
     folders = {name: [row[seed] for seed in seeds[name]] for name, row in rows.items()}
     for first, *others in folders.values():
         for path in others:

@@ -73,7 +73,8 @@ class Training:
         self._named = matrices | numbers
         self.parameters = list(self._named.values())
         # Made from the data or at random, and made again otherwise where numbers round otherwise.
-        frozen = {n: p for n, p in model.adapter.state().items() if not p.requires_grad}
+        state = getattr(model.adapter, "state", dict)()  # any function of s may stand in its place
+        frozen = {name: p for name, p in state.items() if not p.requires_grad}
         self._kept = self._named | {f"frozen.{name}": p for name, p in frozen.items()}
         if optimizer is None:
             groups = parameter_groups(model, guide, **config.rates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
@@ -23,7 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ADAPTER", "PERP", "add_lora", "add_perp", "quiet_peft", "read_config"]
+__all__ = [
+    "ADAPTER",
+    "PERP",
+    "add_lora",
+    "add_perp",
+    "quiet_peft",
+    "read_config",
+    "start_fingerprint",
+]
 
 #: PEFT's name of the adapter
 ADAPTER = "default"
@@ -111,6 +121,26 @@ def read_config(start: str | Path) -> LoraConfig:
             " lora_B(lora_A(x)); train a LoRA adapter, or leave lora.start out"
         )
     return cast(LoraConfig, config)
+
+
+def start_fingerprint(start: str | None) -> str:
+    """A hash of the weights of a trained PEFT adapter, which its name does not pin down; ``""``
+    without one.
+
+    :raises ValueError: if there is no such adapter.
+    """
+    if start is None:
+        return ""
+    read_config(start)
+    try:
+        folder = Path(start) if Path(start).is_dir() else Path(snapshot_download(start))
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"the adapter {start} has no adapter_model.safetensors: copy it again from where it was"
+            f" made ({error})"
+        ) from error
+    return hashlib.sha256(weights).hexdigest()
 
 
 def _check_model(llm: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from ..files import json_text, write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
+from ..lora.layers import start_fingerprint
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
 from ..methods import Fitted, ScalaBL
@@ -300,9 +301,11 @@ def _check_settings(config: RunConfig, checkpoints: Checkpoints) -> None:
 def _check_inputs(
     config: RunConfig, splits: Mapping[str, Sequence[Record]], checkpoints: Checkpoints
 ) -> None:
-    """The same for the records themselves and the prior, which a path does not pin down."""
+    """The same for the records themselves, the adapter to start from and the prior, which a path
+    does not pin down."""
     inputs = {
         "data.sha256": (fingerprint(splits), "records than those that its data settings name"),
+        "start.sha256": (start_fingerprint(config.lora.start), "tensors than those of lora.start"),
         "prior.sha256": (prior_fingerprint(config), "tensors than those of its prior_run"),
     }
     for name, (digest, others) in inputs.items():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -180,7 +181,44 @@ def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
     assert trials[1]["validation_nll"] > 0
     capsys.readouterr()
     assert compare(f"methods.mle=[{diverge},{diverge}]", *rest, "out=other") == 1
-    assert "every trial of mle diverged" in capsys.readouterr().err
+    assert "training diverged in every row, ['mle']; lower lr" in capsys.readouterr().err
+    assert not (tmp_path / "other/report.html").exists()
+
+
+def test_rows_that_diverge_leave_the_others_their_report(compare, tmp_path, capsys):
+    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "~methods.zero_shot"]
+    broken = "+methods.broken=[{method:{name:mle},fit:{lr:1.0e+30}}]"
+    trials = "+methods.tried=[{method:{name:mle},fit:{lr:1e30}},{method:{name:mle},fit:{lr:2e30}}]"
+    assert compare(broken, trials, *rest, "seeds=[0,1]") == 1
+    told = capsys.readouterr().err
+    assert (
+        "training diverged in the rows ['broken', 'tried'], which are left out of the rep" in told
+    )
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert list(table["metrics"]) == ["mle"]
+    assert table["lost"] == ["broken", "tried"]
+    assert [trial["validation_nll"] for trial in table["trials"]["tried"]] == [None, None]
+    for name in ("report.html", "table.md", "table.txt"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "eft out, as their training diverged: broken, tried" in text, name
+    # What is there is a row of one name and two seeds for a report on the folder too.
+    assert scalabl("report", "runs=out/runs", "out=again") == 0
+    (row,) = json.loads((tmp_path / "again/table.json").read_text())["metrics"].values()
+    assert row == table["metrics"]["mle"]
+
+
+def test_another_adapter_to_start_from_is_another_run(compare, tmp_path, local_model):
+    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "~methods.zero_shot"]
+    words = ["train", f"model.name={local_model}", "data.root=data", "progress=false"]
+    words += ["method=mle", "fit.steps=2"]
+    counts = []
+    for lr in (0.01, 0.1):
+        assert scalabl(*words, f"fit.lr={lr}", f"run_dir=start-{lr}") == 0
+        shutil.rmtree(tmp_path / "start", ignore_errors=True)
+        shutil.copytree(tmp_path / f"start-{lr}" / "adapter", tmp_path / "start")
+        assert compare("lora.start=start", "seeds=[0]", *rest) == 0
+        counts.append(len(list((tmp_path / "out/runs").iterdir())))
+    assert counts == [1, 2]
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
