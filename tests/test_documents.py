@@ -408,6 +408,7 @@ RUN_BY = {
     ("CONTRIBUTING.md", "@dataclass"): "test_the_method_of_contributing_fits",
     ("CONTRIBUTING.md", "class FirstTokens"): "test_it_trains_reloads_evaluates_and_predicts",
     ("CONTRIBUTING.md", "def _latin_hypercube"): "test_the_draws_of_contributing_are_stratified",
+    ("callbacks.md", "def validation_nll()"): "test_validation_as_in_the_documentation",
     ("callbacks.md", "import wandb"): "test_the_callbacks_of_the_documentation_log",
     ("callbacks.md", "import scalabl_pyro"): "test_the_snippet_of_the_documentation_trains",
     ("callbacks.md", "import mlflow"): "test_the_callbacks_of_the_documentation_log",

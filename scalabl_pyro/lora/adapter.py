@@ -433,6 +433,11 @@ class SubspaceAdapter:
         shift: Tensor | None,
         leaving: TrunkOutput | None,
     ) -> Tensor:
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"batch is a {type(batch).__name__}: expected a Batch, such as one of"
+                " adapter.encode(records).batches(64)"
+            )
         draws = self._hooks.bind(s)
         if per_example:
             whole = batch.choices.shape if batch.row_per_choice else ()

@@ -45,6 +45,7 @@ def draw(
     :param seed: fixes the draws.
     :param kind: one of :data:`KINDS`; but for ``independent``, it needs a guide with a normal q.
     :param batch: what Pyro's own guides are called with; ours need none.
+    :raises TypeError: if it is no guide.
     :raises ValueError: if S < 1, a guide of Pyro comes without a batch, the kind is unknown, it has
         more dimensions than Sobol's, or it needs a normal q and the guide has none.
     """
@@ -52,6 +53,12 @@ def draw(
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
     if kind not in KINDS:
         raise ValueError(f"the kind of draws is {kind!r}: expected one of {sorted(KINDS)}")
+    if not callable(guide):
+        fixes = {"Laplace": ".guide", "Chains": ".thin(num_draws), which are draws already"}
+        fix = fixes.get(type(guide).__name__)
+        raise TypeError(
+            f"guide is a {type(guide).__name__}: expected " + (f"its {fix}" if fix else "a guide")
+        )
     # Seeding touches every device, wherever the guide lives.
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)

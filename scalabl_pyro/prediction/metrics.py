@@ -182,7 +182,7 @@ def _check_scores(scores: Tensor) -> None:
 
 
 def evaluate(
-    logits: Tensor, labels: Tensor | Sequence[int] | None, *, bins: int = 15
+    logits: Tensor, labels: Tensor | Sequence[int] | None = None, *, bins: int = 15
 ) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
@@ -206,8 +206,14 @@ def evaluate(
 
     :param logits: (S, N, C).
     :param labels: (N,).
+    :raises TypeError: if the logits are something else.
     :raises ValueError: if there are no labels, or others than class indices.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits is a {type(logits).__name__}: expected (S, N, C), such as answers.logits of"
+            " answers = predict(predictor, split), with answers.labels"
+        )
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
     summary = summarise(logits)

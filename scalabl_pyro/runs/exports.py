@@ -123,6 +123,9 @@ def merge(
             peft_model = PeftModel.from_pretrained(llm, str(adapter))
         _untie(llm)
         merged = peft_model.merge_and_unload(safe_merge=True)
+        if "num_labels" in readout.llm_options() and readout.class_names:
+            merged.config.id2label = dict(enumerate(readout.class_names))
+            merged.config.label2id = {name: i for i, name in enumerate(readout.class_names)}
         merged.save_pretrained(part)
         readout.tokenizer.save_pretrained(part)
 
@@ -232,6 +235,8 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
     if model.quantization is not None:
         unquantized = llm.config.quantization_config.llm_int8_skip_modules
         manifest["base_model"]["unquantized"] = list(unquantized)
+    if run.class_names:
+        manifest["classes"] = list(run.class_names)
     manifest |= readout.manifest(llm)
     manifest["sha256"] = {name: _sha256(folder / name) for name in names}
     return manifest

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..embedded import model_folder
+from ..embedded import MODELS
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -46,7 +46,7 @@ def placed(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
     :param places: see :func:`relative_places`.
     """
     model, lora, data = config.model, config.lora, config.data
-    if model_folder(model.name) == model.name:  # no model of this package
+    if model.name not in MODELS:
         model = replace(model, name=place(model.name, places))
     lora = replace(lora, start=place(lora.start, places))
     data = replace(

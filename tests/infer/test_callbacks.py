@@ -9,7 +9,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from conftest import blocks, make_records
 
+import scalabl_pyro as sp
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.infer import Callback, CheckpointConfig, Checkpoints, TensorBoard
 
@@ -232,6 +234,20 @@ def test_patience_ends_training_in_the_best_state(
     _, plain = run(best, iter([0.0]))
     for name, value in plain.named_parameters().items():
         torch.testing.assert_close(adapter.named_parameters()[name], value, rtol=0, atol=0)
+
+
+def test_validation_as_in_the_documentation(make_causal, records):
+    adapter = make_causal()
+    train, validation = adapter.encode(records), adapter.encode(make_records(9))
+    model = sp.ScalaBLModel(adapter, num_data=len(train))
+    guide = sp.AutoSubspaceNormal(model)
+    (code,) = [b for b in blocks(DOCUMENT, "python") if b.startswith("def validation_nll")]
+    assert "steps=400, eval_every=25" in code
+    short = code.replace("steps=400, eval_every=25", "batch_size=4, steps=6, eval_every=2")
+    names = locals() | {"sp": sp}
+    exec(compile(short, "callbacks.md", "exec"), names)
+    rows = [row["step"] for row in names["result"].history if "validation_nll" in row]
+    assert rows == [2, 4, 6]
 
 
 def test_patience_without_validations_is_refused():

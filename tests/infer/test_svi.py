@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroParam
 from torch.nn.functional import logsigmoid
 
+import scalabl_pyro as sp
 from scalabl_pyro import (
     AutoSubspaceDelta,
     AutoSubspaceNormal,
@@ -477,6 +478,38 @@ def test_a_callback_that_fails_leaves_no_dropout_behind(make_causal, records):
     with pytest.raises(RuntimeError, match="tracker"):
         fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=2), callbacks=[Fails()])
     assert not any(module.training for module in adapter.peft_model.modules())
+
+
+def test_what_is_meant_otherwise_is_told_before_training(make_causal, make_choice, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide, config = AutoSubspaceNormal(model), FitConfig(steps=1, batch_size=4)
+    with pytest.raises(TypeError, match=r"validate is a Split: expected a function .* sp\.draw"):
+        fit(model, guide, split, config, validate=split)
+    other = make_choice().encode(records)
+    with pytest.raises(ValueError, match="encoded by MultipleChoice, .* readout is LabelTokens"):
+        fit(model, guide, other, config)
+    for wrong in (split, records):
+        with pytest.raises(
+            TypeError, match=rf"batch is a {type(wrong).__name__}: expected a Batch"
+        ):
+            model(wrong)
+    with pytest.raises(ValueError, match=r"steps is 2\.5: expected a whole number"):
+        FitConfig(steps=2.5)
+    laplace = sp.laplace(model, split, loc=adapter.init_loc)
+    with pytest.raises(TypeError, match=r"guide is a Laplace: expected its \.guide"):
+        sp.draw(laplace, 3, seed=0)
+    chains = sp.mcmc(model, split, num_samples=4, warmup_steps=0, num_chains=1, progress=False)
+    with pytest.raises(TypeError, match=r"guide is a Chains: expected its \.thin\(num_draws\)"):
+        sp.draw(chains, 3, seed=0)
+    with pytest.raises(ValueError, match=r"of chains it is chains\.thin\(S\)"):
+        sp.Predictor(adapter, chains.draws)
+    predictor = sp.Predictor(adapter, adapter.init_loc[None])
+    with pytest.raises(TypeError, match=r"logits is a Predictor: expected .* answers\.labels"):
+        sp.evaluate(predictor, records)
+    with pytest.raises(TypeError, match=r"logits is a Predictions: expected .* answers\.labels"):
+        sp.evaluate(sp.predict(predictor, split))
 
 
 def test_nothing_to_train_is_refused(make_causal, records):

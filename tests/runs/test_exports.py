@@ -187,9 +187,20 @@ def test_the_snippet_of_a_classifiers_card_makes_its_head(tmp_path, tokenizer, m
         fit=FitConfig(steps=3, batch_size=4, lr=0.05),
         progress=False,
     )
+    config = replace(config, model=replace(config.model, name="model"))
+    monkeypatch.chdir(tmp_path)
     train_run(config)
     run = load_run(tmp_path / "run")
-    export(run, tmp_path / "out")
+    manifest = export(run, tmp_path / "out")
+    assert manifest["classes"] == ["w", "x", "y", "z"]
+    merge(run.config.model, run.readout, tmp_path / "out" / "median", tmp_path / "merged")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged").config
+    assert merged.id2label == dict(enumerate("wxyz"))
+    assert merged.label2id == {"w": 0, "x": 1, "y": 2, "z": 3}
+    # A base that was named by a path from here is found from elsewhere.
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "out" / "median"):
+        config = LoraConfig.from_pretrained(str(folder))
+        assert config.base_model_name_or_path == str(tmp_path / "model")
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path / "out")
     names: dict = {}
