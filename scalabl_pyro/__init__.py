@@ -6,6 +6,8 @@ Names are imported on first use (PEP 562), so that ``import scalabl_pyro`` costs
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _bitsandbytes  # noqa: F401  before anything imports peft
+
 if TYPE_CHECKING:
     from . import (
         data,

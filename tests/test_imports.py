@@ -32,7 +32,6 @@ def test_no_namespace_prints_or_warns_when_it_is_imported(tmp_path):
 
 FIRST_USE = """
 import scalabl_pyro as sp
-adapter = sp.SubspaceAdapter  # before peft, whose own imports have something to say
 from peft import LoraConfig
 from scalabl_pyro.data.world import world
 questions = world().splits
@@ -63,7 +62,7 @@ def test_the_first_use_warns_of_nothing(tmp_path):
 
 def test_of_bitsandbytes_one_message_is_left_out():
     code = (
-        "import logging, scalabl_pyro.lora\n"
+        "import logging, scalabl_pyro\n"
         "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
         "log.warning('Failed to load CPU gemm_4bit_forward from %s', 'nowhere')\n"
         "log.warning('something else')\n"

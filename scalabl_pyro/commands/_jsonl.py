@@ -13,7 +13,21 @@ from filelock import FileLock, Timeout
 
 from ..files import json_text, new_path, put, write_whole
 
-__all__ = ["ResumableJsonl", "significant"]
+__all__ = ["ResumableJsonl", "new_jsonl", "significant"]
+
+
+def new_jsonl(path: Path) -> Path:
+    """The path of an output of JSON Lines that is not there yet.
+
+    :raises ValueError: if its name is that of a table.
+    :raises OSError: as :func:`~scalabl_pyro.files.new_path`.
+    """
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        raise ValueError(
+            f"output is {str(path)!r}, and what is written are JSON Lines: expected a name such as"
+            f" {path.with_suffix('.jsonl').name}"
+        )
+    return new_path(path)
 
 
 def significant(value: float) -> float:
@@ -111,7 +125,7 @@ class ResumableJsonl:
         return self._part.open("ab")
 
     def __enter__(self) -> ResumableJsonl:
-        new_path(self.path)
+        new_jsonl(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)

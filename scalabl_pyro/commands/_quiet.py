@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-import warnings
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -15,10 +14,9 @@ __all__ = ["quiet_libraries", "quiet_worker"]
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own output: no loading bars, no calls of one library by another."""
+    """Leave the terminal to our own output: no loading bars, and errors alone of what it logs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*ensure_weight_tying", category=UserWarning)
 
 
 def quiet_worker(threads: int) -> None:

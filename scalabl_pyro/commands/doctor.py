@@ -210,7 +210,6 @@ def _bitsandbytes() -> Finding:
             "for model.quantization: pip install 'scalabl_pyro[quantization]'",
         )
     # With peft, and without the message that bitsandbytes has on a kernel that is not needed.
-    from ..lora import _bitsandbytes  # noqa: F401
 
     bnb = import_module("bitsandbytes")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,12 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import Columns, Completion
-from ..files import new_path
 from ..prediction.generation import Decoding, generate
 from ..runs.config import ConfigError
 from ..runs.folder import load_run
 from ._input import begun_for, read_texts
-from ._jsonl import ResumableJsonl
+from ._jsonl import ResumableJsonl, new_jsonl
 from ._texts import given, scored
 
 __all__ = ["GenerateConfig", "generate_file"]
@@ -80,7 +79,7 @@ def generate_file(config: GenerateConfig) -> dict[str, Any]:
         predictor = load_run(config.run).subspace_predictor()
         (record,), (text,) = records, generate(predictor, prompts, config.decoding)
         return given(record) | {k: v for k, v in scored(text).items() if k != "tokens"}
-    new_path(Path(config.output))  # before a large model is loaded
+    new_jsonl(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     predictor = run.subspace_predictor()
     settings = {

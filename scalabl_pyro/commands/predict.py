@@ -11,7 +11,6 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import Columns, Record
-from ..files import new_path
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
 from ..prediction.texts import score_split
@@ -20,7 +19,7 @@ from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._decisions import DecisionConfig, Decisions, calibrate
 from ._input import begun_for, read_input, read_texts
-from ._jsonl import ResumableJsonl, significant
+from ._jsonl import ResumableJsonl, new_jsonl, significant
 from ._texts import given, scored
 
 __all__ = ["PredictConfig", "predict_file"]
@@ -54,7 +53,7 @@ def predict_file(config: PredictConfig) -> dict[str, Any]:
     :raises ValueError: if a record is bad, the output was begun with other settings or for other
         records, or no threshold does what is asked.
     """
-    new_path(Path(config.output))  # before a large model is loaded
+    new_jsonl(Path(config.output))  # before a large model is loaded
     run = load_run(config.run)
     if run.readout.reads_texts:
         return _score_file(config, run)

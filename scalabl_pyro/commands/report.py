@@ -88,7 +88,10 @@ def tabulate(config: ReportConfig) -> dict[str, Any]:
     firsts = {name: runs[row[0]] for name, row in folders.items()}
     sources = {name: _source(run) for name, run in firsts.items()}
     if any(source != next(iter(sources.values())) for source in sources.values()):
-        raise ConfigError(f"the rows have different data, {sources}: make a table of each")
+        one = next(iter(sources.values()))
+        differing = sorted({key for s in sources.values() for key in s if s[key] != one[key]})
+        shown = {name: {key: s[key] for key in differing} for name, s in sources.items()}
+        raise ConfigError(f"the rows have different data, {shown}: make a table of each")
     chosen = {name: {"method": r.method, "fit": asdict(r.fit)} for name, r in firsts.items()}
     trials = {
         name: [{"seed": runs[path].seed, **trial} for path in row for trial in _trials(path)]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Columns, Split
-from ..files import json_text, new_path, write_whole
+from ..files import json_text, write_whole
 from ..models.model import ScalaBLModel
 from ..prediction.selection import check_selection, select
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 from ._input import read_input
+from ._jsonl import new_jsonl
 from ._unfamiliar import trained_on
 
 __all__ = ["SelectConfig", "select_records"]
@@ -52,7 +53,7 @@ def select_records(config: SelectConfig) -> dict[str, Any]:
     :raises ValueError: if a record is bad, or too few have no label; or ``novelty`` is asked of a
         run without a posterior over s, or whose training data cannot be read.
     """
-    output = new_path(Path(config.output))
+    output = new_jsonl(Path(config.output))
     run = load_run(config.run)
     if run.readout.reads_texts:
         raise ValueError(f"{config.run} reads texts: expected a run that answers among choices")

@@ -80,7 +80,9 @@ class DataSource:
         sources = {name: getattr(self, name) for name in ("path", "root", "task", "hub")}
         if sum(value is not None for value in sources.values()) != 1:
             shown = ", ".join(f"data.{name} is {value!r}" for name, value in sources.items())
-            raise ValueError(f"{shown}: give exactly one")
+            one_too_many = self.task is not None and any((self.path, self.root, self.hub))
+            fix = ", and data.task=null takes a default task away" if one_too_many else ""
+            raise ValueError(f"{shown}: give exactly one{fix}")
         if self.task is not None:
             find_task(self.task)
         for name in ("split_names", "limit"):

@@ -67,8 +67,9 @@ def hold_out(
     count = max(1, round(fraction * len(records))) if 0 < fraction < 1 else len(records)
     if count >= len(records):
         raise DataError(
-            f"cannot hold out {fraction} of {len(records)} records: expected a share between 0 and"
-            " 1 that leaves one or more"
+            f"cannot hold out {fraction} of {len(records)} records for validation: expected a share"
+            " between 0 and 1 that leaves one or more (data.validation_fraction), or validation"
+            " records of your own, in a file beside the training file (data.root)"
         )
     held = set(random.Random(seed).sample(range(len(records)), count))
     rest = [record for index, record in enumerate(records) if index not in held]

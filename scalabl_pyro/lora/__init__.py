@@ -1,6 +1,5 @@
 """A language model with LoRA layers as a function of the subspace vectors s."""
 
-from . import _bitsandbytes  # noqa: F401  before the files below import peft
 from .adapter import CORES, PROJECTIONS, Core, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .loading import Classes, load_llm, load_readout, make_adapter

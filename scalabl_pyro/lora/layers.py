@@ -95,9 +95,12 @@ def add_perp(layers: Mapping[str, LoraLayer], k: int) -> dict[str, nn.Parameter]
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Make a model of PEFT in here: PEFT asks transformers by a name that is on its way out."""
+    """Make a model of PEFT in here: PEFT asks transformers by a name that is on its way out, and
+    warns of an output layer that shares its weight with the embeddings, which are brought apart
+    where they are merged."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*ensure_weight_tying", UserWarning)
         yield
 
 

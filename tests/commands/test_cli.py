@@ -552,7 +552,7 @@ def test_other_ways_to_predict(run, data, capsys, words):
 def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):
     where = [f"run={run}", f"data.root={data}", "progress=false"]
     for words, message in {
-        ("prediction.name=median",): "prediction.name is 'median'",
+        ("prediction.name=mean",): "prediction.name is 'mean'",
         ("prediction.kind=sobol",): "give prediction.draws",
         (
             "prediction.name=median",
@@ -606,6 +606,9 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(predict_command, "predict", ends)
         assert scalabl("predict", *words, "output=out.jsonl") == 1
+    assert scalabl("predict", *words, "output=out.csv") == 1
+    message = "what is written are JSON Lines: expected a name such as out.jsonl"
+    assert message in capsys.readouterr().err
     part = tmp_path / "out.jsonl.part"
     assert len(part.read_text().splitlines()) == 6
     part.write_bytes(part.read_bytes() + b'{"id": "torn')

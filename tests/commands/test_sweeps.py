@@ -90,7 +90,10 @@ def test_a_run_of_a_sweep_that_fails_leaves_the_others_to_go_on(train, tmp_path,
             ["method=mle", "seed=1", "lora.r=2"],
             "other settings than runs/mle-seed0 (lora.r: 2, was",
         ),
-        (["method=scalabl", "data.root=other"], "the rows have different data"),
+        (
+            ["method=scalabl", "data.root=other"],
+            "the rows have different data, {'mle': {'data.root': '",
+        ),
     ],
 )
 def test_runs_that_make_no_table_are_refused(train, tmp_path, capsys, second, message):

@@ -236,7 +236,7 @@ def test_hold_out_is_seeded_disjoint_and_complete():
     assert sorted([*rest, *held], key=records.index) == records
     assert hold_out(records, 0.1, seed=4) == (rest, held)
     assert hold_out(records, 0.1, seed=5)[1] != held
-    with pytest.raises(DataError, match=r"cannot hold out 0.9 of 1 records"):
+    with pytest.raises(DataError, match=r"hold out 0.9 of 1 records .*data\.validation_fraction"):
         hold_out(records[:1], 0.9, seed=0)
 
 

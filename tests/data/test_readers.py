@@ -368,7 +368,10 @@ def test_embedded_world_is_a_data_set():
     ("values", "message"),
     [
         ({}, "data.root is None, data.task is None, data.hub is None: give exactly one"),
-        ({"root": "a", "task": "boolq"}, "give exactly one"),
+        (
+            {"root": "a", "task": "boolq"},
+            "give exactly one, and data.task=null takes a default task away",
+        ),
         ({"task": "openbokqa"}, "no data set 'openbokqa'; did you mean openbookqa"),
         ({"task": "mmlu:college_fysics"}, "did you mean mmlu:college_physics"),
         ({"task": "zzz"}, r"no data set 'zzz'; expected one of .*'mmlu:<subject>'"),

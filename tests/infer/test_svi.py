@@ -488,7 +488,7 @@ def test_what_is_meant_otherwise_is_told_before_training(make_causal, make_choic
     with pytest.raises(TypeError, match=r"validate is a Split: expected a function .* sp\.draw"):
         fit(model, guide, split, config, validate=split)
     other = make_choice().encode(records)
-    with pytest.raises(ValueError, match="encoded by MultipleChoice, .* readout is LabelTokens"):
+    with pytest.raises(ValueError, match=r"encoded by MultipleChoice, .* readout is LabelTokens"):
         fit(model, guide, other, config)
     for wrong in (split, records):
         with pytest.raises(
