@@ -62,7 +62,7 @@ from scalabl_pyro.prediction.generation import Decoding
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.readouts.completion_tokens import CompletionTokens
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
-from scalabl_pyro.runs.config import DataConfig
+from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.predictors import PredictionConfig
 
 NAN, INF = math.nan, math.inf

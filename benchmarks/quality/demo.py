@@ -16,7 +16,7 @@ from scalabl_pyro import embedded
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.compare import compare
 from scalabl_pyro.commands.demo import DemoConfig
-from scalabl_pyro.runs.config import build
+from scalabl_pyro.runs.settings import build
 
 SEEDS = [0, 1, 2, 3, 4]
 

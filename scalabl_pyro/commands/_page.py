@@ -23,7 +23,7 @@ from torch import Tensor
 from ..prediction.metrics import average, entropy
 from ..prediction.predictor import Predictions
 from ..prediction.rejection import risk_coverage_curve
-from ..runs.config import flat
+from ..runs.settings import flat
 from ._formats import (
     AURC,
     AUROC_OF,

@@ -14,8 +14,8 @@ from ..prediction.mahalanobis import feature_distances
 from ..prediction.novelty import novelty
 from ..prediction.outliers import conformal_p_values
 from ..prediction.predictor import Predictor
-from ..runs.config import ConfigError
 from ..runs.folder import Run, posterior_median
+from ..runs.settings import ConfigError
 from ._input import own_records, warn_of_trained
 from ._jsonl import significant
 

@@ -213,7 +213,7 @@ def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
 
     from ..distributed import is_main
     from ..infer.checkpoints import Interrupted
-    from ..runs.config import build
+    from ..runs.settings import build
     from ._quiet import quiet_libraries
 
     quiet_libraries()

@@ -25,7 +25,9 @@ from ..lora.config import AdapterConfig, ModelConfig
 from ..lora.layers import start_fingerprint
 from ..methods import ZeroShot
 from ..readouts import READOUTS
-from ..runs.config import ConfigError, DataConfig, RunConfig, build, merged
+from ..runs.config import RunConfig
+from ..runs.data import DataConfig
+from ..runs.settings import ConfigError, build, merged
 from ..runs.training import train_run, unfinished_folder
 from ._errors import message
 from ._formats import format_table

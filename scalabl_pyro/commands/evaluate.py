@@ -27,9 +27,9 @@ from ..methods import ZeroShot
 from ..prediction.assessment import assess, check_labelled
 from ..prediction.predictor import Predicts
 from ..readouts import Readout
-from ..runs.config import ConfigError, build
 from ..runs.folder import load_run
 from ..runs.predictors import PredictionConfig, make_predictor
+from ..runs.settings import ConfigError, build
 from ._input import warn_of_trained
 
 __all__ = ["EvaluateConfig", "evaluate_run"]

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..data import Columns, Completion
 from ..prediction.generation import Decoding, generate
-from ..runs.config import ConfigError
 from ..runs.folder import load_run
+from ..runs.settings import ConfigError
 from ._input import begun_for, read_texts
 from ._jsonl import ResumableJsonl, new_jsonl
 from ._texts import given, scored

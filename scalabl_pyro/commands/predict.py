@@ -14,9 +14,9 @@ from ..data import Columns, Record
 from ..prediction.metrics import noise_to_signal, summarise
 from ..prediction.predictor import Predictions, predict
 from ..prediction.texts import score_split
-from ..runs.config import ConfigError
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
+from ..runs.settings import ConfigError
 from ._decisions import DecisionConfig, Decisions, calibrate
 from ._input import begun_for, read_input, read_texts
 from ._jsonl import ResumableJsonl, new_jsonl, significant

@@ -10,9 +10,10 @@ from typing import Any
 from ..data import DataSource
 from ..files import check_writable
 from ..readouts import READOUTS
-from ..runs.config import ConfigError, RunConfig
+from ..runs.config import RunConfig
 from ..runs.places import resolved
 from ..runs.reading import read_json, read_settings_placed
+from ..runs.settings import ConfigError
 from ._formats import format_table
 from ._report import write_report, written
 from ._runs import ReportedRun

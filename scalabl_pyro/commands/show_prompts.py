@@ -13,10 +13,12 @@ from ..data import Columns, DataSource, Record, check_split
 from ..lora.config import ModelConfig
 from ..lora.loading import load_readout
 from ..readouts import Classes, Readout
-from ..runs.config import ConfigError, DataConfig, RunConfig, build
+from ..runs.config import RunConfig
+from ..runs.data import DataConfig
 from ..runs.folder import read_posterior_info
 from ..runs.prior import read_data
 from ..runs.reading import find_run, read_settings_placed
+from ..runs.settings import ConfigError, build
 from ._input import own_records, read_input, read_texts
 
 __all__ = ["ShowPromptsConfig", "show_prompts"]

@@ -1,11 +1,13 @@
 """Runs: their settings, what they leave on disk, and how they are read and exported."""
 
-from .config import ConfigError, DataConfig, RunConfig, build
+from .config import RunConfig
+from .data import DataConfig
 from .exports import export, merge, push_to_hub
 from .folder import Run, RunFolderError, load_run, save_run
 from .memory import MemoryConfig, estimate
 from .predictors import PredictionConfig, make_predictor
 from .serving import ServedAverage, ServerError
+from .settings import ConfigError, build
 from .training import train_run
 
 __all__ = [

@@ -1,26 +1,16 @@
-"""The configuration of a run: plain mappings to frozen dataclasses, unknown keys refused."""
+"""Everything that defines a training run."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from ..data import (
-    DataError,
-    DataSource,
     Record,
-    check_split,
-    disjoint,
     draw_shots,
-    hold_out,
 )
 from ..files import check_writable, json_text
 from ..infer.checkpoints import CheckpointConfig
@@ -28,11 +18,11 @@ from ..infer.fit_config import FitConfig
 from ..lora.config import AdapterConfig, ModelConfig
 from ..methods import METHODS, Method, ScalaBL
 from ..readouts import READOUTS, Classes
+from .data import DataConfig
 from .places import resolved
+from .settings import ConfigError, build, flat, merged, no_setting
 
-__all__ = ["ConfigError", "DataConfig", "RunConfig", "build"]
-
-T = TypeVar("T")
+__all__ = ["MAY_CHANGE_ON_RESUME", "NOT_PART_OF_FUNCTION", "SHARED", "RunConfig"]
 
 #: settings that may change between an interruption and its resumption
 MAY_CHANGE_ON_RESUME = (
@@ -50,58 +40,6 @@ NOT_PART_OF_FUNCTION = (
 
 #: fields of every method → the setting of a run that fills them
 SHARED = {"config": "fit", "eval_batch_size": "eval_batch_size", "progress": "progress"}
-
-
-class ConfigError(ValueError):
-    """A configuration key that does not exist, or a value of the wrong kind."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataConfig(DataSource):
-    """The records of a run: a source, and what is made of its splits.
-
-    :param validation_fraction: share of the training records held out where there is no validation
-        split.
-    :raises ValueError: if a value is out of range.
-    """
-
-    validation_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        DataSource.__post_init__(self)
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"data.validation_fraction is {self.validation_fraction}: expected a number between"
-                " 0 and 1"
-            )
-
-    def splits(self, *, seed: int) -> dict[str, list[Record]]:
-        """The labelled records by split, of which no question stands in two (see ``disjoint``).
-
-        :param seed: fixes which records are held out for validation where there is no such split.
-        :raises DataError: if a file is missing or bad.
-        """
-        return self.decided_splits(seed=seed)[0]
-
-    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], str | None]:
-        """The same, and how labels are read if the data decided it (see ``read_decided``)."""
-        splits, reading = self.read_decided()
-        train = check_split(splits, "train")
-        if "validation" not in splits:
-            splits["train"], splits["validation"] = hold_out(
-                train, self.validation_fraction, seed=seed
-            )
-        splits = self.limited(disjoint(splits))
-        for name, records in splits.items():
-            self.check_known(records, name)
-            for record in records:
-                if record.label is None:
-                    raise DataError(
-                        f"the record {record.id!r} of the split {name} has no label; where a column"
-                        " of another name has it, give data.columns.label, and leave out a split"
-                        " of hidden labels by data.split_names"
-                    )
-        return splits, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +113,7 @@ class RunConfig:
                 f" {self.model.readout!r}, which reads texts: expected one of {able}"
             )
         object.__setattr__(self, "fit", method.config)
-        own = [field.name for field in dataclasses.fields(method) if field.name not in SHARED]
+        own = [field.name for field in fields(method) if field.name not in SHARED]
         settings = {"name": method.name} | {name: getattr(method, name) for name in own}
         object.__setattr__(self, "method", settings)
         self.attempts()
@@ -194,11 +132,11 @@ class RunConfig:
             raise ConfigError(
                 f"method.{taken[0]} is no setting: fit, eval_batch_size and progress are"
             )
-        known = [f.name for f in dataclasses.fields(METHODS[name]) if f.name not in SHARED]
+        known = [f.name for f in fields(METHODS[name]) if f.name not in SHARED]
         unknown = sorted(settings.keys() - set(known))
         if unknown:
             raise ConfigError(
-                f"{_no_setting(unknown[0], known, 'method.')}; another method than {name} is"
+                f"{no_setting(unknown[0], known, 'method.')}; another method than {name} is"
                 " method=NAME, which brings that method's settings"
             )
         shared = {field: getattr(self, key) for field, key in SHARED.items()}
@@ -334,69 +272,3 @@ class RunConfig:
         check_writable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
-
-
-def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """A nested mapping by full names, such as ``fit.lr``."""
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        flattened |= flat(value, f"{place}{key}.") if nested else {f"{place}{key}": value}
-    return flattened
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, in nested mappings too."""
-    return dict(base) | {
-        key: merged(base[key], value) if isinstance(value, dict) and key in base else value
-        for key, value in changes.items()
-    }
-
-
-def build(cls: type[T], values: Any, place: str = "") -> T:
-    """An instance of a dataclass from a mapping, nested dataclasses included.
-
-    :param place: of the mapping in a configuration, such as ``method.``, for messages.
-    :raises ConfigError: if a key is unknown (the nearest one is suggested), a needed one is
-        missing, or a value has the wrong type or is out of range.
-    """
-    _check_keys(cls, values, place)
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_message(e, place) for e in error.errors())) from error
-
-
-def _message(error: Any, place: str) -> str:
-    """What is wrong, led by the setting's full name."""
-    loc = [str(part) for part in error["loc"]]
-    if error["type"] == "missing":
-        return f"the setting {place}{'.'.join(loc)} is missing"
-    if error["type"] in ("dict_type", "mapping_type"):
-        name = f"{place}{'.'.join(loc)}"
-        return f"{name} is {error['input']!r}: expected a mapping, as {name}.KEY=VALUE gives"
-    if error["type"] != "value_error":
-        return f"{place}{'.'.join(loc)} is {error['input']!r}: {error['msg']}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    # A dataclass that stands in several places names its own fields alone.
-    bare = re.match(r"(?!there )[\w.]+ is ", message)
-    prefix = place + "".join(f"{part}." for part in loc)
-    return prefix + message if bare and not message.startswith(prefix) else message
-
-
-def _check_keys(cls: type, values: Mapping[str, Any], place: str) -> None:
-    hints = get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(_no_setting(key, known, place))
-        if value == "???":
-            raise ConfigError(f"the setting {place}{key} is needed: give {place}{key}=…")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _check_keys(hints[key], value, f"{place}{key}.")
-
-
-def _no_setting(key: str, known: list[str], place: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {place}{near[0]}?" if near else f"expected one of {known}"
-    return f"there is no setting {place}{key}; {hint}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..lora.passes import Passes
-from .config import ConfigError, build
 from .reading import RunFolderError, read_json
+from .settings import ConfigError, build
 
 __all__ = ["Cost", "read_cost"]
 

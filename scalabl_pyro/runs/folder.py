@@ -44,7 +44,7 @@ from ..prediction.assessment import Assessment
 from ..prediction.predictor import Predictor, Predicts, RunPredictor, predict_proba
 from ..readouts import Classes, Readout
 from .card import run_card, with_intervals
-from .config import ConfigError, RunConfig, build
+from .config import RunConfig
 from .cost import Cost
 from .places import place, relative_places
 from .reading import (
@@ -55,6 +55,7 @@ from .reading import (
     read_settings_placed,
     read_tensors,
 )
+from .settings import ConfigError, build
 
 __all__ = [
     "PosteriorInfo",

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from ..data import Record
 from ..lora.loading import load_readout
 from ..readouts import Classes
-from .config import ConfigError, RunConfig
+from .config import RunConfig
 from .folder import PosteriorInfo, Run, read_posterior_info, restore
 from .places import resolved
 from .reading import find_run, read_settings
+from .settings import ConfigError
 
 __all__ = ["TrainingData", "load_prior_run", "prior_fingerprint", "read_data"]
 

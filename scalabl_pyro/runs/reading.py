@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yaml import YAMLError
 
-from .config import ConfigError, RunConfig, build
+from .config import RunConfig
 from .places import placed
+from .settings import ConfigError, build
 
 __all__ = [
     "RunFolderError",

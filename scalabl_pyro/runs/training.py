@@ -29,12 +29,13 @@ from ..prediction.assessment import Assessment, assess
 from ..prediction.mahalanobis import feature_distances
 from ..prediction.predictor import Predictor
 from ..readouts import Readout
-from .config import ConfigError, RunConfig
+from .config import RunConfig
 from .folder import posterior_median, save_run
 from .memory import MemoryConfig, explain_out_of_memory
 from .places import relative_places
 from .prior import load_prior_run, prior_fingerprint, read_data
 from .reading import read_fingerprints, read_json, read_settings_placed
+from .settings import ConfigError
 
 __all__ = ["train_run", "unfinished_folder"]
 

@@ -40,8 +40,10 @@ from scalabl_pyro.lora.loading import make_adapter
 from scalabl_pyro.methods import METHODS, ScalaBL
 from scalabl_pyro.prediction import metrics
 from scalabl_pyro.readouts import LabelTokens
-from scalabl_pyro.runs.config import DataConfig, RunConfig, build
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.folder import RunFolderError
+from scalabl_pyro.runs.settings import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ from scalabl_pyro import Predictions
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.compare import CompareConfig
 from scalabl_pyro.methods import METHODS
-from scalabl_pyro.runs.config import build
+from scalabl_pyro.runs.settings import build
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.predict import PredictConfig
 from scalabl_pyro.commands.select import SelectConfig
 from scalabl_pyro.data import read_records
-from scalabl_pyro.runs.config import build
+from scalabl_pyro.runs.settings import build
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "decisions.md"
 FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr=0.1", "fit.lr_guide=0.3", "progress=false"]

@@ -17,7 +17,7 @@ from scalabl_pyro import embedded
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.demo import DemoConfig, confidence, demonstrate
 from scalabl_pyro.data.tasks import find_task
-from scalabl_pyro.runs.config import build
+from scalabl_pyro.runs.settings import build
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_minilm = pytest.mark.skipif(

@@ -17,7 +17,8 @@ from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.commands.compare import CompareConfig
 from scalabl_pyro.data.world import world
 from scalabl_pyro.methods import METHODS
-from scalabl_pyro.runs.config import RunConfig, build
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.settings import build
 
 PROTOCOLS = sorted(path.stem for path in (CONFIGS / "protocol").glob("*.yaml"))
 

@@ -22,7 +22,8 @@ from scalabl_pyro.data import (
     read_records,
     subsample,
 )
-from scalabl_pyro.runs.config import DataConfig, build
+from scalabl_pyro.runs.data import DataConfig
+from scalabl_pyro.runs.settings import build
 
 Splits = dict[str, list[dict]]
 

@@ -22,7 +22,8 @@ from scalabl_pyro.data import (
 from scalabl_pyro.data.csv_rows import csv_rows
 from scalabl_pyro.data.readers import read_table
 from scalabl_pyro.data.tables import to_records
-from scalabl_pyro.runs.config import ConfigError, DataConfig, build
+from scalabl_pyro.runs.data import DataConfig
+from scalabl_pyro.runs.settings import ConfigError, build
 
 LETTERS = ["A", "B", "C", "D"]
 QUESTIONS = "id,question,choice_1,choice_2,choice_3,label\n"

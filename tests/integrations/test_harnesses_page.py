@@ -15,7 +15,8 @@ from conftest import ROOT, blocks, make_records, tiny_llama, write_jsonl
 from scalabl_pyro import FitConfig
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.runs import train_run
-from scalabl_pyro.runs.config import DataConfig, RunConfig
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.data import DataConfig
 
 PAGE = ROOT / "docs" / "harnesses.md"
 

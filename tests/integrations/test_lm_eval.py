@@ -16,7 +16,8 @@ from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs import PredictionConfig, export, make_predictor, train_run
-from scalabl_pyro.runs.config import DataConfig, RunConfig
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.data import DataConfig
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness: there is no lm_eval")
 

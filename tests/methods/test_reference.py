@@ -19,7 +19,8 @@ from scalabl_pyro.methods import METHODS
 from scalabl_pyro.methods.bursts import burst_steps, burst_weight
 from scalabl_pyro.methods.reference import AutoSubspacePositiveNormal, Reference
 from scalabl_pyro.runs import train_run
-from scalabl_pyro.runs.config import DataConfig, RunConfig
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.folder import load_run
 
 CONFIG = FitConfig(steps=4, batch_size=4, lr=1e-2, lr_guide=1e-2, eps=1e-6)

@@ -26,7 +26,7 @@ from scalabl_pyro.commands.generate import GenerateConfig, generate_file
 from scalabl_pyro.data import PROMPTS, DataError, read_completions
 from scalabl_pyro.prediction import Decoding, generate, score
 from scalabl_pyro.readouts import LabelTokens
-from scalabl_pyro.runs.config import ConfigError, build
+from scalabl_pyro.runs.settings import ConfigError, build
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["the cat", "a bird sings the red tree", "green", "the dog sleeps . Answer : A"]

@@ -26,7 +26,8 @@ from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
 from scalabl_pyro.prediction import Interval, average
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs import exports, train_run
-from scalabl_pyro.runs.config import DataConfig, RunConfig
+from scalabl_pyro.runs.config import RunConfig
+from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.exports import export, merge, push_to_hub
 from scalabl_pyro.runs.folder import Run
 

@@ -24,8 +24,8 @@ from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, load_skeleton, make_adapter
 from scalabl_pyro.prediction.texts import MOST_LOGITS
 from scalabl_pyro.readouts import READOUTS
-from scalabl_pyro.runs.config import build
 from scalabl_pyro.runs.memory import MemoryConfig, estimate, explain_out_of_memory
+from scalabl_pyro.runs.settings import build
 
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = Classes(4, ("A", "B", "C", "D"))

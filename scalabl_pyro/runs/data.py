@@ -1,0 +1,58 @@
+"""The records of a run: where they are from, and what is made of their splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
+from .settings import ConfigError
+
+__all__ = ["DataConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig(DataSource):
+    """The records of a run: a source, and what is made of its splits.
+
+    :param validation_fraction: share of the training records held out where there is no validation
+        split.
+    :raises ValueError: if a value is out of range.
+    """
+
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        DataSource.__post_init__(self)
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction is {self.validation_fraction}: expected a number between"
+                " 0 and 1"
+            )
+
+    def splits(self, *, seed: int) -> dict[str, list[Record]]:
+        """The labelled records by split, of which no question stands in two (see ``disjoint``).
+
+        :param seed: fixes which records are held out for validation where there is no such split.
+        :raises DataError: if a file is missing or bad.
+        """
+        return self.decided_splits(seed=seed)[0]
+
+    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], str | None]:
+        """The same, and how labels are read if the data decided it (see ``read_decided``)."""
+        splits, reading = self.read_decided()
+        train = check_split(splits, "train")
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = hold_out(
+                train, self.validation_fraction, seed=seed
+            )
+        splits = self.limited(disjoint(splits))
+        for name, records in splits.items():
+            self.check_known(records, name)
+            for record in records:
+                if record.label is None:
+                    raise DataError(
+                        f"the record {record.id!r} of the split {name} has no label; where a column"
+                        " of another name has it, give data.columns.label, and leave out a split"
+                        " of hidden labels by data.split_names"
+                    )
+        return splits, reading
