@@ -22,7 +22,7 @@ from ..files import check_writable
 from ..infer.fit_config import FitConfig
 from ..infer.training import NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.layers import start_fingerprint
+from ..lora.start import start_fingerprint
 from ..methods import ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import RunConfig

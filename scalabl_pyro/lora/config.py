@@ -12,7 +12,7 @@ from peft import LoraConfig
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes, ReadoutConfig
 from ..readouts.base import check_records
-from .layers import read_config
+from .start import read_config
 from .subspace import SUBSPACES
 
 __all__ = ["AdapterConfig", "ModelConfig"]

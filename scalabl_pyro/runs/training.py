@@ -21,9 +21,9 @@ from ..files import json_text, write_whole
 from ..infer.checkpoints import Checkpoints
 from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
-from ..lora.layers import start_fingerprint
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
+from ..lora.start import start_fingerprint
 from ..methods import Fitted, ScalaBL
 from ..prediction.assessment import Assessment, assess
 from ..prediction.mahalanobis import feature_distances
