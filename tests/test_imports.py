@@ -114,3 +114,25 @@ def test_what_is_declared_is_tested_in_one_version():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {canonical(line) for line in lines if not line.startswith("#")}
     assert {canonical(requirement) for requirement in project["dependencies"]} <= pinned
+
+
+def test_what_another_file_imports_is_listed():
+    """Each file's ``__all__`` is what the others may use."""
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    listed = {
+        path: set(ast.literal_eval(node.value))
+        for path, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and "__all__" in ast.unparse(node)
+    }
+    missing = {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.ImportFrom) and node.level and node.module):
+                continue
+            base = path.parents[node.level - 1].joinpath(*node.module.split("."))
+            source = base.with_suffix(".py")
+            names = {alias.name for alias in node.names}
+            if source in listed and names - listed[source]:
+                missing[f"{source.name} for {path.name}"] = sorted(names - listed[source])
+    assert missing == {}

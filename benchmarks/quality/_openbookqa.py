@@ -19,7 +19,8 @@ from scalabl_pyro.data import Split, disjoint, read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
 from scalabl_pyro.methods import Fitted, Method
-from scalabl_pyro.prediction.metrics import auroc, entropy, evaluate, mutual_information
+from scalabl_pyro.prediction.detection import auroc
+from scalabl_pyro.prediction.metrics import entropy, evaluate, mutual_information
 from scalabl_pyro.prediction.predictor import Predicts, predict
 
 TRAIN, OOD = 1000, "college_physics"

@@ -8,7 +8,11 @@ from typing import Any
 
 from .records import DataError
 
-__all__ = ["class_labels", "parquet_rows"]
+__all__ = [
+    "class_labels",
+    "parquet_class_labels",
+    "parquet_rows",
+]
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

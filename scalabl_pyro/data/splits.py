@@ -17,6 +17,7 @@ __all__ = [
     "disjoint",
     "draw_shots",
     "fingerprint",
+    "fingerprints",
     "hold_out",
     "subsample",
     "without_overlap",

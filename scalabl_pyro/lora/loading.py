@@ -34,10 +34,15 @@ from .subspace import set_subspace
 __all__ = [
     "Classes",
     "UntrainedHeadError",
+    "bytes_beside_weights",
     "load_llm",
     "load_readout",
+    "load_skeleton",
     "make_adapter",
     "make_readout",
+    "positions",
+    "prepare",
+    "unquantized",
 ]
 
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-__all__ = ["Trunk", "TrunkError", "TrunkOutput", "bytes_of", "map_tensors"]
+__all__ = [
+    "CACHED",
+    "Trunk",
+    "TrunkError",
+    "TrunkOutput",
+    "bytes_of",
+    "map_tensors",
+]
 
 log = logging.getLogger(__name__)
 

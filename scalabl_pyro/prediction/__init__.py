@@ -10,7 +10,7 @@ from .conformal import (
     uniform_of,
 )
 from .continuations import Continuation, score_tokens
-from .detection import aupr, fpr_at_tpr
+from .detection import aupr, auroc, auroc_at_equal_length, fpr_at_tpr
 from .distillation import distill, fold_into
 from .draws import draw, hold, signal_to_noise
 from .generation import Decoding, generate
@@ -26,8 +26,6 @@ from .linearised import Linearised
 from .mahalanobis import mahalanobis, pooled_features
 from .metrics import (
     Averaged,
-    auroc,
-    auroc_at_equal_length,
     average,
     entropy,
     evaluate,

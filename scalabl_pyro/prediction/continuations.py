@@ -24,7 +24,11 @@ from ..readouts.causal import last_logits
 from .predictor import NonFinitePredictionsError, Predictor
 from .texts import MOST_LOGITS, in_chunks, language_model
 
-__all__ = ["Continuation", "score_tokens"]
+__all__ = [
+    "Continuation",
+    "average_log_prob",
+    "score_tokens",
+]
 
 
 class Continuation(NamedTuple):

@@ -19,7 +19,8 @@ from scipy import stats
 from torch import Tensor
 
 from .calibration import calibration_gaps, check_labels, mean_by_value
-from .metrics import auroc, auroc_at_equal_length, summarise
+from .detection import auroc, auroc_at_equal_length
+from .metrics import summarise
 from .rejection import risk_coverage_curve
 
 __all__ = [

@@ -12,13 +12,12 @@ from scipy import stats
 from torch import Tensor
 
 from .calibration import adaptive_ece, check_labels, ece, ece_floor
-from .detection import aupr, fpr_at_tpr
+from .detection import aupr, auroc, fpr_at_tpr
 from .rejection import aurc, prr
 
 __all__ = [
     "Averaged",
-    "auroc",
-    "auroc_at_equal_length",
+    "all_alike",
     "average",
     "ece",
     "ece_floor",
@@ -111,74 +110,6 @@ def noise_to_signal(logits: Tensor) -> Tensor:
     noise = f.var(0, correction=0).sum(-1)
     signal = f.mean(0).square().sum(-1)
     return torch.where(noise == 0, 0.0, noise / signal).to(logits)
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    r"""Area under the ROC curve of a score for telling the positive examples, ties at one half.
-
-    The share of pairs of a positive and a negative example in which the positive one scores higher,
-    from the sum R₊ of the ranks of the n₊ positive ones (Mann and Whitney 1947):
-
-    .. math:: \frac{R_+ - n_+ (n_+ + 1) / 2}{n_+ n_-}
-
-    :param scores: (N,), such as :func:`entropy`; of any sign, as only their order counts.
-    :param positive: (N,), such as whether the answer was wrong.
-    :returns: in [0, 1], and nan where all examples are positive, or none is.
-    :raises ValueError: if the shapes differ, or a score is no number.
-    """
-    if scores.dim() != 1 or scores.shape != positive.shape:
-        raise ValueError(
-            f"scores has shape {tuple(scores.shape)} and positive {tuple(positive.shape)}: expected"
-            " (N,) for both"
-        )
-    _check_scores(scores)
-    held = positive.cpu().numpy().astype(bool)
-    count = int(held.sum())
-    pairs = count * (len(held) - count)
-    if not pairs:
-        return math.nan
-    ranks = stats.rankdata(scores.detach().cpu().double().numpy())
-    return float((ranks[held].sum() - count * (count + 1) / 2) / pairs)
-
-
-def auroc_at_equal_length(
-    scores: Tensor, positive: Tensor, lengths: Tensor | Sequence[int], *, apart: int = 2
-) -> float:
-    r"""The :func:`auroc` over the pairs whose lengths are about equal, which length cannot explain.
-
-    .. math:: \frac{\sum_{i, j} w_{ij} \big([u_i > u_j] + \tfrac{1}{2} [u_i = u_j]\big)}
-              {\sum_{i, j} w_{ij}}, \qquad w_{ij} = [\, |l_i - l_j| ≤ \mathrm{apart} \,]
-
-    over positive i and negative j. Every example takes part that has a partner.
-
-    :param scores: u, (N,).
-    :param positive: (N,).
-    :param lengths: l, (N,), such as ``split.lengths``, in tokens.
-    :param apart: the largest difference between two lengths.
-    :returns: in [0, 1], and nan where there is no such pair.
-    :raises ValueError: if the shapes differ, or a score is no number.
-    """
-    lengths = torch.as_tensor(lengths)
-    if not (scores.dim() == 1 and scores.shape == positive.shape == lengths.shape):
-        raise ValueError(
-            f"scores has shape {tuple(scores.shape)}, positive {tuple(positive.shape)} and lengths"
-            f" {tuple(lengths.shape)}: expected (N,) for all three"
-        )
-    _check_scores(scores)
-    above, pairs = 0.0, 0
-    others, their_lengths = scores[~positive.bool()], lengths[~positive.bool()]
-    for score, length in zip(scores[positive.bool()], lengths[positive.bool()], strict=True):
-        near = others[(their_lengths - length).abs() <= apart]
-        above += float((score > near).sum()) + 0.5 * float((score == near).sum())
-        pairs += len(near)
-    return above / pairs if pairs else math.nan
-
-
-def _check_scores(scores: Tensor) -> None:
-    if scores.isnan().any():
-        raise ValueError(
-            f"scores holds nan at {int(scores.isnan().nonzero()[0])}: expected numbers"
-        )
 
 
 def evaluate(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .calibration import mean_by_value
+from .detection import check_scores
 
 __all__ = ["aurc", "prr", "risk_at_coverage", "risk_coverage_curve"]
 
@@ -30,16 +31,9 @@ def risk_coverage_curve(uncertainty: Tensor, losses: Tensor) -> Tensor:
     :param losses: (N,), such as whether the answer was wrong.
     :raises ValueError: if the shapes differ, there is no example, or a number is NaN.
     """
-    if uncertainty.dim() != 1 or uncertainty.shape != losses.shape or not len(losses):
-        raise ValueError(
-            f"uncertainty has shape {tuple(uncertainty.shape)} and losses {tuple(losses.shape)}:"
-            " expected (N,) for both, N of 1 or more"
-        )
-    for name, values in (("uncertainty", uncertainty), ("losses", losses)):
-        if values.isnan().any():
-            raise ValueError(
-                f"{name} holds nan at {int(values.isnan().nonzero()[0])}: expected numbers"
-            )
+    check_scores(uncertainty=uncertainty, losses=losses)
+    if not len(losses):
+        raise ValueError("there is no example: expected (N,), N of 1 or more")
     expected = mean_by_value(uncertainty, losses.double())[uncertainty.argsort()]
     counts = torch.arange(1, len(losses) + 1, dtype=torch.float64, device=losses.device)
     return expected.cumsum(0) / counts

@@ -17,6 +17,7 @@ from ..data import GAP, DataError, Prompt, Record
 from .base import Readout
 
 __all__ = [
+    "DATE",
     "CausalReadout",
     "check_chat",
     "in_template",

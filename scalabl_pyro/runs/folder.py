@@ -62,6 +62,7 @@ __all__ = [
     "Run",
     "RunFolderError",
     "load_run",
+    "posterior_median",
     "read_posterior_info",
     "restore",
     "save_run",

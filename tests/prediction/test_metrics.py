@@ -268,7 +268,7 @@ def test_auroc_at_equal_length_without_pairs_and_with_bad_input():
     numbers = torch.tensor([1.0, 2.0])
     assert math.isnan(auroc_at_equal_length(numbers, torch.tensor([True, False]), 10 * numbers))
     assert math.isnan(auroc_at_equal_length(numbers, torch.tensor([True, True]), numbers))
-    with pytest.raises(ValueError, match=r"lengths \(3,\): expected \(N,\) for all three"):
+    with pytest.raises(ValueError, match=r"lengths has shape \(3,\): expected \(N,\) each"):
         auroc_at_equal_length(numbers, torch.tensor([True, False]), torch.zeros(3))
     with pytest.raises(ValueError, match="scores holds nan at 0"):
         auroc_at_equal_length(numbers * math.nan, torch.tensor([True, False]), numbers)

@@ -208,12 +208,18 @@ def test_evaluate_gives_them():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: aurc(torch.zeros(2), torch.zeros(3)), r"losses \(3,\): expected \(N,\)"),
+        (
+            lambda: aurc(torch.zeros(2), torch.zeros(3)),
+            r"losses has shape \(3,\): expected \(N,\) each",
+        ),
         (lambda: aurc(torch.zeros(0), torch.zeros(0)), "N of 1 or more"),
         (lambda: prr(torch.tensor([0.0, math.nan]), torch.zeros(2)), "uncertainty holds nan at 1"),
         (lambda: prr(torch.zeros(2), torch.tensor([math.nan, 0.0])), "losses holds nan at 0"),
         (lambda: risk_at_coverage(TIED, WRONG, 0.0), "coverage is 0.0"),
-        (lambda: aupr(torch.zeros(2), torch.zeros(3)), r"positive \(3,\): expected \(N,\)"),
+        (
+            lambda: aupr(torch.zeros(2), torch.zeros(3)),
+            r"positive has shape \(3,\): expected \(N,\) each",
+        ),
         (lambda: aupr(torch.tensor([math.nan]), torch.ones(1)), "scores holds nan at 0"),
         (lambda: fpr_at_tpr(TIED, WRONG, 1.5), "tpr is 1.5"),
         (lambda: adaptive_ece(torch.ones(1, 1), torch.zeros(1).long(), 0), "bins is 0"),
