@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
 import pyro
 import pytest
 import torch
@@ -38,6 +39,9 @@ from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: a block of code in one of them, and its language
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: settings of a short training run
 FAST = [
     "fit.steps=4",
@@ -317,6 +321,19 @@ def write_jsonl(path: Path, records: list[Record]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def hub_copy(folder: Path, name: str, splits: dict[str, list[dict]]) -> Path:
+    """A folder as the download of a data set of the Hub lays it out."""
+    files = ""
+    for split, rows in splits.items():
+        place = folder / name / f"{split}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(place)
+        files += f"  - split: {split}\n    path: {name}/{split}-*\n"
+    head = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(head)
+    return folder
 
 
 @pytest.fixture

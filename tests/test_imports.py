@@ -136,3 +136,28 @@ def test_what_another_file_imports_is_listed():
             if source in listed and names - listed[source]:
                 missing[f"{source.name} for {path.name}"] = sorted(names - listed[source])
     assert missing == {}
+
+
+def test_no_folder_imports_one_to_its_right():
+    """The chain of CONTRIBUTING, read from it, against all imports of the package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    chain = re.search(r"\n    (data → .*? commands)\n", text, re.DOTALL).group(1)
+    groups = [g.replace(",", " ").split() for g in chain.split("→")]
+    place = {name: i for i, group in enumerate(groups) for name in group}
+    alone = {"arviz_versions", "distributed", "files", "registry"}
+    place |= dict.fromkeys(alone | {"embedded"}, -1)
+    package = ROOT / "scalabl_pyro"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert place.keys() == folders | alone
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).parts
+        module = parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.ImportFrom) and node.level and module in place):
+                continue
+            above = parts[: len(parts) - node.level]
+            others = [node.module] if node.module else [name.name for name in node.names]
+            for other in (".".join([*above, other]).split(".")[0] for other in others):
+                near = place[other] == place[module] and other != module
+                assert place[other] <= place[module], f"{path} imports {other}"
+                assert not near, f"{path} imports {other}, which stands beside it"
