@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
+from benchmarks._runs import cached, finished, keep
 from scalabl_pyro.data import Split, disjoint, read_folder
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import Classes, load_readout, make_adapter
@@ -85,21 +85,14 @@ class Bench:
 
     def cached(self, name: str, run: Callable[[], dict]) -> dict:
         """The result of an earlier run, or run now."""
-        finished = self.finished()
-        if name not in finished:
-            print(f"running {name}", flush=True)
-            finished[name] = run()
-            self.keep(name, finished[name])
-        return finished[name]
+        return cached(self.runs, name, run)
 
     def finished(self) -> dict[str, Any]:
         """What is known of each run, by name."""
-        lines = self.runs.read_text().splitlines() if self.runs.exists() else []
-        return {name: figures for line in lines for name, figures in json.loads(line).items()}
+        return finished(self.runs)
 
     def keep(self, name: str, figures: dict) -> None:
-        with self.runs.open("a") as file:  # one write, so that two processes may share it
-            file.write(json.dumps({name: figures}) + "\n")
+        keep(self.runs, name, figures)
 
 
 def auroc_between(known: torch.Tensor, other: torch.Tensor) -> float:

@@ -33,8 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks._report import RESULTS, report
+from benchmarks._runs import cached
 from benchmarks.quality.calibration import posterior_mean, summary, tempered
 from scalabl_pyro.data import Record, Split, disjoint, read_folder
+from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer import FitConfig, FitResult
 from scalabl_pyro.infer.kl import KLSchedule
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
@@ -51,6 +53,7 @@ from scalabl_pyro.prediction.intervals import (
 )
 from scalabl_pyro.prediction.metrics import (
     ece_floor,
+    entropy,
     evaluate,
     noise_to_signal,
     summarise,
@@ -198,9 +201,9 @@ class Bench:
             logits = predict(predictor, split, batch_size=BATCH).logits
             averaged = summarise(logits)
             tensors |= {
-                f"{name}.log_probs": averaged.log_probabilities.half(),
-                f"{name}.mutual_information": averaged.mutual_information.half(),
-                f"{name}.noise_to_signal": noise_to_signal(logits).half(),
+                f"{name}.log_probs": averaged.log_probabilities.float(),
+                f"{name}.mutual_information": averaged.mutual_information.float(),
+                f"{name}.noise_to_signal": noise_to_signal(logits),
                 f"{name}.labels": split.labels,
                 f"{name}.lengths": torch.tensor(split.lengths),
             }
@@ -411,20 +414,6 @@ AGAINST = (
 # ---------------------------------------------------------------------- runs
 
 
-def cached(file: Path, name: str, run: Callable[[], dict]) -> dict:
-    """The result of a run that a file of JSON Lines knows, or run now and kept there."""
-    finished = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            finished |= json.loads(line)
-    if name not in finished:
-        print(f"running {name}", flush=True)
-        finished[name] = run()
-        with file.open("a") as lines:  # one write, so that two processes may share it
-            lines.write(json.dumps({name: finished[name]}) + "\n")
-    return finished[name]
-
-
 def trial(bench: Bench, name: str, label: str) -> dict[str, float]:
     """Validation NLL of each row that a training run gives."""
 
@@ -470,12 +459,12 @@ def untrained(bench: Bench) -> dict[str, Tensor]:
         file.parent.mkdir(parents=True, exist_ok=True)
         adapter = make_adapter(bench.config, bench.adapter, bench.readout, svd=False)
         adapter.start_readout(bench.splits["train"])
-        save_file(bench.test(Predictor(adapter)), file)
+        with whole_file(file) as part:
+            save_file(bench.test(Predictor(adapter)), part)
     return load_file(file)
 
 
 def bench_cached(bench: Bench, name: str, run: Callable[[], dict]) -> dict:
-    bench.runs.mkdir(parents=True, exist_ok=True)
     return cached(bench.runs / "runs.jsonl", f"{bench.task} {name}", run)
 
 
@@ -534,8 +523,7 @@ def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
 
 def answers(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Probabilities (N, C) of the test questions, and whether each answer is wrong."""
-    probs = run["test.log_probs"].float().exp()
-    probs = probs / probs.sum(-1, keepdim=True)  # half precision has three digits
+    probs = run["test.log_probs"].float().softmax(-1)  # some are kept in half precision
     return probs, probs.argmax(-1) != run["test.labels"]
 
 
@@ -543,9 +531,8 @@ def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
     """What each question adds to a figure: the test questions, or also those of the other task."""
     probs, wrong = answers(run)
     by_name = per_question(run["test.log_probs"][None].float(), run["test.labels"])
-    other = run["other.log_probs"].float().exp()
     scores = {
-        "entropy": (torch.special.entr(probs).sum(-1), torch.special.entr(other).sum(-1)),
+        "entropy": tuple(entropy(run[f"{n}.log_probs"][None].float()) for n in ("test", "other")),
         "mutual_information": tuple(run[f"{n}.mutual_information"] for n in ("test", "other")),
         "noise_to_signal": tuple(run[f"{n}.noise_to_signal"] for n in ("test", "other")),
         "tokens": tuple(run[f"{n}.lengths"] for n in ("test", "other")),

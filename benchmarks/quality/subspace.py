@@ -22,6 +22,7 @@ from benchmarks.quality._openbookqa import Bench, auroc_between
 from benchmarks.quality.calibration import SEEDS, STEPS, TUNING_SEED, scalabl, summary
 from scalabl_pyro.methods import Fitted
 from scalabl_pyro.prediction.calibration import ece_floor
+from scalabl_pyro.prediction.detection import auroc, auroc_at_equal_length
 from scalabl_pyro.prediction.intervals import (
     crossed_interval,
     paired_difference,
@@ -29,8 +30,6 @@ from scalabl_pyro.prediction.intervals import (
     stacked,
 )
 from scalabl_pyro.prediction.metrics import (
-    auroc,
-    auroc_at_equal_length,
     average,
     entropy,
     max_probability,

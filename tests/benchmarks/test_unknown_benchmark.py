@@ -161,7 +161,7 @@ def test_every_question_has_every_score(unknown, make_choice, monkeypatch, kind)
         assert len(values) == 7
         assert values.isfinite().all()
     p = by_score["log_probs"].exp()
-    torch.testing.assert_close(-by_score["max_probability"], p.amax(-1))
+    torch.testing.assert_close(-by_score["max_probability"].float(), p.amax(-1))
     assert float(by_score["weight_novelty"].min()) > 0
     assert float(by_score["weight_novelty"].max()) < 1
     assert unknown.scores(bench, predictor, None).keys() == by_score.keys() - {

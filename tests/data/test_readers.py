@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import FAST, make_records, scalabl, write_jsonl
+from conftest import FAST, hub_copy, make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
 from scalabl_pyro.data import (
@@ -245,19 +245,6 @@ ROWS = {
     ),
     "mmlu:virology": (MMLU | {"answer": 3}, Record("dev-0", "Why?", ("w", "x", "y", "z"), 3)),
 }
-
-
-def hub_copy(folder: Path, name: str, splits: dict[str, list[dict]]) -> Path:
-    """A folder laid out as a repository of the Hub, as its download gives it."""
-    for split, rows in splits.items():
-        place = folder / name / f"{split}-00000-of-00001.parquet"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(place)
-    files = "".join(f"  - split: {s}\n    path: {name}/{s}-*\n" for s in splits)
-    write(
-        folder / "README.md", f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
-    )
-    return folder
 
 
 def copy_of(task: str, folder: Path, row: dict) -> Path:
