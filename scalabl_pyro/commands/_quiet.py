@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -22,9 +23,12 @@ def quiet_libraries() -> None:
 def quiet_worker(threads: int) -> None:
     """The same in a process of a pool, with its share of the threads.
 
-    Processes that share cores and spin for each other's threads are many times slower.
+    Processes that share cores and spin for each other's threads are many times slower. What there
+    is to say of the data has been said by the process that started them, which read the same.
     """
     quiet_libraries()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,16 @@ def test_a_trial_that_diverges_is_passed_over(compare, tmp_path, capsys):
     assert compare(f"methods.mle=[{diverge},{diverge}]", *rest, "out=other") == 1
     assert "training diverged in every row, ['mle']; lower lr" in capsys.readouterr().err
     assert not (tmp_path / "other/report.html").exists()
+
+
+def test_what_is_wrong_with_the_data_is_told_once(compare, tmp_path, capfd):
+    rest = ["~methods.map", "~methods.mle_tempered", "~methods.scalabl", "~methods.zero_shot"]
+    tested = [replace(record, id=f"again {record.id}") for record in make_records(9)[:2]]
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*make_records(16), *tested])
+    assert compare("seeds=[0,1]", *rest) == 0
+    told = capfd.readouterr().err
+    assert told.count("left out") == 1
+    assert "left out 2 questions of train that are also in test" in told
 
 
 def test_rows_that_diverge_leave_the_others_their_report(compare, tmp_path, capsys):
