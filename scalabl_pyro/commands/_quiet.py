@@ -6,18 +6,33 @@ import logging
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 import torch
 import transformers
 
-__all__ = ["quiet_libraries", "quiet_worker"]
+__all__ = ["data_is_told", "quiet_libraries", "quiet_worker"]
+
+_DATA = logging.getLogger("scalabl_pyro.data")
 
 
 def quiet_libraries() -> None:
     """Leave the terminal to our own output: no loading bars, and errors alone of what it logs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def data_is_told() -> Iterator[None]:
+    """Say nothing of the data in here, of which all has been said."""
+    before = _DATA.level
+    _DATA.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _DATA.setLevel(before)
 
 
 def quiet_worker(threads: int) -> None:
@@ -28,7 +43,7 @@ def quiet_worker(threads: int) -> None:
     """
     quiet_libraries()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)
+    _DATA.setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

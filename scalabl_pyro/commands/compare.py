@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -31,7 +32,7 @@ from ..runs.settings import ConfigError, build, merged
 from ..runs.training import train_run, unfinished_folder
 from ._errors import message
 from ._formats import format_table
-from ._quiet import quiet_worker
+from ._quiet import data_is_told, quiet_worker
 from ._report import write_report, written
 from ._runs import ReportedRun
 
@@ -48,8 +49,8 @@ class CompareConfig:
         Where there are several, the one with the lowest validation NLL on ``tuning_seed`` is taken.
     :param seeds: the seeds of the table's rows.
     :param trunk_cache: of each run, see :class:`~scalabl_pyro.runs.RunConfig`.
-    :param jobs: runs at a time, each in a process of its own; 0 takes one for each core, or one
-        in all where there is a GPU.
+    :param jobs: runs at a time, several in processes of their own; 0 takes one for each core, or
+        one in all where there is a GPU.
     """
 
     model: ModelConfig
@@ -245,27 +246,45 @@ def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set
         shutil.rmtree(unfinished_folder(Path(finished)), ignore_errors=True)
     if not todo:
         return diverged
-    cores = os.cpu_count() or 1
     # Runs would share a GPU's memory.
-    jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(todo))
-    pool = ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=quiet_worker, initargs=(max(1, cores // jobs),)
-    )
-    with pool, tqdm(total=len(todo), desc=what, disable=not config.progress) as bar:
-        started = {pool.submit(train_run, r): r for r in todo}
+    jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    with tqdm(total=len(todo), desc=what, disable=not config.progress) as bar:
+        for run, error in _outcomes(todo, min(jobs, len(todo))):
+            if isinstance(error, NonFiniteLossError):
+                diverged.add(run.run_dir)
+            elif error is not None:
+                raise RuntimeError(
+                    f"the run {run.run_dir} (method {run.method}) failed: {message(error)};"
+                    " finished runs are kept, and the same command goes on from there"
+                ) from error
+            bar.update()
+    return diverged
+
+
+def _outcomes(
+    runs: Sequence[RunConfig], jobs: int
+) -> Iterator[tuple[RunConfig, BaseException | None]]:
+    """Each run and what it failed with, as they end: one after another here, or several at a time
+    in processes of their own."""
+    if jobs == 1:
+        with data_is_told():
+            for run in runs:
+                gc.collect()  # one language model in memory at a time
+                try:
+                    train_run(run)
+                except Exception as error:
+                    yield run, error
+                else:
+                    yield run, None
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, initializer=quiet_worker, initargs=(threads,))
+    with pool:
+        started = {pool.submit(train_run, run): run for run in runs}
         try:
             for done in as_completed(started):
-                error = done.exception()
-                if isinstance(error, NonFiniteLossError):
-                    diverged.add(started[done].run_dir)
-                elif error is not None:
-                    raise RuntimeError(
-                        f"the run {started[done].run_dir} (method {started[done].method}) failed:"
-                        f" {message(error)}; finished runs are kept, and the same command goes on"
-                        " from there"
-                    ) from error
-                bar.update()
+                yield started[done], done.exception()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return diverged
