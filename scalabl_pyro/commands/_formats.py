@@ -68,7 +68,7 @@ BEST = "★ best mean; ≈ not told apart from it: the 95 % interval of their pa
 COST = (
     "training and prediction: passes through the language model, forward or backward, over those of"
     f" {BASELINE}; s: seconds on the clock instead, for all of training and for 1,000 predictions;"
-    " GiB: the most that was taken at once on the GPUs"
+    " GiB: the most that was taken on each GPU, added"
 )
 
 

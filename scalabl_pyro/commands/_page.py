@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..prediction.metrics import average, entropy
+from ..prediction.metrics import entropy, summarise
 from ..prediction.predictor import Predictions
 from ..prediction.rejection import risk_coverage_curve
 from ..runs.settings import flat
@@ -215,9 +215,10 @@ def _curve(runs: Sequence[Predictions]) -> Tensor:
     """(N,), the mean over seeds of the error rate of the k most certain answers."""
     curves = []
     for run in runs:
-        confidence, answer = average(run.logits).exp().max(-1)
+        summary = summarise(run.logits)
         assert run.labels is not None  # a run evaluates all its splits
-        curves.append(risk_coverage_curve(-confidence, answer != run.labels))
+        wrong = summary.probabilities.argmax(-1) != run.labels
+        curves.append(risk_coverage_curve(summary.uncertainty, wrong))
     return torch.stack(curves).mean(0)
 
 

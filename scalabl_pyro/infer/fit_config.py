@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 
@@ -71,8 +72,10 @@ class FitConfig:
         if not isinstance(self.kl, KLSchedule):
             raise ValueError(f"kl is {self.kl!r}: expected a KLSchedule, such as KLSchedule(10.0)")
         for name in ("steps", "batch_size", "accumulation", "eval_every", "patience"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a whole number")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}: expected a whole number")
+            object.__setattr__(self, name, int(value))  # of NumPy's, which JSON does not know
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 expected = f"{low} to {high}" if high == 1 else f"a finite number from {low} on"

@@ -143,7 +143,7 @@ def _check(
     reader = getattr(train.collate, "__self__", None)
     readout = getattr(model.adapter, "readout", None)
     both = isinstance(reader, Readout) and isinstance(readout, Readout)
-    if both and type(reader) is not type(readout):
+    if both and not (isinstance(reader, type(readout)) or isinstance(readout, type(reader))):
         raise ValueError(
             f"train was encoded by {type(reader).__name__}, and the adapter's readout is"
             f" {type(readout).__name__}: expected adapter.encode(records)"

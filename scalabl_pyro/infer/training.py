@@ -281,7 +281,8 @@ class Training:
         if wrong:
             raise ValueError(
                 f"the checkpoint of step {state.step} in {checkpoints.folder} is of other"
-                f" parameters; these are missing, unknown or of another shape: {sorted(wrong)}"
+                f" parameters; these are missing, unknown or of another shape: {sorted(wrong)};"
+                " remove the folder to start anew"
             )
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import PredictionOutput
 
 from ..data import Batch, Split
+from ..guides import AutoSubspaceDelta
 from ..infer.kl import KLSchedule, kl_weight
 from ..infer.messengers import AllSites
 from ..infer.parameters import make_parameters, parameter_groups
@@ -25,6 +26,9 @@ from ..prediction.metrics import average
 from ..prediction.predictor import Predictor, Predicts, predict
 
 __all__ = ["ELBOTrainer"]
+
+#: how metrics begin that are better the lower they are
+_LOW_IS_GOOD = ("loss", "nll", "brier", "ece", "adaptive_ece", "aurc", "fpr95")
 
 
 class ELBOTrainer(transformers.Trainer):
@@ -93,6 +97,17 @@ class ELBOTrainer(transformers.Trainer):
             raise ValueError("training needs a label in every record")
         if eval_dataset is not None:
             check_labelled(eval_dataset.records, "eval_dataset")
+        if options.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics is given, and evaluation has metrics of its own: leave it out, and"
+                " compute others from predict()"
+            )
+        best = (args.metric_for_best_model or "").removeprefix("eval_")
+        if args.greater_is_better and best.startswith(_LOW_IS_GOOD):
+            raise ValueError(
+                f"args.metric_for_best_model is {args.metric_for_best_model!r}, of which low values"
+                " are good, and greater_is_better is true: set it to false"
+            )
         plain = guide is no_guide and not isinstance(model, ScalaBLModel)
         known = plain or isinstance(model, ScalaBLModel) or predictor is not None
         if eval_dataset is not None and not known:
@@ -142,9 +157,14 @@ class ELBOTrainer(transformers.Trainer):
         """Metrics of the model average on a labelled split; logged, and told to callbacks.
 
         :param eval_dataset: that of the trainer if left out.
+        :raises TypeError: if there is no split.
         :raises DataError: if a record has no label.
         """
         split: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(split, Split):
+            raise TypeError(
+                f"eval_dataset is a {type(split).__name__}: expected adapter.encode(records)"
+            )
         self._adapter.eval()
         size = self.args.eval_batch_size
         found = assess(self._predictor(), split, batch_size=size).metrics
@@ -194,6 +214,8 @@ def _average(
     """What predicts with a guide over s, or with plain LoRA."""
     if plain:
         return Predictor(model.adapter)
+    if isinstance(guide, AutoSubspaceDelta):
+        return Predictor(model.adapter, guide.median()["s"][None])
     batch = train.collate(train.examples[:1]).to(model.adapter.device)
     return Predictor(model.adapter, draw(guide, 10, seed=0, batch=batch))
 

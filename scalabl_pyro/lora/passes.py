@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import world_size
 from .adapter import SubspaceAdapter
 
 __all__ = ["PassCounter", "Passes"]
@@ -23,8 +24,9 @@ class Passes:
         are not known.
     :param backward: the same of gradients.
     :param seconds: on the clock, whatever else the machine was doing.
-    :param peak: the most bytes that tensors took at once, added over the GPUs; ``None`` on a CPU,
-        where nobody counts them, and in folders that were written before it was counted.
+    :param peak: the most bytes that tensors took at once on each GPU, added; ``None`` on a CPU,
+        where nobody counts them, where several processes train together, and in folders that were
+        written before it was counted.
     """
 
     forward: float | None
@@ -48,8 +50,9 @@ class PassCounter:
         """Start from 0."""
         self._forward = self._backward = 0.0
         self._started = time.perf_counter()
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+        if torch.cuda.is_initialized():  # before that there is nothing to reset, nor can be
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
 
     def watch(self, adapter: SubspaceAdapter) -> None:
         """Count what this adapter's language model is run for, from now on."""
@@ -65,7 +68,7 @@ class PassCounter:
         :param examples: divides passes and seconds.
         """
         seconds = (time.perf_counter() - self._started) / examples
-        devices = range(torch.cuda.device_count())
+        devices = range(torch.cuda.device_count() if world_size() == 1 else 0)
         peak = sum(map(torch.cuda.max_memory_allocated, devices)) or None
         if not self._known:
             return Passes(None, None, seconds, peak)

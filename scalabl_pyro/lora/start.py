@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -40,23 +40,25 @@ def read_config(start: str | Path) -> LoraConfig:
 
 
 def start_fingerprint(start: str | None) -> str:
-    """A hash of the weights of a trained PEFT adapter, which its name does not pin down; ``""``
-    without one.
+    """A hash of a trained PEFT adapter, its weights and their scaling, which its name does not pin
+    down; ``""`` without one.
 
-    :raises ValueError: if there is no such adapter.
+    :raises ValueError: if there is no such adapter, or its weights are a pickle.
     """
     if start is None:
         return ""
-    read_config(start)
+    config = read_config(start)
+    _check_safe(start)
+    name = "adapter_model.safetensors"
     try:
-        folder = Path(start) if Path(start).is_dir() else Path(snapshot_download(start))
-        weights = (folder / "adapter_model.safetensors").read_bytes()
+        path = Path(start, name) if Path(start).is_dir() else hf_hub_download(start, name)
+        weights = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"the adapter {start} has no adapter_model.safetensors: copy it again from where it was"
-            f" made ({error})"
+            f"the adapter {start} has no {name}: copy it again from where it was made ({error})"
         ) from error
-    return hashlib.sha256(weights).hexdigest()
+    scaling = f"{config.r} {config.lora_alpha} {config.use_rslora}"
+    return hashlib.sha256(scaling.encode() + weights).hexdigest()
 
 
 def load_start(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:

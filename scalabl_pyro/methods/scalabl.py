@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyro
+import torch
 
 from ..data import Split
 from ..guides import AutoSubspace, AutoSubspaceDelta, check_guide, make_guide
@@ -63,13 +64,19 @@ class ScalaBL(Method):
 
     def __post_init__(self) -> None:
         # Whatever is wrong is found before anything is loaded.
-        make_prior((1, 1), **self.prior)
+        prior = make_prior((1, 1), **self.prior)
         make_elbo(**self.elbo)
         check_guide(**self.guide)
         if self.guide.get("name") == "delta" and self.config.kl_budget is not None:
             raise ValueError("kl_budget needs a density q(s), and guide delta is a point")
         if self.core not in CORES:
             raise ValueError(f"core is {self.core!r}: expected one of {list(CORES)}")
+        if self.core == "full" and not prior.support.check(torch.zeros(())):
+            raise ValueError(
+                f"core is 'full', whose numbers off the diagonal start at 0, and the prior"
+                f" {self.prior['name']!r} has no 0: expected one on the whole line, or"
+                " core=diagonal"
+            )
         if self.perp < 0:
             raise ValueError(f"perp is {self.perp}: expected a number of coordinates, 0 or more")
         if self.perp_scale != 1.0 and not self.perp:

@@ -154,7 +154,8 @@ class ScalaBLModel(LoRAModel):
         s_{mj} &\sim p(s) && m = 1, …, M, \; j = 1, …, r \\
         y_n \mid x_n, s &\sim \mathrm{Categorical}(\mathrm{softmax} f(x_n; s)) && n = 1, …, N
 
-    with :math:`ΔW_m(s) = (α/r) \, B_m \, \mathrm{diag}(s_m) \, V_m`. All M vectors are one stacked
+    with :math:`ΔW_m(s) = (α/r) \, B_m \, \mathrm{diag}(s_m) \, V_m`, or R_m of r² numbers in the
+    place of the diagonal. All M vectors are one stacked
     site ``"s"`` of shape (M, r); V, B and any head are learned points. An adapter with ``perp`` has
     a second site ``"s_perp"`` ~ Normal(0, τ²) of shape (M, k), which the package's guides draw from
     its prior: it adds noise to the likelihood, and its KL is 0.
@@ -163,7 +164,8 @@ class ScalaBLModel(LoRAModel):
     :param num_data: N.
     :param prior: distribution of one coordinate, with a batch shape that expands to (M, r), or a
         :class:`~scalabl_pyro.models.priors.Prior`. If left out, Normal(0, 1), or Normal(1, 1) for
-        an adapter that starts from trained weights, which s = 1 reproduces. Where the adapter's
+        an adapter that starts from trained weights, which s = 1 reproduces (with a full core a
+        normal about the identity). Where the adapter's
         start lies outside its support, the start moves inside, and B with it, so that the
         same is computed there.
     :param scale_B: standard deviation of a normal prior on every entry of the matrices B, whose log
@@ -192,7 +194,8 @@ class ScalaBLModel(LoRAModel):
     ) -> None:
         super().__init__(adapter, num_data=num_data)
         if prior is None:
-            prior = dist.Normal(float(getattr(adapter, "warm_start", False)), 1.0)
+            warm = getattr(adapter, "warm_start", False)
+            prior = dist.Normal(adapter.init_loc if warm else 0.0, 1.0)
         if not isinstance(prior, (Prior, TorchDistributionMixin)):
             raise ValueError(
                 f"prior is {prior!r}: expected a distribution of Pyro over one number, or a Prior,"

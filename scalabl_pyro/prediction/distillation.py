@@ -24,7 +24,7 @@ __all__ = ["distill", "fold_into"]
 def fold_into(adapter: SubspaceAdapter, s: Tensor, student: SubspaceAdapter) -> None:
     """Make a plain LoRA adapter compute what the subspace adapter computes at one s.
 
-    :param s: (M, r), such as the posterior's mean.
+    :param s: (M, r), such as the posterior's median.
     :param student: on the same base model, with the same LoRA layers and heads, and ``svd=False``;
         changed in place.
     :raises ValueError: if its layers differ.
@@ -68,8 +68,9 @@ def distill(
 
     Uncertainty of a single pass is one number: entropy stays, mutual information does not.
 
-    :param student: best started at the posterior mean, by :func:`fold_into` or from the ``adapter``
-        folder of a run; changed in place. ``folded(ones)`` saves it as an ordinary PEFT adapter.
+    :param student: best started at the posterior's median, by :func:`fold_into` or from the
+        ``adapter`` folder of a run; changed in place. ``folded(student.identity())`` saves it as an
+        ordinary PEFT adapter.
     :param split: N inputs; labels are not looked at and may be missing.
     :param log_probs: (N, C), log p̄.
     :param config: of the same training loop; its history calls the divergence ``nll``.

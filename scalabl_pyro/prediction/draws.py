@@ -15,6 +15,8 @@ from torch.quasirandom import SobolEngine
 
 from ..data import Batch
 from ..guides import AutoSubspace
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import LoRAModel
 
 __all__ = ["KINDS", "draw", "hold", "signal_to_noise"]
 
@@ -53,7 +55,7 @@ def draw(
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
     if kind not in KINDS:
         raise ValueError(f"the kind of draws is {kind!r}: expected one of {sorted(KINDS)}")
-    if not callable(guide):
+    if not callable(guide) or isinstance(guide, (type, LoRAModel, SubspaceAdapter)):
         fixes = {"Laplace": ".guide", "Chains": ".thin(num_draws), which are draws already"}
         fix = fixes.get(type(guide).__name__)
         raise TypeError(

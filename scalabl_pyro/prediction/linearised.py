@@ -25,7 +25,7 @@ class Linearised:
     (one where each choice is a row of its own), of the blocks from the first adapted one on, are
     paid once; a draw more costs C·M·r products.
 
-    :param loc: μ (M, r), the posterior's mean.
+    :param loc: μ (M, r), about which: the median of q.
     :param draws: (S, M, r), of any posterior, or (S, M, r + k) with s_perp, whose mean is 0.
     :param temperature: divides the logits.
     """

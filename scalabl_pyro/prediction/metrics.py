@@ -163,7 +163,7 @@ def evaluate(
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": total.mean(),
         "mutual_information": mutual.mean(),
-        "noise_to_signal": float(np.median(ratio.cpu())),
+        "noise_to_signal": float(np.median(ratio.detach().double().cpu())),
         "ece_floor": floor,
         "ece_debiased": error - floor,
         "adaptive_ece": adaptive_ece(probs, labels, bins),

@@ -1,8 +1,8 @@
 """Trained runs for other programs: each draw as an ordinary PEFT adapter, or one merged model.
 
-An exported folder holds ``median/`` and ``draw_00/``, ``draw_01/``, … with A = diag(s)·V and B,
-which any reader of PEFT adapters can load; ``manifest.json``, which says how to average them; and
-``README.md``, a model card.
+An exported folder holds ``median/`` and ``draw_00/``, ``draw_01/``, … with A = diag(s)·V (or R·V)
+and B, which any reader of PEFT adapters can load; ``manifest.json``, which says how to average
+them; and ``README.md``, a model card.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _output_layer(adapter: SubspaceAdapter) -> str | None:
 def save_adapter(
     adapter: SubspaceAdapter, s: Tensor, folder: Path, *, drop: Collection[str] = ()
 ) -> None:
-    """Write one ordinary PEFT adapter, A = diag(s)·V and B.
+    """Write one ordinary PEFT adapter, A = diag(s)·V (or R·V) and B.
 
     :param s: (M, r), or (M, r + k) with s_perp; the adapter then has rank r + k.
     :param drop: adapted modules to leave out.
@@ -252,7 +252,7 @@ def _card(
 ) -> str:
     base = manifest["base_model"]["name"]
     lines = [*head(base, on_hub=manifest["output_layer"] != "merge")]
-    lines += [f"# Bayesian LoRA on {plain(base)}", ""]
+    lines += [f"# Bayesian LoRA on {plain(run.config.model.name)}", ""]
     lines += [
         f"`median/` and {len(manifest['draws'])} draws from the posterior of one fine-tuning run,"
         f" each an ordinary PEFT adapter of rank {manifest['rank']}.",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -29,6 +30,7 @@ from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
 from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError, no_guide
 from scalabl_pyro.prediction import NonFinitePredictionsError
+from scalabl_pyro.readouts import LabelTokens
 
 ELBOS = {
     "Trace_ELBO": Trace_ELBO(max_plate_nesting=1),
@@ -495,11 +497,22 @@ def test_what_is_meant_otherwise_is_told_before_training(make_causal, make_choic
             TypeError, match=rf"batch is a {type(wrong).__name__}: expected a Batch"
         ):
             model(wrong)
-    with pytest.raises(ValueError, match=r"steps is 2\.5: expected a whole number"):
-        FitConfig(steps=2.5)
+    for wrong in (2.5, True):
+        with pytest.raises(ValueError, match=rf"steps is {wrong}: expected a whole number"):
+            FitConfig(steps=wrong)
+    assert type(FitConfig(steps=np.int64(5)).steps) is int
+
+    class Mine(LabelTokens):
+        """Another one of the kind."""
+
+    adapter.readout.__class__ = Mine
+    fit(model, guide, split, config, progress=False)
     laplace = sp.laplace(model, split, loc=adapter.init_loc)
     with pytest.raises(TypeError, match=r"guide is a Laplace: expected its \.guide"):
         sp.draw(laplace, 3, seed=0)
+    for wrong in (model, adapter, AutoSubspaceNormal):
+        with pytest.raises(TypeError, match="expected a guide"):
+            sp.draw(wrong, 3, seed=0)
     chains = sp.mcmc(model, split, num_samples=4, warmup_steps=0, num_chains=1, progress=False)
     with pytest.raises(TypeError, match=r"guide is a Chains: expected its \.thin\(num_draws\)"):
         sp.draw(chains, 3, seed=0)

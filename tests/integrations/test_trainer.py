@@ -169,6 +169,15 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
         ELBOTrainer(model, guide, arguments(tmp_path), unlabelled)
     with pytest.raises(DataError, match="eval_dataset"):
         ELBOTrainer(model, guide, arguments(tmp_path), split, eval_dataset=unlabelled)
+    trainer = ELBOTrainer(model, guide, arguments(tmp_path), split)
+    for wrong in (None, records):
+        with pytest.raises(TypeError, match=f"eval_dataset is a {type(wrong).__name__}: expected"):
+            trainer.evaluate(wrong)
+    with pytest.raises(ValueError, match="compute_metrics is given"):
+        ELBOTrainer(model, guide, arguments(tmp_path), split, compute_metrics=len)
+    args = arguments(tmp_path, metric_for_best_model="nll")  # which transformers takes for a score
+    with pytest.raises(ValueError, match="'nll', of which low values are good"):
+        ELBOTrainer(model, guide, args, split)
     with pytest.raises(TypeError, match=r"kl is 3\.0: expected a KLSchedule"):
         ELBOTrainer(model, guide, arguments(tmp_path), split, kl=3.0)
     for options in ({"train": records}, {"train": split, "eval_dataset": records}):

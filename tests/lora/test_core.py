@@ -81,6 +81,14 @@ def test_the_density_of_the_diagonal_is_a_part_of_that_of_the_core(make):
     torch.testing.assert_close(kls["full"], kls["diagonal"] + len(model.adapter.layers) * 12 * off)
 
 
+def test_the_priors_centre_is_what_a_trained_adapter_did(make, make_causal, tmp_path):
+    trained = make_causal(svd=False)
+    trained.peft_model.save_pretrained(str(tmp_path))
+    adapter = make(start=tmp_path)
+    loc = sp.ScalaBLModel(adapter, num_data=12).prior().base_dist.base_dist.loc
+    assert torch.equal(loc, torch.eye(4).flatten().expand(loc.shape))
+
+
 def test_every_guide_and_pyros_own_take_it(make, records):
     for name in ("normal", "multivariate_normal", "low_rank_multivariate_normal", "top_normal"):
         adapter = make(targets=("q_proj",))
@@ -162,3 +170,5 @@ def test_bad_values_are_refused(make, make_causal, records):
     positive = sp.make_prior(adapter.shape, "log_normal")
     with pytest.raises(ValueError, match="expected a prior on the whole line, or core='diagonal'"):
         sp.ScalaBLModel(adapter, num_data=12, prior=positive)
+    with pytest.raises(ValueError, match="the prior 'log_normal' has no 0: expected one on the wh"):
+        sp.methods.ScalaBL(core="full", prior={"name": "log_normal"})

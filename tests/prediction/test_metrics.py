@@ -145,6 +145,13 @@ def test_evaluate_gives_the_floor_and_what_tells_wrong_answers():
     assert math.isnan(right["auroc_entropy"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_as_a_model_gives_them_are_measured(dtype):
+    logits = torch.randn(2, 20, 3).to(dtype)
+    labels = torch.randint(3, (20,))
+    assert evaluate(logits.requires_grad_(), labels) == evaluate(logits.detach().float(), labels)
+
+
 def test_probabilities_next_to_one_keep_their_order():
     """As many are of a model that is too sure: 1 − p is below what float32 knows of p."""
     generator = torch.Generator().manual_seed(0)

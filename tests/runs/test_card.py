@@ -162,14 +162,20 @@ def test_a_run_with_trials_counts_its_own_settings_alone(train):
 
 
 def test_memory_is_that_of_all_gpus_since_the_last_reset(monkeypatch):
-    peaks = [5, 7]
+    peaks, started = [0, 0], []
+
+    def reset(device):
+        if not started:  # as CUDA does before its first use
+            raise RuntimeError("Invalid device argument: did you call init?")
+        peaks[device] = 1
+
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: bool(started))
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peaks[device])
-    monkeypatch.setattr(
-        "torch.cuda.reset_peak_memory_stats", lambda device: peaks.__setitem__(device, 1)
-    )
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", reset)
     counter = PassCounter()
-    assert counter.passes().peak == 2
+    assert counter.passes().peak is None
+    started.append(True)
     peaks[:] = 5, 7
     assert counter.passes(4).peak == 12, "it is not that of an example"
     counter.reset()
