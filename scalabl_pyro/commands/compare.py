@@ -23,7 +23,6 @@ from ..files import check_writable
 from ..infer.fit_config import FitConfig
 from ..infer.training import NonFiniteLossError
 from ..lora.config import AdapterConfig, ModelConfig
-from ..lora.start import start_fingerprint
 from ..methods import ZeroShot
 from ..readouts import READOUTS
 from ..runs.config import RunConfig
@@ -235,7 +234,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def _data_hash(config: CompareConfig) -> str:
     splits = config.data.splits(seed=0)
     check_split(splits, "test")
-    return fingerprint(splits) + start_fingerprint(config.lora.start)
+    return fingerprint(splits) + config.lora.start_fingerprint()
 
 
 def _run_all(config: CompareConfig, runs: Sequence[RunConfig], what: str) -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes, ReadoutConfig
 from ..readouts.base import check_records
-from .start import read_config
+from .start import read_config, start_fingerprint
 from .subspace import SUBSPACES
 
 __all__ = ["AdapterConfig", "ModelConfig"]
@@ -168,16 +169,29 @@ class AdapterConfig:
         changed = [name for name in names if getattr(self, name) != getattr(default, name)]
         return [] if self.start is None else changed
 
+    def start_fingerprint(self) -> str:
+        """A hash of the adapter to start from, which its name does not pin down; ``""`` without.
+
+        :raises ValueError: if there is no such adapter.
+        """
+        with self._naming_start():
+            return start_fingerprint(self.start)
+
+    @contextmanager
+    def _naming_start(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"lora.start is {self.start!r}: {error}") from error
+
     def lora(self) -> LoraConfig:
         """The same as PEFT's configuration, or that of the adapter to start from.
 
         :raises ValueError: if there is no such adapter.
         """
         if self.start is not None:
-            try:
+            with self._naming_start():
                 return read_config(self.start)
-            except ValueError as error:
-                raise ValueError(f"lora.start is {self.start!r}: {error}") from error
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,

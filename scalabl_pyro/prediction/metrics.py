@@ -147,6 +147,7 @@ def evaluate(
         )
     if labels is None:
         raise ValueError("evaluation needs a label in every record")
+    logits = logits.detach()
     summary = summarise(logits)
     probs, log_probs, total, mutual = summary
     labels = torch.as_tensor(labels)
@@ -163,7 +164,7 @@ def evaluate(
         "brier": (probs - one_hot).square().sum(-1).mean(),
         "entropy": total.mean(),
         "mutual_information": mutual.mean(),
-        "noise_to_signal": float(np.median(ratio.detach().double().cpu())),
+        "noise_to_signal": float(np.median(ratio.double().cpu())),
         "ece_floor": floor,
         "ece_debiased": error - floor,
         "adaptive_ece": adaptive_ece(probs, labels, bins),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data import Batch, Record, Split
 from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
-from .metrics import entropy, half_width, mutual_information, noise_to_signal, summarise
+from .metrics import average, entropy, half_width, mutual_information, noise_to_signal
 
 __all__ = [
     "MAX_ROWS",
@@ -182,7 +182,7 @@ class Predictions(NamedTuple):
     @property
     def probabilities(self) -> Tensor:
         """(N, C), the average over the draws."""
-        return summarise(self.logits).probabilities
+        return average(self.logits).exp()
 
     @property
     def entropy(self) -> Tensor:

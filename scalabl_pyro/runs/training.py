@@ -23,7 +23,6 @@ from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
 from ..lora.loading import load_readout, make_adapter
 from ..lora.passes import PassCounter, Passes
-from ..lora.start import start_fingerprint
 from ..methods import Fitted, ScalaBL
 from ..prediction.assessment import Assessment, assess
 from ..prediction.mahalanobis import feature_distances
@@ -306,7 +305,7 @@ def _check_inputs(
     does not pin down."""
     inputs = {
         "data.sha256": (fingerprint(splits), "records than those that its data settings name"),
-        "start.sha256": (start_fingerprint(config.lora.start), "tensors than those of lora.start"),
+        "start.sha256": (config.lora.start_fingerprint(), "tensors than those of lora.start"),
         "prior.sha256": (prior_fingerprint(config), "tensors than those of its prior_run"),
     }
     for name, (digest, others) in inputs.items():

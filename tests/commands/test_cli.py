@@ -321,7 +321,7 @@ def test_flags_of_hydra_may_follow_overrides(local_model, data, tmp_path):
     ("words", "message"),
     [
         (["method.projections=fixed"], "give lora.start, a trained adapter"),
-        (["method.name=mle"], "there is no setting method.draws; expected one of ['projections']"),
+        (["method.name=mle"], "there is no setting method.core; expected one of ['projections']"),
         (["data.root=null", "data.task=embeded"], "error: there is no data set 'embeded'"),
         (["method.prior.name=cauchy"], "method.prior.name is 'cauchy'"),
     ],

@@ -47,19 +47,21 @@ def test_compare_chooses_on_validation_skips_what_is_done_and_reports(compare, t
     ]
     assert compare("seeds=[0]", *methods) == 0
     first = {
-        p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()
+        p.name: (p / "metrics.json").stat().st_mtime_ns
+        for p in (tmp_path / "out").glob("*/*-seed*")
     }
     assert len(first) == 2 + 1 + 1
     assert compare("seeds=[0,1]", *methods) == 0
     second = {
-        p.name: (p / "metrics.json").stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()
+        p.name: (p / "metrics.json").stat().st_mtime_ns
+        for p in (tmp_path / "out").glob("*/*-seed*")
     }
     assert first.items() <= second.items()
     assert len(second) == len(first) + 2
 
     write_jsonl(tmp_path / "data/test.jsonl", make_records(10))
     assert compare("seeds=[0]", *methods) == 0
-    assert len(list((tmp_path / "out/runs").iterdir())) == len(second) + 4, "other data, other runs"
+    assert len(list((tmp_path / "out").glob("*/*-seed*"))) == len(second) + 4, "other data"
     write_jsonl(tmp_path / "data/test.jsonl", make_records(9))
     assert compare("seeds=[0,1]", *methods) == 0
 
