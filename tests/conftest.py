@@ -376,3 +376,26 @@ def predictor(tokenizer) -> Predictor:
     adapter = SubspaceAdapter(llm, lora("q_proj", "v_proj", "lm_head"), readout)
     fill_lora_B(adapter)
     return Predictor(adapter, adapter.init_loc + 2 * torch.randn(5, *adapter.shape))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of made-up questions for the command line."""
+    for name, count in (("train", 16), ("validation", 8), ("test", 9)):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_records(count))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(local_model, data, tmp_path, capsys):
+    """A finished run folder."""
+    where = [f"model.name={local_model}", f"data.root={data}", f"run_dir={tmp_path / 'run'}"]
+    assert scalabl("train", *where, *FAST, "fit.lr=0.1") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def only_line(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
