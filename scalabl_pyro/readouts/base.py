@@ -276,7 +276,8 @@ class Readout(ABC):
             )
             if not self.truncate:
                 raise DataError(
-                    f"{problem}; shorten them, or train with model.truncate=true, which cuts them"
+                    f"{problem}; shorten them, or have them cut: train with model.truncate=true, or"
+                    " of a finished run set truncate in its config.yaml to true"
                 )
             log.warning("%s; they were cut", problem)
         most = max((example.num_choices for example in examples), default=0)

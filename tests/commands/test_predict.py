@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,16 @@ def test_records_without_a_label_are_named_before_any_pass(
         for where, place in (("data.path=q.jsonl", "q.jsonl"), (f"data.root={data}", "split test")):
             assert scalabl("evaluate", what, where, "progress=false") == 1
             assert f"{place}: record '{first}' has no label" in capsys.readouterr().err
+
+
+def test_a_question_that_is_too_long_is_cut_where_the_run_says_so(run, capsys):
+    (record,) = make_records(1)
+    long = replace(record, question=" ".join(["the cat runs"] * 40))
+    write_jsonl(Path("in.jsonl"), [long])
+    words = [f"run={run}", "input=in.jsonl", "output=out.jsonl", "progress=false"]
+    assert scalabl("predict", *words) == 1
+    assert "of a finished run set truncate in its config.yaml to true" in capsys.readouterr().err
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace("truncate: false", "truncate: true"))
+    assert scalabl("predict", *words) == 0
+    assert json.loads(Path("out.jsonl").read_text())["answer"] in record.choices
