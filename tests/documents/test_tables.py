@@ -277,9 +277,14 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
 ALIKE = {
     "MLE early-stopped",
     "MLE early-stopped, temperature",
+    "MLE early-stopped, A from activations, temperature",
     "BLoB mean",
     "ScalaBL, V random",
 }
+
+
+#: the row that shares with ScalaBL where its directions come from
+FROM_DATA = "MLE early-stopped, A from activations, temperature"
 
 
 def test_the_table_of_all_methods_is_that_of_its_runs():
@@ -296,6 +301,7 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "MLE, TFB": "MLE, TFB",
         "MLE early-stopped": "MLE early-stopped",
         "MLE early-stopped, temperature": "MLE early-stopped, temperature",
+        FROM_DATA: FROM_DATA,
         "MAP": "MAP",
         "BLoB": "BLoB",
         "BLoB mean": "BLoB mean",
@@ -337,8 +343,8 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
     less = figures["minus ScalaBL"]
     compared = ("MLE, temperature", "MLE, Laplace-LoRA", "ScalaBL, V random", "BLoB")
-    for name in (*compared, "MLE early-stopped, temperature", "ensemble of 5"):
-        assert difference(less[name]["nll"]) in plain
+    for name in (*compared, "MLE early-stopped, temperature", FROM_DATA, "ensemble of 5"):
+        assert plain.count(difference(less[name]["nll"])) == 2, "in the table, and in words"
     point = figures["minus ScalaBL, V random"]["V random, point s"]
     assert difference(point["nll"]) in readme
     assert difference(point["nll"]) in plain
@@ -355,6 +361,8 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     aurc = less["MLE early-stopped"]["aurc"]
     numbers = [f"{-aurc[key]:.3f}".replace("-", "−") for key in ("mean", "high", "low")]
     assert "behind MLE stopped early, by {} ({} to {})".format(*numbers) in plain
+    for name in (FROM_DATA, "MLE early-stopped, temperature"):
+        assert f"{mean['nll'][name]:.3f}" in plain.partition("Directions from the data alone")[2]
     lines = (path.parent / "methods" / "runs.jsonl").read_text().splitlines()
     trials = [trial for line in lines for trial in json.loads(line).values()]
     for name in ("MC dropout", "BLoB", "ScalaBL"):
