@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data import Batch, Record, Split
 from ..infer.training import NonFiniteLossError
 from ..lora.adapter import SubspaceAdapter
+from .halving import halving
 from .metrics import average, entropy, half_width, mutual_information, noise_to_signal
 
 __all__ = [
@@ -133,30 +134,23 @@ class Predictor:
         *shape, tokens = batch.inputs["input_ids"].shape
         rows = math.prod(shape)
         draws = self.draws[some]
-        logits: list[Tensor] = []
         run: Callable[[Tensor], Tensor] = partial(self.adapter, batch)
-        done = 0
-        while done < len(draws):
-            size = min(max(1, self.most_rows(tokens) // rows), len(draws))
-            try:
-                if not done and size < len(draws):
-                    run = self.adapter.above_trunk(batch, draws)
-                logits.append(run(draws[done : done + size]))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-            else:
-                done += size
-                continue
-            # Outside the handler, whose traceback keeps the failed pass in memory.
-            self.max_rows = rows * (size // 2)
+
+        def of(part: slice) -> Tensor:
+            nonlocal run
+            if part.start == 0 and part.stop < len(draws):
+                run = self.adapter.above_trunk(batch, draws)
+            return run(draws[part])
+
+        def shrink(count: int, half: int) -> None:
+            self.max_rows = rows * half
             log.warning(
                 "out of memory with %d draws of a batch of %d rows at once: going on with %d",
-                size,
-                rows,
-                size // 2,
+                *(count, rows, half),
             )
-        return torch.cat(logits) / self.temperature
+
+        logits = halving(len(draws), lambda: max(1, self.most_rows(tokens) // rows), of, shrink)
+        return torch.cat(list(logits)) / self.temperature
 
     def most_rows(self, tokens: int = 1) -> int:
         """Sequences of so many tokens, padding included, that may run in one forward pass."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..data import Batch, Completion, Split
 from ..readouts import Readout
 from ..readouts.completion_tokens import NO_TOKEN, CompletionTokens
+from .halving import halving
 from .predictor import MAX_ROWS, NonFinitePredictionsError, Predictor, Predicts
 from .text_scores import WEIGHTS, check_weights, token_scores
 
@@ -290,26 +291,22 @@ def in_chunks(
 ) -> Iterator[T]:
     """As many texts at once as ``most_rows`` allows; where memory runs out, half as many."""
     predictor.adapter.eval()
-    done = 0
-    while done < len(numbers):
-        chunk = numbers[done : done + chunk_size(predictor)]
-        try:
-            texts = run(chunk)
-        except torch.OutOfMemoryError:
-            if len(chunk) == 1:
-                raise
-        else:
-            yield from texts
-            done += len(chunk)
-            continue
-        # Outside the handler, whose traceback keeps the failed pass in memory.
-        predictor.max_rows = predictor.num_draws * (len(chunk) // 2)
+
+    def shrink(count: int, half: int) -> None:
+        predictor.max_rows = predictor.num_draws * half
         log.warning(
             "out of memory with %d draws of %d texts at once: going on with %d texts",
-            predictor.num_draws,
-            len(chunk),
-            len(chunk) // 2,
+            *(predictor.num_draws, count, half),
         )
+
+    parts = halving(
+        len(numbers),
+        lambda: chunk_size(predictor),
+        lambda part: run(numbers[part]),
+        shrink,
+    )
+    for texts in parts:
+        yield from texts
 
 
 def log_probs_of(tokens: Tensor, logits: Tensor) -> Tensor:
