@@ -323,13 +323,21 @@ def write_jsonl(path: Path, records: list[Record]) -> Path:
     return path
 
 
-def hub_copy(folder: Path, name: str, splits: dict[str, list[dict]]) -> Path:
-    """A folder as the download of a data set of the Hub lays it out."""
+def hub_copy(
+    folder: Path, splits: dict[str, list[dict]], name: str = "default", **types: object
+) -> Path:
+    """A folder as the download of a data set of the Hub lays it out.
+
+    :param types: of columns, where they are not to be inferred.
+    """
     files = ""
     for split, rows in splits.items():
+        table = datasets.Dataset.from_list(rows)
+        for column, feature in types.items():
+            table = table.cast_column(column, feature)
         place = folder / name / f"{split}-00000-of-00001.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(place)
+        table.to_parquet(place)
         files += f"  - split: {split}\n    path: {name}/{split}-*\n"
     head = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
     (folder / "README.md").write_text(head)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_records, scalabl, write_jsonl
+from conftest import hub_copy, make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
 from scalabl_pyro.data import (
@@ -26,24 +26,6 @@ from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.settings import build
 
 Splits = dict[str, list[dict]]
-
-
-def hub_copy(folder: Path, splits: Splits, name: str = "default", **types: object) -> str:
-    """A folder as the download of a data set of the Hub lays it out.
-
-    :param types: of columns, where they are not to be inferred.
-    """
-    for split, rows in splits.items():
-        table = datasets.Dataset.from_list(rows)
-        for column, feature in types.items():
-            table = table.cast_column(column, feature)
-        place = folder / name / f"{split}-00000-of-00001.parquet"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(place)
-    files = "".join(f"  - split: {s}\n    path: {name}/{s}-*\n" for s in splits)
-    head = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
-    (folder / "README.md").write_text(head)
-    return str(folder)
 
 
 def choices(labels: str, *texts: str) -> dict[str, list[str]]:
@@ -209,7 +191,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_data_sets_of_the_hub_by_their_columns(tmp_path, name):
     rows, columns, settings, types, records = SCHEMAS[name]
-    copy = hub_copy(tmp_path / "copy", {"train": rows}, **types)
+    copy = str(hub_copy(tmp_path / "copy", {"train": rows}, **types))
     source = DataSource(hub="owner/name", hub_path=copy, columns=columns, **settings)
     assert source.read() == {"train": records}
 
@@ -419,7 +401,7 @@ def test_labels_of_no_one_kind_name_the_odd_one_and_the_settings(tmp_path):
 def test_other_class_names_than_those_of_the_column_are_refused(tmp_path):
     feature = datasets.ClassLabel(names=["neg", "pos"])
     rows = [{"text": "fine", "label": 1}, {"text": "who knows", "label": -1}]
-    copy = hub_copy(tmp_path / "copy", {"train": rows}, label=feature)
+    copy = str(hub_copy(tmp_path / "copy", {"train": rows}, label=feature))
     source = {"hub": "owner/name", "hub_path": copy, "columns": Columns("text")}
     labels = [r.label for r in DataSource(**source).read()["train"]]
     assert labels == [1, None]  # -1: not known
@@ -431,7 +413,7 @@ def test_other_class_names_than_those_of_the_column_are_refused(tmp_path):
 def test_splits_by_name_and_validation_from_train(tmp_path):
     rows = [{"q": f"q{i}", "opts": ["x", "y"], "a": i % 2} for i in range(60)]
     splits = {"train": rows[:40], "dev": rows[40:50], "hidden": [{**rows[50], "a": -1}]}
-    copy = hub_copy(tmp_path / "copy", splits)
+    copy = str(hub_copy(tmp_path / "copy", splits))
     columns = Columns("q", "opts", "a")
     names = {"train": "train", "test": "dev", "validation": None}
     config = DataConfig(hub="owner/n", hub_path=copy, columns=columns, split_names=names)
@@ -577,7 +559,7 @@ def test_a_choice_that_stands_twice_decides_for_no_other_reading(tmp_path):
 def test_texts_of_parquet_files_and_of_the_hub(tmp_path):
     rows = [{"prompt": "hi", "completion": " yo"}, {"prompt": "a", "completion": " b"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
-    copy = hub_copy(tmp_path / "hub", {"train": rows})
+    copy = str(hub_copy(tmp_path / "hub", {"train": rows}))
     from_hub = DataSource(hub="some/name", hub_path=copy).read()["train"]
     for texts in (read_records(tmp_path / "x.parquet"), from_hub):
         assert [(text.prompt, text.completion) for text in texts] == [("hi", " yo"), ("a", " b")]

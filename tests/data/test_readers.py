@@ -249,7 +249,7 @@ ROWS = {
 
 def copy_of(task: str, folder: Path, row: dict) -> Path:
     return hub_copy(
-        folder, TASKS[task].name, {split: [row] for split in TASKS[task].splits.values()}
+        folder, {split: [row] for split in TASKS[task].splits.values()}, TASKS[task].name
     )
 
 
@@ -280,7 +280,7 @@ def test_official_validation_of_winogrande_is_the_test_split(tmp_path):
         split: [SENTENCE | {"sentence": f"{split} {i} _", "answer": answer} for i in range(count)]
         for split, count, answer in (("train", 20, "1"), ("validation", 3, "2"), ("test", 4, ""))
     }
-    copy = hub_copy(tmp_path / "copy", "winogrande_s", rows)
+    copy = hub_copy(tmp_path / "copy", rows, "winogrande_s")
     config = DataConfig(task="winogrande_s", hub_path=str(copy))
     splits = config.splits(seed=0)
     assert {name: len(records) for name, records in splits.items()} == {
@@ -325,7 +325,7 @@ def test_rows_of_another_schema_are_refused(tmp_path, task, change, message):
 
 def test_copies_that_are_incomplete_are_refused(tmp_path):
     row, _ = ROWS["boolq"]
-    copy = hub_copy(tmp_path / "copy", "default", {"train": [row]})
+    copy = hub_copy(tmp_path / "copy", {"train": [row]})
     with pytest.raises(DataError, match=r"copy lacks the splits \['validation'\]: found"):
         DataSource(task="boolq", hub_path=str(copy)).read()
     with pytest.raises(DataError, match=r"cannot read virology of .*'virology' not found"):

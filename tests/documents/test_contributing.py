@@ -39,7 +39,7 @@ def test_the_data_set_of_contributing_is_read(tmp_path, monkeypatch):
     row = {"ind": 4, "ctx": "A man sits on a roof. he", "label": "3"}
     row["endings"] = ["is ripping", "pulls up", "is holding", "starts pulling"]
     splits = {"train": [row], "validation": [row | {"label": "0"}]}
-    copy = hub_copy(tmp_path / "copy", "default", splits)
+    copy = hub_copy(tmp_path / "copy", splits)
     splits_read = tasks.TASKS["hellaswag"].read(str(copy))
     question, choices = row["ctx"], tuple(row["endings"])
     assert splits_read == {

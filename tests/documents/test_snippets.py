@@ -260,7 +260,7 @@ def test_the_data_of_the_documentation_are_read(tmp_path, local_model, monkeypat
         for r in records
     ]
     splits = {"train": rows[:30], "validation": rows[30:40], "test": rows[40:]}
-    hub_copy(tmp_path / "COPY", "main", splits)
+    hub_copy(tmp_path / "COPY", splits, "main")
     monkeypatch.chdir(tmp_path)
     (commands,) = blocks(ROOT / "docs" / "data.md", "bash")
     for line in commands.splitlines():
