@@ -24,7 +24,7 @@ ROWS = {
     "zero-shot": "zero-shot",
     "MLE, fixed recipe, tempered": "fixed recipe, temperature *",
     "MLE, tempered": "LoRA tuned, temperature *",
-    "ScalaBL, 1,000 steps": "ScalaBL, V random",
+    "V activations, 1,000 steps": "ScalaBL, defaults",
 }
 
 

@@ -110,7 +110,7 @@ def test_the_picture_is_drawn_from_the_committed_runs(monkeypatch, tmp_path):
     assert (tmp_path / "causal.png").stat().st_size > 0
     figures = json.loads((causal_picture.RESULTS / "causal.json").read_text())["figures"]
     for row, runs in zip(
-        ("MLE, fixed recipe", "ScalaBL, 1,000 steps"), shown.values(), strict=True
+        ("MLE, fixed recipe", "V activations, 1,000 steps"), shown.values(), strict=True
     ):
         right = [(r.logits[0].argmax(-1) == r.labels).float().mean() for r in runs]
         expected = figures["arc_easy"]["test"][row]["acc"]["mean"]
