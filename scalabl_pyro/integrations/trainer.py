@@ -108,13 +108,8 @@ class ELBOTrainer(transformers.Trainer):
                 f"args.metric_for_best_model is {args.metric_for_best_model!r}, of which low values"
                 " are good, and greater_is_better is true: set it to false"
             )
-        plain = guide is no_guide and not isinstance(model, ScalaBLModel)
-        known = plain or isinstance(model, ScalaBLModel) or predictor is not None
-        if eval_dataset is not None and not known:
-            raise ValueError(
-                f"the posterior of a {type(model).__name__} is not over s: give predictor=, a"
-                " function that makes what eval_dataset is evaluated with"
-            )
+        if eval_dataset is not None and predictor is None:
+            _check_known(model, guide)
         if args.device != model.adapter.device:
             raise ValueError(
                 f"args runs on {args.device}, and the adapter on {model.adapter.device}: expected"
@@ -126,7 +121,7 @@ class ELBOTrainer(transformers.Trainer):
             model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
         )
         self._train, self._adapter = train, model.adapter
-        self._predictor = predictor or (lambda: _average(model, guide, train, plain=plain))
+        self._predictor = predictor or (lambda: _average(model, guide, train))
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
         # On a machine with several GPUs it would run a copy of model and guide on each, in threads,
@@ -208,11 +203,19 @@ class ELBOTrainer(transformers.Trainer):
         return loss
 
 
-def _average(
-    model: LoRAModel, guide: Callable[..., Any], train: Split, *, plain: bool
-) -> Predictor:
+def _check_known(model: LoRAModel, guide: Callable[..., Any]) -> None:
+    """:raises ValueError: if the posterior is over something else than s."""
+    if not isinstance(model, ScalaBLModel) and guide is not no_guide:
+        raise ValueError(
+            f"the posterior of a {type(model).__name__} is not over s: give predictor=, a function"
+            " that makes what is evaluated and predicts"
+        )
+
+
+def _average(model: LoRAModel, guide: Callable[..., Any], train: Split) -> Predictor:
     """What predicts with a guide over s, or with plain LoRA."""
-    if plain:
+    _check_known(model, guide)
+    if not isinstance(model, ScalaBLModel):
         return Predictor(model.adapter)
     if isinstance(guide, AutoSubspaceDelta):
         return Predictor(model.adapter, guide.median()["s"][None])

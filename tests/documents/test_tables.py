@@ -263,18 +263,20 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
             *(x.replace("-", "−") for x in said)
         )
         assert all(re.search(pattern, text) for text in texts), pattern
+    assert "defaults (three alternatives were tried)" in readme
     trials = [
         f"{each[row]:.3f}"
         for row in (ours, "ScalaBL, 1,000 steps")
         for each in figures["trials"][row].values()
     ]
+    assert len(trials) == 4
     assert (
         "the lowest validation NLL on the seed that chose, {}: β 3 has {}, V frozen at random"
         " {}, and V free at lr 1e-3 and β 3 {}".format(*trials)
         in plain
     )
     for row, digits, said in (
-        (ours, 1, "confidence stays {} points below accuracy"),
+        (ours, 1, "confidence and accuracy differ by {} points"),
         ("MLE, fixed recipe", 0, "is {} points more confident than right"),
     ):
         gap = (-100 if row == ours else 100) * figures["test"][row]["confidence_minus_acc"]["mean"]
@@ -320,6 +322,8 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "its point: V random, s a number": "V random, point s",
     }
     assert set(names.values()) == set(figures["metrics"])
+    assert len(names) == 16
+    assert "sixteen rows" in (ROOT / "README.md").read_text()
     text = (ROOT / "docs" / "results.md").read_text()
     section = text.partition("## Methods beside each other")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]

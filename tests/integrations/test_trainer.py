@@ -187,6 +187,8 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
     of_A = AutoNormalA(other, init_scale=0.1)
     with pytest.raises(ValueError, match="posterior of a BLoBModel is not over s: give predictor="):
         ELBOTrainer(other, of_A, arguments(tmp_path), split, eval_dataset=split)
+    with pytest.raises(ValueError, match="posterior of a BLoBModel is not over s: give predictor="):
+        ELBOTrainer(other, of_A, arguments(tmp_path), split).predict(split)
 
 
 def test_a_guide_that_makes_its_parameters_late_is_trained(make_causal, records, tmp_path):
