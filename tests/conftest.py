@@ -82,6 +82,12 @@ TURNS = [
 ]
 
 
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is the test's own, for commands that write beside it."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.set_num_threads(1)

@@ -8,22 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    make_records,
-    only_line,
-    scalabl,
-    write_jsonl,
-)
+from conftest import make_records, only_line, scalabl, write_jsonl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from scalabl_pyro import Record, load_run, predict
 from scalabl_pyro.data import read_folder
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def test_distill_writes_a_plain_adapter(run, data, local_model, capsys):

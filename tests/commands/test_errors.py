@@ -7,21 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import (
-    FAST,
-    make_records,
-    only_line,
-    scalabl,
-    write_jsonl,
-)
+from conftest import FAST, make_records, only_line, scalabl, write_jsonl
 
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import load_run
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 @pytest.mark.parametrize(

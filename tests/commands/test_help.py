@@ -12,10 +12,7 @@ from dataclasses import asdict
 from typing import get_type_hints
 
 import pytest
-from conftest import (
-    ROOT,
-    scalabl,
-)
+from conftest import ROOT, scalabl
 from omegaconf import OmegaConf
 
 from scalabl_pyro import FitConfig, KLSchedule
@@ -27,10 +24,7 @@ from scalabl_pyro.runs.config import RunConfig
 from scalabl_pyro.runs.data import DataConfig
 from scalabl_pyro.runs.settings import build
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def test_hydra_refuses_unknown_keys(capsys):

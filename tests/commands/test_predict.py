@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    FAST,
-    make_records,
-    predictions_of,
-    scalabl,
-    tiny_llama,
-    write_jsonl,
-)
+from conftest import FAST, make_records, predictions_of, scalabl, tiny_llama, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import scalabl_pyro.commands.predict as predict_command
@@ -27,10 +20,7 @@ from scalabl_pyro.prediction import metrics
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.folder import RunFolderError
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def test_posterior_mean_differs_from_the_average(run, data, capsys):

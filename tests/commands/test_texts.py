@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    TURNS,
-    make_records,
-    scalabl,
-    tiny_llama,
-    tokens_of_the_last_turn,
-    write_jsonl,
-)
+from conftest import TURNS, make_records, scalabl, tiny_llama, tokens_of_the_last_turn, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +23,7 @@ FAST = ["fit.steps=4", "fit.batch_size=4", "fit.lr_guide=0.3", "fit.lr=0.1", "pr
 WORDS = ["cat", "dog", "bird", "tree"]
 
 
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def write_rows(path: str, rows: list[dict]) -> str:

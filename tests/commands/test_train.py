@@ -32,10 +32,7 @@ from scalabl_pyro.methods import METHODS, ScalaBL
 from scalabl_pyro.runs.config import RunConfig
 from scalabl_pyro.runs.data import DataConfig
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 FEW = ["method.members=2", "method.share=1"]

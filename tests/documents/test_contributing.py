@@ -8,11 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    hub_copy,
-    keeps_the_contract,
-    run_snippet,
-)
+from conftest import hub_copy, keeps_the_contract, run_snippet
 from pyro.nn import PyroParam
 
 import scalabl_pyro as sp

@@ -6,9 +6,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import (
-    ROOT,
-)
+from conftest import ROOT
 from nbclient import NotebookClient
 
 #: what notebooks are run with, for the sake of time

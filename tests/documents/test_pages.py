@@ -6,12 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import (
-    DOCUMENTS,
-    FENCE,
-    ROOT,
-    blocks,
-)
+from conftest import DOCUMENTS, FENCE, ROOT, blocks
 
 
 def anchors(path: Path) -> set[str]:

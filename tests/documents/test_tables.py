@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from conftest import (
-    ROOT,
-)
+from conftest import ROOT
 from scipy import stats
 
 
@@ -17,9 +15,13 @@ def saved_figures() -> dict[str, dict]:
     return json.loads(path.read_text())["figures"]
 
 
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
 def table(header: str) -> list[list[str]]:
-    """The rows of the table of docs/results.md whose first line contains this."""
-    text = (ROOT / "docs" / "results.md").read_text()
+    """The rows of the one table of results whose first line contains this."""
+    text = "\n".join(map(page, ("results", "ablations", "posterior_checks", "costs")))
     (lines,) = [
         block.splitlines()
         for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -126,7 +128,7 @@ def test_the_ranks_on_validation_are_those_of_the_benchmark():
     default = "V frozen at random, KL weight"
     assert [r.index(default) + 1 for r in ranks.values()] == [5, 3]
     assert {r[0] for r in ranks.values()} == {"`reference`"}
-    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    text = " ".join(page("ablations").split())
     assert "V frozen is fifth of seven after 400 steps and third after 800" in text
 
 
@@ -206,7 +208,7 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         "ScalaBL, V free (lr 1e-3, β 1)": "V free",
         "posterior mean of V free": "V free, posterior mean",
     }
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = page("results")
     section = text.partition("## A real causal model")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     rows = {row[0]: row[1:] for row in rows if row[0] in names}
@@ -324,7 +326,7 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     assert set(names.values()) == set(figures["metrics"])
     assert len(names) == 16
     assert "sixteen rows" in (ROOT / "README.md").read_text()
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = page("results")
     section = text.partition("## Methods beside each other")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     rows = {row[0]: row[1:] for row in rows if row[0] in names}
@@ -387,13 +389,13 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
 
 
 def test_costs_on_a_real_model_are_those_measured():
-    """Those of docs/results.md, against real_step.json, output_layer.json and choices.json."""
+    """Those of docs/costs.md, against real_step.json, output_layer.json and choices.json."""
     results = ROOT / "benchmarks" / "results"
     step, layer, choices = (
         json.loads((results / f"{name}.json").read_text())["figures"]
         for name in ("real_step", "output_layer", "choices")
     )
-    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    text = " ".join(page("costs").split())
 
     def ratio(value, interval) -> str:
         return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
@@ -433,7 +435,7 @@ def test_what_the_embedded_model_shows_is_what_was_measured():
     assert all(row["nll"][0] > 0 for row in differences.values())
     mean, error = differences["test"]["nll"]
     said = f"its NLL on `test` is higher than MLE's by {mean:.3f} ± {error:.3f}"
-    assert said in (ROOT / "docs" / "results.md").read_text()
+    assert said in page("results")
     assert "On the `embedded` model ScalaBL is worse than MLE" in (ROOT / "README.md").read_text()
 
 
@@ -452,7 +454,7 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
         "number of tokens": "tokens",
         "likeness of the choices, untrained": "alike",
     }
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = page("results")
     section = text.partition("## What it does not know")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
     rows = [row for row in rows if row[0] in ("MLE", "V random", "V activations", "control")]

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    lora,
-    make_records,
-    scalabl,
-    tiny_bert_config,
-    tiny_llama,
-    whole,
-    write_jsonl,
-)
+from conftest import lora, make_records, scalabl, tiny_bert_config, tiny_llama, whole, write_jsonl
 from peft import (
     AdaLoraConfig,
     IA3Config,

@@ -7,15 +7,7 @@ import json
 import pyro
 import pytest
 import torch
-from conftest import (
-    fill_lora_B,
-    lora,
-    make_records,
-    scalabl,
-    tiny_llama,
-    whole,
-    write_jsonl,
-)
+from conftest import fill_lora_B, lora, make_records, scalabl, tiny_llama, whole, write_jsonl
 from peft import PeftModel
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO

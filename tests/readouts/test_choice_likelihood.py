@@ -9,15 +9,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
-from conftest import (
-    fill_lora_B,
-    lora,
-    make_records,
-    scalabl,
-    tiny_llama,
-    whole,
-    write_jsonl,
-)
+from conftest import fill_lora_B, lora, make_records, scalabl, tiny_llama, whole, write_jsonl
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
