@@ -56,6 +56,11 @@ class Task:
         # A whole path, because names such as csv mean a file format to datasets.
         place = str(Path(hub_path).resolve()) if hub_path is not None else self.path
         revision = self.revision if hub_path is None else None
+        if (Path(place) / "state.json").exists():
+            raise DataError(
+                f"{place} holds one table saved by save_to_disk, without splits: write it by"
+                " dataset.to_parquet('data/train.parquet'), and give data.root=data"
+            )
         try:
             # The cache does not notice when a copy's files change; streaming goes without it.
             dataset = load_dataset(

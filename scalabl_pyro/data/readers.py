@@ -80,6 +80,10 @@ FORMATS = {
 }
 
 
+#: files by which ``datasets`` tells what it saved by ``save_to_disk``: splits, and one table
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+
+
 def read_table(
     path: str | Path, columns: Columns | None = None, trained: Columns | None = None
 ) -> Table:
@@ -92,6 +96,10 @@ def read_table(
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder: expected one file; data.root is for a folder of splits"
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix not in FORMATS:
@@ -192,6 +200,11 @@ def read_folder_tables(
     """
     root = Path(root)
     paths = sorted(path for path in root.glob("*") if path.suffix in FORMATS)
+    if not paths and (saved := [n for n in SAVED_TO_DISK if (root / n).exists()]):
+        raise DataError(
+            f"{root} holds {saved[0]}, a data set saved by save_to_disk: give data.hub={root} if it"
+            " has splits, or write each split by dataset.to_parquet('train.parquet')"
+        )
     if not paths:
         raise DataError(
             f"{root}: expected a folder with files such as train.jsonl and test.jsonl, or train.csv"

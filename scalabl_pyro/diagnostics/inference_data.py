@@ -21,7 +21,8 @@ from ..arviz_versions import az, dataset
 from ..arviz_versions import groups as to_groups
 from ..data import Split
 from ..guides import AutoSubspace
-from ..models.model import ScalaBLModel
+from ..infer.messengers import ObservedNLL
+from ..models.model import ScalaBLModel, check_model, check_observes
 from ..prediction.predictor import Predictor, predict
 
 __all__ = ["to_inference_data"]
@@ -74,6 +75,9 @@ def to_inference_data(
     :raises ValueError: if there are no draws, or they do not divide into chains; if a record has no
         label; if ``guide`` comes without ``model``, or is a point.
     """
+    if model is not None:
+        check_model(model)
+        check_observes(model, "to_inference_data")
     if predictor.draws is None:
         raise ValueError("a point estimate has no posterior: the predictor holds no draws")
     num_draws = len(predictor.draws)
@@ -126,6 +130,11 @@ def to_inference_data(
             if guide is not None:
                 sites, log_q = _trace(guide, num_draws, sites)
                 _, log_prior = _trace(prior, num_draws, sites)
+                if log_q.keys() != log_prior.keys():
+                    raise ValueError(
+                        f"the prior samples {sorted(log_prior)}, and the guide {sorted(log_q)}:"
+                        " expected the same sites; a Prior names its own in latents"
+                    )
                 densities["log_prior"] = log_prior
                 densities["sample_stats"] = {"log_q": torch.stack([*log_q.values()]).sum(0)}
                 _tell_strangers(densities["sample_stats"]["log_q"], guide)
@@ -179,8 +188,16 @@ def _predictions(
         batch = chunk.collate(chunk.examples)
         logits = part.to(predictor.adapter.device)
         observe = poutine.trace(model.observe)
-        sites: Any = observe.get_trace(batch, logits).nodes.values()
+        with ObservedNLL(model.num_data, len(batch)):
+            sites: Any = observe.get_trace(batch, logits).nodes.values()
         of_data = [n for n in sites if n["type"] == "sample" and not site_is_subsample(n)]
+        wrong = [node["name"] for node in of_data if isinstance(node["fn"], dist.Unit)]
+        if wrong or "label" not in {node["name"] for node in of_data}:
+            raise ValueError(
+                f"{type(model).__name__} observes {[node['name'] for node in of_data]}: expected a"
+                " site 'label' with a distribution, of which labels can be drawn"
+                + (f", and {wrong} is a factor" if wrong else "")
+            )
         each = [_log_prob(node, model.num_data / len(batch)) for node in of_data]
         terms.append(torch.stack(each).sum(0))
         drawn: Any = observe.get_trace(replace(batch, labels=None), logits).nodes["label"]

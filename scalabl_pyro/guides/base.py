@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -13,10 +14,31 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..models.model import ScalaBLModel, require_module_local_params
+from ..lora.adapter import SubspaceAdapter
+from ..models.model import (
+    LoRAModel,
+    ScalaBLModel,
+    check_model,
+    require_module_local_params,
+)
 from ..models.priors import Prior
 
-__all__ = ["AutoSubspace", "JointNormal", "PosteriorPrior"]
+__all__ = ["AutoSubspace", "JointNormal", "PosteriorPrior", "check_is_guide"]
+
+
+def check_is_guide(guide: object) -> None:
+    """:raises TypeError: if it cannot be a guide, ours or Pyro's."""
+    no_guides = (type, LoRAModel, Prior, SubspaceAdapter)
+    if not callable(guide) or isinstance(guide, no_guides):
+        kind = guide.__name__ if isinstance(guide, type) else type(guide).__name__
+        fixes = {
+            "Laplace": "its .guide",
+            "Chains": "its .thin(num_draws), which are draws already",
+            "NoneType": "a guide, or scalabl_pyro.infer.no_guide for a point estimate",
+        }
+        fix = f"a guide, {kind}(model)" if isinstance(guide, type) else fixes.get(kind, "a guide")
+        what = "the class " if isinstance(guide, type) else "a "
+        raise TypeError(f"guide is {what}{kind}: expected {fix}")
 
 
 class AutoSubspace(PyroModule):
@@ -30,7 +52,9 @@ class AutoSubspace(PyroModule):
     start, without a trace of the model; the guide keeps no reference to the language model, so it
     pickles and saves alone. A subclass defines its parameters in ``__init__``, q(z) in
     :meth:`base` and its marginals in :meth:`marginals`; one whose marginals have no ``icdf``
-    overrides :meth:`quantiles`, which the median comes from.
+    overrides :meth:`quantiles`, which the median comes from. Where q is no single distribution,
+    because s depends on another latent site, it overrides :meth:`forward`, and draws come from
+    there.
 
     :param model: gives the shape, the support and the start of s.
     :param init_loc: (M, r), the initial median of s; ``model.init_loc`` if left out.
@@ -46,15 +70,20 @@ class AutoSubspace(PyroModule):
         init_scale: float = 0.05,
     ) -> None:
         require_module_local_params()
+        check_model(model)
         super().__init__()
+        if not (init_loc is None or isinstance(init_loc, Tensor)):
+            raise TypeError(f"init_loc is {init_loc!r}: expected a tensor (M, r)")
         loc = model.init_loc if init_loc is None else init_loc.to(model.init_loc.device)
+        if not loc.isfinite().all():
+            raise ValueError("init_loc holds NaN or infinity: expected finite numbers")
         if loc.shape != model.init_loc.shape:
             raise ValueError(
                 f"init_loc has shape {tuple(loc.shape)}: expected (M, r) ="
                 f" {tuple(model.init_loc.shape)}"
             )
-        if not (isinstance(init_scale, (int, float)) and init_scale > 0):
-            raise ValueError(f"init_scale is {init_scale!r}: expected a number above 0")
+        if not (isinstance(init_scale, (int, float)) and 0 < init_scale < math.inf):
+            raise ValueError(f"init_scale is {init_scale!r}: expected a finite number above 0")
         support = model.prior.support
         self._to_support = None if support is constraints.real else biject_to(support)
         if self._to_support is not None and not support.check(loc).all():
@@ -107,6 +136,9 @@ class AutoSubspace(PyroModule):
         """
         if num_draws < 1:
             raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
+        if not self.draws_from_posterior:
+            with pyro.poutine.block():
+                return torch.stack([self()["s"] for _ in range(num_draws)])
         return self.get_posterior().sample(torch.Size([num_draws]))
 
     def with_perp(self, draws: Tensor) -> Tensor:
@@ -135,14 +167,23 @@ class AutoSubspace(PyroModule):
         copy._latents = {}
         return copy
 
+    @property
+    def draws_from_posterior(self) -> bool:
+        """Whether s is drawn from :meth:`get_posterior`, as it is unless forward is overridden."""
+        return type(self).forward is AutoSubspace.forward
+
     @torch.no_grad()
-    def median(self) -> dict[str, Tensor]:
-        """The median of each coordinate of s, {"s": (M, r)}."""
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """The median of each coordinate of s, {"s": (M, r)}; the arguments are the model's, as
+        Pyro's guides take them, and are ignored."""
         return {"s": self.quantiles([0.5])["s"][0]}
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
-        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}.
+    def quantiles(
+        self, quantiles: Sequence[float], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
+        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}; further
+        arguments are ignored.
 
         :raises NotImplementedError: if the marginals have no ``icdf``.
         """
@@ -171,8 +212,11 @@ class AutoSubspace(PyroModule):
         p = getattr(prior, "base_dist", None)
         if self._latents or self._to_support is not None or not isinstance(p, dist.Normal):
             return None
-        q = self.marginals()
-        if not isinstance(q, dist.Normal):
+        try:
+            q = self.marginals()
+        except NotImplementedError:  # a guide of base() alone
+            return None
+        if not (isinstance(q, dist.Normal) and self.draws_from_posterior):
             return None
         cross = 0.5 * ((q.loc - p.loc) ** 2 + q.scale**2) / p.scale**2 - p.log_prob(p.loc)
         return float(cross.sum() - self.entropy())

@@ -47,7 +47,9 @@ class AutoSubspaceDelta(AutoSubspace):
         raise ValueError("AutoSubspaceDelta is a point, and no prior: nothing could move from it")
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         return {"s": self.loc.detach().repeat(len(quantiles), 1, 1)}
 
     def kl(self, prior: TorchDistribution) -> None:

@@ -64,7 +64,9 @@ class AutoSubspaceRelaxedBernoulli(AutoSubspace):
         return dist.TransformedDistribution(self.get_posterior(), [to_line])
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         levels = torch.as_tensor(quantiles).to(self._init_loc)[:, None, None]
         return {"s": ((self.logits + levels.logit()) / self._temperature).sigmoid()}
 

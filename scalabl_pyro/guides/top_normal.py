@@ -80,7 +80,9 @@ class AutoSubspaceTopNormal(AutoSubspace):
         )
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float]) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         levels = torch.as_tensor(quantiles).to(self._init_loc)
         z = self.loc.repeat(len(levels), 1, 1)
         z[:, self.random] = self.marginals().icdf(levels[:, None, None])

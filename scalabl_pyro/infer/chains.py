@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..data import Batch, Split
-from ..models.model import ScalaBLModel
+from ..models.model import ScalaBLModel, check_model
+from .messengers import ObservedNLL
 
 if TYPE_CHECKING:
     import arviz as az
@@ -127,6 +128,7 @@ def mcmc(
     :raises ValueError: if a value is out of range, labels are missing, or the split does not hold
         ``model.num_data`` examples.
     """
+    check_model(model)
     _check(kernel, num_samples, warmup_steps, num_chains, dispersion)
     batches = whole_split(model, split, batch_size)
     loc = model.init_loc if init_loc is None else init_loc
@@ -200,9 +202,10 @@ def _potential(
     prior = model.prior_perp
     fixed = {} if prior is None else {"s_perp": torch.zeros_like(prior.mean)}
     at_zero = poutine.condition(model, fixed)
-    made = [
-        initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn) for batch in batches
-    ]
+    made = []
+    for batch in batches:
+        with ObservedNLL(model.num_data, len(batch)):
+            made.append(initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn))
     start, potential, transforms, _ = made[0]
     if len(batches) == 1:
         return potential, transforms, start

@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..data import Batch, Split
 from ..guides import AutoSubspaceMultivariateNormal
 from ..lora.jacobian import derivatives, jacobian
-from ..models.model import ScalaBLModel
+from ..models.model import ScalaBLModel, check_model, check_observes
 from .chains import whole_split
 from .evidence import log_det_by_eigenvalues, precision_by_evidence
+from .messengers import ObservedNLL
 
 __all__ = [
     "CURVATURES",
@@ -73,6 +74,8 @@ def laplace(
         ``model.num_data`` examples, the curvature at ``loc`` is not that of a mode, a choice is to
         be made by evidence that has no maximum, or ``ggn`` is asked of a readout of texts.
     """
+    check_model(model)
+    check_observes(model, "laplace")
     if curvature not in CURVATURES:
         raise ValueError(f"curvature is {curvature!r}: expected one of {sorted(CURVATURES)}")
     loc = model.init_loc if loc is None else loc.to(model.init_loc.device)
@@ -175,7 +178,8 @@ CURVATURES = {"ggn": ggn, "hessian": hessian}
 
 def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor:
     """Σ log p(y_n | f_n) over a batch, of whatever likelihood the model observes."""
-    with pyro.poutine.block(), pyro.poutine.trace() as seen:
+    scaled = ObservedNLL(model.num_data, len(batch))
+    with pyro.poutine.block(), pyro.poutine.trace() as seen, scaled:
         model.observe(batch, logits)
     log_likelihood = cast(Tensor, seen.trace.log_prob_sum())
     return log_likelihood * len(batch) / model.num_data

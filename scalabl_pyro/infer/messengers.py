@@ -1,24 +1,33 @@
-"""Effect handlers of the training loop: the observed NLL, and sites that nothing would train."""
+"""Effect handlers of the training loop: the NLL, KL(q‖p), and sites that nothing would train."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import Independent, kl_divergence
 
-__all__ = ["AllSites", "ObservedNLL"]
+__all__ = ["AllSites", "LatentKL", "ObservedNLL"]
 
 
 class ObservedNLL(Messenger):
-    """Records −log p(y | x, s) of the observed sites that pass, as the ELBO scales it."""
+    """Records −log p(y | x, s) of the observed sites that pass, as the ELBO scales it.
 
-    def __init__(self) -> None:
+    :param num_data: N.
+    :param rows: B of the batch.
+    :raises ValueError: on the way, if a site in a plate counts the batch as if it were all data.
+    """
+
+    def __init__(self, num_data: int, rows: int) -> None:
         super().__init__()
+        self._num_data, self._rows = num_data, rows
         self._terms: dict[str | None, list[Tensor]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
@@ -26,10 +35,20 @@ class ObservedNLL(Messenger):
         plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
         particles = plates.pop("num_particles_vectorized", 1)
         if msg["is_observed"] and plates:
+            self._check_scale(msg, plates)
             distribution: Any = msg["fn"]
             log_prob = distribution.log_prob(msg["value"]).detach()
             log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
             self._terms.setdefault(msg["name"], []).append(log_prob.sum() / particles)
+
+    def _check_scale(self, msg: Message, plates: dict[str, int]) -> None:
+        of_all = self._num_data in plates.values() or self._rows >= self._num_data
+        if not of_all and isinstance(msg["scale"], (int, float)) and msg["scale"] == 1:
+            raise ValueError(
+                f"the observed site {msg['name']!r} stands in plates of sizes {plates}, and the"
+                f" batch of {self._rows} is one of N = {self._num_data} examples: sample it within"
+                " self.data_plate(batch), which scales it to all"
+            )
 
     def total(self) -> float:
         """−Σ_n E_q[log p(y_n | x_n, s)] of all N examples, as the minibatch estimates it.
@@ -43,6 +62,54 @@ class ObservedNLL(Messenger):
             )
         # Particles that do not run as one batch pass one by one.
         return -float(sum(torch.stack(passes).mean() for passes in self._terms.values()))
+
+
+class LatentKL(Messenger):
+    r"""Records KL(q‖p) of the latent sites that pass, not weighted, whatever the ELBO makes of it.
+
+    .. math:: \sum_i E_q \Big[ KL\big(q(z_i \mid z_{<i}) \,\|\, p(z_i \mid z_{<i})\big) \Big]
+
+    with each site's term in closed form where torch has one, else log q − log p of the draw.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_guide: dict[str | None, tuple[Any, Tensor]] = {}
+        self._terms: list[Tensor] = []
+        self._passes = 0
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        name, fn, value = msg["name"], cast(Any, msg["fn"]), cast(Tensor, msg["value"])
+        particles = {f.name: f.size for f in msg["cond_indep_stack"]}.get(
+            "num_particles_vectorized", 1
+        )
+        if (msg["infer"] or {}).get("is_auxiliary"):  # of the guide alone
+            self._terms.append(fn.log_prob(value).detach().sum() / particles)
+            return
+        q, drawn = self._of_guide.pop(name, (None, None))
+        if drawn is not value:  # the guide runs before the model, which is handed its very tensor
+            self._of_guide[name] = fn, value
+            return
+        self._passes += name == "s"
+        self._terms.append(_kl(q, fn, value).detach().sum() / particles)
+
+    def total(self) -> float:
+        """In nats, averaged over particles and passes."""
+        return float(torch.stack(self._terms).sum()) / max(self._passes, 1) if self._terms else 0.0
+
+
+def _kl(q: Any, p: Any, value: Tensor) -> Tensor:
+    # Pyro's automatic guides draw an auxiliary site, and hand it on as a Delta with a Jacobian, of
+    # which the closed form that Pyro registers takes no notice.
+    base = q
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, dist.Delta):
+        with suppress(NotImplementedError):
+            return kl_divergence(q, p)
+    return q.log_prob(value) - p.log_prob(value)
 
 
 class AllSites(Messenger):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
 from ..data import Split
 from ..models.model import LoRAModel
 
-__all__ = ["make_parameters", "parameter_groups", "trained_parameters"]
+__all__ = ["check_moves", "make_parameters", "parameter_groups", "trained_parameters"]
 
 
 def make_parameters(guide: Callable[..., Any], train: Split) -> None:
     """Let a guide make its parameters, as Pyro's automatic guides do at their first call."""
-    if isinstance(guide, nn.Module) and not list(guide.parameters()):
+    parts = list(guide.modules()) if isinstance(guide, nn.Module) else []
+    waits = any(isinstance(part, AutoGuide) and part.prototype_trace is None for part in parts)
+    if parts and (waits or not list(guide.parameters())):  # type: ignore[attr-defined]
         with torch.no_grad(), pyro.poutine.block():
             guide(train.collate(train.examples[:1]))
 
@@ -63,3 +66,20 @@ def parameter_groups(
         {"params": list(matrices.values()), "lr": lr, "weight_decay": weight_decay},
         {"params": list(numbers.values()), "lr": lr_guide, "weight_decay": 0.0},
     ]
+
+
+def check_moves(optimizer: object, parameters: Sequence[nn.Parameter]) -> None:
+    """:raises ValueError: unless it is one of torch over these parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}: expected one of torch over"
+            " scalabl_pyro.infer.parameter_groups(model, guide, lr=…, lr_guide=…); those of"
+            " Pyro are for pyro.infer.SVI"
+        )
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if moved != {id(parameter) for parameter in parameters}:
+        raise ValueError(
+            f"the {type(optimizer).__name__} given is over {len(moved)} parameters: expected the"
+            f" {len(parameters)} that are trained, those of"
+            " scalabl_pyro.infer.parameter_groups(model, guide, lr=…, lr_guide=…)"
+        )

@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.infer import Trace_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceTailAdaptive_ELBO,
+)
+from pyro.infer.autoguide import AutoDelta
 from pyro.nn import PyroModule
 from torch import nn
 
 from ..data import Split
 from ..distributed import check_same, copy_from_main, is_main, rank, world_size
 from ..guides import AutoSubspaceDelta
-from ..models.model import LoRAModel
+from ..guides.base import check_is_guide
+from ..models.model import LoRAModel, check_model
 from ..readouts.base import Readout
 from .callbacks import Callback, ProgressBar
 from .checkpoints import Checkpoints
@@ -28,6 +38,12 @@ from .training import FitResult, Training, no_guide
 __all__ = ["fit"]
 
 log = logging.getLogger(__name__)
+
+#: whose loss is infinite or several, or which trace a model that fit changes between steps
+_OTHER_LOOPS = (
+    *(JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO),
+    *(ReweightedWakeSleep, TraceTailAdaptive_ELBO),
+)
 
 
 def fit(
@@ -57,7 +73,8 @@ def fit(
     :param guide: any Pyro guide for the model, or :func:`no_guide` for a point estimate.
     :param train: the N labelled examples.
     :param seed: fixes the order of the examples; the draws of s follow Pyro's own random state.
-    :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro.
+    :param elbo: ``Trace_ELBO`` if left out; any ELBO of Pyro whose loss is one number of traces
+        that Python runs: not compiled, nor wake-sleep.
     :param optimizer: another one of torch over the same parameters, whose learning rates follow
         ``config.warmup`` and ``config.decay``; ``config.lr``, ``lr_guide``, ``weight_decay`` and
         ``eps`` are AdamW's alone.
@@ -79,7 +96,10 @@ def fit(
         config = FitConfig(steps=20, batch_size=4, kl=KLSchedule(weight=10.0))
         history = fit(model, guide, train, config).history  # a dictionary of figures for each step
     """
+    check_model(model, plain=True)
+    check_is_guide(guide)
     _check(model, guide, train, config, validate, callbacks)
+    _check_elbo(elbo)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     make_parameters(guide, train)
     _tell_reach(guide, config)
@@ -112,10 +132,10 @@ def fit(
             ends.callback(callback.on_end, run.history)
         while not run.over:
             beta = run.kl_weight()
-            loss, nll = run.gradients(elbo, minibatches, beta)
-            loss, nll, stop = run.over_ranks(loss, nll, checkpoints)
+            loss, nll, kl = run.gradients(elbo, minibatches, beta)
+            loss, nll, kl, stop = run.over_ranks(loss, nll, kl, checkpoints)
             run.clip(loss)
-            run.record(loss, nll, beta)
+            run.record(loss, nll, kl, beta)
             run.take_step()
             run.validate(validate)
             run.tell(callbacks)
@@ -168,13 +188,27 @@ def _check(
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(f"callbacks holds {callback!r}: expected objects of Callback classes")
-    if config.kl_budget is not None and (guide is no_guide or isinstance(guide, AutoSubspaceDelta)):
+    points = (AutoSubspaceDelta, AutoDelta)
+    if config.kl_budget is not None and (guide is no_guide or isinstance(guide, points)):
         raise ValueError("kl_budget needs a density q(s), and the guide is a point: set kl.weight")
     if world_size() > 1 and model.adapter.has_dropout:
         raise ValueError(
             "dropout leaves another random state in every process, so that s would not be shared:"
             " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
         )
+
+
+def _check_elbo(elbo: Any) -> None:
+    """:raises TypeError: if it is none, or none whose loss this loop could use."""
+    runs = callable(getattr(elbo, "loss_and_grads", None)) and not isinstance(elbo, type)
+    if elbo is None or (runs and not isinstance(elbo, _OTHER_LOOPS)):
+        return
+    name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
+    raise TypeError(
+        f"elbo is {name if isinstance(elbo, type) else repr(elbo)}: expected an object, such as"
+        " Trace_ELBO(num_particles=4), TraceMeanField_ELBO() or RenyiELBO(alpha=0.5); compiled"
+        " ones, ReweightedWakeSleep and TraceTailAdaptive_ELBO need a loop of their own"
+    )
 
 
 def _tell_reach(guide: Callable[..., Any], config: FitConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..distributed import average_gradients, is_main, wait, world_size
-from ..models.model import LoRAModel, ScalaBLModel
+from ..models.model import LoRAModel
 from .callbacks import Callback
 from .checkpoints import (
     Checkpoints,
@@ -25,8 +25,8 @@ from .checkpoints import (
 )
 from .fit_config import FitConfig
 from .kl import KLBudget, kl_weight
-from .messengers import AllSites, ObservedNLL
-from .parameters import parameter_groups, trained_parameters
+from .messengers import AllSites, LatentKL, ObservedNLL
+from .parameters import check_moves, parameter_groups, trained_parameters
 
 __all__ = ["FitResult", "NonFiniteLossError", "Training", "no_guide"]
 
@@ -80,19 +80,8 @@ class Training:
         if optimizer is None:
             groups = parameter_groups(model, guide, **config.rates)
             optimizer = torch.optim.AdamW(groups, eps=config.eps)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(
-                f"optimizer is a {type(optimizer).__name__}: expected one of torch over"
-                " scalabl_pyro.infer.parameter_groups(model, guide, lr=…, lr_guide=…); those of"
-                " Pyro are for pyro.infer.SVI"
-            )
+        check_moves(optimizer, self.parameters)
         self._optimizer = optimizer
-        moved = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        if moved != {id(parameter) for parameter in self.parameters}:
-            raise ValueError(
-                f"the {type(self._optimizer).__name__} given is over {len(moved)} parameters:"
-                f" expected the {len(self.parameters)} that are trained, {list(self._named)}"
-            )
         self._optimizer.zero_grad()  # what a step left that did not come to its end
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, config.lr_factor)
         self._budget = None if config.kl_budget is None else KLBudget(config.kl_budget)
@@ -121,9 +110,11 @@ class Training:
 
     def gradients(
         self, elbo: Any, minibatches: Iterator[Batch], beta: float
-    ) -> tuple[float, float]:
-        """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N and the NLL."""
+    ) -> tuple[float, float, float]:
+        """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N, the NLL and the KL."""
         loss, nll = 0.0, 0.0
+        kl = _closed_form_kl(self._model, self._guide)
+        latents = LatentKL()
         # Checks are worth their time once: sites, shapes and supports do not change.
         check = self.step == 0
         sites = AllSites(self.parameters) if check else nullcontext()
@@ -131,23 +122,24 @@ class Training:
             for _ in range(self._config.accumulation):
                 # Once: adapter and likelihood each need it there.
                 batch = next(minibatches).to(self._device)
-                with ObservedNLL() as observed:
+                observed = ObservedNLL(self._model.num_data, len(batch))
+                with observed, latents if kl is None else nullcontext():
                     negative_elbo = elbo.loss_and_grads(self._model, self._guide, batch)
                 loss += negative_elbo * self._per_example
                 nll += observed.total() * self._per_example
-        return loss, nll
+        return loss, nll, latents.total() if kl is None else kl
 
     def over_ranks(
-        self, loss: float, nll: float, checkpoints: Checkpoints | None
-    ) -> tuple[float, float, bool]:
-        """Average the gradients, the loss and the NLL; and whether a process was asked to stop."""
+        self, loss: float, nll: float, kl: float, checkpoints: Checkpoints | None
+    ) -> tuple[float, float, float, bool]:
+        """Average the gradients and these; and whether a process was asked to stop."""
         stop = checkpoints is not None and checkpoints.asked
         if world_size() == 1:
-            return loss, nll, stop
-        terms = torch.tensor([loss, nll, float(stop)], device=self._device)
+            return loss, nll, kl, stop
+        terms = torch.tensor([loss, nll, kl, float(stop)], device=self._device)
         average_gradients(self.parameters, terms)
-        loss, nll, share = terms.tolist()
-        return loss, nll, share > 0  # all stop if one is asked to
+        loss, nll, kl, share = terms.tolist()
+        return loss, nll, kl, share > 0  # all stop if one is asked to
 
     def clip(self, loss: float) -> None:
         """Scale the gradients to those of −ELBO/N, of a norm that is not too large.
@@ -173,14 +165,13 @@ class Training:
         factor = min(1.0, self._config.clip_norm / (norm + 1e-6))
         torch._foreach_mul_(gradients, self._per_example * factor)
 
-    def record(self, loss: float, nll: float, beta: float) -> None:
+    def record(self, loss: float, nll: float, kl: float, beta: float) -> None:
         """Add a row to the history, of the parameters before the step."""
-        rest = (loss - nll) * self._model.num_data
         row: dict[str, float] = {
             "step": self.step + 1,
             "loss": loss,
             "nll": nll,
-            "kl": _kl(self._model, self._guide, rest, beta),
+            "kl": kl,
             "kl_weight": beta,
             "lr_factor": self._config.lr_factor(self.step),
         }
@@ -306,18 +297,13 @@ class Training:
 
 
 @torch.no_grad()
-@pyro.validation_enabled(False)  # the step has seen these very distributions
-def _kl(model: LoRAModel, guide: Callable[..., Any], rest: float, beta: float) -> float:
-    """KL(q‖p) in nats: in closed form where there is one, else the loss's own estimate.
-
-    :param rest: β·KL − log p(B), what the loss is made of beside the NLL.
-    """
+@pyro.validation_enabled(False)  # the step sees these very distributions
+def _closed_form_kl(model: LoRAModel, guide: Callable[..., Any]) -> float | None:
+    """KL(q‖p) in nats, where there is a closed form."""
     if guide is no_guide:
         return 0.0
     prior = getattr(model, "prior", None)
-    if hasattr(guide, "kl") and prior is not None and not getattr(prior, "latents", None):
-        exact = guide.kl(prior())
-        if exact is not None:
-            return float(exact)
-    log_prior_B = float(model.log_prior_B()) if isinstance(model, ScalaBLModel) else 0.0
-    return (rest + log_prior_B) / beta
+    if not hasattr(guide, "kl") or prior is None or getattr(prior, "latents", None):
+        return None
+    kl: float | None = guide.kl(prior())
+    return kl

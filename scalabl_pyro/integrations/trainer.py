@@ -15,11 +15,12 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data import Batch, Split
 from ..guides import AutoSubspaceDelta
+from ..guides.base import check_is_guide
 from ..infer.kl import KLSchedule, kl_weight
 from ..infer.messengers import AllSites
-from ..infer.parameters import make_parameters, parameter_groups
+from ..infer.parameters import check_moves, make_parameters, parameter_groups
 from ..infer.training import no_guide
-from ..models.model import LoRAModel, ScalaBLModel
+from ..models.model import LoRAModel, ScalaBLModel, check_model
 from ..prediction.assessment import assess, check_labelled
 from ..prediction.draws import draw
 from ..prediction.metrics import average
@@ -52,11 +53,13 @@ class ELBOTrainer(transformers.Trainer):
     :param eval_dataset: a labelled split, for ``args.eval_strategy`` and :meth:`evaluate`.
     :param predictor: makes what is evaluated; if left out, an average over 10 draws of s, or of
         plain LoRA without a guide the matrices as they are.
-    :param options: of ``transformers.Trainer``, such as ``callbacks``.
-    :raises TypeError: if a split is something else, or ``kl`` is.
+    :param options: ``callbacks`` and ``optimizers`` of ``transformers.Trainer``; an optimizer is
+        over the parameters of :func:`~scalabl_pyro.infer.parameter_groups`.
+    :raises TypeError: if model, guide or a split is something else, or ``kl`` is, or another option
+        is given.
     :raises ValueError: if ``max_steps`` is not set, a record has no label, nothing is trained,
-        there is nothing that could be evaluated, or ``args`` would run on another device than the
-        adapter's.
+        there is nothing that could be evaluated, ``args`` asks for what this loss has not, or it
+        would run on another device than the adapter's or in several processes.
 
     Usage::
 
@@ -81,6 +84,9 @@ class ELBOTrainer(transformers.Trainer):
         predictor: Callable[[], Predicts] | None = None,
         **options: Any,
     ) -> None:
+        check_model(model, plain=True)
+        check_is_guide(guide)
+        _check_arguments(args, options)
         if args.max_steps < 1:
             raise ValueError(
                 f"args.max_steps is {args.max_steps}: expected the number of steps, for batches are"
@@ -97,11 +103,6 @@ class ELBOTrainer(transformers.Trainer):
             raise ValueError("training needs a label in every record")
         if eval_dataset is not None:
             check_labelled(eval_dataset.records, "eval_dataset")
-        if options.get("compute_metrics") is not None:
-            raise ValueError(
-                "compute_metrics is given, and evaluation has metrics of its own: leave it out, and"
-                " compute others from predict()"
-            )
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         if args.greater_is_better and best.startswith(_LOW_IS_GOOD):
             raise ValueError(
@@ -120,6 +121,9 @@ class ELBOTrainer(transformers.Trainer):
         self._groups = parameter_groups(
             model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
         )
+        given, _ = options.get("optimizers", (None, None))
+        if given is not None:
+            check_moves(given, [p for group in self._groups for p in group["params"]])
         self._train, self._adapter = train, model.adapter
         self._predictor = predictor or (lambda: _average(model, guide, train))
         self._kl = KLSchedule() if kl is None else kl
@@ -186,9 +190,10 @@ class ELBOTrainer(transformers.Trainer):
         return PredictionOutput(log_probs, None if labels is None else labels.numpy(), {})
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """That of ``args``, over the two groups of parameters."""
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = kind(self._groups, **options)
+        """The one given, or that of ``args`` over the two groups of parameters."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self._groups, **options)
         return self.optimizer
 
     def compute_loss(
@@ -201,6 +206,38 @@ class ELBOTrainer(transformers.Trainer):
         with sites, kl_weight(self._kl(self.state.global_step, self.args.max_steps)):
             loss: Tensor = model(inputs["batch"])
         return loss
+
+
+def _check_arguments(args: transformers.TrainingArguments, options: dict[str, Any]) -> None:
+    """Refuse what would have no effect, or another one than it says.
+
+    :raises TypeError: for an option.
+    :raises ValueError: for an argument.
+    """
+    known = {"callbacks", "optimizers"}
+    fixes = {
+        "train_dataset": "it is train here",
+        "compute_metrics": "evaluation has metrics of its own; compute others from predict()",
+        "data_collator": "a split collates its own batches",
+        "compute_loss_func": "the loss is −ELBO/N; another one is elbo= or the model's observe",
+        "optimizer_cls_and_kwargs": "give optimizers=(optimizer, None)",
+    }
+    for name, value in options.items():
+        if name not in known and value is not None:
+            fix = fixes.get(name, "leave it out")
+            raise TypeError(f"{name} is given, and ELBOTrainer takes {sorted(known)} alone: {fix}")
+    for name, fix in {
+        "gradient_checkpointing": "pass gradient_checkpointing=True to SubspaceAdapter",
+        "label_smoothing_factor": "a likelihood has none; override the model's observe",
+        "neftune_noise_alpha": "noise on embeddings is no part of the model; leave it out",
+    }.items():
+        if value := getattr(args, name):
+            raise ValueError(f"args.{name} is {value}: {fix}")
+    if args.world_size > 1:
+        raise ValueError(
+            f"args.world_size is {args.world_size}, and each process would train on the same"
+            " batches: use fit, or accelerate launch -m scalabl_pyro train, which share them"
+        )
 
 
 def _check_known(model: LoRAModel, guide: Callable[..., Any]) -> None:
@@ -224,15 +261,16 @@ def _average(model: LoRAModel, guide: Callable[..., Any], train: Split) -> Predi
 
 
 class _Objective(nn.Module):
-    """−ELBO/N as a module, with the parameters that it trains."""
+    """−ELBO/N as a module, with the parameters that it trains, and with those that stay but are
+    made from the data or at random, so that a checkpoint has them."""
 
     def __init__(self, model: LoRAModel, guide: Callable[..., Any], elbo: Any) -> None:
         super().__init__()
         self.model, self.guide, self._elbo = model, guide, elbo
-
-    def train(self, mode: bool = True) -> _Objective:
-        self.model.adapter.train(mode)
-        return super().train(mode)
+        state = model.adapter.state()
+        self.frozen = nn.ParameterDict(
+            {name.replace(".", "__"): p for name, p in state.items() if not p.requires_grad}
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         loss: Tensor = self._elbo.differentiable_loss(self.model, self.guide, batch)

@@ -27,7 +27,7 @@ from ..readouts.base import Readout
 from .checkpointing import Checkpointing
 from .flipout import flipped
 from .heads import hold_float32_heads
-from .hooks import Bound, Hooks
+from .hooks import Bound, Hooks, OnePass
 from .layers import ADAPTER, PERP, add_lora, add_perp
 from .matrices import LoRAMatrices
 from .output_layer import prepare_output_layer
@@ -149,6 +149,8 @@ class SubspaceAdapter:
         self._hooks = Hooks(
             self._llm, A_of, self._rows, unit=self.unit, full=core == "full", perp=self.perp_A
         )
+        # What hooks and trunk read stands in the modules: threads take turns.
+        self._one_pass = OnePass()
         self._checkpointing = Checkpointing(self._llm, self._hooks)
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
@@ -309,17 +311,18 @@ class SubspaceAdapter:
         :param s: (M, r), or (M, r + k) with s_perp, whose rows are a second adapter of PEFT's.
         """
         matrices = [*self._A, *self.perp_A]
-        originals = [A.weight.clone() for A in matrices]
         of_A, of_perp = self._hooks.effective(s).split([self._hooks.width, self.perp], dim=-1)
         scales = [*of_A, *of_perp][: len(matrices)]
-        try:
-            for A, scale in zip(matrices, scales, strict=True):
-                A.weight.copy_(_scaled_rows(A.weight, scale.to(A.weight)))
-            with self._hooks.rebound(Bound()):
-                yield self.peft_model
-        finally:
-            for A, weight in zip(matrices, originals, strict=True):
-                A.weight.copy_(weight)
+        with self._one_pass:
+            originals = [A.weight.clone() for A in matrices]
+            try:
+                for A, scale in zip(matrices, scales, strict=True):
+                    A.weight.copy_(_scaled_rows(A.weight, scale.to(A.weight)))
+                with self._hooks.rebound(Bound()):
+                    yield self.peft_model
+            finally:
+                for A, weight in zip(matrices, originals, strict=True):
+                    A.weight.copy_(weight)
 
     @contextmanager
     @torch.no_grad()
@@ -329,14 +332,15 @@ class SubspaceAdapter:
         :param weights: by the names of :meth:`state`.
         """
         stored = self.state()
-        originals = {name: stored[name].clone() for name in weights}
-        try:
-            for name, value in weights.items():
-                stored[name].copy_(value)
-            yield
-        finally:
-            for name, value in originals.items():
-                stored[name].copy_(value)
+        with self._one_pass:
+            originals = {name: stored[name].clone() for name in weights}
+            try:
+                for name, value in weights.items():
+                    stored[name].copy_(value)
+                yield
+            finally:
+                for name, value in originals.items():
+                    stored[name].copy_(value)
 
     def shard(self) -> None:
         """Spread the base model over the processes that train together (see ``distributed``)."""
@@ -387,7 +391,7 @@ class SubspaceAdapter:
         :raises ValueError: if s has another shape.
 
         s and the shift stay bound until the next call, for a checkpointed backward pass runs the
-        model again.
+        model again. Threads take turns, a pass each; they cannot train one adapter at once.
         """
         return self._run(batch, s, per_example=per_example, shift=shift)
 
@@ -418,11 +422,12 @@ class SubspaceAdapter:
         shift: Tensor | None = None,
         leaving: TrunkOutput | None = None,
     ) -> Tensor:
-        try:
-            return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
-        except TrunkError as error:
-            self.trunk.stop_sharing(error)
-            return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
+        with self._one_pass:
+            try:
+                return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
+            except TrunkError as error:
+                self.trunk.stop_sharing(error)
+                return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
 
     def _pass(
         self,
@@ -489,7 +494,7 @@ class SubspaceAdapter:
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.
         """
-        with self._hooks.rebound(self._hooks.bound):
+        with self._one_pass, self._hooks.rebound(self._hooks.bound):
             self._hooks.bind(s)
             yield self._llm
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .flipout import Shift
 from .rows import RowCheck
 
-__all__ = ["Bound", "Hooks"]
+__all__ = ["Bound", "Hooks", "OnePass"]
 
 
 class Bound(NamedTuple):
@@ -28,6 +29,22 @@ class Bound(NamedTuple):
     s: tuple[Tensor, ...] | None = None
     shift: tuple[Shift, ...] | None = None
     tokens: tuple[int, int] | None = None
+
+
+class OnePass:
+    """One thread at a time, within which passes may hold others. A copy is a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OnePass], tuple[()]]:
+        return OnePass, ()
 
 
 class Hooks:
@@ -80,6 +97,8 @@ class Hooks:
         self.bound = Bound()
         if s is None and not (self._unit or self._perp):
             return torch.Size()
+        if not (s is None or isinstance(s, Tensor)):
+            raise TypeError(f"s is a {type(s).__name__}: expected a tensor (*draws, M, r)")
         if s is None:
             s = self.identity()
         each = self.effective(s)
@@ -113,7 +132,7 @@ class Hooks:
         :raises ValueError: if s has another shape.
         """
         M, D, k = len(self._A), self.width, self._perp[0].weight.shape[0] if self._perp else 0
-        if s.shape[-2:] not in ((M, D), (M, D + k)):
+        if s.shape[-2:] not in ((M, D), (M, D + k)) or 0 in s.shape:
             raise ValueError(
                 f"s has shape {tuple(s.shape)}: expected (*draws, M, {'r²' if self._full else 'r'})"
                 f" = (*draws, {M}, {D})" + (f", or with s_perp (*draws, {M}, {D + k})" if k else "")

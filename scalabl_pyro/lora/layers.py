@@ -130,10 +130,15 @@ def _check_layers(layers: dict[str, LoraLayer]) -> None:
                 f"{name} is adapted by {type(layer).__name__}, which does not call"
                 " lora_B(lora_A(x)); target linear layers only"
             )
-        if layer.lora_variant:
+        base = type(layer.get_base_layer()).__name__
+        if "Router" in base:  # a linear layer that returns more than its product
             raise ValueError(
-                f"{name} uses the LoRA variant {layer.lora_variant}; only plain LoRA is served"
+                f"{name} is a {base}, which chooses experts: name other layers in target_modules,"
+                " such as q_proj and v_proj"
             )
+        if layer.lora_variant:
+            variant = ", ".join(type(each).__name__ for each in layer.lora_variant.values())
+            raise ValueError(f"{name} uses the LoRA variant {variant}; only plain LoRA is served")
         if layer.merged:
             raise ValueError(f"{name} is merged into its base layer; unmerge it first")
         if layer.in_features < layer.r[ADAPTER]:

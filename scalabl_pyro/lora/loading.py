@@ -128,10 +128,10 @@ def load_llm(
     ]
     if untrained:
         prefix = f"{llm.base_model_prefix}."
-        modules = sorted({key.removeprefix(prefix).split(".")[0] for key in untrained})
+        modules = {key.removeprefix(prefix).split(".")[0] for key in untrained}
         raise UntrainedHeadError(
             f"{config.name!r} has no weights for {sorted(untrained)}, which would stay random",
-            f"train them whole, as by lora.heads=[{','.join(modules)}]",
+            f"train them whole, as by lora.heads=[{','.join(sorted({*heads, *modules}))}]",
         )
     return prepare(llm, readout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -13,7 +14,8 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
+from pyro.ops.provenance import detach_provenance
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from ..data import Batch, Split
@@ -21,7 +23,14 @@ from ..lora.adapter import SubspaceAdapter
 from ..readouts.completion_tokens import NO_TOKEN
 from .priors import FixedPrior, Prior
 
-__all__ = ["LoRAModel", "Projections", "ScalaBLModel", "require_module_local_params"]
+__all__ = [
+    "LoRAModel",
+    "Projections",
+    "ScalaBLModel",
+    "check_model",
+    "check_observes",
+    "require_module_local_params",
+]
 
 
 def require_module_local_params() -> None:
@@ -30,7 +39,7 @@ def require_module_local_params() -> None:
         raise RuntimeError(
             "Pyro's module_local_params is off, so a second model would silently inherit the first"
             " one's parameters; call pyro.settings.set(module_local_params=True) first"
-            " (importing scalabl_pyro does)"
+            " (making a prior, model or guide of scalabl_pyro did)"
         )
 
 
@@ -48,23 +57,34 @@ class Projections(PyroModule):
             with pyro.plate("data", num_data, subsample_size=len(batch)):
                 pyro.sample("label", dist.Categorical(logits=adapter(batch, s)), obs=batch.labels)
 
+    They are points: the model computes with the tensors that the layers hold, whatever value a
+    handler gives a site.
+
     :raises RuntimeError: if ``module_local_params`` is off.
+    :raises ValueError: when called, if a site has another value than the layer's own tensor, as
+        under ``poutine.lift`` or after ``load_state_dict(assign=True)``.
     """
 
     def __init__(self, adapter: SubspaceAdapter) -> None:
         require_module_local_params()
         super().__init__()
-        self._names: list[str] = []
+        self._held: dict[str, nn.Parameter] = {}  # by attribute, the tensors of the layers
         self._declared = slice(None)
         for name, parameter in adapter.named_parameters().items():
             attribute = name.replace(".", "__")
             setattr(self, attribute, PyroParam(parameter, constraints.real))
             self._parameters[f"{attribute}_unconstrained"] = parameter  # not a copy of it
-            self._names.append(attribute)
+            self._held[attribute] = parameter
 
     def forward(self) -> None:
-        for name in self._names[self._declared]:
-            getattr(self, name)  # reading a PyroParam makes it a site
+        for name in list(self._held)[self._declared]:
+            value = getattr(self, name)  # reading a PyroParam makes it a site
+            if detach_provenance(value) is not self._held[name]:
+                raise ValueError(
+                    f"the site of {name} has another value than the layer's own tensor, with which"
+                    " the model computes: projections are points; for a prior on B give"
+                    " ScalaBLModel(…, scale_B=…), and load states without assign=True"
+                )
 
     @contextmanager
     def one_site(self) -> Iterator[None]:
@@ -98,13 +118,23 @@ class LoRAModel(PyroModule):
 
     :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
     :param num_data: N, which scales a minibatch to the data set.
+    In training mode, ``model.train()``, which ``fit`` sets, LoRA's dropout acts if there is some.
+
+    :raises TypeError: if the adapter is a module, such as the language model itself.
     :raises RuntimeError: if ``module_local_params`` is off.
     """
 
     def __init__(self, adapter: SubspaceAdapter, *, num_data: int) -> None:
         require_module_local_params()
-        if num_data < 1 or num_data != int(num_data):
-            raise ValueError(f"num_data is {num_data}: expected the number of training examples")
+        if isinstance(adapter, nn.Module) or not callable(adapter):
+            raise TypeError(
+                f"adapter is a {type(adapter).__name__}: expected a SubspaceAdapter, such as"
+                " sp.from_pretrained returns"
+            )
+        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+            raise ValueError(
+                f"num_data is {num_data!r}: expected the number of training examples, len(train)"
+            )
         super().__init__()
         self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters
         self.num_data = num_data
@@ -113,6 +143,12 @@ class LoRAModel(PyroModule):
     @property
     def adapter(self) -> SubspaceAdapter:
         return self._adapter[0]
+
+    def train(self, mode: bool = True) -> LoRAModel:
+        """Training mode of the adapter too, on or off."""
+        self.adapter.train(mode)
+        super().train(mode)
+        return self
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C); observes ``"label"`` if the batch has labels, and samples it otherwise."""
@@ -140,9 +176,9 @@ class LoRAModel(PyroModule):
             self.adapter.start_readout(train)
 
     def data_plate(self, batch: Batch) -> pyro.plate:
-        """The plate ``"data"``, of which the batch is B out of N, or all that there is if it has no
-        labels."""
-        size = len(batch) if batch.labels is None else self.num_data
+        """The plate ``"data"`` of size N, of which the batch is B: its log-likelihood counts N/B
+        times. Labels that are to be drawn may be more than N."""
+        size = self.num_data if batch.labels is not None else max(self.num_data, len(batch))
         rows = torch.arange(len(batch), device=batch.choices.device)  # so that Pyro draws no subset
         return pyro.plate("data", size, subsample=rows, dim=-1)
 
@@ -219,6 +255,7 @@ class ScalaBLModel(LoRAModel):
                 "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
                 " adapter (lora.start)"
             )
+        _check_support(prior)
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
         #: of ``"s_perp"``, with event shape (M, k); ``None`` where the adapter has none
@@ -269,3 +306,39 @@ class ScalaBLModel(LoRAModel):
             # Vectorised particles keep a dimension of size 1 where the data plate goes.
             logits = logits.squeeze(s.dim() - 3)
         return self.observe(batch, logits)
+
+
+def _check_support(prior: Prior) -> None:
+    """:raises ValueError: if a prior of part of the line does not say so: guides would leave it."""
+    if isinstance(prior, FixedPrior) or prior.support is not constraints.real:
+        return
+    # It may sample its latent scales, which must not move the global random state.
+    with torch.random.fork_rng(range(torch.cuda.device_count())), pyro.poutine.block():
+        support: Any = deepcopy(prior)().support  # Pyro names the sites of what has run
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if not support.check(torch.tensor([-1e6, 1e6])).all():
+        raise ValueError(
+            f"{type(prior).__name__} has s in {support}, and its attribute support is the real"
+            f" line: set support = constraints.{support} in the class"
+        )
+
+
+def check_model(model: object, *, plain: bool = False) -> None:
+    """:raises TypeError: unless it is a :class:`ScalaBLModel`, or with ``plain`` a LoRAModel."""
+    kind = LoRAModel if plain else ScalaBLModel
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a {kind.__name__}, such as"
+            " ScalaBLModel(adapter, num_data=len(train)); a model written by hand is for"
+            " pyro.infer.SVI, Predictive and Pyro's guides"
+        )
+
+
+def check_observes(model: ScalaBLModel, what: str) -> None:
+    """:raises ValueError: if its ``forward`` is its own, which what is named would not run."""
+    if type(model).forward is not ScalaBLModel.forward:
+        raise ValueError(
+            f"{type(model).__name__} overrides forward, and {what} computes with observe: override"
+            " observe(batch, logits) instead, or use pyro.infer"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
@@ -15,8 +16,7 @@ from torch.quasirandom import SobolEngine
 
 from ..data import Batch
 from ..guides import AutoSubspace
-from ..lora.adapter import SubspaceAdapter
-from ..models.model import LoRAModel
+from ..guides.base import check_is_guide
 
 __all__ = ["KINDS", "draw", "hold", "signal_to_noise"]
 
@@ -55,12 +55,7 @@ def draw(
         raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
     if kind not in KINDS:
         raise ValueError(f"the kind of draws is {kind!r}: expected one of {sorted(KINDS)}")
-    if not callable(guide) or isinstance(guide, (type, LoRAModel, SubspaceAdapter)):
-        fixes = {"Laplace": ".guide", "Chains": ".thin(num_draws), which are draws already"}
-        fix = fixes.get(type(guide).__name__)
-        raise TypeError(
-            f"guide is a {type(guide).__name__}: expected " + (f"its {fix}" if fix else "a guide")
-        )
+    check_is_guide(guide)
     # Seeding touches every device, wherever the guide lives.
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
@@ -78,11 +73,17 @@ def _independent(
             f"{type(guide).__name__} is made at its first call, with what the model is called"
             " with: give batch=, a batch of the training split"
         )
-    samples = [guide(batch) for _ in range(num_draws)]
+    traces: list[Any] = [poutine.trace(guide).get_trace(batch) for _ in range(num_draws)]
+    if "s" not in traces[0].nodes:
+        names = list(traces[0].stochastic_nodes)
+        raise ValueError(
+            f"the guide samples {names}, and not 's': expected a guide of the model as it is; one"
+            " of a model under poutine.reparam predicts by pyro.infer.Predictive"
+        )
     parts = [
-        torch.stack([sites[name] for sites in samples])
+        torch.stack([trace.nodes[name]["value"] for trace in traces])
         for name in ("s", "s_perp")
-        if name in samples[0]
+        if name in traces[0].nodes
     ]
     return torch.cat(parts, -1)
 
@@ -109,6 +110,11 @@ def _known(guide: Callable[..., Any], kind: str) -> tuple[TorchDistribution, Ten
         raise ValueError(
             f"{kind} draws need a guide of scalabl_pyro, whose q(s) is known, and this one is a"
             f" {type(guide).__name__}; use kind='independent'"
+        )
+    if not guide.draws_from_posterior:
+        raise ValueError(
+            f"{kind} draws are of get_posterior(), and {type(guide).__name__} overrides forward;"
+            " use kind='independent'"
         )
     inner = posterior = guide.get_posterior()
     while hasattr(inner, "base_dist"):

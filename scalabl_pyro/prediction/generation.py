@@ -251,7 +251,9 @@ def continue_tokens(
     def run(numbers: Sequence[int]) -> list[ScoredText]:
         texts = _generate(predictor, [rows[n] for n in numbers], numbers, decoding)
         if numbers[0] == first:
-            _check_cache(predictor, rows[first], texts[0])
+            # The shortest prompt has the most padding before it.
+            at = min(range(len(numbers)), key=lambda index: len(rows[numbers[index]]))
+            _check_cache(predictor, rows[numbers[at]], texts[at])
         return texts
 
     return islice(in_chunks(predictor, range(first, len(rows)), run), start - first, None)
@@ -366,7 +368,8 @@ def read_again(predictor: Predictor, prompt: Sequence[int], ids: Sequence[int]) 
 
 def _check_cache(predictor: Predictor, prompt: list[int], text: ScoredText) -> None:
     """Refuse a model whose cache leads elsewhere than a pass over the finished text, by which it
-    was trained: for instance one whose first position is not 0, which ``generate`` does not know.
+    was trained: for instance one whose first position is not 0, which ``generate`` does not know,
+    or one that reads the padding before a prompt.
     """
     llm = language_model(predictor)
     ids = text.ids[:_CHECKED]

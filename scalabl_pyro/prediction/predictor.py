@@ -97,7 +97,8 @@ class Predictor:
             raise ValueError(
                 f"draws has shape {tuple(self.draws.shape)}: expected (S, M, r) = (S, {M}, {r})"
                 + (f", or (S, {M}, {r + k}) with s_perp" if k else "")
-                + "; one s (M, r) is s[None], and of chains it is chains.thin(S)"
+                + "; one s (M, r) is s[None], of chains it is chains.thin(S), and of what"
+                " Predictive returns, (S, 1, M, r), it is s.squeeze(1)"
             )
         if self.draws is not None and not len(self.draws):
             raise ValueError("draws holds no draw: expected (S, M, r), S of 1 or more")

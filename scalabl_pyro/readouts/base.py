@@ -240,7 +240,7 @@ class Readout(ABC):
             ``max_length`` and ``truncate`` is off (the message says how many and how long).
         """
         check_records(records)
-        examples, too_long, longest = [], 0, 0
+        examples, too_long, longest, longest_id = [], 0, 0, ""
         tokenizer = self.tokenizer
         # Unknown words are words.
         nothing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -265,14 +265,16 @@ class Readout(ABC):
                 )
             length = max(map(len, rows["input_ids"]))
             if length > self.max_length:
-                too_long, longest = too_long + 1, max(longest, length)
+                too_long += 1
+                if length > longest:
+                    longest, longest_id = length, record.id
                 if self.truncate:
                     rows = self._truncate(record)
             examples.append(Example(rows, len(record.choices), record.label))
         if too_long:
             problem = (
                 f"{too_long} of {len(examples)} prompts exceed the context of {self.max_length}"
-                f" tokens (longest: {longest})"
+                f" tokens (longest: {longest}, of record {longest_id!r})"
             )
             if not self.truncate:
                 raise DataError(

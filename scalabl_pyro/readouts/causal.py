@@ -245,6 +245,33 @@ def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> 
     return llm(**inputs, position_ids=positions, use_cache=False, **extra).logits[:, -count:]
 
 
+@torch.no_grad()
+def check_left_padding(llm: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Refuse a recurrent model that reads the padding before a row: its logits would depend on what
+    else is in the batch.
+
+    :param ids: a short text.
+    :raises ValueError: if it does.
+    """
+    # Attention has a mask; of the others transformers says that they carry a state.
+    if not getattr(llm, "_is_stateful", False) or llm.device.type == "meta":
+        return
+    alone = torch.tensor([ids], device=llm.device)
+    padded = torch.tensor([[ids[0]] * 8 + list(ids)], device=llm.device)
+    logits = []
+    for rows in (alone, padded):
+        mask = torch.ones_like(rows)
+        mask[:, : rows.shape[1] - len(ids)] = 0
+        logits.append(last_logits(llm, {"input_ids": rows, "attention_mask": mask}, 1).float())
+    off = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+    if off > (1e-3 if llm.dtype in (torch.float32, torch.float64) else 2**-4):
+        raise ValueError(
+            f"{type(llm).__name__} reads the padding before a shorter prompt: the logits of a text"
+            f" move by {off:.2g} of the largest, so that they would depend on the batch; set"
+            " model.readout=choice_likelihood, which pads behind"
+        )
+
+
 def _first_position(llm: PreTrainedModel) -> int:
     """The position of a row's first token; RoBERTa and its kin count on from the padding index."""
     embeddings = getattr(llm.base_model, "embeddings", None)

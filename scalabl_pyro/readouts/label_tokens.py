@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import PROMPTS, Prompt, Record
 from .base import Classes
-from .causal import CausalReadout, last_logits, left_padded, templated
+from .causal import CausalReadout, check_left_padding, last_logits, left_padded, templated
 from .config import ReadoutConfig
 
 __all__ = ["LabelTokens"]
@@ -92,6 +92,11 @@ class LabelTokens(CausalReadout):
     def manifest(self, llm: PreTrainedModel) -> dict[str, Any]:
         labels = {"label_words": list(self.label_words), "label_ids": self.label_ids.tolist()}
         return labels | super().manifest(llm)
+
+    def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """As :meth:`Readout.attach`; looks whether the model takes padding before a prompt."""
+        check_left_padding(llm, self.label_ids.tolist())
+        return super().attach(llm)
 
     def _label_ids(self, form: str | None) -> tuple[str, list[int]]:
         if form is not None and form not in _FORMS:

@@ -331,7 +331,10 @@ def test_prompts_that_are_too_long_are_refused_or_cut(tokenizer, caplog):
     records = make_records(6)
     prompt = PROMPTS["letters"]
     short = LabelTokens(tokenizer, prompt, "ABCD", max_length=17)
-    with pytest.raises(DataError, match=r"of 6 prompts exceed the context of 17 tokens \(longest"):
+    with pytest.raises(
+        DataError,
+        match=r"of 6 prompts exceed the context of 17 tokens \(longest: \d+, of record 'q",
+    ):
         short.encode(records)
     cutting = LabelTokens(tokenizer, prompt, "ABCD", max_length=17, truncate=True)
     with caplog.at_level(logging.WARNING):

@@ -478,3 +478,22 @@ def test_records_with_other_choices_than_the_runs_are_refused(own, tmp_path, cap
     write(tmp_path / "new.csv", TEXTS + "n,the red dog runs,dog\n")
     assert scalabl("evaluate", *quiet, "data.path=new.csv", "data.classes=[dog,cat]") == 1
     assert "but the classes are ['cat', 'dog'], in this order" in capsys.readouterr().err
+
+
+def test_data_saved_to_disk_is_told_from_a_folder_of_files(tmp_path):
+    """Of splits it is read; of one table it is said how to write it."""
+    rows = [{"question": "a", "choices": ["x", "y"], "label": n % 2} for n in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=r"one is a folder: expected one file; data\.root"):
+        read_records(tmp_path / "one")
+    for name in ("one", "two"):
+        with pytest.raises(DataError, match=r"saved by save_to_disk: give data\.hub=.*to_parquet"):
+            read_folder(tmp_path / name)
+    with pytest.raises(DataError, match=r"one table saved by save_to_disk, .*to_parquet"):
+        DataSource(hub=str(tmp_path / "one")).read()
+    records = DataSource(hub=str(tmp_path / "two")).read()
+    assert [record.label for record in records["train"]] == [0, 1, 0, 1]
+    table.to_parquet(tmp_path / "written" / "train.parquet")
+    assert len(read_folder(tmp_path / "written")["train"]) == 4

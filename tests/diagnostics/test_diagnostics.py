@@ -24,7 +24,8 @@ from scalabl_pyro.data.batches import Example
 from scalabl_pyro.diagnostics.inference_data import to_inference_data
 from scalabl_pyro.diagnostics.psis import loo, pareto_k
 from scalabl_pyro.guides import GUIDES
-from scalabl_pyro.models.priors import PRIORS
+from scalabl_pyro.infer import laplace
+from scalabl_pyro.models.priors import PRIORS, Prior
 
 HISTORY = [
     {"step": 1, "loss": 3.0, "nll": 2.0, "kl": 8.0, "kl_weight": 0.5},
@@ -309,3 +310,59 @@ def test_k_hat_against_its_closed_form(scale):
     predictor = Predictor(toy.adapter, draw(guide, 100_000, seed=0), max_rows=10**6)
     data = to_inference_data(predictor, toy.split, model=toy.model, guide=guide)
     assert pareto_k(data) == pytest.approx(1 - scale**2, abs=0.05)
+
+
+def test_what_would_be_computed_without_the_models_own_forward_is_refused(make_causal, records):
+    class Tripled(ScalaBLModel):
+        def forward(self, batch):
+            self.projections()
+            s = pyro.sample("s", self.prior())
+            return self.observe(batch, 3 * self.adapter(batch, s))
+
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = Tripled(adapter, num_data=len(split))
+    predictor = Predictor(adapter, torch.randn(4, *adapter.shape))
+    with pytest.raises(ValueError, match="Tripled overrides forward, and to_inference_data"):
+        to_inference_data(predictor, split, model=model)
+    with pytest.raises(ValueError, match="Tripled overrides forward, and laplace"):
+        laplace(model, split)
+
+
+def test_sites_of_prior_and_guide_are_the_same_or_told(make_causal, records):
+    class Forgetful(Prior):
+        """Samples a scale, and does not say so."""
+
+        def forward(self):
+            scale = pyro.sample("tau", dist.HalfNormal(1.0).expand((1, 1)).to_event(2))
+            return dist.Normal(scale.new_zeros(self.shape), scale).to_event(2)
+
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=Forgetful(adapter.shape))
+    guide = AutoSubspaceNormal(model)
+    predictor = Predictor(adapter, draw(guide, 30, seed=0))
+    with pytest.raises(ValueError, match=r"prior samples \['s', 'tau'\], and the guide \['s'\]"):
+        to_inference_data(predictor, split, model=model, guide=guide)
+
+
+def test_likelihoods_of_which_no_label_can_be_drawn_are_named(make_causal, records):
+    class Factor(ScalaBLModel):
+        def observe(self, batch, logits):
+            with self.data_plate(batch):
+                pyro.factor("label", dist.Categorical(logits=logits).log_prob(batch.labels))
+            return logits
+
+    class Renamed(ScalaBLModel):
+        def observe(self, batch, logits):
+            with self.data_plate(batch):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=batch.labels)
+            return logits
+
+    adapter = make_causal()
+    split = adapter.encode(records)
+    predictor = Predictor(adapter, torch.randn(4, *adapter.shape))
+    for kind in (Factor, Renamed):
+        model = kind(adapter, num_data=len(split))
+        with pytest.raises(ValueError, match=rf"{kind.__name__} observes .*: expected a site"):
+            to_inference_data(predictor, split, model=model)

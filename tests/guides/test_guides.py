@@ -10,12 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import keeps_the_contract
+from conftest import keeps_the_contract, whole
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroParam
 
-from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, fit
+from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, draw, fit
 from scalabl_pyro.guides import GUIDES, AutoSubspace, make_guide
 from scalabl_pyro.infer import FitConfig
 from scalabl_pyro.models.priors import HierarchicalNormal, Horseshoe
@@ -257,3 +259,74 @@ def test_history_holds_the_closed_form(make_causal, records):
     first = guide.kl(model.prior())
     history = fit(model, guide, split, FitConfig(steps=2), progress=False).history
     assert history[0]["kl"] == pytest.approx(first, rel=1e-6)
+
+
+def test_a_guide_that_draws_in_forward_is_drawn_from_there(make_causal):
+    """As where s depends on another latent site, and q(s) is no single distribution."""
+    model = ScalaBLModel(make_causal(), num_data=12)
+
+    class Own(AutoSubspace):
+        def base(self):
+            return dist.Normal(self._init_loc, 0.1).to_event(2)
+
+        def forward(self, *args):
+            q = dist.Normal(torch.zeros(model.adapter.shape), 1.0).to_event(2)
+            return {"s": pyro.sample("s", q)}
+
+    guide = Own(model)
+    draws = draw(guide, 500, seed=0)
+    torch.testing.assert_close(draws.mean(), torch.tensor(0.0), atol=0.1, rtol=0)
+    torch.testing.assert_close(draws.std(), torch.tensor(1.0), atol=0.1, rtol=0)
+    for kind in ("antithetic", "sobol"):
+        with pytest.raises(ValueError, match="Own overrides forward; use kind='independent'"):
+            draw(guide, 4, seed=0, kind=kind)
+
+
+def test_base_alone_is_enough_to_train(make_causal, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+
+    class Mixture(AutoSubspace):
+        """No normal, and without marginals: its KL is that of its draws."""
+
+        def __init__(self, model):
+            super().__init__(model)
+            self.loc = PyroParam(self._init_loc.clone(), event_dim=2)
+
+        def base(self):
+            return dist.StudentT(5.0, self.loc, 0.1).to_event(2)
+
+    guide = Mixture(model)
+    assert guide.kl(model.prior()) is None
+    result = fit(model, guide, split, FitConfig(3, batch_size=4), progress=False)
+    assert all(math.isfinite(row["kl"]) for row in result.history)
+
+
+def test_draws_of_ordinary_guides_of_pyro(make_causal, records):
+    adapter = make_causal()
+    batch = whole(adapter.encode(records))
+    model = ScalaBLModel(adapter, num_data=len(records))
+
+    def returns_a_tensor(batch):
+        return pyro.sample("s", dist.Normal(adapter.init_loc, 0.1).to_event(2))
+
+    def returns_nothing(batch):
+        returns_a_tensor(batch)
+
+    for guide in (returns_a_tensor, returns_nothing):
+        draws = draw(guide, 300, seed=0)
+        torch.testing.assert_close(draws.mean(0), adapter.init_loc, atol=0.03, rtol=0)
+    moved = pyro.poutine.reparam(model, {"s": LocScaleReparam(0.0)})
+    with pytest.raises(ValueError, match=r"samples \[.*'s_decentered'\], and not 's'"):
+        draw(AutoNormal(moved), 3, seed=0, batch=batch)
+
+
+def test_medians_take_what_those_of_pyros_guides_take(make_causal, records):
+    """So that one guide stands for the other in a line."""
+    model = ScalaBLModel(make_causal(), num_data=12)
+    batch = whole(model.adapter.encode(records))
+    for name in ("normal", "delta", "top_normal"):
+        guide = make_guide(model, name)
+        assert torch.equal(guide.median(batch)["s"], guide.median()["s"])
+        assert torch.equal(guide.quantiles([0.5], batch)["s"], guide.quantiles([0.5])["s"])

@@ -11,8 +11,14 @@ from conftest import make_records, whole
 from numpy.polynomial.hermite_e import hermegauss
 from omegaconf import OmegaConf
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.nn import PyroParam
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
+from pyro.nn import PyroModule, PyroParam
 from torch.nn.functional import logsigmoid
 
 import scalabl_pyro as sp
@@ -677,3 +683,159 @@ def test_the_defaults_are_long_enough_for_sigma():
         settings = OmegaConf.load(CONFIGS / f"{name}.yaml").fit
         steps = dict(steps=settings.steps, lr_guide=settings.get("lr_guide", 1e-2))
         assert FitConfig(**steps).reach > 1, name
+
+
+class OwnScale(ScalaBLModel):
+    """A likelihood in a plate of the batch's own size."""
+
+    def observe(self, batch, logits):
+        with pyro.plate("data", len(batch)):
+            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+        return logits
+
+
+def test_a_likelihood_that_is_not_scaled_to_the_data_is_refused(make_causal, records):
+    """Else everything that runs in minibatches would depend on their size."""
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = OwnScale(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    predictor = sp.Predictor(adapter, sp.draw(guide, 4, seed=0))
+    runs = (
+        lambda size: fit(model, guide, split, FitConfig(1, batch_size=size), progress=False),
+        lambda size: sp.laplace(model, split, batch_size=size),
+        lambda size: sp.mcmc(
+            model, split, num_samples=4, warmup_steps=0, num_chains=1, progress=False,
+            batch_size=size,
+        ),
+        lambda size: sp.to_inference_data(predictor, split, model=model, batch_size=size),
+    )  # fmt: skip
+    for run in runs:
+        with pytest.raises(ValueError, match=r"the observed site 'label' .* self\.data_plate"):
+            run(4)
+        run(len(split))  # one batch of all: nothing is to be scaled
+
+
+class OwnGuide(PyroModule):
+    """Ordinary Pyro, which returns nothing."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.loc = PyroParam(torch.full(shape, 0.3))
+        self.scale = PyroParam(torch.full(shape, 0.2), dist.constraints.positive)
+
+    def forward(self, batch):
+        pyro.sample("s", dist.Normal(self.loc, self.scale).to_event(2))
+
+
+def test_the_kl_is_that_of_q_under_any_elbo(make_causal, records):
+    """A bound of Renyi is no NLL plus KL, and has a KL beside it all the same."""
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    q = torch.distributions.Normal(torch.full(adapter.shape, 0.3), 0.2)
+    p = torch.distributions.Normal(torch.zeros(adapter.shape), 1.0)
+    expected = float(torch.distributions.kl_divergence(q, p).sum())
+    still = FitConfig(steps=1, batch_size=4, lr=1e-9, lr_guide=1e-9, accumulation=2)
+    for elbo in (
+        Trace_ELBO(num_particles=3),
+        RenyiELBO(alpha=0.0, num_particles=5),
+        RenyiELBO(alpha=0.5, num_particles=5, vectorize_particles=True, max_plate_nesting=1),
+    ):
+        result = fit(model, OwnGuide(adapter.shape), split, still, elbo=elbo, progress=False)
+        assert result.history[0]["kl"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kl_of_pyros_own_guides_is_estimated_without_bias(make_causal, records):
+    """They draw an auxiliary site, and hand it on with the density of a transform."""
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=dist.LogNormal(0.0, 1.0))
+    values = {"s": torch.ones(adapter.shape)}
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values=values), init_scale=0.5)
+    still = FitConfig(steps=200, batch_size=4, lr=1e-9, lr_guide=1e-9)
+    result = fit(model, guide, split, still, elbo=RenyiELBO(num_particles=2), progress=False)
+    # log s is normal under both, and a KL does not change with the coordinate.
+    q = torch.distributions.Normal(torch.zeros(adapter.shape), 0.5)
+    p = torch.distributions.Normal(torch.zeros(adapter.shape), 1.0)
+    kl = np.array([row["kl"] for row in result.history])
+    error = kl.std() / len(kl) ** 0.5
+    expected = float(torch.distributions.kl_divergence(q, p).sum())
+    assert abs(kl.mean() - expected) < 4 * error
+    assert 4 * error < 0.2 * expected
+
+
+def test_elbos_that_this_loop_cannot_use_are_named(make_causal, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    wrong = (
+        Trace_ELBO,
+        "trace",
+        pyro.infer.EnergyDistance(),
+        pyro.infer.JitTrace_ELBO(),
+        pyro.infer.ReweightedWakeSleep(),
+        pyro.infer.TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True),
+    )
+    for elbo in wrong:
+        with pytest.raises(TypeError, match=r"elbo is .*: expected an object, such as Trace_ELBO"):
+            fit(model, AutoSubspaceNormal(model), split, FitConfig(1), elbo=elbo)
+
+
+def test_what_is_no_model_or_guide_is_named(make_causal, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+
+    def by_hand(batch):
+        """As in the first notebook."""
+
+    for wrong in (by_hand, adapter, guide, pyro.poutine.scale(model, 0.5)):
+        kind = type(wrong).__name__
+        for run in (
+            lambda wrong=wrong: fit(wrong, guide, split, FitConfig(1)),
+            lambda wrong=wrong: sp.mcmc(wrong, split),
+            lambda wrong=wrong: sp.laplace(wrong, split),
+            lambda wrong=wrong: AutoSubspaceNormal(wrong),
+            lambda wrong=wrong: sp.to_inference_data(
+                sp.Predictor(adapter, adapter.init_loc[None]), split, model=wrong
+            ),
+        ):
+            with pytest.raises(TypeError, match=f"model is a {kind}: expected a .*Model"):
+                run()
+    for wrong in (AutoSubspaceNormal, None, model):
+        with pytest.raises(TypeError, match=r"guide is (the class|a) \w+: expected a guide"):
+            fit(model, wrong, split, FitConfig(1))
+    for wrong, kind in ((0.0, TypeError), (torch.full(adapter.shape, math.nan), ValueError)):
+        with pytest.raises(kind, match="init_loc"):
+            AutoSubspaceNormal(model, init_loc=wrong)
+    with pytest.raises(ValueError, match="init_scale is inf"):
+        AutoSubspaceNormal(model, init_scale=math.inf)
+    with pytest.raises(ValueError, match="kl_budget needs a density"):
+        fit(model, AutoDelta(model), split, FitConfig(1, kl_budget=3.0))
+
+
+class Tempered(ScalaBLModel):
+    """With a latent site beside those of the prior."""
+
+    def forward(self, batch):
+        self.projections()
+        s = pyro.sample("s", self.prior())
+        slope = pyro.sample("slope", dist.LogNormal(0.0, 1.0))
+        return self.observe(batch, slope * self.adapter(batch, s))
+
+
+def test_a_list_of_guides_is_trained_where_one_of_them_waits_for_its_first_call(
+    make_causal, records
+):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = Tempered(adapter, num_data=len(split))
+    guide = AutoGuideList(model)
+    guide.append(AutoSubspaceNormal(model))
+    guide.append(AutoNormal(pyro.poutine.block(model, hide=["s"])))
+    fit(model, guide, split, FitConfig(5, batch_size=4, lr_guide=0.1), progress=False)
+    moved = sp.draw(guide, 50, seed=0, batch=whole(split)).mean(0) - model.init_loc
+    assert moved.abs().max() > 0.1
+    assert (guide[1].scales.slope - 0.1).abs() > 0.01

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.data import DataError
 from scalabl_pyro.infer import Callback, no_guide
+from scalabl_pyro.infer.parameters import parameter_groups
 from scalabl_pyro.integrations.trainer import ELBOTrainer
 from scalabl_pyro.methods.blob import AutoNormalA, BLoBModel
 from scalabl_pyro.models.model import LoRAModel
@@ -173,8 +174,18 @@ def test_what_cannot_train_is_refused(make_causal, records, tmp_path):
     for wrong in (None, records):
         with pytest.raises(TypeError, match=f"eval_dataset is a {type(wrong).__name__}: expected"):
             trainer.evaluate(wrong)
-    with pytest.raises(ValueError, match="compute_metrics is given"):
-        ELBOTrainer(model, guide, arguments(tmp_path), split, compute_metrics=len)
+    for option in ("compute_metrics", "data_collator", "compute_loss_func", "train_dataset"):
+        with pytest.raises(TypeError, match=f"{option} is given, and ELBOTrainer takes"):
+            ELBOTrainer(model, guide, arguments(tmp_path), split, **{option: len})
+    for name, value in (
+        ("gradient_checkpointing", True),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+    ):
+        with pytest.raises(ValueError, match=rf"args\.{name} is {value}"):
+            ELBOTrainer(model, guide, arguments(tmp_path, **{name: value}), split)
+    with pytest.raises(TypeError, match="model is a SubspaceAdapter: expected a LoRAModel"):
+        ELBOTrainer(adapter, guide, arguments(tmp_path), split)
     args = arguments(tmp_path, metric_for_best_model="nll")  # which transformers takes for a score
     with pytest.raises(ValueError, match="'nll', of which low values are good"):
         ELBOTrainer(model, guide, args, split)
@@ -247,3 +258,52 @@ def test_the_snippet_of_the_documentation_trains(tmp_path, monkeypatch):
     short = code.replace("max_steps=200", "max_steps=3, use_cpu=True, report_to='none'")
     exec(compile(short, "callbacks.md", "exec"), names)
     assert names["predictor"].num_draws == 10
+
+
+def test_several_processes_are_refused(make_causal, records, tmp_path, monkeypatch):
+    """Each would draw the same batches."""
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    world = property(lambda args: 2)
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", world)
+    with pytest.raises(ValueError, match=r"args\.world_size is 2, .* accelerate launch"):
+        ELBOTrainer(model, AutoSubspaceNormal(model), arguments(tmp_path), split)
+
+
+def test_an_optimizer_of_ones_own_is_the_one_that_steps(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = AutoSubspaceNormal(model)
+    before = [p.clone() for p in (*adapter.named_parameters().values(), *guide.parameters())]
+    groups = parameter_groups(model, guide, lr=0.0, lr_guide=0.0)
+    still = torch.optim.SGD(groups, lr=0.0)
+    args = arguments(tmp_path)
+    ELBOTrainer(model, guide, args, split, optimizers=(still, None)).train()
+    after = [*adapter.named_parameters().values(), *guide.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    other = torch.optim.SGD(guide.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match="the SGD given is over 2 parameters: expected the"):
+        ELBOTrainer(model, guide, args, split, optimizers=(other, None))
+
+
+def test_a_checkpoint_holds_a_frozen_V(make_causal, records, tmp_path):
+    """It was drawn at random: another process would draw another."""
+    adapter = make_causal(projections="frozen_v")
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    args = arguments(tmp_path, save_strategy="steps", save_steps=STEPS // 2)
+    ELBOTrainer(model, AutoSubspaceNormal(model), args, split).train()
+    expected = {name: p.clone() for name, p in adapter.state().items()}
+    (checkpoint, *_) = sorted(tmp_path.glob("checkpoint-*"), key=lambda f: int(f.name[11:]))
+
+    again = make_causal(projections="frozen_v")
+    with torch.no_grad():
+        for A in again.matrices.A.values():
+            A.weight.copy_(A.weight.flip(0))  # as another machine may turn it round
+    model = ScalaBLModel(again, num_data=len(split))
+    trainer = ELBOTrainer(model, AutoSubspaceNormal(model), args, split)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name, p in again.state().items():
+        torch.testing.assert_close(p, expected[name])

@@ -26,6 +26,8 @@ from transformers import (
     BertForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
     MixtralConfig,
@@ -403,3 +405,18 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, letters):
     assert (tmp_path / "adapter_model.bin").exists()
     with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle"):
         SubspaceAdapter(tiny_llama(), lora("q_proj"), letters, start=tmp_path)
+
+
+def test_a_router_among_all_linear_layers_is_named(tokenizer):
+    """It is a linear layer of a class of its own, which returns scores and logits."""
+    sizes = LLAMA | dict(num_local_experts=2, head_dim=8, intermediate_size_mlp=32)
+    llm = Llama4ForCausalLM(Llama4TextConfig(**sizes))
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    with pytest.raises(ValueError, match=r"router is a Llama4Router, which chooses experts"):
+        SubspaceAdapter(llm, LoraConfig(r=2, target_modules="all-linear"), readout)
+
+
+def test_a_variant_of_lora_is_named(tokenizer):
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    with pytest.raises(ValueError, match=r"uses the LoRA variant DoraLinearVariant; only plain"):
+        SubspaceAdapter(tiny_llama(), lora("q_proj", use_dora=True), readout)

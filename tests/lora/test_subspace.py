@@ -17,7 +17,13 @@ from conftest import (
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import BertForMultipleChoice, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertForMultipleChoice,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import scalabl_pyro as sp
 from scalabl_pyro import ScalaBLModel, SubspaceAdapter, load_run, predict
@@ -489,3 +495,30 @@ def test_what_is_refused(make_causal, records):
         AdapterConfig(subspace="pca")
     with pytest.raises(ValueError, match="to start from has a V of its own"):
         AdapterConfig(subspace="weights", start="somewhere")
+
+
+def test_layers_whose_input_has_a_dimension_more(tokenizer):
+    """As attention of DeepSeek's, one of whose layers takes (R, 1, T, d): by a loop over texts."""
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
+    sizes |= dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8)
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**sizes, v_head_dim=8, first_k_dense_replace=1, pad_token_id=0)
+    llm = DeepseekV3ForCausalLM(config).eval()
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    split = readout.encode(make_records(5))
+    layer = llm.model.layers[0].self_attn.kv_b_proj
+    total, count = torch.zeros(8, 8, dtype=torch.float64), 0
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for example in split.examples:
+        (row,) = example.rows["input_ids"]
+        with torch.no_grad():
+            llm(torch.tensor([row]))
+        x = seen.pop().reshape(-1, 8).double()
+        assert len(x) == len(row)
+        total, count = total + x.T @ x, count + len(row)
+    hook.remove()
+    adapter = SubspaceAdapter(llm, lora("kv_b_proj", r=2), readout)
+    (moments,) = second_moments(adapter, split).values()
+    torch.testing.assert_close(moments, total / count)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import whole
+from conftest import make_records, whole
+from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -17,6 +20,7 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 from pyro.infer.inspect import get_dependencies
+from pyro.nn import PyroSample
 from pyro.poutine import trace
 
 from scalabl_pyro import (
@@ -30,6 +34,7 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.guides import GUIDES, AutoSubspace
 from scalabl_pyro.models import Projections
+from scalabl_pyro.models.priors import Prior
 from scalabl_pyro.prediction.predictor import Predictor
 
 # Gates need a prior on (0, 1).
@@ -284,3 +289,82 @@ def test_unlabelled_batches_sample_labels(model, records, adapter):
     sites = trace(model).get_trace(batch).nodes
     assert sites["label"]["value"].shape == (5,)
     assert not sites["label"]["is_observed"]
+
+
+def test_a_projection_that_a_handler_would_change_is_refused(make_causal, records):
+    """The layers compute with their own tensors, whatever a site says."""
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model, batch = ScalaBLModel(adapter, num_data=len(split)), whole(split)
+    names = trace(model).get_trace(batch).param_nodes
+    B = next(name for name in names if "lora_B" in name)
+    shape = trace(model).get_trace(batch).nodes[B]["value"].shape
+    lifted = poutine.lift(model, prior={B: dist.Normal(torch.zeros(shape), 1.0).to_event(2)})
+    substituted = poutine.substitute(model, data={B: torch.zeros(shape)})
+    for program in (lifted, substituted):
+        with pytest.raises(
+            ValueError, match=r"projections are points; for a prior on B .* scale_B"
+        ):
+            program(batch)
+    attribute = next(name for name in model.projections._held if "lora_B" in name)
+    setattr(model.projections, attribute, PyroSample(dist.Normal(torch.zeros(shape), 1.0)))
+    with pytest.raises(ValueError, match="projections are points"):
+        model(batch)
+
+
+def test_a_state_that_would_untie_projections_is_refused(make_causal, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    model(whole(split))
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="load states without assign=True"):
+        model(whole(split))
+
+
+def test_labels_given_by_condition_count_as_those_of_the_batch(model, split):
+    s = model.init_loc
+    batch = split.collate(list(split)[:4])
+    without = replace(batch, labels=None)
+    expected = trace(poutine.condition(model, {"s": s})).get_trace(batch)
+    given = poutine.condition(model, {"s": s, "label": batch.labels})
+    found = trace(given).get_trace(without)
+    torch.testing.assert_close(found.log_prob_sum(), expected.log_prob_sum())
+
+
+def test_the_mode_of_the_model_is_that_of_loras_dropout(make_causal, records):
+    adapter = make_causal()
+    adapter.set_dropout(0.5)
+    split = adapter.encode(records)
+    model, batch = LoRAModel(adapter, num_data=len(split)), whole(split)
+    still = model(batch)
+    assert torch.equal(model(batch), still)
+    model.train()
+    assert not torch.equal(model(batch), still)
+    model.eval()
+    assert torch.equal(model(batch), still)
+
+
+def test_what_a_model_is_made_of_is_checked(make_causal):
+    adapter = make_causal()
+    with pytest.raises(TypeError, match="adapter is a PeftModel: expected a SubspaceAdapter"):
+        ScalaBLModel(adapter.peft_model, num_data=4)
+    for wrong in (True, 64.0, 0, [1, 2], float("nan")):
+        with pytest.raises(ValueError, match=r"num_data is .*: expected the number of training"):
+            ScalaBLModel(adapter, num_data=wrong)
+
+    class Positive(Prior):
+        """Forgets to say where s may lie."""
+
+        def forward(self):
+            return dist.LogNormal(0.0, 1.0).expand(self.shape).to_event(2)
+
+    with pytest.raises(ValueError, match=r"Positive has s in .*: set support = constraints"):
+        ScalaBLModel(adapter, num_data=4, prior=Positive(adapter.shape))
+    batch = whole(adapter.encode(make_records(2)))
+    with pytest.raises(TypeError, match=r"s is a list: expected a tensor"):
+        adapter(batch, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"s has shape \(0, "):
+        adapter(batch, torch.ones(0, *adapter.shape))
