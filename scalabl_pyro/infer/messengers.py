@@ -75,32 +75,35 @@ class LatentKL(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self._of_guide: dict[str | None, tuple[Any, Tensor]] = {}
-        self._terms: list[Tensor] = []
+        self._pairs: list[tuple[Any, Any, Tensor, int]] = []  # q, p if it has one, value, particles
         self._passes = 0
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
         name, fn, value = msg["name"], cast(Any, msg["fn"]), cast(Tensor, msg["value"])
-        particles = {f.name: f.size for f in msg["cond_indep_stack"]}.get(
-            "num_particles_vectorized", 1
-        )
+        plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
+        particles = plates.get("num_particles_vectorized", 1)
         if (msg["infer"] or {}).get("is_auxiliary"):  # of the guide alone
-            self._terms.append(fn.log_prob(value).detach().sum() / particles)
+            self._pairs.append((fn, None, value, particles))
             return
         q, drawn = self._of_guide.pop(name, (None, None))
         if drawn is not value:  # the guide runs before the model, which is handed its very tensor
             self._of_guide[name] = fn, value
             return
         self._passes += name == "s"
-        self._terms.append(_kl(q, fn, value).detach().sum() / particles)
+        self._pairs.append((q, fn, value, particles))
 
+    @torch.no_grad()
     def total(self) -> float:
         """In nats, averaged over particles and passes."""
-        return float(torch.stack(self._terms).sum()) / max(self._passes, 1) if self._terms else 0.0
+        terms = [_kl(q, p, value).sum() / particles for q, p, value, particles in self._pairs]
+        return float(sum(terms)) / max(self._passes, 1)
 
 
 def _kl(q: Any, p: Any, value: Tensor) -> Tensor:
+    if p is None:
+        return q.log_prob(value)
     # Pyro's automatic guides draw an auxiliary site, and hand it on as a Delta with a Jacobian, of
     # which the closed form that Pyro registers takes no notice.
     base = q

@@ -113,7 +113,6 @@ class Training:
     ) -> tuple[float, float, float]:
         """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N, the NLL and the KL."""
         loss, nll = 0.0, 0.0
-        kl = _closed_form_kl(self._model, self._guide)
         latents = LatentKL()
         # Checks are worth their time once: sites, shapes and supports do not change.
         check = self.step == 0
@@ -123,10 +122,11 @@ class Training:
                 # Once: adapter and likelihood each need it there.
                 batch = next(minibatches).to(self._device)
                 observed = ObservedNLL(self._model.num_data, len(batch))
-                with observed, latents if kl is None else nullcontext():
+                with observed, latents:
                     negative_elbo = elbo.loss_and_grads(self._model, self._guide, batch)
                 loss += negative_elbo * self._per_example
                 nll += observed.total() * self._per_example
+        kl = _closed_form_kl(self._model, self._guide)
         return loss, nll, latents.total() if kl is None else kl
 
     def over_ranks(

@@ -46,6 +46,7 @@ from .predictor import (
     predict,
     predict_proba,
 )
+from .predictor_file import load_predictor, save_predictor
 from .rejection import aurc, prr, risk_at_coverage, risk_coverage_curve
 from .selection import SELECTION_SCORES, Pool, Selection, select
 from .text_scores import semantic_entropy, sequence_rmi, token_scores
@@ -99,6 +100,7 @@ __all__ = [
     "generate",
     "half_width",
     "hold",
+    "load_predictor",
     "mahalanobis",
     "max_probability",
     "mutual_information",
@@ -112,6 +114,7 @@ __all__ = [
     "prr",
     "risk_at_coverage",
     "risk_coverage_curve",
+    "save_predictor",
     "score",
     "score_split",
     "score_tokens",
