@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import lora, tiny_llama, whole
+from scipy import stats
 from torch import nn
 
 from scalabl_pyro import FitConfig, ScalaBLModel, SubspaceAdapter, fit
@@ -70,6 +75,29 @@ def test_draws_agree_below_and_run_those_blocks_once(make_causal, blocks):
     assert draw(guide, 4, seed=0, kind="sobol").shape == (4, *adapter.shape)
     M, r = adapter.shape
     assert sum(p.numel() for p in guide.parameters()) == M * r + (2 * blocks + 1) * r
+
+
+def test_quantiles_and_kl_are_those_of_normals_above_and_of_points_below(make_causal):
+    """Also where the points have moved, and no two modules have one prior."""
+    adapter = make_causal(targets=("q_proj", "v_proj"))
+    M, r = adapter.shape
+    guide = make_guide(ScalaBLModel(adapter, num_data=3), "top_normal", blocks=1)
+    guide.loc = torch.randn(M, r)
+    guide.scale = torch.rand(M // 2, r) + 0.1
+    q = {"loc": guide.loc[M // 2 :].detach().numpy(), "scale": guide.scale.detach().numpy()}
+    levels = [0.1, 0.5, 0.9]
+    for level, found in zip(levels, guide.quantiles(levels)["s"].numpy(), strict=True):
+        np.testing.assert_array_equal(found[: M // 2], guide.loc[: M // 2].detach().numpy())
+        expected = stats.norm.ppf(level, **q)
+        np.testing.assert_allclose(found[M // 2 :], expected, rtol=1e-5, atol=1e-6)
+    p_loc, p_scale = torch.randn(M, r), torch.arange(1.0, M + 1)[:, None].expand(M, r)
+    kl = 0.0
+    for m in range(M // 2):
+        for j in range(r):
+            a, b = q["loc"][m, j], q["scale"][m, j]
+            c, d = float(p_loc[M // 2 + m, j]), float(p_scale[M // 2 + m, j])
+            kl += math.log(d / b) + (b**2 + (a - c) ** 2) / (2 * d**2) - 0.5
+    assert guide.kl(dist.Normal(p_loc, p_scale).to_event(2)) == pytest.approx(kl, rel=1e-4)
 
 
 def test_a_model_without_known_blocks_is_refused(tokenizer):

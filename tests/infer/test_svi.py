@@ -474,6 +474,30 @@ def test_a_validation_that_is_no_number_stops_training(make_causal, records, rai
     assert not any(module.training for module in adapter.peft_model.modules())
 
 
+def test_dropout_is_on_again_after_a_validation(make_causal, records):
+    adapter = make_causal()
+    adapter.set_dropout(0.5)
+    split = adapter.readout.encode(records)
+    dropouts = [m for m in adapter.peft_model.modules() if isinstance(m, torch.nn.Dropout)]
+    modes = []
+
+    class Look(Callback):
+        def on_step(self, row):
+            modes.append([dropout.training for dropout in dropouts])
+
+    def validate() -> float:
+        assert not any(dropout.training for dropout in dropouts)
+        return 1.0
+
+    config = FitConfig(steps=3, batch_size=4, eval_every=1)
+    model = LoRAModel(adapter, num_data=len(split))
+    fit(
+        model, no_guide, split, config,
+        validate=validate, callbacks=[Look()], progress=False,
+    )  # fmt: skip
+    assert modes == [[True] * len(adapter.layers)] * 3
+
+
 def test_a_callback_that_fails_leaves_no_dropout_behind(make_causal, records):
     adapter = make_causal()
     split = adapter.readout.encode(records)

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import make_records, tiny_llama, whole
+from scipy.optimize import minimize_scalar
+from torch.nn.functional import cross_entropy
 
 from scalabl_pyro import FitConfig, KLSchedule, evaluate, predict
 from scalabl_pyro.guides import GUIDES
@@ -142,27 +144,55 @@ def test_scalabl_predicts_at_its_median_without_draws(make_causal, records):
     assert torch.equal(fitted.predictor.draws[0], fitted.guide.median()["s"])
 
 
-def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(make_choice, records):
-    split = make_choice().readout.encode(records)
-    config = FitConfig(steps=40, batch_size=4, lr=0.05)  # long enough to be over-confident
-    plain = MLE(config, progress=False).fit(make_choice, split, split, seed=0)
-    scaled = TemperatureScaling(config, progress=False).fit(make_choice, split, split, seed=0)
-    before, after = (predict(f.predictor, split).logits for f in (plain, scaled))
-    nll = [evaluate(x, split.labels)["nll"] for x in (before, after)]
+def logits_by_peft(fitted, split):
+    with torch.no_grad():
+        return fitted.predictor.adapter.peft_model(**whole(split).inputs).logits.double()
+
+
+def best_temperature_by_scipy(logits, labels):
+    nll = lambda t: float(cross_entropy(logits / t, labels))  # noqa: E731
+    return minimize_scalar(nll, bounds=(0.1, 20), options={"xatol": 1e-6}).x
+
+
+@pytest.fixture
+def over_confident(make_choice, records):
+    """A model that is too sure of questions that it was not trained on, and these questions."""
+    readout = make_choice().readout
+    split = readout.encode(records)
+    config = FitConfig(steps=40, batch_size=4, lr=0.2)
+    plain = MLE(config, progress=False).fit(make_choice, split, None, seed=0)
+    unseen = make_records(100)
+    logits = logits_by_peft(plain, readout.encode(unseen))
+    labels = torch.distributions.Categorical(logits=logits / 2).sample().tolist()
+    unseen = [replace(r, label=label) for r, label in zip(unseen, labels, strict=True)]
+    return config, plain, split, readout.encode(unseen)
+
+
+def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(
+    make_choice, over_confident
+):
+    config, plain, split, validation = over_confident
+    scaled = TemperatureScaling(config, progress=False).fit(make_choice, split, validation, seed=0)
+    best = best_temperature_by_scipy(logits_by_peft(plain, validation), validation.labels)
+    assert scaled.predictor.temperature == pytest.approx(best, rel=1e-4)
+    assert 1.2 < best < 5
+    before, after = (predict(f.predictor, validation).logits for f in (plain, scaled))
+    nll = [evaluate(x, validation.labels)["nll"] for x in (before, after)]
     assert nll[1] < nll[0]
     assert torch.equal(before.argmax(-1), after.argmax(-1))
 
 
-def test_the_best_step_can_be_tempered(make_choice, records):
+def test_the_best_step_can_be_tempered(make_choice, over_confident):
     """Early stopping and then a temperature, both by validation: at the weights of that step."""
-    split = make_choice().readout.encode(records)
-    best = FitConfig(steps=12, batch_size=4, lr=0.05, eval_every=1, keep="best")
-    early = MLE(best, progress=False).fit(make_choice, split, split, seed=0)
-    scaled = TemperatureScaling(best, progress=False).fit(make_choice, split, split, seed=0)
-    assert scaled.result.best_step == early.result.best_step
+    _, _, split, validation = over_confident
+    best = FitConfig(steps=12, batch_size=4, lr=0.5, eval_every=1, keep="best")
+    early = MLE(best, progress=False).fit(make_choice, split, validation, seed=0)
+    scaled = TemperatureScaling(best, progress=False).fit(make_choice, split, validation, seed=0)
+    assert scaled.result.best_step == early.result.best_step < 12
     before, after = (predict(f.predictor, split).logits for f in (early, scaled))
     temperature = scaled.predictor.temperature
-    assert temperature != 1
+    expected = best_temperature_by_scipy(logits_by_peft(early, validation), validation.labels)
+    assert temperature == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(after * temperature, before)
 
 

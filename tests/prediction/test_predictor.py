@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import lora, make_records, tiny_llama, whole
+from scipy import stats
 from scipy.optimize import minimize_scalar
 
 from scalabl_pyro import Predictor, SubspaceAdapter, entropy, evaluate, mutual_information, predict
@@ -23,6 +24,23 @@ def test_chunked_predictions_equal_whole_ones_in_the_order_of_the_records(adapte
     expected = adapter(whole(split), draws).detach()
     torch.testing.assert_close(predictions.logits, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(predictions.labels, split.labels)
+
+
+def test_a_temperature_divides_the_logits_of_merged_weights(make_causal, records):
+    adapter = make_causal()
+    tokenizer, ids = adapter.readout.tokenizer, adapter.readout.label_ids
+    draws = torch.randn(2, *adapter.shape)
+    answers = predict(Predictor(adapter, draws, temperature=3.0), records).logits
+    for s, logits in zip(draws, answers, strict=True):
+        llm = tiny_llama()
+        with torch.no_grad():
+            for (name, layer), s_m in zip(adapter.layers.items(), s, strict=True):
+                A, B = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+                llm.get_submodule(name).weight += 8 / 4 * B @ s_m.diag() @ A
+            for record, found in zip(records, logits, strict=True):
+                prompt = tokenizer(adapter.readout.prompt.render(record), return_tensors="pt")
+                expected = llm(prompt.input_ids).logits[0, -1, ids] / 3
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_records_are_predicted_as_their_split_is(adapter, split, records):
@@ -70,6 +88,10 @@ def test_metrics_against_their_definitions():
 def test_sure_answers_do_not_round_above_one(draws):
     logits = torch.zeros(draws, 2, 2)
     logits[:, 0, 0] = 200.0
+    assert (average(logits) <= 0).all()
+    for _ in range(20):  # of most weights the sum is a little more or less than 1
+        weights = torch.randn(draws, 2).log_softmax(0)
+        assert (average(logits, weights) <= 0).all()
     metrics = evaluate(logits, torch.tensor([0, 0]))
     assert metrics["ece"] == pytest.approx(0.25, abs=1e-5)
 
@@ -112,21 +134,33 @@ def test_half_width_covers_the_mean_of_independent_draws():
     assert float(covered.float().mean()) == pytest.approx(0.95, abs=0.015)
 
 
-@pytest.mark.parametrize("tolerance", [1e-9, 0.1, 1.0])
+def half_widths_by_hand(logits):
+    """Of each example, for the class with the widest of Student's intervals."""
+    S = len(logits)
+    spread = np.std(logits.softmax(-1).double().numpy(), axis=0, ddof=1).max(-1)
+    return stats.t.ppf(0.975, S - 1) * spread / S**0.5
+
+
+@pytest.mark.parametrize("tolerance", [1e-9, "middle", 1.0])
 def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
     torch.manual_seed(0)
     # At another scale of s, some examples are sure and some are not.
     draws = adapter.init_loc * (1 + 0.3 * torch.randn(12, *adapter.shape))
     every = predict(Predictor(adapter, draws), split).logits
+    widths = {stop: half_widths_by_hand(every[:stop]) for stop in (4, 6, 12)}
+    if tolerance == "middle":
+        tolerance = float(np.sort(widths[4])[5:7].mean())
     predictions = predict(
         Predictor(adapter, draws, max_rows=9), split, batch_size=5, tolerance=tolerance
     )
-    assert predictions.used.shape == (len(split),)
-    for n, used in enumerate(predictions.used.tolist()):
-        earlier = [stop for stop in (4, 6) if stop < used]
-        assert used in (4, 6, 12)
-        assert all(half_width(every[:stop, n : n + 1]) > tolerance for stop in earlier)
-        assert used == 12 or half_width(every[:used, n : n + 1]) <= tolerance
+    expected = [
+        next((stop for stop in (4, 6) if widths[stop][n] <= tolerance), 12)
+        for n in range(len(split))
+    ]
+    assert predictions.used.tolist() == expected
+    if 1e-9 < tolerance < 1.0:
+        assert expected.count(4) == 6
+    for n, used in enumerate(expected):
         torch.testing.assert_close(
             average(predictions.logits[:, n : n + 1]),
             average(every[:used, n : n + 1]),
@@ -143,6 +177,12 @@ def test_settled_examples_take_fewer_draws(adapter, split, tolerance):
         torch.testing.assert_close(predictions.logits, every, atol=1e-5, rtol=1e-5)
     if tolerance == 1.0:
         assert (predictions.used == 4).all()
+
+
+def test_half_width_is_that_of_students_interval():
+    logits = 2 * torch.randn(4, 30, 3)
+    expected = torch.from_numpy(half_widths_by_hand(logits)).float()
+    torch.testing.assert_close(half_width(logits), expected)
 
 
 def test_a_tolerance_needs_draws_and_a_positive_number(make_causal, records):

@@ -27,8 +27,13 @@ def predictor(chat_tokenizer):
     return Predictor(adapter, adapter.init_loc + torch.randn(3, *adapter.shape))
 
 
+@pytest.mark.parametrize("line_breaks", [False, True])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
-def test_the_last_turn_of_the_assistant_is_scored_up_to_its_end(chat_tokenizer, row):
+def test_the_last_turn_of_the_assistant_is_scored_up_to_its_end(chat_tokenizer, row, line_breaks):
+    """The template writes a line break behind it, which may have a token of its own."""
+    if line_breaks:
+        chat_tokenizer.add_tokens("\n")
+        assert chat_tokenizer("the\n").input_ids[-1] == len(chat_tokenizer) - 1
     readout = CompletionTokens(chat_tokenizer, num_classes=32, max_length=64, chat=True)
     example = readout.encode([Completion.from_mapping(row)])[0]
     ids, mask = tokens_of_the_last_turn(chat_tokenizer, row["messages"])
