@@ -19,11 +19,12 @@ import torch
 from conftest import ROOT, predictions_of, scalabl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from scalabl_pyro.commands._report import write_report
 from scalabl_pyro.commands._runs import ReportedRun
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
-from scalabl_pyro.prediction import entropy, paired_difference
+from scalabl_pyro.prediction import Predictions, entropy, paired_difference
 from scalabl_pyro.runs import DataConfig, RunConfig
 from scalabl_pyro.runs.cost import Cost, Passes
 
@@ -210,6 +211,49 @@ def test_not_told_apart_is_what_the_paired_difference_says(written, rows):
     for name in rows.keys() - {best["row"]}:
         between = paired_difference(loss[name], loss[best["row"]])
         assert (between.low <= 0 <= between.high) == (name in best["not_told_apart"])
+
+
+def answers(p: float, right: int) -> Predictions:
+    """Each with probability p for its answer, of which so many are right."""
+    labels = torch.arange(N) % C
+    said = labels + (torch.arange(N) >= right)
+    logits = torch.full((1, N, C), (1 - p) / (C - 1), dtype=torch.float64)
+    logits[0, range(N), said % C] = p
+    return Predictions(logits.log().float(), labels)
+
+
+def test_the_star_of_accuracy_is_at_the_highest_and_floors_are_means_over_seeds(tmp_path, rows):
+    runs, sure = read(rows)["mle"], (0.7, 0.97)
+    table = write_report(
+        tmp_path,
+        {
+            name: [
+                replace(run, predictions={"test": answers(p, right)})
+                for run, p in zip(runs, sure, strict=True)
+            ]
+            for name, right in (("worst", 20), ("best", 50), ("second", 35))
+        },
+        chosen={},
+        trials={},
+    )
+    assert table["best"]["test"]["acc"]["row"] == "best"
+    cells = {row[0]: row[1] for row in Page(tmp_path / "report.html").rows if len(row) == 11}
+    assert {name for name, cell in cells.items() if "★" in cell} == {"best"}
+    # All confidences of a seed are in one bin: how many answers are right is binomial.
+    floors = [stats.binom(N, p).expect(lambda k, p=p: abs(k / N - p)) for p in sure]
+    assert floors[0] > 2 * floors[1]
+    for row in table["ece_floor"].values():
+        assert row["test"]["mean"] == pytest.approx(sum(floors) / 2, rel=0.05)
+
+
+def test_rows_of_other_records_make_no_table(tmp_path, rows):
+    """Their labels are the same, and what was asked is not."""
+    runs = {
+        name: [replace(run, data={"test": "a"}) for run in row] for name, row in read(rows).items()
+    }
+    runs["ten"][1] = replace(runs["ten"][1], name="changed", data={"test": "b"})
+    with pytest.raises(ValueError, match=r"changed had other records of 'test' than .* #1"):
+        write_report(tmp_path, runs, chosen={}, trials={})
 
 
 def test_costs_are_over_plain_lora_where_both_are_counted(written):

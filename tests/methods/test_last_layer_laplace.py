@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import whole
+from conftest import make_records, whole
 
 from scalabl_pyro import FitConfig, predict
 from scalabl_pyro.methods import LastLayerLaplace
@@ -42,12 +42,14 @@ def test_a_classifiers_covariance_is_that_of_logistic_regression(make_classifier
 
 
 def test_a_scorer_of_choices_has_the_conditional_logit_hessian(make_choice, records):
-    split = make_choice().readout.encode(records)
+    """A choice that does not exist has no probability and no part in it."""
+    split = make_choice().readout.encode([*records, *make_records(5, choices=2)])
     method = LastLayerLaplace(CONFIG, progress=False, prior_precision=0.3, draws=2)
     fitted = method.fit(make_choice, split, None, seed=0)
     adapter, batch = fitted.model.adapter, whole(split)
     h = features(adapter, batch).view(len(split), 4, 17)
     p = adapter(batch).detach().double().softmax(-1)
+    assert (p[-5:, 2:] == 0).all()
     centred = h - (p[:, :, None] * h).sum(1, keepdim=True)
     H = torch.einsum("bc,bcd,bce->de", p, centred, centred) + 0.3 * torch.eye(17)
     expected = torch.linalg.inv(H)
@@ -56,8 +58,15 @@ def test_a_scorer_of_choices_has_the_conditional_logit_hessian(make_choice, reco
 
 def test_the_precision_maximises_the_evidence(make_classifier, records):
     """λ‖w‖² = Σ h / (h + λ), with the eigenvalues h of the Hessian."""
-    split = make_classifier().readout.encode(records)
-    fitted = LastLayerLaplace(CONFIG, progress=False).fit(make_classifier, split, None, seed=0)
+
+    def make(**options):
+        adapter = make_classifier(**options)
+        (bias,) = (p for name, p in adapter.state().items() if name.endswith("default.bias"))
+        bias.data.fill_(1.0)  # as much of it as of the weight
+        return adapter
+
+    split = make().readout.encode(records)
+    fitted = LastLayerLaplace(CONFIG, progress=False).fit(make, split, None, seed=0)
     inverse = torch.linalg.eigvalsh(fitted.predictor.covariance)
     precision = 1 / float(inverse.max())  # the Hessian is singular
     head = fitted.model.adapter.peft_model.base_model.model.classifier.modules_to_save["default"]

@@ -10,6 +10,7 @@ import scalabl_pyro as sp
 from scalabl_pyro import ScalaBLModel, novelty
 from scalabl_pyro.lora.adapter import SubspaceAdapter
 from scalabl_pyro.prediction import weight_novelty
+from scalabl_pyro.prediction.novelty import _products
 
 WITH_A_MISSING_CHOICE = [*make_records(7), *make_records(4, choices=3), *make_records(2, choices=2)]
 
@@ -102,6 +103,12 @@ def test_in_weights_it_is_the_dense_computation(make, form):
     expected = dense(*each, torch.full((sum(w.numel() for w in weights),), 0.5).double())
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     assert 0.01 < float(scores.min()) < float(scores.max()) < 0.99
+
+
+@pytest.mark.parametrize("columns", [3, 4096, 9001])
+def test_products_run_over_all_columns(columns):
+    x, y = torch.randn(5, columns), torch.randn(3, columns)
+    torch.testing.assert_close(_products(x, y), x.double() @ y.double().T)
 
 
 def over(kind, adapter, train, test):
