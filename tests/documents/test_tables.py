@@ -322,10 +322,11 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "**ScalaBL**": "ScalaBL",
         "ScalaBL with a random V": "ScalaBL, V random",
         "its point: V random, s a number": "V random, point s",
+        "its point: V from activations, s a number": "V from activations, point s",
     }
     assert set(names.values()) == set(figures["metrics"])
-    assert len(names) == 16
-    assert "sixteen rows" in (ROOT / "README.md").read_text()
+    assert len(names) == 17
+    assert "seventeen rows" in (ROOT / "README.md").read_text()
     text = page("results")
     section = text.partition("## Methods beside each other")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
@@ -362,7 +363,10 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     for name in (*compared, "MLE early-stopped, temperature", FROM_DATA, "ensemble of 5"):
         assert plain.count(difference(less[name]["nll"])) == 2, "in the table, and in words"
     point = figures["minus ScalaBL, V random"]["V random, point s"]
-    assert difference(point["nll"]) in readme
+    same_V = less["V from activations, point s"]
+    assert difference(same_V["nll"]) in readme
+    assert plain.count(difference(same_V["nll"])) == 2
+    assert difference(same_V["brier"]) in plain
     assert difference(point["nll"]) in plain
     for name in ("MLE, temperature", "ensemble of 5"):
         assert difference(less[name]["nll"]) in readme
