@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAST, make_records, predictions_of, scalabl, tiny_llama, write_jsonl
+from conftest import FAST, make_records, predictions_of, scalabl, tiny_llama, whole, write_jsonl
 from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch.quasirandom import SobolEngine
 
 import scalabl_pyro.commands.predict as predict_command
 from scalabl_pyro import Record, load_run, predict
@@ -19,6 +22,7 @@ from scalabl_pyro.data import read_folder
 from scalabl_pyro.prediction import metrics
 from scalabl_pyro.readouts import LabelTokens
 from scalabl_pyro.runs.folder import RunFolderError
+from scalabl_pyro.runs.predictors import PredictionConfig, make_predictor
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -65,24 +69,77 @@ def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
     assert (tmp_path / "o.jsonl").read_text() == "mine"
 
 
+def draws_by_hand(guide, kind, *, count, seed):
+    """(S, M, r), of an independent normal."""
+    loc, scale = guide.loc.detach(), guide.scale.detach()
+    torch.manual_seed(seed)
+    if kind == "independent":
+        return torch.normal(loc.expand(count, *loc.shape), scale.expand(count, *loc.shape))
+    if kind == "antithetic":
+        half = torch.randn(count // 2, loc.numel(), dtype=torch.float64)
+        noise = torch.stack([half, -half], 1).flatten(0, 1)
+    else:
+        points = SobolEngine(loc.numel(), scramble=True, seed=seed).draw(count, dtype=torch.float64)
+        noise = torch.from_numpy(stats.norm.ppf(points))
+    return loc + scale * noise.view(count, *loc.shape).float()
+
+
+@pytest.mark.parametrize("kind", ["independent", "antithetic", "sobol"])
+def test_draws_are_of_the_kind_and_the_seed_that_are_asked_for(run, kind):
+    loaded = load_run(run)
+    draws = {}
+    for seed in (1, 7):
+        config = PredictionConfig(draws=4, kind=kind, seed=seed)
+        draws[seed] = make_predictor(loaded, config).draws
+        expected = draws_by_hand(loaded.guide, kind, count=4, seed=seed)
+        torch.testing.assert_close(draws[seed], expected)
+    assert not torch.allclose(draws[1], draws[7])
+    sums = draws[7][::2] + draws[7][1::2]
+    paired = torch.allclose(sums, 2 * loaded.guide.median()["s"].expand_as(sums), atol=1e-6)
+    assert paired == (kind == "antithetic")
+
+
+@pytest.mark.parametrize(("share", "depth"), [(0.2, 0), (0.25, 0), (0.5, 1), (0.75, 2), (1.0, 2)])
+def test_a_share_of_the_blocks_is_held_at_the_median(run, share, depth):
+    """Of two blocks, the nearest number."""
+    loaded = load_run(run)
+    predictor = make_predictor(loaded, PredictionConfig(draws=3, trunk=share))
+    moves = (predictor.draws != loaded.guide.median()["s"]).flatten(2).any(-1).all(0)
+    blocks = [re.search(r"layers\.(\d)", name) for name in predictor.adapter.module_names]
+    assert moves.tolist() == [block is None or int(block[1]) >= depth for block in blocks]
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("kind", "count", "words"),
     [
-        ["prediction.draws=4", "prediction.kind=sobol"],
-        ["prediction.draws=6", "prediction.kind=antithetic", "prediction.tolerance=0.5"],
-        ["prediction.name=linearised", "prediction.draws=200"],
-        ["prediction.trunk=0.5"],
+        ("sobol", 4, []),
+        ("antithetic", 6, ["prediction.tolerance=1e-9"]),  # which no draws but all reach
+        ("independent", 50, ["prediction.name=linearised"]),
     ],
-    ids=" ".join,
 )
-def test_other_ways_to_predict(run, data, capsys, words):
-    where = [f"run={run}", f"data.root={data}", "progress=false"]
-    assert scalabl("evaluate", *where) == 0
-    saved = json.loads(capsys.readouterr().out)
+def test_other_ways_to_predict(run, data, capsys, kind, count, words):
+    """The NLL is that of the draws by hand, one by one."""
+    where = [f"run={run}", f"data.root={data}", "progress=false", "prediction.seed=3"]
+    words = [f"prediction.draws={count}", f"prediction.kind={kind}", *words]
     assert scalabl("evaluate", *where, *words) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["nll"] == pytest.approx(saved["nll"], abs=0.3)
-    assert printed["nll"] != saved["nll"]
+    loaded = load_run(run)
+    split = loaded.encode(read_folder(data)["test"])
+    adapter, median = loaded.predictor.adapter, loaded.guide.median()["s"]
+
+    @torch.no_grad()
+    def logits(s):
+        return adapter(whole(split), s)
+
+    def linear(s):
+        step = 0.05 * (s - median)
+        return logits(median) + (logits(median + step) - logits(median - step)) / 0.1
+
+    at = linear if "prediction.name=linearised" in words else logits
+    draws = draws_by_hand(loaded.guide, kind, count=count, seed=3)
+    average = torch.stack([at(s).softmax(-1) for s in draws]).mean(0)
+    expected = torch.nn.functional.nll_loss(average.log(), split.labels)
+    assert printed["nll"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_bad_ways_to_predict_are_refused(run, data, capsys, local_model):

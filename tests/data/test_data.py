@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from scalabl_pyro.data import (
     PROMPTS,
     DataError,
     DataSource,
+    Split,
     check_split,
     disjoint,
     hold_out,
@@ -267,6 +269,21 @@ def test_batches_of_a_split_are_splits_in_its_order(tokenizer):
     assert split.select([5, 0]).records == (split.records[5], split.records[0])
     with pytest.raises(ValueError, match="batch_size is 0: expected 1 or more"):
         split.batches(0)
+
+
+def test_what_fills_no_batch_waits_for_another_epoch(tokenizer):
+    """Of 67, 16 batches of 4 are an epoch; who the other three are is chosen anew."""
+    split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(67))
+    numbered = [replace(example, label=n) for n, example in enumerate(split)]
+    stream = Split(split.records, numbered, split.collate).minibatches(4, seed=0)
+    left_out = set()
+    for _ in range(200):
+        epoch = [next(stream).labels.tolist() for _ in range(16)]
+        assert [len(batch) for batch in epoch] == [4] * 16
+        seen = sorted(n for batch in epoch for n in batch)
+        assert len(set(seen)) == 64
+        left_out |= set(range(67)).difference(seen)
+    assert left_out == set(range(67))
 
 
 def test_no_example_is_left_out_for_its_length(tokenizer):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import fill_lora_B, longer_and_longer, lora, tiny_llama, whole
@@ -101,6 +103,30 @@ def test_a_low_rank_keeps_the_largest_directions(plain, records):
             torch.testing.assert_close(root @ root.mT, root.square().sum(-1).diag())
             most = float(whole_root[:2].square().sum())
             assert 0.9 * most < float(root.square().sum()) <= 1.001 * most
+
+
+def test_the_method_keeps_as_many_directions_as_its_rank(make_causal, records):
+    """Those of numpy's singular value decomposition of the inputs."""
+    make = partial(make_causal, targets=("q_proj", "v_proj"))
+    split = make().readout.encode(records)
+    still = FitConfig(steps=1, batch_size=len(split), lr=0.0, lr_guide=0.0)
+    fitted = LaplaceLoRA(still, progress=False, rank=8).fit(make, split, None, seed=0)
+    adapter, batch = fitted.model.adapter, whole(split)
+    inputs = {}
+    for name, linear in adapter.matrices.linears.items():
+        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    with torch.no_grad():
+        adapter(batch)
+    real = batch.inputs["attention_mask"].bool()
+    for name, factor in fitted.predictor.factors.items():
+        x = inputs[name][real].double().numpy()
+        _, sizes, directions = np.linalg.svd(x / len(x) ** 0.5, full_matrices=False)
+        root = sizes[:8, None] * directions[:8]
+        assert len(factor.x) == min(8, x.shape[1]), name
+        assert len(factor.g) == min(8, factor.g.shape[1]), name
+        square = torch.from_numpy(root.T @ root)
+        difference = factor.x.double().mT @ factor.x.double() - square
+        assert difference.norm() < 1e-4 * square.norm(), name
 
 
 def test_log_det_is_that_of_the_dense_matrix():

@@ -79,6 +79,25 @@ def test_its_draws_have_its_spread_and_no_draws_is_its_mean(make_choice, records
     assert at_mean.restore(point.model.adapter, {}).num_draws == 1
 
 
+def test_its_settings_reach_the_optimizer(make_choice):
+    """With λ other than N: σ at the start, and a step that the radius bounds."""
+    adapter = make_choice(svd=False)
+    config = FitConfig(lr=0.2, clip_norm=math.inf)
+    options = {"ess": 500.0, "prior_scale": 0.3, "hess_init": 2.0, "beta2": 1 - 1e-9}
+    method = IVON(config, clip_radius=0.05, **options)
+    q = method.make_optimizer(method.make_model(adapter, num_data=12))
+    parameters = list(adapter.named_parameters().values())
+    before = [p.detach().clone() for p in parameters]
+    expected = (500 * (2.0 + 1 / (500 * 0.3**2))) ** -0.5
+    for p in parameters:
+        torch.testing.assert_close(q.scale(p), torch.full_like(p, expected))
+    with q.drawn():
+        sum(50 * p.sum() for p in parameters).backward()
+    q.step()
+    for p, start in zip(parameters, before, strict=True):
+        torch.testing.assert_close(start - p.detach(), torch.full_like(p, 0.2 * 0.05))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

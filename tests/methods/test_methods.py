@@ -8,13 +8,15 @@ from conftest import make_records, tiny_llama, whole
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
-from scalabl_pyro import FitConfig, KLSchedule, evaluate, predict
+from scalabl_pyro import FitConfig, KLSchedule, ScalaBLModel, evaluate, predict
 from scalabl_pyro.guides import GUIDES
 from scalabl_pyro.infer.checkpoints import CheckpointConfig, Checkpoints
+from scalabl_pyro.infer.training import FitResult
 from scalabl_pyro.methods import (
     MAP,
     METHODS,
     MLE,
+    Fitted,
     LaplaceLoRA,
     ScalaBL,
     TemperatureScaling,
@@ -124,6 +126,60 @@ def test_every_method_goes_on_to_the_bit(make_choice, records, tmp_path, name):
     assert resumed.result == expected.result
     logits = [predict(fitted.predictor, split).logits for fitted in (resumed, expected)]
     assert torch.equal(*logits)
+
+
+# tfb moves what it was trained at.
+@pytest.mark.parametrize(
+    "name", sorted(DRAWS.keys() - {"ensemble", "checkpoint_ensemble", "tfb", "blob_tfb"})
+)
+def test_draws_are_of_the_seed_that_predictions_are_asked_for(make_choice, records, name):
+    """The same posterior, and other draws of it."""
+    config = FitConfig(steps=2, batch_size=12, clip_norm=METHODS[name].config.clip_norm)
+    options = {"config": config, "progress": False} | METHOD_OPTIONS.get(name, {})
+    method = METHODS[name](**options)
+    adapter = make_choice(**method.form())
+    split = adapter.readout.encode(records)
+    model = method.make_model(adapter, num_data=len(split))
+    posterior = method.make_optimizer(model) or method.make_guide(model)
+    if name == "swag":  # whose posterior is a path
+        for _ in range(2):
+            for p in adapter.named_parameters().values():
+                p.grad = torch.randn_like(p)
+            posterior.step()
+
+    def logits(seed):
+        predictor = method.make_predictor(model, posterior, seed=seed)
+        guide = posterior if isinstance(model, ScalaBLModel) else None
+        fitted = Fitted(predictor, FitResult([], 2), model, guide)
+        return predict(method.finish(fitted, split, split, seed=seed).predictor, split).logits
+
+    first = logits(1)
+    assert torch.equal(logits(1), first)
+    assert not torch.equal(logits(2), first)
+
+
+@pytest.mark.parametrize("name", ["blob", "ivon"])
+def test_draws_of_weights_are_normal_at_their_seed(make_choice, records, name):
+    """mean + sd·ε, with ε of a generator at the seed."""
+    method = METHODS[name](draws=3)
+    adapter = make_choice(svd=False)
+    model = method.make_model(adapter, num_data=12)
+    posterior = method.make_optimizer(model) or method.make_guide(model)
+    weights = method.make_predictor(model, posterior, seed=7).weights
+    means = {n: p.detach() for n, p in adapter.named_parameters().items()}
+    generator = torch.Generator().manual_seed(7)
+    if name == "blob":
+        means = {n: p for n, p in means.items() if ".lora_A." in n}
+        deviations = posterior.rho.detach().square()
+        noise = torch.randn(3, len(deviations), generator=generator)
+        sizes = [p.numel() for p in means.values()]
+        parts = (deviations * noise).split(sizes, 1)
+    else:  # h starts at 1, and δ is 1 / (N·0.2²)
+        sigma = (12 * (1 + 1 / (12 * 0.2**2))) ** -0.5
+        parts = [sigma * torch.randn(3, *p.shape, generator=generator) for p in means.values()]
+    assert weights.keys() == means.keys()
+    for (n, mean), part in zip(means.items(), parts, strict=True):
+        torch.testing.assert_close(weights[n], mean + part.view(3, *mean.shape))
 
 
 @pytest.mark.parametrize("guide", GUIDES)

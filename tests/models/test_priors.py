@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_records, whole
-from pyro.poutine import trace
+from pyro.poutine import condition, trace
+from scipy import stats
 
 from scalabl_pyro import AutoSubspaceNormal, Predictor, ScalaBLModel, fit
 from scalabl_pyro.infer import FitConfig, make_elbo
@@ -33,6 +37,53 @@ def test_named_priors_take_options():
     assert float(make_prior((3, 2), "laplace", scale=3.0)().log_prob(s)) == pytest.approx(
         float(dist.Laplace(0.0, 3.0).log_prob(s).sum())
     )
+
+
+def test_scales_of_their_own_have_the_densities_that_are_named():
+    """The log joint density of fixed values, by scipy."""
+    s = torch.tensor([[0.7, -0.2], [0.1, 1.5], [-2.0, 0.4]])
+    tau, lam = torch.tensor([[0.5], [1.2], [2.0]]), s.abs() + 0.3
+    sites = {
+        "hierarchical_normal": {"module_scale": tau},
+        "horseshoe": {"global_scale": tau[:1], "local_scale": lam},
+    }
+    expected = {
+        "hierarchical_normal": stats.halfnorm(scale=0.3).logpdf(tau).sum()
+        + stats.norm(scale=tau).logpdf(s).sum(),
+        "horseshoe": stats.halfcauchy(scale=0.3).logpdf(0.5)
+        + stats.halfcauchy().logpdf(lam).sum()
+        + stats.norm(scale=0.5 * lam).logpdf(s).sum(),
+    }
+    for name, values in sites.items():
+        conditioned = trace(condition(make_prior((3, 2), name, scale=0.3), values)).get_trace()
+        log_joint = conditioned.log_prob_sum() + conditioned.nodes["_RETURN"]["value"].log_prob(s)
+        assert float(log_joint) == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "expected"),
+    [
+        ("hierarchical_normal", "module_scale", stats.halfnorm(scale=0.3)),
+        ("horseshoe", "local_scale", stats.halfcauchy()),
+    ],
+)
+def test_draws_of_scales_have_their_quantiles(name, site, expected):
+    draws = trace(make_prior((100_000, 1), name, scale=0.3)).get_trace().nodes[site]["value"]
+    for level in (0.1, 0.5, 0.9, 0.99):
+        assert float((draws < expected.ppf(level)).float().mean()) == pytest.approx(level, abs=5e-3)
+
+
+def test_gates_have_the_density_of_a_logistic_variable_that_is_squashed():
+    """x = σ((log-odds + L) / t) with L logistic, by the change of variables; ½ and ½ by default."""
+    x = np.array([[0.1, 0.5], [0.97, 0.3]])
+    for options, odds, t in (
+        ({}, 1.0, 0.5),
+        ({"probs": 0.2, "temperature": 0.8}, 0.25, 0.8),
+    ):
+        L = t * np.log(x / (1 - x)) - math.log(odds)
+        expected = (stats.logistic.logpdf(L) + np.log(t / (x * (1 - x)))).sum()
+        s = make_prior((2, 2), "relaxed_bernoulli", **options)()
+        assert float(s.log_prob(torch.tensor(x).float())) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
