@@ -111,14 +111,20 @@ def test_a_frozen_V_is_that_of_the_start(make_causal, records, tmp_path):
 
 
 def test_torn_checkpoints_are_passed_over(make_causal, records, tmp_path):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=3))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=4))
     train(make_causal, records, FIT, checkpoints=checkpoints)
-    newest, second, _ = sorted(tmp_path.iterdir(), reverse=True)
+    newest, second, third, _ = sorted(tmp_path.iterdir(), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-10])  # truncated
     data = bytearray(second.read_bytes())
     data[-5] ^= 1  # one bit of a tensor
     second.write_bytes(bytes(data))
     assert checkpoints.latest().step == 5
+    data = third.read_bytes()
+    start = data.index(b"loss")
+    place = next(i for i in range(start, len(data)) if data[i : i + 1] in b"12345678")
+    digit = bytes([data[place] + 1])  # of a number in the history
+    third.write_bytes(data[:place] + digit + data[place + 1 :])
+    assert checkpoints.latest().step == 4
     for path in tmp_path.iterdir():
         path.write_bytes(b"\x80\x04pickle")
     assert checkpoints.latest() is None

@@ -203,19 +203,34 @@ def test_history_adds_up(make_causal, records):
     assert row["loss"] == pytest.approx(expected, rel=0.02)
 
 
-def test_accumulation_averages_minibatches(make_causal, records):
-    """Two half batches accumulated are one whole batch, for a likelihood without noise."""
-    ends = []
-    for batch_size, accumulation in ((12, 1), (6, 2)):
-        adapter = make_causal(targets=("q_proj",))
-        split = adapter.readout.encode(records)
-        config = FitConfig(
-            steps=1, batch_size=batch_size, accumulation=accumulation, warmup=0.0, clip_norm=1e3
-        )
-        fit(LoRAModel(adapter, num_data=12), no_guide, split, config, progress=False)
-        ends.append(list(adapter.named_parameters().values()))
-    for one, two in zip(*ends, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("clip_norm", [1e3, 0.01])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 1), (6, 2), (3, 4)])
+def test_accumulation_averages_minibatches(
+    make_causal, records, batch_size, accumulation, clip_norm
+):
+    """One step of gradient descent, whose size tells that of the gradient, against one by hand."""
+    adapter = make_causal(targets=("q_proj", "lm_head"))
+    split = adapter.readout.encode(records)
+    parameters = list(adapter.named_parameters().values())
+    loss = torch.nn.functional.cross_entropy(adapter(whole(split)), split.labels)
+    slopes = torch.autograd.grad(loss, parameters)
+    norm = float(torch.cat([g.flatten() for g in slopes]).norm())
+    assert 0.05 < norm < 1000
+    factor = min(1.0, clip_norm / norm)
+    expected = [p.detach() - 2.0 * factor * g for p, g in zip(parameters, slopes, strict=True)]
+    config = FitConfig(
+        steps=1,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        warmup=0.0,
+        decay="constant",
+        clip_norm=clip_norm,
+    )
+    optimizer = torch.optim.SGD(parameters, lr=2.0)
+    model = LoRAModel(adapter, num_data=12)
+    fit(model, no_guide, split, config, optimizer=optimizer, progress=False)
+    for one, two in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(one.detach(), two, atol=1e-6, rtol=1e-4)
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(make_choice, records):

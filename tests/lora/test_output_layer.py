@@ -51,7 +51,10 @@ def make(readout, kind: str, *targets: str, dtype=torch.bfloat16, **options) -> 
     with torch.no_grad():
         for parameter in llm.parameters():
             parameter.copy_(parameter.bfloat16())  # the same numbers in either type
-        llm.get_output_embeddings().weight.mul_(8)  # logits in the tens
+        head = llm.get_output_embeddings()
+        head.weight.mul_(8)  # logits in the tens
+        if head.bias is not None:
+            head.bias.copy_(torch.linspace(-3, 3, len(head.bias)).bfloat16())
     torch.manual_seed(1)
     adapter = SubspaceAdapter(llm.to(dtype), lora(*targets), readout, **options)
     fill_lora_B(adapter)
@@ -148,6 +151,20 @@ def test_a_model_that_mixes_its_logits_keeps_its_own(readout, caplog):
     assert "does more with its logits than its output layer" in caplog.text
     batch = whole(readout.encode(make_records(6)))
     torch.testing.assert_close(adapter(batch), readout(llm, batch.inputs), rtol=0, atol=0)
+
+
+def test_an_output_layer_that_does_more_than_a_product_stays(readout, caplog):
+    """One whose own rows and all of its rows agree with each other, but not with the model."""
+    llm = tiny_llama().to(torch.bfloat16)
+    head = llm.lm_head
+    head.forward = lambda x: 3 * nn.functional.linear(x, head.weight)
+    adapter = SubspaceAdapter(llm, lora("q_proj"), readout)
+    assert "does more with its logits than its output layer" in caplog.text
+    batch = whole(readout.encode(make_records(6)))
+    with torch.no_grad():
+        hidden = llm.model(**batch.inputs).last_hidden_state[:, -1]
+        expected = 3 * (hidden @ head.weight.mT)[:, readout.label_ids]
+    torch.testing.assert_close(adapter(batch), expected.float(), rtol=0.02, atol=1e-2)
 
 
 def test_float32_and_quantised_output_layers_are_left_alone(readout):

@@ -61,7 +61,8 @@ def test_intervals_over_seeds_alone_would_not_cover():
     assert hits / 300 >= 0.92
 
 
-def test_the_variance_is_that_of_an_analysis_of_variance_by_hand():
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+def test_an_interval_is_that_of_an_analysis_of_variance_by_hand(level):
     x = np.array([[1.0, 2.0, 4.0], [2.0, 5.0, 5.0]])
     mean = 19 / 6
     # Sums of squares, from the means of rows (7/3, 4) and of columns (1.5, 3.5, 4.5).
@@ -69,9 +70,14 @@ def test_the_variance_is_that_of_an_analysis_of_variance_by_hand():
     columns = 2 * ((1.5 - mean) ** 2 + (3.5 - mean) ** 2 + (4.5 - mean) ** 2)
     left = (((x - mean) ** 2).sum() - rows - columns) / 2
     expected = (rows / 1 + columns / 2 - left) / 6
-    interval = crossed_interval(torch.tensor(x))
-    assert interval.mean == pytest.approx(mean)
-    assert interval.standard_error**2 == pytest.approx(expected)
+    # Satterthwaite's degrees of freedom, of mean squares with 1, 2 and 2.
+    degrees = (6 * expected) ** 2 / (rows**2 / 1 + (columns / 2) ** 2 / 2 + left**2 / 2)
+    ends = stats.t(degrees, mean, expected**0.5).interval(level)
+    p = 2 * stats.t.sf(mean / expected**0.5, degrees)
+    first = torch.tensor([[0.5, 0.1, 7.0], [-3.0, 2.0, 0.0]]).double()
+    of_difference = paired_difference(first, first - torch.tensor(x), level=level)
+    for interval in (crossed_interval(torch.tensor(x), level=level), of_difference):
+        assert interval == pytest.approx((mean, expected**0.5, *ends, p))
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
@@ -129,18 +135,21 @@ def test_what_a_question_adds_to_an_aurc_is_its_influence():
 
 
 def test_questions_of_one_uncertainty_share_their_places():
-    """All orders of the tied ones, one by one."""
+    """All orders of the tied ones, one by one, of which each has the loss that they have on average:
+    how the area moves as a question weighs more."""
     uncertainty = torch.tensor([0.1, 0.5, 0.5, 0.5, 0.9]).double()
     losses = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double()
     per_order = []
     for order in permutations(range(3)):
         moved = uncertainty + 1e-6 * torch.tensor([0, *order, 0])
         weights = torch.ones(5, dtype=torch.float64, requires_grad=True)
-        area = weighted_aurc(moved, losses, weights)
+        tied = (weights * losses)[1:4].sum() / weights[1:4].sum()
+        area = weighted_aurc(moved, torch.stack([losses[0], tied, tied, tied, losses[4]]), weights)
         (slope,) = torch.autograd.grad(area, weights)
         per_order.append(area.detach() + 5 * slope)
     torch.testing.assert_close(
-        aurc_per_question(uncertainty, losses).mean(), torch.stack(per_order).mean()
+        aurc_per_question(uncertainty, losses),
+        torch.stack(per_order).mean(0),
     )
 
 

@@ -158,6 +158,7 @@ def test_scores_are_those_of_a_loop_over_plain_transformers(tokenizer, normalise
 
 def test_what_a_choice_has_without_the_prompt_is_taken_away(tokenizer):
     """Equal to a loop; a row of s for each example, and C backward passes, see both rows."""
+    first = tokenizer.pad_token_id  # it has no other special token
     for kind in LLMS:
         adapter = make(tokenizer, kind, readout={"normalise": "unconditional"})
         batch = whole(adapter.readout.encode(RECORDS))
@@ -168,7 +169,7 @@ def test_what_a_choice_has_without_the_prompt_is_taken_away(tokenizer):
                 given = scores_by_hand(llm, tokenizer, RECORDS, lambda choice: 1)
                 alone = torch.tensor(
                     [
-                        [behind_first(llm, tokenizer, f" {c}") for c in r.choices]
+                        [behind_first(llm, tokenizer, f" {c}", first) for c in r.choices]
                         + [0.0] * (4 - len(r.choices))
                         for r in RECORDS
                     ]
@@ -183,9 +184,22 @@ def test_what_a_choice_has_without_the_prompt_is_taken_away(tokenizer):
         torch.testing.assert_close((J * step).sum((-1, -2))[seen], slope[seen].detach(), **close)
 
 
+@pytest.mark.parametrize("special", [("bos", "eos"), ("eos",)])
+def test_a_choice_alone_stands_behind_the_token_that_begins_a_text(tokenizer, special):
+    tokenizer.add_special_tokens({f"{name}_token": f"<{name}>" for name in special})
+    first = tokenizer.convert_tokens_to_ids(f"<{special[0]}>")
+    readout = {"normalise": "unconditional", "temperature": "none"}
+    adapter = make(tokenizer, filled=False, readout=readout)
+    scores = adapter(whole(adapter.readout.encode(RECORDS[:1]))).detach()
+    llm = LLMS["llama"][0]()
+    given = scores_by_hand(llm, tokenizer, RECORDS[:1], lambda choice: 1)
+    for c, choice in enumerate(RECORDS[0].choices):
+        alone = behind_first(llm, tokenizer, f" {choice}", first)
+        assert float(scores[0, c]) == pytest.approx(float(given[0, c]) - alone, abs=2e-5)
+
+
 @torch.no_grad()
-def behind_first(llm, tokenizer, answer: str) -> float:
-    first = tokenizer.pad_token_id  # it has no other special token
+def behind_first(llm, tokenizer, answer: str, first: int) -> float:
     ids = torch.tensor([[first, *tokenizer(answer).input_ids]])
     logits = llm(ids).logits[0].float()
     return -float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
@@ -265,18 +279,21 @@ def test_a_model_that_ignores_the_mask_is_found_out_by_what_it_computes(tokenize
     assert not make(tokenizer).readout.packed
 
 
-def test_a_window_that_holds_the_context_lets_rows_be_packed(tokenizer):
-    config = MistralConfig(**SIZES, **HEADS, sliding_window=64, pad_token_id=0)
+@pytest.mark.parametrize("window", [63, 64])
+def test_a_window_that_holds_the_context_lets_rows_be_packed(tokenizer, window):
+    config = MistralConfig(**SIZES, **HEADS, sliding_window=window, pad_token_id=0)
     readout = ChoiceLikelihood(tokenizer, PROMPTS["question"], num_classes=4, max_length=64)
     SubspaceAdapter(tiny(MistralForCausalLM, config), lora("q_proj"), readout)
-    assert readout.packed
+    assert readout.packed == (window == 64)
 
 
 def test_a_gap_is_filled_and_the_text_behind_it_scored(tokenizer):
-    """Also where the text begins with the gap, so that the choices share no prompt."""
+    """Also where the text begins with the gap, so that the choices share no prompt; and where some
+    choices share more of it than others."""
     records = [
         Record("a", "the cat sleeps and the _ sings in a tree", ("bird", "red dog"), 0),
         Record("b", "_ runs", ("the dog", "a"), 1),
+        Record("c", "a _ sleeps", ("red dog", "red bird", "blue dog"), 1),
     ]
     for packed in (True, False):
         adapter = make(tokenizer, prompt="gap")

@@ -156,8 +156,11 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut_but_its_completion_never_is
     batch = whole(cut.encode([text]))
     assert batch.inputs["input_ids"].shape == (1, 64)
     assert batch.labels[0].tolist() == tokenizer("runs a").input_ids
-    with pytest.raises(DataError, match="70 tokens and leaves no room for a prompt"):
-        cut.encode([Completion("q", "the", " cat" * 70)])
+    fits = cut.encode([Completion("q", "the dog", " cat" * 63)])[0].rows
+    assert fits["input_ids"][0] == tokenizer("dog" + " cat" * 63).input_ids
+    for count in (64, 70):  # one of 64 leaves no token of the prompt
+        with pytest.raises(DataError, match=f"{count} tokens and leaves no room for a prompt"):
+            cut.encode([Completion("q", "the", " cat" * count)])
 
 
 def test_bad_completions_are_refused(tokenizer, tmp_path):
