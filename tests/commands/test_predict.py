@@ -61,6 +61,18 @@ def test_a_checkpoint_of_another_model_is_refused(run, local_model):
         load_run(run)
 
 
+def test_choices_that_do_not_exist_are_not_written(run):
+    """Two and three choices, in a run of four."""
+    records = [*make_records(2, choices=2), *make_records(3, choices=3)[2:]]
+    write_jsonl(Path("in.jsonl"), records)
+    words = ["input=in.jsonl", "output=o.jsonl", "progress=false"]
+    assert scalabl("predict", f"run={run}", *words) == 0
+    rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
+    for row, count in zip(rows, (2, 2, 3), strict=True):
+        assert len(row["choices"]) == len(row["probabilities"]) == count
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-4)
+
+
 def test_predict_refuses_to_overwrite(run, tmp_path, capsys):
     write_jsonl(tmp_path / "in.jsonl", make_records(2))
     (tmp_path / "o.jsonl").write_text("mine")

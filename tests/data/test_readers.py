@@ -144,6 +144,14 @@ def test_how_a_run_read_its_labels_is_not_how_a_layout_of_names_is_read(tmp_path
         to_records({"": table}, ("bad", "good"))
 
 
+def test_labels_that_are_given_take_the_place_of_the_keys_of_a_run(tmp_path):
+    row = {"q": "why?", "options": {"t": ["a", "b"], "k": ["1", "2"]}, "y": 1}
+    path = write(tmp_path / "test.jsonl", json.dumps(row) + "\n")
+    trained = Columns("q", choices="options.t", keys="options.k", label="y")
+    for own, label in ((None, 0), (Columns(labels="from_0"), 1)):
+        assert [r.label for r in to_records({"": read_table(path, own, trained)})[""]] == [label]
+
+
 @pytest.mark.parametrize("length", [131_072, 131_073, 1_000_000])
 def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
     limit = csv.field_size_limit()

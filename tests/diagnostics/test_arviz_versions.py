@@ -43,6 +43,7 @@ class Conjugate:
         self.loc = self.y.sum() * self.scale**2
         without = (self.y.sum() - self.y) / num_data  # mean of p(s | y_{-n}), whose variance is 1/N
         self.elpd = stats.norm(without, (1 + 1 / num_data) ** 0.5).logpdf(self.y)
+        self.lppd = stats.norm(self.loc, (1 + self.scale**2) ** 0.5).logpdf(self.y)
 
     def data(self, widening: float, num_draws: int = 4000):
         """Draws of a normal that is so many times wider than the posterior."""
@@ -110,6 +111,13 @@ def test_psis_of_a_samplers_draws_is_the_loo_of_arviz():
     np.testing.assert_allclose(k, loo.pareto_k, atol=1e-6)
 
 
+@pytest.mark.parametrize(("num_draws", "good_k"), [(100, 0.5), (1000, 2 / 3), (4000, 0.7)])
+def test_a_good_k_is_lower_of_few_draws(num_draws, good_k):
+    """1 − 1 / log₁₀ S, and no more than 0.7."""
+    data = Conjugate().data(1.2, num_draws=num_draws)
+    assert file_of_diagnostics("psis").loo(data).good_k == pytest.approx(good_k)
+
+
 def test_loo_of_a_guide_is_exact_where_there_is_a_closed_form():
     exact, psis = Conjugate(), file_of_diagnostics("psis")
     data = {name: exact.data(widening) for name, widening in (("close", 1.2), ("wide", 1.6))}
@@ -120,6 +128,8 @@ def test_loo_of_a_guide_is_exact_where_there_is_a_closed_form():
         )
         np.testing.assert_allclose(pointwise, exact.elpd, atol=0.03)
         assert total == pytest.approx(exact.elpd.sum(), abs=0.05)
+        p_loo = each.p if versions.MODULAR else each.p_loo
+        assert p_loo == pytest.approx(exact.lppd.sum() - exact.elpd.sum(), rel=0.05)
         assert psis.pareto_k(data[name]) < 0.5
         assert each.se == pytest.approx((12 * exact.elpd.var()) ** 0.5, rel=0.05)
     # Of the draws alone arviz judges the guide and not the posterior.

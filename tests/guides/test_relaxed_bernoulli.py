@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import whole
+from scipy import stats
 
 from scalabl_pyro import FitConfig, ScalaBLModel, make_prior
 from scalabl_pyro.guides import make_guide
@@ -52,6 +55,19 @@ def test_another_support_is_refused(make_causal):
     unit = ScalaBLModel(make_causal(), num_data=3, prior=make_prior((5, 4), "relaxed_bernoulli"))
     with pytest.raises(ValueError, match="temperature is 0"):
         make_guide(unit, "relaxed_bernoulli", temperature=0)
+
+
+def test_dalorra_has_the_kl_of_an_elbo_and_gates_that_are_as_often_open_as_shut(make_causal):
+    method = DALorRA()
+    assert [method.config.kl(step, 100) for step in range(50, 100)] == [1] * 50  # after its rise
+    adapter = make_causal()
+    prior = method.make_model(adapter, num_data=12).prior()
+    x = torch.full(adapter.shape, 0.1)
+    # Of a logistic variable that is divided by ½ and squashed.
+    density = 0.5 * stats.logistic.pdf(0.5 * math.log(0.1 / 0.9)) / (0.1 * 0.9)
+    for value in (x, 1 - x):
+        expected = x.numel() * math.log(density)
+        assert float(prior.log_prob(value)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_dalorra_trains_gates_and_both_matrices(make_causal, records):

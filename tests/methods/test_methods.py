@@ -301,6 +301,9 @@ def test_s_of_a_fresh_adapter_that_stays_as_it_is_is_refused(make_causal):
     adapter = make_causal(projections="fixed", filled=False)
     with pytest.raises(ValueError, match="nothing depends on s: projections is 'fixed' and B is 0"):
         ScalaBL().make_model(adapter, num_data=4)
+    *_, last = adapter.matrices.B.values()  # one B that is not 0 depends on its s
+    torch.nn.init.ones_(last.weight)
+    ScalaBL().make_model(adapter, num_data=4)
 
 
 def test_projections_are_the_methods_own(make_choice, records):

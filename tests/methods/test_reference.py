@@ -11,12 +11,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import write_jsonl
+from scipy import stats
 
 from scalabl_pyro import FitConfig, ScalaBLModel, predict
 from scalabl_pyro.infer import NonFiniteLossError
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.methods import METHODS
-from scalabl_pyro.methods.bursts import burst_steps, burst_weight
+from scalabl_pyro.methods.bursts import burst_steps, burst_weight, in_bursts
 from scalabl_pyro.methods.reference import AutoSubspacePositiveNormal, Reference
 from scalabl_pyro.runs import train_run
 from scalabl_pyro.runs.config import RunConfig
@@ -61,6 +62,22 @@ def test_a_published_run_has_5_to_16_bursts():
     assert bursts == sorted(bursts, reverse=True)
     assert bursts[0] == pytest.approx(16, abs=0.5)
     assert bursts[-1] == pytest.approx(5, abs=0.5)
+
+
+@pytest.mark.parametrize(("N", "B", "steps"), [(2558, 4, 544), (640, 4, 316), (12, 12, 22)])
+def test_a_round_has_the_whole_number_below(N, B, steps):
+    """100 · 2558^(π/8) / 4 = 544.7; a batch has no more examples than there are."""
+    assert burst_steps(N, B) == steps
+    config = replace(CONFIG, batch_size=64 if B == N else B)
+    assert in_bursts(config, N).kl.between == steps
+
+
+def test_the_prior_has_the_scale_of_the_settings(make_causal):
+    adapter = make_causal()
+    model = Reference(prior_scale=0.3).make_model(adapter, num_data=1)
+    s = torch.randn(adapter.shape)
+    expected = stats.norm(scale=0.3).logpdf(s).sum()
+    assert float(model.prior().log_prob(s)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_initial_state_has_the_known_divergences(make_causal):

@@ -135,8 +135,8 @@ def test_what_a_question_adds_to_an_aurc_is_its_influence():
 
 
 def test_questions_of_one_uncertainty_share_their_places():
-    """All orders of the tied ones, one by one, of which each has the loss that they have on average:
-    how the area moves as a question weighs more."""
+    """How the area moves as a question weighs more: in all orders of the tied ones, one by one, of
+    which each has their mean loss."""
     uncertainty = torch.tensor([0.1, 0.5, 0.5, 0.5, 0.9]).double()
     losses = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double()
     per_order = []
