@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from scalabl_pyro.commands.compare import CompareConfig
+from scalabl_pyro.lora import trunk_cache
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.runs import DataConfig, training
 
@@ -69,7 +70,7 @@ def test_a_run_is_that_without_the_cache(train, words):
         assert costs[0]["forward"] == costs[1]["forward"] / 2
 
 
-def test_runs_share_what_was_computed_once(train):
+def test_runs_share_what_was_computed_once(train, monkeypatch):
     train("a", "trunk_cache=cache", "method=mle")
     files = kept()
     assert len(files) == 2, "training and validation"
@@ -83,6 +84,12 @@ def test_runs_share_what_was_computed_once(train):
     assert len(kept()) == 5, "other prompts"
     train("e", "trunk_cache=cache", "model.dtype=bfloat16")
     assert len(kept()) == 7
+    for n, package in enumerate(("torch", "transformers"), 1):
+        newer = {package: "99.0"}
+        with monkeypatch.context() as patch:
+            patch.setattr(trunk_cache, "version", lambda name, newer=newer: newer.get(name, "1.0"))
+            train(f"f{n}", "trunk_cache=cache")
+        assert len(kept()) == 7 + 2 * n, "other versions"
     assert not list(Path("cache").glob("*.part"))
 
 

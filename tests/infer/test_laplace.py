@@ -10,7 +10,7 @@ import torch
 from conftest import lora, make_records, tiny_llama, whole
 
 from benchmarks.correctness._linear import LinearAdapter, LinearGaussian, make_split
-from scalabl_pyro import ScalaBLModel, SubspaceAdapter
+from scalabl_pyro import ScalaBLModel, SubspaceAdapter, draw
 from scalabl_pyro.data import Completion
 from scalabl_pyro.infer.laplace_approximation import CURVATURES, ggn, hessian, laplace
 from scalabl_pyro.models.priors import Horseshoe
@@ -31,6 +31,21 @@ def logistic(prior: dist.Normal, count: int = 30) -> tuple[ScalaBLModel, object,
     labels = dist.Categorical(logits=features @ torch.tensor([1.0, -1.0, 0.5, 2.0])).sample()
     model = ScalaBLModel(LinearAdapter((2, 2)), num_data=count, prior=prior)
     return model, make_split(features, labels), features
+
+
+def test_nothing_is_dropped(make_causal, records):
+    """Of an adapter as training leaves it."""
+    found = []
+    for dropout in (0.0, 0.5):
+        adapter = make_causal()
+        split = adapter.readout.encode(records)
+        model = ScalaBLModel(adapter, num_data=len(split))
+        adapter.set_dropout(dropout)
+        adapter.train()
+        found.append(laplace(model, split, loc=adapter.init_loc))
+    draws = [draw(each.guide, 20, seed=0) for each in found]
+    torch.testing.assert_close(*draws)
+    assert found[1].log_evidence == pytest.approx(found[0].log_evidence, rel=1e-5)
 
 
 def test_at_the_priors_mean_no_precision_has_the_highest_evidence():

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import fill_lora_B, make_records, scalabl, tiny_bert_config, tiny_llama, whole
+from conftest import fill_lora_B, lora, make_records, scalabl, tiny_bert_config, tiny_llama, whole
 from conftest import write_jsonl as write
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import BertForMultipleChoice, PreTrainedTokenizerFast, RobertaConfig
 
@@ -297,6 +298,18 @@ def test_the_context_of_roberta_leaves_out_the_positions_of_padding(tmp_path, to
     tokenizer.save_pretrained(tmp_path)
     config = ModelConfig(str(tmp_path), readout="sequence_classification")
     assert load_readout(config, LETTERS).max_length == 18
+
+
+@pytest.mark.parametrize("change", [{"r": 2}, {"lora_alpha": 4}, {"use_rslora": True}])
+def test_a_start_of_another_scale_is_another(tmp_path, change):
+    """The same weights, and another update that they stand for."""
+    get_peft_model(tiny_llama(), lora("q_proj")).save_pretrained(tmp_path)
+    config = AdapterConfig(start=str(tmp_path))
+    before = config.start_fingerprint()
+    assert config.start_fingerprint() == before
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+    assert config.start_fingerprint() != before
 
 
 def test_a_model_that_cannot_be_fetched_says_why(monkeypatch):

@@ -88,6 +88,8 @@ def test_in_weights_it_is_the_dense_computation(make, form):
     train = adapter.encode(WITH_A_MISSING_CHOICE)
     test = adapter.encode([*make_records(5), *make_records(3, choices=2)])
     s = None if "svd" in form else adapter.init_loc + 0.1
+    adapter.set_dropout(0.5)
+    adapter.train()  # as training leaves it; nothing is dropped here
     scores = weight_novelty(adapter, train, test, precision=0.5, s=s, batch_size=3)
 
     # Plain LoRA with A = diag(s)·V.
