@@ -318,7 +318,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         ),
         "long": (
             lambda tools: tools.labels().encode([Record("q", "cat " * 99, ("red", "blue"))]),
-            "the context of 64 tokens (longest: 101)",
+            "the context of 64 tokens (longest: 101, of record 'q')",
         ),
         "long choice": (
             lambda tools: MultipleChoice(

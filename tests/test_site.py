@@ -28,6 +28,7 @@ def test_references_in_docstrings_lead_to_something():
         resolve_name(name)
 
 
+@pytest.mark.usefixtures("in_tmp")
 def test_the_answers_to_questions_are_true():
     """The blocks of the FAQ, one after the other."""
     names: dict = {}
@@ -50,6 +51,9 @@ def test_the_answers_to_questions_are_true():
     with torch.no_grad():
         plain = adapter(test.collate(list(test)), names["guide"].median()["s"]).softmax(-1)
     torch.testing.assert_close(one.probabilities, plain)
+    kept = names["kept"]
+    batch = test.collate(list(test))
+    torch.testing.assert_close(kept.logits(batch), adapter(batch, kept.draws))
 
 
 def test_the_commands_about_scaling_run(tmp_path, local_model, monkeypatch):

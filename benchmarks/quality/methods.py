@@ -185,7 +185,7 @@ FAMILIES: dict[str, dict[str, Callable[[], Method]]] = {
     ),
     "V from activations, point s": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "delta"}),
-        (5e-3, 10), (5e-3, 30), (1e-2, 30), (2e-2, 100), (2e-3, 30), (5e-3, 100), names=KL,
+        (5e-3, 10), (5e-3, 30), (1e-2, 30), (2e-2, 100), (2e-3, 30), names=KL,
     ),
     "ScalaBL, top block": grid(
         lambda lr, weight: scalabl(lr, weight, guide={"name": "top_normal", "blocks": 1}),

@@ -75,7 +75,7 @@ class AutoSubspace(PyroModule):
         if not (init_loc is None or isinstance(init_loc, Tensor)):
             raise TypeError(f"init_loc is {init_loc!r}: expected a tensor (M, r)")
         loc = model.init_loc if init_loc is None else init_loc.to(model.init_loc.device)
-        if not loc.isfinite().all():
+        if init_loc is not None and not init_loc.isfinite().all():
             raise ValueError("init_loc holds NaN or infinity: expected finite numbers")
         if loc.shape != model.init_loc.shape:
             raise ValueError(

@@ -20,6 +20,7 @@ __all__ = [
     "DATE",
     "CausalReadout",
     "check_chat",
+    "check_left_padding",
     "in_template",
     "keeps_logits",
     "last_logits",
@@ -246,18 +247,18 @@ def last_logits(llm: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> 
 
 
 @torch.no_grad()
-def check_left_padding(llm: PreTrainedModel, ids: Sequence[int]) -> None:
+def check_left_padding(llm: PreTrainedModel, ids: Tensor) -> None:
     """Refuse a recurrent model that reads the padding before a row: its logits would depend on what
     else is in the batch.
 
-    :param ids: a short text.
+    :param ids: (T,), a short text.
     :raises ValueError: if it does.
     """
     # Attention has a mask; of the others transformers says that they carry a state.
     if not getattr(llm, "_is_stateful", False) or llm.device.type == "meta":
         return
-    alone = torch.tensor([ids], device=llm.device)
-    padded = torch.tensor([[ids[0]] * 8 + list(ids)], device=llm.device)
+    alone = ids.to(llm.device)[None]
+    padded = torch.cat([alone[:, :1].repeat(1, 8), alone], 1)
     logits = []
     for rows in (alone, padded):
         mask = torch.ones_like(rows)

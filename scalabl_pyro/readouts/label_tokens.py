@@ -95,7 +95,7 @@ class LabelTokens(CausalReadout):
 
     def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
         """As :meth:`Readout.attach`; looks whether the model takes padding before a prompt."""
-        check_left_padding(llm, self.label_ids.tolist())
+        check_left_padding(llm, self.label_ids)
         return super().attach(llm)
 
     def _label_ids(self, form: str | None) -> tuple[str, list[int]]:

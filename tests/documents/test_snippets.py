@@ -207,6 +207,7 @@ RUN_BY = {
     ("faq.md", "draws ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "svi ="): "test_the_answers_to_questions_are_true",
     ("faq.md", "from dataclasses"): "test_the_answers_to_questions_are_true",
+    ("faq.md", "sp.save_predictor"): "test_the_answers_to_questions_are_true",
     ("faq.md", "at_mean ="): "test_the_answers_to_questions_are_true",
     ("scaling.md", "# what a run needs"): "test_the_commands_about_scaling_run",
     ("scaling.md", "# fewer draws"): "test_the_commands_about_scaling_run",
