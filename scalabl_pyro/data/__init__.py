@@ -5,7 +5,7 @@ from .columns import Columns
 from .completions import Completion, Message
 from .hub import Task
 from .prompts import GAP, PROMPTS, Prompt, read_template
-from .readers import read_completions, read_folder, read_records, read_table
+from .readers import read_completions, read_folder, read_records, read_rows, read_table
 from .records import DataError, Record
 from .source import DataSource
 from .splits import (
@@ -48,6 +48,7 @@ __all__ = [
     "read_completions",
     "read_folder",
     "read_records",
+    "read_rows",
     "read_table",
     "read_template",
     "subsample",

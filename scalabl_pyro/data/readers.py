@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .columns import Columns, blank
 from .completions import Completion, check_known, is_completion
 from .csv_rows import csv_columns, csv_rows
-from .parquet_rows import parquet_class_labels, parquet_rows
+from .parquet_rows import class_labels, parquet_class_labels, parquet_rows
 from .records import DataError, Record
 from .tables import Row, Table, to_records
 
@@ -21,6 +21,7 @@ __all__ = [
     "read_folder",
     "read_folder_tables",
     "read_records",
+    "read_rows",
     "read_table",
 ]
 
@@ -140,6 +141,31 @@ def read_records(
         there is no record.
     """
     return to_records({"": read_table(path, columns)}, classes)[""]
+
+
+def read_rows(
+    rows: Iterable[Mapping[str, Any]],
+    classes: Sequence[str] = (),
+    columns: Columns | None = None,
+) -> list[Record]:
+    """The records of rows in memory: dictionaries, or a split of a data set of ``datasets``.
+
+    :param classes: as for :func:`read_records`.
+    :param columns: which columns make a record; by default those called as its fields.
+    :raises DataError: at the first bad row or repeated id, with its number, value and reason; if
+        there is none.
+    """
+    columns = columns or Columns()
+    listed = []
+    for number, cells in enumerate(rows, start=1):
+        if not isinstance(cells, Mapping):
+            raise DataError(f"row {number}: found {type(cells).__name__}: expected a dictionary")
+        listed.append(Row(f"row {number}", str(number), cells))
+    if not listed:
+        raise DataError("there are no rows")
+    features = getattr(rows, "features", None)
+    names = class_labels(features) if features else {}
+    return to_records({"": Table("rows", listed, columns, names, columns.none_named)}, classes)[""]
 
 
 def read_completions(

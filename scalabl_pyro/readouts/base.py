@@ -422,7 +422,8 @@ def check_records(records: Any) -> None:
             raise TypeError(
                 f"found {str(record)[:60]!r} in the place of"
                 f" {'a record' if listed else 'a list of records'}: expected a list of Record, such"
-                " as Record('1', question, choices, label), or of Completion"
+                " as Record('1', question, choices, label), or of Completion; of dictionaries and"
+                " data sets scalabl_pyro.data.read_rows makes them"
             )
 
 

@@ -18,6 +18,7 @@ from scalabl_pyro.data import (
     DataSource,
     read_folder,
     read_records,
+    read_rows,
 )
 from scalabl_pyro.data.csv_rows import csv_rows
 from scalabl_pyro.data.readers import read_table
@@ -505,3 +506,35 @@ def test_data_saved_to_disk_is_told_from_a_folder_of_files(tmp_path):
     assert [record.label for record in records["train"]] == [0, 1, 0, 1]
     table.to_parquet(tmp_path / "written" / "train.parquet")
     assert len(read_folder(tmp_path / "written")["train"]) == 4
+
+
+def test_rows_in_memory_are_read_as_those_of_files():
+    rows = [
+        {"stem": f"q{n}", "choices": {"text": ["x", "y", "z"]}, "answerKey": "ABC"[n % 3]}
+        for n in range(4)
+    ]
+    columns = Columns("stem", "choices.text", "answerKey")
+    expected = [Record(str(n + 1), f"q{n}", ("x", "y", "z"), n % 3) for n in range(4)]
+    assert read_rows(rows, columns=columns) == expected
+    assert read_rows(datasets.Dataset.from_list(rows), columns=columns) == expected
+
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"])
+    )
+    texts = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    read = read_rows(texts, columns=Columns(question="text"))
+    assert read == [Record("1", "a", ("bad", "good"), 1), Record("2", "b", ("bad", "good"), 0)]
+    assert [r.choices for r in read_rows([{"question": "a"}], ["no", "yes"])] == [("no", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no rows"),
+        (["a text"], "row 1: found str: expected a dictionary"),
+        ([{"question": "a", "choices": ["x", "y"], "label": 5}], "row 1.* 5"),
+    ],
+)
+def test_bad_rows_in_memory_are_named(rows, message):
+    with pytest.raises(DataError, match=message):
+        read_rows(rows)

@@ -193,7 +193,7 @@ RUN_BY = {
         'TASKS["hellaswag"]',
     ): "test_the_data_set_of_contributing_is_read",
     ("data.md", "# a spreadsheet"): "test_the_data_of_the_documentation_are_read",
-    ("data.md", "from scalabl_pyro.data"): "test_the_data_of_the_documentation_are_read",
+    ("data.md", "from datasets"): "test_the_data_of_the_documentation_are_read",
     ("comparison.md", "scalabl train protocol"): "test_the_commands_of_the_documentation_train",
     (
         "harnesses.md",
@@ -278,6 +278,7 @@ def test_the_data_of_the_documentation_are_read(tmp_path, local_model, monkeypat
     names: dict[str, object] = {}
     exec(compile(snippet, "data.md", "exec"), names)
     assert names["questions"] == records[:30]
+    assert names["same"] == records[:30]
 
 
 def test_the_usage_in_docstrings_runs(tokenizer, records):
