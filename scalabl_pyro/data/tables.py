@@ -125,7 +125,8 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
                 raise DataError(
                     "the classes are not known, and no column has choices; give data.classes="
                     "[name,name,…], or data.columns.choices, or of texts to go on with"
-                    f" data.columns.prompt; found {sorted(row.cells)}"
+                    " data.columns.prompt, or of conversations the column messages, a list of"
+                    f" {{role, content}}; found {sorted(row.cells)}"
                 )
             record = Record(
                 id=name,
