@@ -53,8 +53,8 @@ class AutoSubspace(PyroModule):
     pickles and saves alone. A subclass defines its parameters in ``__init__``, q(z) in
     :meth:`base` and its marginals in :meth:`marginals`; one whose marginals have no ``icdf``
     overrides :meth:`quantiles`, which the median comes from. Where q is no single distribution,
-    because s depends on another latent site, it overrides :meth:`forward`, and draws come from
-    there.
+    because s depends on another latent site, it overrides :meth:`forward`, and
+    :func:`~scalabl_pyro.prediction.draw` draws from there.
 
     :param model: gives the shape, the support and the start of s.
     :param init_loc: (M, r), the initial median of s; ``model.init_loc`` if left out.
@@ -130,15 +130,12 @@ class AutoSubspace(PyroModule):
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:
-        """(S, M, r) independent draws of s.
+        """(S, M, r) independent draws of s from :meth:`get_posterior`.
 
         :raises ValueError: if S < 1.
         """
         if num_draws < 1:
             raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
-        if not self.draws_from_posterior:
-            with pyro.poutine.block():
-                return torch.stack([self()["s"] for _ in range(num_draws)])
         return self.get_posterior().sample(torch.Size([num_draws]))
 
     def with_perp(self, draws: Tensor) -> Tensor:
@@ -155,7 +152,14 @@ class AutoSubspace(PyroModule):
 
         This is variational continual learning (Nguyen et al. 2018, arXiv 1710.10628): with exact
         posteriors, the last one is that of all tasks' data together.
+
+        :raises ValueError: if s is not drawn from :meth:`get_posterior`.
         """
+        if not self.draws_from_posterior:
+            raise ValueError(
+                f"{type(self).__name__} overrides forward, and a prior is get_posterior() alone:"
+                " expected a guide that defines base()"
+            )
         return PosteriorPrior(self)
 
     def of_s_alone(self) -> AutoSubspace:

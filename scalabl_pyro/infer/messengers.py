@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro.distributions as dist
 import torch
@@ -22,12 +22,13 @@ class ObservedNLL(Messenger):
 
     :param num_data: N.
     :param rows: B of the batch.
-    :raises ValueError: on the way, if a site in a plate counts the batch as if it were all data.
+    :raises ValueError: at the end, if the batch counts as if it were all data.
     """
 
     def __init__(self, num_data: int, rows: int) -> None:
         super().__init__()
         self._num_data, self._rows = num_data, rows
+        self._scaled, self._unscaled = False, cast(str | None, None)
         self._terms: dict[str | None, list[Tensor]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
@@ -35,18 +36,27 @@ class ObservedNLL(Messenger):
         plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
         particles = plates.pop("num_particles_vectorized", 1)
         if msg["is_observed"] and plates:
-            self._check_scale(msg, plates)
+            self._look(msg, plates)
             distribution: Any = msg["fn"]
             log_prob = distribution.log_prob(msg["value"]).detach()
             log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
             self._terms.setdefault(msg["name"], []).append(log_prob.sum() / particles)
 
-    def _check_scale(self, msg: Message, plates: dict[str, int]) -> None:
-        of_all = self._num_data in plates.values() or self._rows >= self._num_data
-        if not of_all and isinstance(msg["scale"], (int, float)) and msg["scale"] == 1:
+    def _look(self, msg: Message, plates: dict[str, int]) -> None:
+        """Whether a site is scaled to all data; or stands in a plate of the batch's own size."""
+        if (msg["infer"] or {}).get("_deterministic"):
+            return
+        scaled = not isinstance(msg["scale"], (int, float)) or msg["scale"] != 1
+        self._scaled |= scaled or self._num_data in plates.values()
+        if self._rows in plates.values() and self._rows < self._num_data:
+            self._unscaled = msg["name"]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None and self._unscaled is not None and not self._scaled:
             raise ValueError(
-                f"the observed site {msg['name']!r} stands in plates of sizes {plates}, and the"
-                f" batch of {self._rows} is one of N = {self._num_data} examples: sample it within"
+                f"the observed site {self._unscaled!r} stands in a plate of the batch's"
+                f" {self._rows} examples, of N = {self._num_data}: sample it within"
                 " self.data_plate(batch), which scales it to all"
             )
 
@@ -65,45 +75,60 @@ class ObservedNLL(Messenger):
 
 
 class LatentKL(Messenger):
-    r"""Records KL(q‖p) of the latent sites that pass, not weighted, whatever the ELBO makes of it.
+    r"""Records KL(q‖p) of the latent sites that pass, without β, whatever the ELBO makes of it.
 
     .. math:: \sum_i E_q \Big[ KL\big(q(z_i \mid z_{<i}) \,\|\, p(z_i \mid z_{<i})\big) \Big]
 
     with each site's term in closed form where torch has one, else log q − log p of the draw.
+
+    :param beta: the KL weight that the sites' scales hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
+        self._beta = beta
         self._of_guide: dict[str | None, tuple[Any, Tensor]] = {}
-        self._pairs: list[tuple[Any, Any, Tensor, int]] = []  # q, p if it has one, value, particles
-        self._passes = 0
+        self._terms: dict[str | None, list[_Term]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
         name, fn, value = msg["name"], cast(Any, msg["fn"]), cast(Tensor, msg["value"])
+        q, p = fn, None
+        if not (msg["infer"] or {}).get("is_auxiliary"):  # of the guide alone
+            q, drawn = self._of_guide.pop(name, (None, None))
+            if drawn is not value:  # the guide runs first, and the model is handed its very tensor
+                self._of_guide[name] = fn, value
+                return
+            p = fn
         plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
         particles = plates.get("num_particles_vectorized", 1)
-        if (msg["infer"] or {}).get("is_auxiliary"):  # of the guide alone
-            self._pairs.append((fn, None, value, particles))
-            return
-        q, drawn = self._of_guide.pop(name, (None, None))
-        if drawn is not value:  # the guide runs before the model, which is handed its very tensor
-            self._of_guide[name] = fn, value
-            return
-        self._passes += name == "s"
-        self._pairs.append((q, fn, value, particles))
+        scale = msg["scale"] / self._beta / particles  # that of plates
+        self._terms.setdefault(name, []).append(_Term(q, p, value, scale, msg["mask"]))
 
     @torch.no_grad()
     def total(self) -> float:
         """In nats, averaged over particles and passes."""
-        terms = [_kl(q, p, value).sum() / particles for q, p, value, particles in self._pairs]
-        return float(sum(terms)) / max(self._passes, 1)
+        # Particles that do not run as one batch pass one by one, and so do minibatches.
+        return float(
+            sum(torch.stack([_nats(t) for t in each]).mean() for each in self._terms.values())
+        )
+
+
+class _Term(NamedTuple):
+    q: Any
+    p: Any
+    value: Tensor
+    scale: Any
+    mask: Any
+
+
+def _nats(term: _Term) -> Tensor:
+    kl = term.q.log_prob(term.value) if term.p is None else _kl(term.q, term.p, term.value)
+    return scale_and_mask(kl, term.scale, term.mask).sum()
 
 
 def _kl(q: Any, p: Any, value: Tensor) -> Tensor:
-    if p is None:
-        return q.log_prob(value)
     # Pyro's automatic guides draw an auxiliary site, and hand it on as a Delta with a Jacobian, of
     # which the closed form that Pyro registers takes no notice.
     base = q

@@ -113,7 +113,7 @@ class Training:
     ) -> tuple[float, float, float]:
         """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N, the NLL and the KL."""
         loss, nll = 0.0, 0.0
-        latents = LatentKL()
+        latents = LatentKL(beta)
         # Checks are worth their time once: sites, shapes and supports do not change.
         check = self.step == 0
         sites = AllSites(self.parameters) if check else nullcontext()

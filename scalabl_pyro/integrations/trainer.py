@@ -121,7 +121,7 @@ class ELBOTrainer(transformers.Trainer):
         self._groups = parameter_groups(
             model, guide, lr=args.learning_rate, lr_guide=lr_guide, weight_decay=args.weight_decay
         )
-        given, _ = options.get("optimizers", (None, None))
+        given, _ = options.get("optimizers") or (None, None)
         if given is not None:
             check_moves(given, [p for group in self._groups for p in group["params"]])
         self._train, self._adapter = train, model.adapter
@@ -132,6 +132,7 @@ class ELBOTrainer(transformers.Trainer):
         # all on the same adapter.
         args._n_gpu = min(args.n_gpu, 1)
         objective = _Objective(model, guide, elbo)
+        options = {name: value for name, value in options.items() if value is not None}
         super().__init__(objective, args, eval_dataset=eval_dataset, **options)  # type: ignore[arg-type]  # which is only kept
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -267,10 +268,15 @@ class _Objective(nn.Module):
     def __init__(self, model: LoRAModel, guide: Callable[..., Any], elbo: Any) -> None:
         super().__init__()
         self.model, self.guide, self._elbo = model, guide, elbo
+        held = set(map(id, self.parameters()))  # an adapter may have been frozen since
         state = model.adapter.state()
         self.frozen = nn.ParameterDict(
-            {name.replace(".", "__"): p for name, p in state.items() if not p.requires_grad}
+            {name.replace(".", "__"): p for name, p in state.items() if id(p) not in held}
         )
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        # A checkpoint without V would go on with another one: transformers would not ask.
+        return super().load_state_dict(state_dict, strict=True, assign=assign)
 
     def forward(self, batch: Batch) -> Tensor:
         loss: Tensor = self._elbo.differentiable_loss(self.model, self.guide, batch)

@@ -152,6 +152,7 @@ class SubspaceAdapter:
         # What hooks and trunk read stands in the modules: threads take turns.
         self._one_pass = OnePass()
         self._checkpointing = Checkpointing(self._llm, self._hooks)
+        self.peft_model.eval()
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self._llm)
         self._readout_at_first = [p.detach().clone() for p in self.readout_parameters.values()]
@@ -159,7 +160,6 @@ class SubspaceAdapter:
         self._base_dropout = base_dropout
         if gradient_checkpointing:
             self._checkpointing.enable(dropout=base_dropout)
-        self.peft_model.eval()
         self._stored = {
             name: parameter
             for name, parameter in self.peft_model.named_parameters()
@@ -489,7 +489,8 @@ class SubspaceAdapter:
 
     @contextmanager
     def bound(self, s: Tensor | None) -> Iterator[PreTrainedModel]:
-        """The language model with s bound, for as many forward passes as the context holds.
+        """The language model with s bound, for as many forward passes as the context holds. Other
+        threads wait for its end.
 
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
         :raises ValueError: if s has another shape.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import RLock
+from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +35,21 @@ class OnePass:
     """One thread at a time, within which passes may hold others. A copy is a lock of its own."""
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        # Unlike RLock it may be released elsewhere: a generator may end in another thread.
+        self._lock, self._depth = Lock(), 0
+        self._owner: int | None = None
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        if self._owner != get_ident():
+            self._lock.acquire()
+            self._owner = get_ident()
+        self._depth += 1
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
 
     def __reduce__(self) -> tuple[type[OnePass], tuple[()]]:
         return OnePass, ()

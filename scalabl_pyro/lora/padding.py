@@ -33,7 +33,7 @@ def real_tokens(values: Tensor, batch: Batch) -> Tensor:
     """
     mask = token_mask(batch).to(values.device)
     width = mask.shape[1]
-    if values.dim() > 3:  # (R, 1, T, d), of a layer behind another one in attention
+    if values.dim() > 3 and values.shape[1] == 1:  # (R, 1, T, d), of a layer inside attention
         values = values.flatten(1, -2)
     if values.dim() == 2:
         return values[mask.flatten()] if len(values) == mask.numel() else values

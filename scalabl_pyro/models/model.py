@@ -131,13 +131,14 @@ class LoRAModel(PyroModule):
                 f"adapter is a {type(adapter).__name__}: expected a SubspaceAdapter, such as"
                 " sp.from_pretrained returns"
             )
-        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+        whole = hasattr(num_data, "__index__") and not isinstance(num_data, bool)
+        if not whole or num_data < 1:
             raise ValueError(
                 f"num_data is {num_data!r}: expected the number of training examples, len(train)"
             )
         super().__init__()
         self._adapter = (adapter,)  # a tuple: an attribute would register the LLM's parameters
-        self.num_data = num_data
+        self.num_data = int(num_data)
         self.projections = Projections(adapter)
 
     @property
@@ -146,7 +147,8 @@ class LoRAModel(PyroModule):
 
     def train(self, mode: bool = True) -> LoRAModel:
         """Training mode of the adapter too, on or off."""
-        self.adapter.train(mode)
+        # Any function of s may stand in the adapter's place.
+        getattr(self.adapter, "train", lambda mode: None)(mode)
         super().train(mode)
         return self
 
@@ -312,12 +314,18 @@ def _check_support(prior: Prior) -> None:
     """:raises ValueError: if a prior of part of the line does not say so: guides would leave it."""
     if isinstance(prior, FixedPrior) or prior.support is not constraints.real:
         return
+    try:
+        copy = deepcopy(prior)  # Pyro names the sites of what has run
+    except RuntimeError:  # what was computed from parameters has no copy: it is not looked at
+        return
     # It may sample its latent scales, which must not move the global random state.
     with torch.random.fork_rng(range(torch.cuda.device_count())), pyro.poutine.block():
-        support: Any = deepcopy(prior)().support  # Pyro names the sites of what has run
+        p = copy()
+        far = torch.full_like(p.sample(), 1e6)
+    support: Any = p.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    if not support.check(torch.tensor([-1e6, 1e6])).all():
+    if not (support.check(far).all() and support.check(-far).all()):
         raise ValueError(
             f"{type(prior).__name__} has s in {support}, and its attribute support is the real"
             f" line: set support = constraints.{support} in the class"

@@ -60,32 +60,40 @@ def draw(
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(seed)
         draws = KINDS[kind](guide, num_draws, seed, batch)
-        return guide.with_perp(draws) if isinstance(guide, AutoSubspace) else draws
+        if isinstance(guide, AutoSubspace) and guide.draws_from_posterior:
+            return guide.with_perp(draws)
+        return draws
 
 
 def _independent(
     guide: Callable[..., Any], num_draws: int, seed: int, batch: Batch | None
 ) -> Tensor:
-    if isinstance(guide, AutoSubspace):
+    if isinstance(guide, AutoSubspace) and guide.draws_from_posterior:
         return guide.sample(num_draws)
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None and batch is None:
         raise ValueError(
             f"{type(guide).__name__} is made at its first call, with what the model is called"
             " with: give batch=, a batch of the training split"
         )
-    traces: list[Any] = [poutine.trace(guide).get_trace(batch) for _ in range(num_draws)]
-    if "s" not in traces[0].nodes:
-        names = list(traces[0].stochastic_nodes)
+    drawn = [_sites(guide, batch) for _ in range(num_draws)]
+    return torch.cat([torch.stack([sites[name] for sites in drawn]) for name in drawn[0]], -1)
+
+
+def _sites(guide: Callable[..., Any], batch: Batch | None) -> dict[str, Tensor]:
+    """``s``, and ``s_perp`` if there is one, of one run of a guide.
+
+    :raises ValueError: if it neither samples nor returns ``s``.
+    """
+    nodes: Any = poutine.trace(guide).get_trace(batch).nodes
+    sites = {n: node["value"] for n, node in nodes.items() if node["type"] == "sample"}
+    returned = nodes["_RETURN"]["value"]
+    found = sites if "s" in sites or not isinstance(returned, dict) else returned
+    if "s" not in found:
         raise ValueError(
-            f"the guide samples {names}, and not 's': expected a guide of the model as it is; one"
-            " of a model under poutine.reparam predicts by pyro.infer.Predictive"
+            f"the guide samples {list(sites)}, and not 's': expected a guide of the model as it is;"
+            " one of a model under poutine.reparam predicts by pyro.infer.Predictive"
         )
-    parts = [
-        torch.stack([trace.nodes[name]["value"] for trace in traces])
-        for name in ("s", "s_perp")
-        if name in traces[0].nodes
-    ]
-    return torch.cat(parts, -1)
+    return {name: found[name] for name in ("s", "s_perp") if name in found}
 
 
 def _antithetic(

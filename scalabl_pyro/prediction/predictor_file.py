@@ -17,6 +17,8 @@ from .predictor import Predictor
 __all__ = ["load_predictor", "save_predictor"]
 
 _PREFIX = "projections."
+#: of readouts, those that have them: by these a text and its score are what they are
+_SETTINGS = ("chat", "form", "normalise", "temperature", "truncate")
 
 
 def save_predictor(predictor: Predictor, path: str | Path) -> None:
@@ -27,6 +29,7 @@ def save_predictor(predictor: Predictor, path: str | Path) -> None:
 
     :param path: a new file.
     :raises FileExistsError: if it exists.
+    :raises TypeError: if it is another kind of predictor.
 
     Usage::
 
@@ -35,9 +38,14 @@ def save_predictor(predictor: Predictor, path: str | Path) -> None:
         adapter = sp.from_pretrained("embedded", lora, records, subspace="random")
         predictor = sp.load_predictor("posterior.safetensors", adapter)
     """
+    if not isinstance(predictor, Predictor):
+        raise TypeError(
+            f"predictor is a {type(predictor).__name__}: expected a Predictor of s; runs of"
+            " other methods are kept by scalabl train"
+        )
     adapter = predictor.adapter
     tensors = {f"{_PREFIX}{name}": p for name, p in adapter.state().items()} | predictor.state()
-    known = _identity(adapter) | {"temperature": predictor.temperature}
+    known = _identity(adapter) | {"temperature": float(predictor.temperature)}
     with whole_file(new_path(Path(path))) as part:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -65,10 +73,11 @@ def load_predictor(path: str | Path, adapter: SubspaceAdapter) -> Predictor:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no file of safetensors, or damaged: {error}") from error
-    known = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
-    if "temperature" not in known:
+    identity = _identity(adapter)
+    if not {*identity, "temperature"} <= metadata.keys():
         raise ValueError(f"{path} was not written by save_predictor")
-    for name, here in _identity(adapter).items():
+    known = {name: json.loads(metadata[name]) for name in (*identity, "temperature")}
+    for name, here in identity.items():
         if known[name] != here:
             raise ValueError(
                 f"{path} is of an adapter whose {name} is {known[name]}, and here it is {here}:"
@@ -90,7 +99,7 @@ def _identity(adapter: SubspaceAdapter) -> dict[str, object]:
         "number of classes": readout.num_classes,
         "class names": list(readout.class_names),
         "prompt": None if prompt is None else json.loads(json.dumps(asdict(prompt))),
-        "chat": getattr(readout, "chat", False),
+        "readout's settings": {name: getattr(readout, name, None) for name in _SETTINGS},
         "adapted modules": list(adapter.module_names),
         "shape of s": list(adapter.shape),
         "scaling": adapter.scaling,

@@ -261,7 +261,7 @@ def test_history_holds_the_closed_form(make_causal, records):
     assert history[0]["kl"] == pytest.approx(first, rel=1e-6)
 
 
-def test_a_guide_that_draws_in_forward_is_drawn_from_there(make_causal):
+def test_a_guide_that_draws_in_forward_is_drawn_from_there(make_causal, records):
     """As where s depends on another latent site, and q(s) is no single distribution."""
     model = ScalaBLModel(make_causal(), num_data=12)
 
@@ -269,17 +269,21 @@ def test_a_guide_that_draws_in_forward_is_drawn_from_there(make_causal):
         def base(self):
             return dist.Normal(self._init_loc, 0.1).to_event(2)
 
-        def forward(self, *args):
+        def forward(self, batch):
+            assert batch is not None
             q = dist.Normal(torch.zeros(model.adapter.shape), 1.0).to_event(2)
-            return {"s": pyro.sample("s", q)}
+            pyro.sample("s", q)
 
     guide = Own(model)
-    draws = draw(guide, 500, seed=0)
+    batch = whole(model.adapter.encode(records))
+    draws = draw(guide, 500, seed=0, batch=batch)
     torch.testing.assert_close(draws.mean(), torch.tensor(0.0), atol=0.1, rtol=0)
     torch.testing.assert_close(draws.std(), torch.tensor(1.0), atol=0.1, rtol=0)
     for kind in ("antithetic", "sobol"):
         with pytest.raises(ValueError, match="Own overrides forward; use kind='independent'"):
             draw(guide, 4, seed=0, kind=kind)
+    with pytest.raises(ValueError, match="Own overrides forward, and a prior is get_posterior"):
+        guide.as_prior()
 
 
 def test_base_alone_is_enough_to_train(make_causal, records):
@@ -314,7 +318,11 @@ def test_draws_of_ordinary_guides_of_pyro(make_causal, records):
     def returns_nothing(batch):
         returns_a_tensor(batch)
 
-    for guide in (returns_a_tensor, returns_nothing):
+    def hides_its_site(batch):
+        with pyro.poutine.block():
+            return {"s": returns_a_tensor(batch)}
+
+    for guide in (returns_a_tensor, returns_nothing, hides_its_site):
         draws = draw(guide, 300, seed=0)
         torch.testing.assert_close(draws.mean(0), adapter.init_loc, atol=0.03, rtol=0)
     moved = pyro.poutine.reparam(model, {"s": LocScaleReparam(0.0)})

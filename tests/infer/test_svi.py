@@ -878,3 +878,64 @@ def test_a_list_of_guides_is_trained_where_one_of_them_waits_for_its_first_call(
     moved = sp.draw(guide, 50, seed=0, batch=whole(split)).mean(0) - model.init_loc
     assert moved.abs().max() > 0.1
     assert (guide[1].scales.slope - 0.1).abs() > 0.01
+
+
+class Local(ScalaBLModel):
+    """With a latent number of each example, in the plate of the data."""
+
+    def forward(self, batch):
+        self.projections()
+        logits = self.adapter(batch, pyro.sample("s", self.prior()))
+        with self.data_plate(batch):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("label", dist.Categorical(logits=logits), obs=batch.labels)
+
+
+class OfLocal(OwnGuide):
+    def __init__(self, model):
+        super().__init__(model.adapter.shape)
+        self._model = (model,)
+
+    def forward(self, batch):
+        super().forward(batch)
+        with self._model[0].data_plate(batch):
+            pyro.sample("z", dist.Normal(2.0, 1.0))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("particles", [1, 2])
+def test_the_kl_of_latents_in_the_plate_counts_all_data(
+    make_causal, records, accumulation, particles
+):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = Local(adapter, num_data=len(split))
+    q = torch.distributions.Normal(torch.full(adapter.shape, 0.3), 0.2)
+    p = torch.distributions.Normal(torch.zeros(adapter.shape), 1.0)
+    # KL(N(2, 1) ‖ N(0, 1)) is 2 for each of the 12 examples.
+    expected = float(torch.distributions.kl_divergence(q, p).sum()) + 2 * 12
+    still = FitConfig(1, batch_size=4, lr=1e-9, lr_guide=1e-9, accumulation=accumulation)
+    elbo = Trace_ELBO(num_particles=particles)
+    kl = fit(model, OfLocal(model), split, still, elbo=elbo, progress=False).history[0]["kl"]
+    assert kl == pytest.approx(expected, rel=1e-5)
+
+
+class Watched(ScalaBLModel):
+    """A likelihood as it should be, and sites beside it that are none."""
+
+    def observe(self, batch, logits):
+        with pyro.plate("rows", len(batch)):
+            pyro.deterministic("probabilities", logits.softmax(-1).max(-1).values)
+        with pyro.plate("modules", 2):
+            pyro.factor("weights", torch.zeros(2))
+        with pyro.plate("classes", 4):
+            pyro.sample("counts", dist.Normal(torch.zeros(4), 1.0), obs=torch.zeros(4))
+        return super().observe(batch, logits)
+
+
+def test_sites_that_are_no_likelihood_need_no_scale(make_causal, records):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = Watched(adapter, num_data=len(split))
+    fit(model, AutoSubspaceNormal(model), split, FitConfig(1, batch_size=4), progress=False)
+    sp.laplace(model, split, batch_size=4)

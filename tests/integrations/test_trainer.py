@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import ROOT, blocks, make_records, whole
 from pyro.infer.autoguide import AutoNormal, init_to_value
+from safetensors.torch import load_file, save_file
 
 from scalabl_pyro import AutoSubspaceNormal, FitConfig, KLSchedule, ScalaBLModel, fit
 from scalabl_pyro.data import DataError
@@ -307,3 +308,22 @@ def test_a_checkpoint_holds_a_frozen_V(make_causal, records, tmp_path):
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, p in again.state().items():
         torch.testing.assert_close(p, expected[name])
+
+
+def test_an_adapter_that_was_frozen_since_is_saved_and_old_checkpoints_are_told(
+    make_causal, records, tmp_path
+):
+    adapter = make_causal(projections="frozen_v")
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    adapter.freeze()
+    guide = AutoSubspaceNormal(model)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=STEPS, max_steps=STEPS)
+    ELBOTrainer(model, guide, args, split, optimizers=None).train()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    tensors = load_file(checkpoint / "model.safetensors")
+    without = {name: value for name, value in tensors.items() if not name.startswith("frozen.")}
+    assert len(without) < len(tensors)
+    save_file(without, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"Missing key.*frozen\."):
+        ELBOTrainer(model, guide, args, split).train(resume_from_checkpoint=str(checkpoint))

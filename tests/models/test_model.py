@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -351,6 +352,7 @@ def test_what_a_model_is_made_of_is_checked(make_causal):
     adapter = make_causal()
     with pytest.raises(TypeError, match="adapter is a PeftModel: expected a SubspaceAdapter"):
         ScalaBLModel(adapter.peft_model, num_data=4)
+    assert ScalaBLModel(adapter, num_data=np.int64(4)).num_data == 4
     for wrong in (True, 64.0, 0, [1, 2], float("nan")):
         with pytest.raises(ValueError, match=r"num_data is .*: expected the number of training"):
             ScalaBLModel(adapter, num_data=wrong)
@@ -363,6 +365,19 @@ def test_what_a_model_is_made_of_is_checked(make_causal):
 
     with pytest.raises(ValueError, match=r"Positive has s in .*: set support = constraints"):
         ScalaBLModel(adapter, num_data=4, prior=Positive(adapter.shape))
+
+    class Computed(Prior):
+        """Holds what was computed, of which there is no copy."""
+
+        def __init__(self, shape):
+            super().__init__(shape)
+            self.log_scale = torch.nn.Parameter(torch.zeros(shape))
+            self.scale = self.log_scale.exp()
+
+        def forward(self):
+            return dist.Normal(0.0, self.scale).to_event(2)
+
+    ScalaBLModel(adapter, num_data=4, prior=Computed(adapter.shape))
     batch = whole(adapter.encode(make_records(2)))
     with pytest.raises(TypeError, match=r"s is a list: expected a tensor"):
         adapter(batch, [1.0, 2.0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import lora, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from scalabl_pyro import Predictor, SubspaceAdapter, load_predictor, predict, save_predictor
 from scalabl_pyro.data import PROMPTS
-from scalabl_pyro.readouts import LabelTokens
+from scalabl_pyro.readouts import ChoiceLikelihood, LabelTokens
 
 
 @pytest.fixture
@@ -86,6 +86,22 @@ def test_wrong_files_are_named(saved, make_causal, tmp_path):
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ValueError, match="text is no file of safetensors"):
         load_predictor(tmp_path / "text", predictor.adapter)
-    save_file({"s": torch.ones(2)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="other was not written by save_predictor"):
-        load_predictor(tmp_path / "other", predictor.adapter)
+    for metadata in (None, {"note": "by hand"}, {"temperature": "1.0"}):
+        save_file({"s": torch.ones(2)}, tmp_path / "other", metadata)
+        with pytest.raises(ValueError, match="other was not written by save_predictor"):
+            load_predictor(tmp_path / "other", predictor.adapter)
+    with pytest.raises(TypeError, match="predictor is a dict: expected a Predictor"):
+        save_predictor({}, tmp_path / "new")
+
+
+def test_a_readout_that_scores_otherwise_is_refused(tokenizer, tmp_path):
+    def make(normalise):
+        readout = ChoiceLikelihood(
+            tokenizer, PROMPTS["question"], num_classes=4, max_length=64, normalise=normalise
+        )
+        return SubspaceAdapter(tiny_llama(), lora("q_proj"), readout)
+
+    save_predictor(Predictor(make("characters")), tmp_path / "file")
+    load_predictor(tmp_path / "file", make("characters"))
+    with pytest.raises(ValueError, match=r"readout's settings is .*'tokens'"):
+        load_predictor(tmp_path / "file", make("tokens"))

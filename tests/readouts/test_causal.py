@@ -120,7 +120,7 @@ def test_recurrent_models_that_read_padding_are_refused(name, tokenizer):
 
 def test_recurrent_models_with_a_mask_are_served(tokenizer):
     config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
-    llm = with_large_weights(MambaForCausalLM(config))
+    llm = with_large_weights(MambaForCausalLM(config)).train()  # as a model of a configuration is
     readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
     adapter = SubspaceAdapter(llm, lora("x_proj", r=2), readout)
     split = adapter.encode(make_records(4))
