@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 
@@ -30,6 +31,13 @@ def start() -> None:
     and take this process's device of the machine as the current one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=not torch.cuda.is_available())
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave the process group: threads of gloo's that still run abort a process that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

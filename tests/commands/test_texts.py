@@ -237,7 +237,9 @@ def test_texts_are_read_by_a_column_map_and_later_ones_by_the_runs(chat_model, c
     words = [*where, "input=third.jsonl", "output=third.texts", "decoding.max_new_tokens=2"]
     capsys.readouterr()
     assert scalabl("generate", *words) == 1
-    assert "or of texts to go on with columns.prompt; found ['q']" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "or of texts to go on with columns.prompt, or of conversations" in error
+    assert "found ['q']" in error
     assert scalabl("generate", *words, "columns.prompt=q") == 0
     texts, expected = (Path(f"{name}.texts").read_text() for name in ("third", "plain"))
     assert texts == expected

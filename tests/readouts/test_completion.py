@@ -189,7 +189,7 @@ def test_completions_are_read_from_json_lines(tmp_path):
     ]
     extra = {"id": 7, "prompt": "a", "source": "x"}
     assert read_completions(written(rows[0], extra))[1] == Completion("7", "a")
-    with pytest.raises(DataError, match=r"line 2: .*columns.prompt; found \['id', 'promt'\]"):
+    with pytest.raises(DataError, match=r"line 2: .*columns.prompt.*; found \['id', 'promt'\]"):
         read_completions(written(rows[0], {"id": "x", "promt": "a"}))
     with pytest.raises(DataError, match=r"texts.jsonl, line 2: record 'x' has no completion"):
         read_completions(written(*rows), known=True)
