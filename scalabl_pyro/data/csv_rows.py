@@ -1,4 +1,4 @@
-"""Rows of a CSV file, and the columns of its layouts: questions with choices, texts, or prompts."""
+"""Rows of CSV and TSV files, and the columns of their layouts: questions, texts, or prompts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 from .columns import Columns
 from .records import DataError
 
-__all__ = ["csv_columns", "csv_rows"]
+__all__ = ["DELIMITERS", "csv_columns", "csv_rows"]
 
 #: characters, the most that csv takes on every platform
 _LONGEST_CELL = 2**31 - 1
+#: what stands between two columns, and its name
+DELIMITERS = {".csv": (",", "comma"), ".tsv": ("\t", "tab")}
 
 EXPECTED = (
     "expected id, question, choice_1, choice_2, …, label, or id, text, class (its name), or id,"
     " prompt, completion; id may be left out, and label, class or completion where it is not known;"
-    " commas separate the columns; other columns are named by data.columns"
+    " commas separate the columns, and tabs in .tsv; other columns are named by data.columns"
 )
 
 
@@ -64,7 +66,8 @@ def csv_columns(path: Path) -> Columns:
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and the cells of rows that are not blank, all as many as the header's."""
-    reader = csv.reader(_lines(path), strict=True)
+    delimiter, name = DELIMITERS[path.suffix]
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     width, line = 0, 1
     try:
         while (cells := _next(reader)) is not None:
@@ -72,13 +75,13 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             if cells and len(cells) != width:
                 raise DataError(
                     f"{path}, line {line}: {len(cells)} cells, but the header has {width}; put"
-                    " cells that hold a comma in double quotes"
+                    f" cells that hold a {name} in double quotes"
                 )
             if cells:
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not CSV ({error})") from error
+        raise DataError(f"{path}, line {line}: not {path.suffix[1:].upper()} ({error})") from error
 
 
 def _next(rows: Iterator[list[str]]) -> list[str] | None:
@@ -98,5 +101,6 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}, line {number}: not UTF-8 ({error}); save the file as CSV UTF-8"
+                    f"{path}, line {number}: not UTF-8 ({error}); save the file as UTF-8,"
+                    " in Excel as CSV UTF-8"
                 ) from error

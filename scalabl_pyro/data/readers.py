@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .columns import Columns, blank
 from .completions import Completion, check_known, is_completion
-from .csv_rows import csv_columns, csv_rows
+from .csv_rows import DELIMITERS, csv_columns, csv_rows
 from .parquet_rows import class_labels, parquet_class_labels, parquet_rows
 from .records import DataError, Record
 from .tables import Row, Table, to_records
@@ -76,7 +76,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     ".jsonl": Format(jsonl_rows),
-    ".csv": Format(csv_rows, csv_columns),
+    **dict.fromkeys(DELIMITERS, Format(csv_rows, csv_columns)),
     ".parquet": Format(parquet_rows, class_labels=parquet_class_labels, unit="row"),
 }
 
@@ -122,7 +122,7 @@ def read_table(
         place = f"{path}, {kind.unit} {number}"
         if not isinstance(cells, Mapping):
             raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
-        if path.suffix == ".csv" and is_completion(cells) and blank(cells.get("completion")):
+        if path.suffix in DELIMITERS and is_completion(cells) and blank(cells.get("completion")):
             cells = {name: cell for name, cell in cells.items() if name != "completion"}
         rows.append(Row(place, str(count), cells))
     if not rows:
@@ -201,7 +201,7 @@ def read_folder(
     columns: Columns | None = None,
     split_names: Mapping[str, str] | None = None,
 ) -> dict[str, list[Record]]:
-    """The splits of a folder, ``<split>.jsonl``, ``<split>.csv`` or ``<split>.parquet`` each.
+    """The splits of a folder, ``<split>.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` each.
 
     :param classes: the choices of rows that have none of their own; by default as for
         :func:`~scalabl_pyro.data.to_records`.

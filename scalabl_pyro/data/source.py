@@ -36,7 +36,7 @@ class _Numbers:
 class DataSource:
     """Exactly one of ``path``, ``root``, ``task`` and ``hub``.
 
-    :param path: one file, ``.jsonl``, ``.csv`` or ``.parquet``.
+    :param path: one file, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``.
     :param root: a folder with a file per split, ``train.jsonl`` or ``train.csv`` and so on.
     :param task: a data set of the Hub or the embedded one, a key of ``TASKS``.
     :param hub: any data set of the Hub, ``owner/name``.

@@ -50,7 +50,8 @@ class ELBOTrainer(transformers.Trainer):
     :param lr_guide: learning rate of the guide, which follows the same schedule.
     :param elbo: any ELBO of Pyro; ``Trace_ELBO`` with one particle if left out.
     :param kl: schedule of the KL weight.
-    :param eval_dataset: a labelled split, for ``args.eval_strategy`` and :meth:`evaluate`.
+    :param eval_dataset: a labelled split, for ``args.eval_strategy`` and :meth:`evaluate`; or
+        several by name.
     :param predictor: makes what is evaluated; if left out, an average over 10 draws of s, or of
         plain LoRA without a guide the matrices as they are.
     :param options: ``callbacks`` and ``optimizers`` of ``transformers.Trainer``; an optimizer is
@@ -80,7 +81,7 @@ class ELBOTrainer(transformers.Trainer):
         lr_guide: float = 1e-2,
         elbo: Any = None,
         kl: KLSchedule | None = None,
-        eval_dataset: Split | None = None,
+        eval_dataset: Split | dict[str, Split] | None = None,
         predictor: Callable[[], Predicts] | None = None,
         **options: Any,
     ) -> None:
@@ -92,18 +93,17 @@ class ELBOTrainer(transformers.Trainer):
                 f"args.max_steps is {args.max_steps}: expected the number of steps, for batches are"
                 " drawn without an end, and num_train_epochs has no effect"
             )
-        for name, split in (("train", train), ("eval_dataset", eval_dataset)):
-            if split is not None and not isinstance(split, Split):
-                raise TypeError(
-                    f"{name} is a {type(split).__name__}: expected adapter.encode(records)"
-                )
+        _check_split(train, "train")
+        for name, split in _by_name(eval_dataset).items():
+            _check_split(split, name)
+            check_labelled(split.records, name)
         if not (kl is None or isinstance(kl, KLSchedule)):
             raise TypeError(f"kl is {kl!r}: expected a KLSchedule, such as KLSchedule({kl!r})")
         if train.labels is None:
             raise ValueError("training needs a label in every record")
-        if eval_dataset is not None:
-            check_labelled(eval_dataset.records, "eval_dataset")
         best = (args.metric_for_best_model or "").removeprefix("eval_")
+        for name in eval_dataset if isinstance(eval_dataset, dict) else ():
+            best = best.removeprefix(f"{name}_")
         if args.greater_is_better and best.startswith(_LOW_IS_GOOD):
             raise ValueError(
                 f"args.metric_for_best_model is {args.metric_for_best_model!r}, of which low values"
@@ -150,21 +150,25 @@ class ELBOTrainer(transformers.Trainer):
 
     def evaluate(  # type: ignore[override]  # of splits alone
         self,
-        eval_dataset: Split | None = None,
+        eval_dataset: Split | dict[str, Split] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Metrics of the model average on a labelled split; logged, and told to callbacks.
 
-        :param eval_dataset: that of the trainer if left out.
+        :param eval_dataset: that of the trainer if left out. Of several, metrics begin with
+            ``<metric_key_prefix>_<name>_``.
         :raises TypeError: if there is no split.
         :raises DataError: if a record has no label.
         """
         split: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(split, Split):
-            raise TypeError(
-                f"eval_dataset is a {type(split).__name__}: expected adapter.encode(records)"
-            )
+        if isinstance(split, dict):
+            of_each = [
+                self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, one in split.items()
+            ]
+            return {name: value for metrics in of_each for name, value in metrics.items()}
+        _check_split(split, "eval_dataset")
         self._adapter.eval()
         size = self.args.eval_batch_size
         found = assess(self._predictor(), split, batch_size=size).metrics
@@ -239,6 +243,18 @@ def _check_arguments(args: transformers.TrainingArguments, options: dict[str, An
             f"args.world_size is {args.world_size}, and each process would train on the same"
             " batches: use fit, or accelerate launch -m scalabl_pyro train, which share them"
         )
+
+
+def _by_name(eval_dataset: Any) -> dict[str, Any]:
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": split for name, split in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def _check_split(split: Any, name: str) -> None:
+    """:raises TypeError: if it is something else."""
+    if not isinstance(split, Split):
+        raise TypeError(f"{name} is a {type(split).__name__}: expected adapter.encode(records)")
 
 
 def _check_known(model: LoRAModel, guide: Callable[..., Any]) -> None:

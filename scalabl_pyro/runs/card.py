@@ -151,7 +151,7 @@ def _loading(config: RunConfig) -> list[str]:
         else "run.predict_proba(records)  # (N, C), the average over the draws"
     )
     read = [] if texts else ["from scalabl_pyro.data import read_records"]
-    records = [] if texts else ['records = read_records("FILE")  # .jsonl, .csv or .parquet']
+    records = [] if texts else ['records = read_records("FILE")  # .jsonl, .csv, .tsv or .parquet']
     return [
         "```python",
         *read,

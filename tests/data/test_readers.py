@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 from conftest import FAST, hub_copy, make_records, scalabl, write_jsonl
 
@@ -103,6 +104,20 @@ def test_files_of_our_own_fields_are_read_alike(tmp_path, name):
         assert read_records(tmp_path / f"q.{ending}") == by_hand, ending
 
 
+def test_tabs_may_separate_the_columns_as_pandas_writes_them(tmp_path):
+    texts = ["so, so", "a\ttab", 'he said "no"', "two\nlines", " ünder "]
+    frame = pandas.DataFrame({"text": texts, "class": list("aabba")})
+    (tmp_path / "tsv").mkdir()
+    frame.to_csv(tmp_path / "tsv" / "train.tsv", sep="\t", index=False)
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    records = read_folder(tmp_path / "tsv")["train"]
+    assert records == read_folder(tmp_path)["train"]
+    assert [record.question for record in records] == texts
+    path = write(tmp_path / "q.tsv", "text\tclass\nfine\ta\tb\n")
+    with pytest.raises(DataError, match=r"line 2: 3 cells, but the header has 2; .*hold a tab"):
+        read_records(path)
+
+
 def test_labels_that_may_count_from_0_or_1_are_indices_in_our_own_fields(tmp_path, caplog):
     rows = "question,choice_1,choice_2,choice_3\n"
     csv_file = write(tmp_path / "q.csv", rows.replace("\n", ",label\n") + "Why?,x,y,z,1\n")
@@ -192,7 +207,10 @@ def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path, length):
         (QUESTIONS + "a,Why?,x,y,,C\n", "line 2: label is 'C': expected the 0-based number"),
         (QUESTIONS + "a,Why?,x,,z,0\n", "line 2: choices holds ''"),
         (QUESTIONS + 'a,"Why?,x,y,z,0\n', "line 2: not CSV"),
-        (QUESTIONS.encode() + b"a,\xe9t\xe9,x,y,z,0\n", "line 2: not UTF-8 .*save the file as CSV"),
+        (
+            QUESTIONS.encode() + b"a,\xe9t\xe9,x,y,z,0\n",
+            "line 2: not UTF-8 .*save the file as UTF-8, in Excel as CSV UTF-8",
+        ),
         ((QUESTIONS + "a,Why?,x,y,z,0\n").encode("utf-16"), "line 1: not UTF-8"),
         (TEXTS + "a,fine,good\nb,sad,\n", r"the column class holds \['good'\]: expected two"),
         (TEXTS + "a,,good\nb,sad,bad\n", "line 2: question is ''"),
@@ -214,9 +232,9 @@ def test_class_names_that_do_not_exist_suggest_the_nearest(tmp_path):
 
 def test_files_of_other_kinds_and_two_files_for_a_split_are_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"x\.tsv: expected a file that ends in \.jsonl, \.csv, \.p"
+        DataError, match=r"x\.xlsx: expected a file that ends in \.jsonl, \.csv, \.tsv, \.p"
     ):
-        read_records(write(tmp_path / "x.tsv", "a"))
+        read_records(write(tmp_path / "x.xlsx", "a"))
     write(tmp_path / "train.csv", "")
     write(tmp_path / "train.jsonl", "")
     with pytest.raises(DataError, match=r"train\.csv and .*train\.jsonl: expected one file"):

@@ -125,6 +125,40 @@ def test_evaluation_is_of_the_model_average(make_causal, records, tmp_path):
     assert output.label_ids.tolist() == other.labels.tolist()
 
 
+def test_several_splits_are_evaluated_by_name(make_causal, records, tmp_path):
+    adapter = make_causal()
+    split, other = adapter.encode(records), adapter.encode(make_records(9))
+    guide = AutoSubspaceNormal(model := ScalaBLModel(adapter, num_data=len(split)))
+    args = arguments(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=STEPS // 2,
+        save_strategy="steps",
+        save_steps=STEPS // 2,
+        load_best_model_at_end=True,
+        metric_for_best_model="far_nll",
+        greater_is_better=False,
+    )
+    splits = {"near": split, "far": other}
+    trainer = ELBOTrainer(model, guide, args, split, eval_dataset=splits)
+    trainer.train()
+    found = trainer.evaluate()
+    for name, one in splits.items():
+        with torch.no_grad():  # a loop by hand
+            each = torch.stack([adapter(whole(one), s).softmax(-1) for s in guide_draws(guide)])
+        nll = -each.mean(0).log()[torch.arange(len(one)), one.labels].mean()
+        assert found[f"eval_{name}_nll"] == pytest.approx(float(nll), rel=1e-5)
+    steps = [row["eval_far_nll"] for row in trainer.state.log_history if "eval_far_nll" in row]
+    assert trainer.state.best_metric == min(steps[:2])
+    high = arguments(tmp_path, metric_for_best_model="far_nll", greater_is_better=True)
+    with pytest.raises(ValueError, match="'far_nll', of which low values are good"):
+        ELBOTrainer(model, guide, high, split, eval_dataset=splits)
+    with pytest.raises(
+        TypeError, match=r"eval_dataset\['far'\] is a list: expected adapter.encode"
+    ):
+        ELBOTrainer(model, guide, args, split, eval_dataset={"far": records})
+
+
 def guide_draws(guide):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
