@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -360,17 +361,28 @@ def _load(config: ModelConfig, auto_class: Any, **options: Any) -> Any:
             # What follows are the names of all that transformers knows.
             short = re.split(r"(?<=\.)\s+(?:Model type s|S)hould |\n", told)[0]
             raise ValueError(f"model {config.name!r} cannot be loaded: {short}") from error
-        looked = (
-            f"the folder {place.resolve()} is no complete model"
-            if place.exists()
-            else f"there is no folder {place.resolve()}, and neither the Hub nor its cache at"
-            f" {HF_HUB_CACHE} gave it"
-        )
+        expected = "Name a folder that holds config.json and the weights"
+        said = f" (transformers says: {told.splitlines()[0]})"
+        if place.exists():
+            looked = f"the folder {place.resolve()} is no complete model"
+        else:
+            looked = f"there is no folder {place.resolve()}"
+            if _may_be_on_hub(config.name):
+                looked += f", and neither the Hub nor its cache at {HF_HUB_CACHE} gave it"
+                expected += f", or fetch it where there is a network: hf download {config.name}"
+            else:
+                said = ""
         raise FileNotFoundError(
-            f"model {config.name!r} not found: {looked}. Name a folder that holds config.json and"
-            f" the weights, or fetch it where there is a network: hf download {config.name}."
-            f" (transformers says: {told.splitlines()[0]})"
+            f"model {config.name!r} not found: {looked}. {expected}.{said}"
         ) from error
+
+
+def _may_be_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _lacks_tokenizer(folder: Path) -> bool:
