@@ -126,9 +126,15 @@ def put(part: Path, path: Path) -> None:
     """Rename a finished file or folder so that a loss of power leaves the old one or the new one.
 
     What is in it has to be on the disk before its name is, and the name before anybody relies on
-    it: a rename alone promises neither.
+    it: a rename alone promises neither. Who may read a file is as the umask says: safetensors 0.8
+    makes files that nobody else can read, a server under another account among them
+    (safetensors issue 782).
     """
+    mask = os.umask(0o077)
+    os.umask(mask)
     for inside in [*part.rglob("*"), part]:
+        if inside.is_file():
+            inside.chmod(inside.stat().st_mode | (0o666 & ~mask))
         _sync(inside)
     os.replace(part, path)
     _sync(path.parent)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import scalabl_pyro
 from scalabl_pyro.commands._jsonl import ResumableJsonl
@@ -55,6 +56,21 @@ def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, event
         part.write_text("other")
     assert events == order
     assert [p.name for p in folder.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_who_may_read_a_file_of_tensors_is_as_of_any_other(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "any").touch()
+        with whole_file(tmp_path / "one.safetensors") as part:
+            save_file({"a": torch.ones(2)}, part)
+        with whole_folder(tmp_path / "folder") as part:
+            save_file({"a": torch.ones(2)}, part / "two.safetensors")
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    assert modes == {0o666 & ~mask}
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
