@@ -1,16 +1,14 @@
 """A real causal language model that scores the texts of choices: ScalaBL and its baselines.
 
-    python -m benchmarks.quality.causal --model FOLDER --data FOLDER --zero-shot --save
     python -m benchmarks.quality.causal --model FOLDER --data FOLDER --runs FOLDER --save
 
-Made for SmolLM2-135M-Instruct (see ``--model``) on ARC-Easy and OpenBookQA. ``--zero-shot`` tells
-how good the likelihood of the choices is before any training, on the whole test splits. Else each
-row fine-tunes with LoRA r = 8 on q_proj and v_proj of the 8 upper of 30 blocks, above a trunk that
-is run once, on 1,000 questions, 400 steps of 8 (the fixed recipe: 1,000). A row has three trials,
-chosen by validation NLL on a seed of their own, and further ones while the best lies on the grid's
-edge. Tempered and early-stopped rows choose for themselves among the same runs. The
-chosen ones run on five further seeds, which are tested. Finished runs are kept in ``--runs``, a
-folder, and not run again, so that rows may be run apart (``--tasks``, ``--rows``).
+Made for SmolLM2-135M-Instruct (see ``--model``) on ARC-Easy and OpenBookQA. Each row fine-tunes
+with LoRA r = 8 on q_proj and v_proj of the 8 upper of 30 blocks, above a trunk that is run once, on
+1,000 questions, 400 steps of 8 (the fixed recipe: 1,000). A row has three trials, chosen by
+validation NLL on a seed of their own, and further ones while the best lies on the grid's edge.
+Tempered and early-stopped rows choose for themselves among the same runs. The chosen ones run on
+five further seeds, which are tested. Finished runs are kept in ``--runs``, a folder, and not run
+again, so that rows may be run apart (``--tasks``, ``--rows``).
 """
 
 from __future__ import annotations
@@ -59,7 +57,6 @@ from scalabl_pyro.prediction.metrics import (
     summarise,
 )
 from scalabl_pyro.prediction.predictor import Predictor, predict
-from scalabl_pyro.readouts.kappa import fit_kappa
 
 STEPS, BATCH, DRAWS = 400, 8, 10
 #: questions of each split at most: more would cost more than they tell
@@ -68,21 +65,9 @@ QUESTIONS = {"train": 1000, "validation": 300, "test": 1000}
 HELD_OUT = {"openbookqa": 1000}
 #: questions of the other task, evenly spread
 OTHERS = 400
-#: training questions that choose κ without training
-KAPPA = 200
-#: what log p of a choice is divided by, of one pass
-SIZES = ("characters", "tokens", "none")
 TUNING_SEED, SEEDS = 100, range(5)
 UPPER = 8
 TASKS = ("arc_easy", "openbookqa")
-#: accuracies in % that are published, from model cards and lm-evaluation-harness
-PUBLISHED = {
-    "arc_easy": {
-        "SmolLM2-135M-Instruct, ARC-Easy, lm-evaluation-harness": 54.1,
-        "SmolLM2-135M-Instruct, mean of ARC-Easy and ARC-Challenge, model card": 37.3,
-    },
-    "openbookqa": {"SmolLM2-135M (base model), model card": 34.6},
-}
 
 
 def read_task(data: str, task: str) -> dict[str, list[Record]]:
@@ -93,51 +78,6 @@ def read_task(data: str, task: str) -> dict[str, list[Record]]:
 def spread(records: list[Record], count: int) -> list[Record]:
     """At most so many records, evenly spread."""
     return records[:: -(-len(records) // count)]
-
-
-# ---------------------------------------------------------------------- before training
-
-
-def zero_shot(model: str, data: str, task: str) -> dict[str, Any]:
-    """Accuracy, NLL and ECE of the untrained model on test, for each way to count a choice's size.
-
-    One pass over each question gives log p of its choices; κ is the best one on training questions.
-    """
-    config = ModelConfig(
-        model,
-        readout="choice_likelihood",
-        dtype="bfloat16",
-        attention="eager",
-        normalise="none",
-        temperature="none",
-    )
-    records = read_task(data, task)
-    train, test = spread(records["train"], KAPPA), records["test"]
-    readout = load_readout(config, config.classes([*train, *test]))
-    settings = AdapterConfig(targets=("q_proj",), layers=(0,))  # untrained: the model as it is
-    predictor = Predictor(make_adapter(config, settings, readout, svd=False))
-    splits = {"train": readout.encode(train), "test": readout.encode(test)}
-    predictions = {name: predict(predictor, split, batch_size=8) for name, split in splits.items()}
-    figures: dict[str, Any] = {"n": len(test), "n_kappa": len(train)}
-    for normalise in SIZES:
-        readout.normalise = normalise
-        scores = {
-            name: predictions[name].logits[0] / sizes(readout.encode(split.records))
-            for name, split in splits.items()
-        }
-        kappa = fit_kappa(scores["train"], predictions["train"].labels)
-        metrics = evaluate(kappa * scores["test"][None], predictions["test"].labels)
-        figures[normalise] = {key: metrics[key] for key in ("acc", "nll", "ece", "brier")}
-        figures[normalise] |= {
-            "kappa": kappa,
-            "acc_standard_error": (metrics["acc"] * (1 - metrics["acc"]) / len(test)) ** 0.5,
-        }
-    return figures
-
-
-def sizes(split: Split) -> Tensor:
-    """(N, C), what log p of each choice is divided by."""
-    return split.collate(list(split)).inputs["sizes"]
 
 
 # ---------------------------------------------------------------------- the model and its data
@@ -590,26 +530,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--data", required=True, help="folder with arc_easy/ and openbookqa/")
-    parser.add_argument("--zero-shot", action="store_true", help="nothing is trained")
     parser.add_argument("--runs", default=str(RESULTS / "causal"), help="folder of finished runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--save", action="store_true", help="write results/causal*.json")
+    parser.add_argument("--save", action="store_true", help="write results/causal.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     figures: dict[str, Any] = {}
     for task in args.tasks:
-        if args.zero_shot:
-            run = partial(zero_shot, args.model, args.data, task)
-            measured = cached(Path(args.runs) / "runs.jsonl", f"{task} zero-shot", run)
-            figures[task] = measured | {"published": PUBLISHED[task]}
-        else:
-            figures[task] = table(Bench(args.model, args.data, task, args.runs), args.rows)
+        figures[task] = table(Bench(args.model, args.data, task, args.runs), args.rows)
         print(json.dumps({task: figures[task]}, indent=1), flush=True)
-    name = "causal_zero_shot" if args.zero_shot else "causal"
-    report("quality.causal", figures, save=args.save, name=name)
+    report("quality.causal", figures, save=args.save)
 
 
 if __name__ == "__main__":

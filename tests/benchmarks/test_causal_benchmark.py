@@ -1,9 +1,8 @@
-"""benchmarks/quality/causal.py on a tiny model: zero-shot figures, trials, choices, rows."""
+"""benchmarks/quality/causal.py on a tiny model: trials, choices, rows."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -17,20 +16,6 @@ def causal():
     from benchmarks.quality import causal
 
     return causal
-
-
-def test_zero_shot_figures_of_every_size(causal, local_model, tmp_path):
-    for name, count in (("train", 40), ("test", 30)):
-        write_jsonl(tmp_path / "data" / "task" / f"{name}.jsonl", make_records(count))
-    figures = causal.zero_shot(str(local_model), str(tmp_path / "data"), "task")
-    assert (figures["n"], figures["n_kappa"]) == (30, 40)
-    for normalise in ("characters", "tokens", "none"):
-        row = figures[normalise]
-        assert 0 <= row["acc"] <= 1
-        assert row["kappa"] > 0
-        assert row["nll"] == pytest.approx(math.log(4), abs=0.2)  # a model that knows nothing
-    nll = {figures[normalise]["nll"] for normalise in ("characters", "tokens", "none")}
-    assert len(nll) == 3
 
 
 def test_every_row_has_one_to_three_trials_and_goes_beyond_those_at_an_edge(causal):
