@@ -120,13 +120,14 @@ class AutoSubspace(PyroModule):
         sites = {"s": pyro.sample("s", self.get_posterior())}
         if self._prior_perp is not None:
             sites["s_perp"] = pyro.sample("s_perp", self._prior_perp)
-        for name, latent in self._latents.items():
-            q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
-            to_support = biject_to(latent.support)
-            sites[name] = pyro.sample(
-                name, dist.TransformedDistribution(q, [to_support]).to_event(2)
-            )
+        for name in self._latents:
+            sites[name] = pyro.sample(name, self._of_latent(name).to_event(2))
         return sites
+
+    def _of_latent(self, name: str) -> TorchDistribution:
+        """q of a further latent site's coordinates."""
+        q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
+        return dist.TransformedDistribution(q, [biject_to(self._latents[name].support)])
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:
@@ -178,30 +179,37 @@ class AutoSubspace(PyroModule):
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """The median of each coordinate of s, {"s": (M, r)}; the arguments are the model's, as
-        Pyro's guides take them, and are ignored."""
-        return {"s": self.quantiles([0.5])["s"][0]}
+        """The median of each coordinate of each latent site, {"s": (M, r), …}; the arguments are
+        the model's, as Pyro's guides take them, and are ignored."""
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
 
     @torch.no_grad()
     def quantiles(
         self, quantiles: Sequence[float], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
-        """Marginal quantiles of each coordinate of s, {"s": (len(quantiles), M, r)}; further
-        arguments are ignored.
+        """Marginal quantiles of each coordinate of each latent site, {"s": (len(quantiles), M, r),
+        …}; further arguments are ignored.
 
         :raises NotImplementedError: if the marginals have no ``icdf``.
         """
+        levels = torch.as_tensor(quantiles).to(self._init_loc)[:, None, None]
+        sites = {"s": self._quantiles(levels)}
+        if self._prior_perp is not None:
+            sites["s_perp"] = self._prior_perp.base_dist.icdf(levels)
+        return sites | {name: self._of_latent(name).icdf(levels) for name in self._latents}
+
+    def _quantiles(self, levels: Tensor) -> Tensor:
+        """(K, M, r), those of s at levels (K, 1, 1)."""
         marginals = self.marginals()
-        levels = torch.as_tensor(quantiles).to(self._init_loc)
         try:
-            z = marginals.icdf(levels[:, None, None])
+            z = marginals.icdf(levels)
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"{type(self).__name__}: a {type(marginals).__name__} has no icdf, which quantiles"
                 " and the median come from: override quantiles(), for instance by the empirical"
                 " ones of many draws"
             ) from error
-        return {"s": self._constrained(z)}
+        return self._constrained(z)
 
     def entropy(self) -> Tensor:
         """H(q) of z in nats."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
-import torch
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor
@@ -46,11 +43,8 @@ class AutoSubspaceDelta(AutoSubspace):
         """:raises ValueError: always: no other value than this point would be possible."""
         raise ValueError("AutoSubspaceDelta is a point, and no prior: nothing could move from it")
 
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float], *args: object, **kwargs: object
-    ) -> dict[str, Tensor]:
-        return {"s": self.loc.detach().repeat(len(quantiles), 1, 1)}
+    def _quantiles(self, levels: Tensor) -> Tensor:
+        return self.loc.repeat(len(levels), 1, 1)
 
     def kl(self, prior: TorchDistribution) -> None:
         """``None``: the divergence of a point from a density is infinite."""

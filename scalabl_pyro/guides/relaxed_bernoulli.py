@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -63,12 +61,8 @@ class AutoSubspaceRelaxedBernoulli(AutoSubspace):
         to_line = dist.transforms.SigmoidTransform().inv
         return dist.TransformedDistribution(self.get_posterior(), [to_line])
 
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float], *args: object, **kwargs: object
-    ) -> dict[str, Tensor]:
-        levels = torch.as_tensor(quantiles).to(self._init_loc)[:, None, None]
-        return {"s": ((self.logits + levels.logit()) / self._temperature).sigmoid()}
+    def _quantiles(self, levels: Tensor) -> Tensor:
+        return ((self.logits + levels.logit()) / self._temperature).sigmoid()
 
     def kl(self, prior: TorchDistribution) -> None:
         """``None``: there is no closed form."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -79,14 +77,10 @@ class AutoSubspaceTopNormal(AutoSubspace):
             " from it there"
         )
 
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float], *args: object, **kwargs: object
-    ) -> dict[str, Tensor]:
-        levels = torch.as_tensor(quantiles).to(self._init_loc)
+    def _quantiles(self, levels: Tensor) -> Tensor:
         z = self.loc.repeat(len(levels), 1, 1)
-        z[:, self.random] = self.marginals().icdf(levels[:, None, None])
-        return {"s": self._constrained(z)}
+        z[:, self.random] = self.marginals().icdf(levels)
+        return self._constrained(z)
 
     def entropy(self) -> Tensor:
         return self.marginals().entropy().sum()

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import keeps_the_contract, whole
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -20,6 +21,7 @@ from pyro.nn import PyroParam
 from scalabl_pyro import AutoSubspaceDelta, AutoSubspaceNormal, ScalaBLModel, draw, fit
 from scalabl_pyro.guides import GUIDES, AutoSubspace, make_guide
 from scalabl_pyro.infer import FitConfig
+from scalabl_pyro.lora import set_perp
 from scalabl_pyro.models.priors import HierarchicalNormal, Horseshoe
 
 SPREAD = [
@@ -193,6 +195,33 @@ def test_guides_cover_the_latent_sites_of_the_prior(make_causal, records, option
         fit(model, guide, split, FitConfig(steps=2), elbo=elbo, progress=False)
     unmoved = [n for n, value in guide.named_parameters() if torch.equal(value, before[n])]
     assert unmoved == []
+
+
+@pytest.mark.parametrize("make_prior", [HierarchicalNormal, Horseshoe])
+def test_quantiles_are_of_every_latent_site(make_causal, records, make_prior):
+    adapter = make_causal(targets=("lm_head",), perp=2, projections="frozen_v")
+    split = adapter.readout.encode(records)
+    set_perp(adapter, split)
+    prior = make_prior(adapter.shape)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=prior, perp_scale=0.5)
+    guide = AutoSubspaceNormal(model, init_scale=0.3)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    batch = whole(split)
+    latent = poutine.trace(model).get_trace(batch).stochastic_nodes
+    median, levels = guide.median(batch), [0.1, 0.5, 0.9]
+    assert {*median, "data"} == set(latent)  # and the plate
+    conditioned = poutine.trace(poutine.condition(model, data=median)).get_trace(batch)
+    assert conditioned.stochastic_nodes == ["data"]
+    assert conditioned.log_prob_sum().isfinite()
+    drawn = [guide() for _ in range(4000)]
+    for name, found in guide.quantiles(levels).items():
+        assert torch.equal(found[1], median[name])
+        draws = torch.stack([each[name] for each in drawn]).detach()
+        for level, value in zip(levels, found, strict=True):
+            below = (draws <= value).float().mean(0)
+            torch.testing.assert_close(below, torch.full_like(below, level), atol=0.03, rtol=0)
 
 
 def test_a_hierarchical_scale_finds_the_scale_of_the_coordinates(make_causal):
