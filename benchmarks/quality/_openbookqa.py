@@ -36,6 +36,9 @@ class Bench:
     :param runs: JSON Lines of finished runs, which are not run again.
     """
 
+    #: of a forward pass in prediction, before draws multiply it
+    batch_size = 64
+
     def __init__(self, model: str, data: str, runs: str | Path) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()

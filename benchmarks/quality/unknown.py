@@ -17,8 +17,9 @@ again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,8 @@ from scalabl_pyro.prediction.rejection import aurc
 #: other subjects, and how many of their questions at most
 OTHERS = {"chemistry": "mmlu/college_chemistry", "physics": "mmlu/college_physics"}
 ARC = 300
+#: names of splits whose questions are not those of the training data
+SUBJECTS = (*OTHERS, "arc", "openbookqa")
 #: of the prior on A and B in ``weight_novelty``, weak, for a strong one leaves all near 1, where
 #: float32 has few digits; and how many training questions it knows
 PRECISION, KNOWN = 1.0, 250
@@ -75,40 +78,55 @@ PERP = 64
 LEVEL = 0.05
 
 
+def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
+    """Scores that compare with the training questions."""
+    train, new = bench.splits["train"], bench.splits["all"]
+    adapter = fitted.model.adapter
+    loc = None if fitted.guide is None else fitted.guide.median()["s"]
+    by_score = {"mahalanobis": feature_distances(adapter, train, [new], loc)[0]}
+    if loc is not None:
+        by_score["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
+    sample = train.select(range(0, len(train), max(1, len(train) // KNOWN)))
+    by_score["weight_novelty"] = weight_novelty(adapter, sample, new, precision=PRECISION, s=loc)
+    return by_score
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table, and the further rows that its training runs give.
 
-    :param trials: label → what it trains; with several, the one of lowest validation NLL.
+    :param trials: label → method; with several, the one of lowest validation NLL.
     :param subspace: where V comes from.
     :param derive: name of a row → (bench, fitted) → what predicts.
-    :param features: whether the adapter has one function, whose features and derivatives are
-        looked at.
+    :param of_features: (bench, fitted) → further scores, where the adapter has one function, whose
+        features and derivatives are looked at.
     """
 
-    trials: dict[str, Callable[[int], Method]]
+    trials: dict[str, Method]
     subspace: str = "random"
     derive: dict[str, Callable[[Bench, Fitted], Predicts]] = field(default_factory=dict)
-    features: bool = True
+    of_features: Callable[[Bench, Fitted], dict[str, Tensor]] | None = of_features
 
 
-def frozen_v(**settings: Any) -> Callable[[int], Method]:
-    return scalabl(5e-3, 10, projections="frozen_v", **settings)
+def frozen_v(**settings: Any) -> Method:
+    return scalabl(5e-3, 10, projections="frozen_v", **settings)(STEPS)
 
 
-def noisy() -> dict[str, Callable[[int], Method]]:
+def noisy() -> dict[str, Method]:
     return {f"perp_scale={x:g}": frozen_v(perp=PERP, perp_scale=x) for x in (0.3, 1.0, 3.0)}
 
 
 ROWS: dict[str, Row] = {
-    "MLE": Row({"lr=0.0003": mle(3e-4)}, derive={"MLE tempered": tempered}),
+    "MLE": Row({"lr=0.0003": mle(3e-4)(STEPS)}, derive={"MLE tempered": tempered}),
     "V random": Row({"lr=0.005 kl_weight=10": frozen_v()}),
     "V activations": Row({"lr=0.005 kl_weight=10": frozen_v()}, subspace="activations"),
     "V activations, s_perp": Row(noisy(), subspace="activations"),
     "V random, s_perp": Row(noisy()),
-    "V free": Row({"lr=0.002 kl_weight=30": scalabl(2e-3, 30)}),
-    "Laplace-LoRA": Row({"lr=0.0003": baseline(LaplaceLoRA, 3e-4)}, features=False),
-    "ensemble of 5": Row({"lr=0.0003": baseline(Ensemble, 3e-4, members=5)}, features=False),
+    "V free": Row({"lr=0.002 kl_weight=30": scalabl(2e-3, 30)(STEPS)}),
+    "Laplace-LoRA": Row({"lr=0.0003": baseline(LaplaceLoRA, 3e-4)(STEPS)}, of_features=None),
+    "ensemble of 5": Row(
+        {"lr=0.0003": baseline(Ensemble, 3e-4, members=5)(STEPS)}, of_features=None
+    ),
 }
 
 
@@ -131,15 +149,12 @@ def add_others(bench: Bench, data: str) -> None:
 
 
 def subjects(bench: Bench) -> list[str]:
-    return [name for name in bench.splits if name in (*OTHERS, "arc")]
+    return [name for name in bench.splits if name in SUBJECTS]
 
 
-def scores(bench: Bench, predictor: Predicts, fitted: Fitted | None) -> dict[str, Tensor]:
-    """Scores of the questions of ``all``, (N,), and log p̄ (N, C).
-
-    :param fitted: where the adapter has one function.
-    """
-    logits = predict(predictor, bench.splits["all"]).logits
+def scores(bench: Bench, predictor: Predicts) -> dict[str, Tensor]:
+    """Scores of the questions of ``all``, (N,), and log p̄ (N, C)."""
+    logits = predict(predictor, bench.splits["all"], batch_size=bench.batch_size).logits
     by_score = {
         "log_probs": average(logits).contiguous(),
         "max_probability": -max_probability(logits),
@@ -148,19 +163,6 @@ def scores(bench: Bench, predictor: Predicts, fitted: Fitted | None) -> dict[str
     if len(logits) > 1:
         by_score["mutual_information"] = mutual_information(logits)
         by_score["noise_to_signal"] = noise_to_signal(logits)
-    return by_score if fitted is None else by_score | of_features(bench, fitted)
-
-
-def of_features(bench: Bench, fitted: Fitted) -> dict[str, Tensor]:
-    """Scores that compare with the training questions."""
-    train, new = bench.splits["train"], bench.splits["all"]
-    adapter = fitted.model.adapter
-    loc = None if fitted.guide is None else fitted.guide.median()["s"]
-    by_score = {"mahalanobis": feature_distances(adapter, train, [new], loc)[0]}
-    if loc is not None:
-        by_score["novelty"] = novelty(cast(ScalaBLModel, fitted.model), train, new, loc=loc)
-    sample = train.select(range(0, len(train), max(1, len(train) // KNOWN)))
-    by_score["weight_novelty"] = weight_novelty(adapter, sample, new, precision=PRECISION, s=loc)
     return by_score
 
 
@@ -196,38 +198,37 @@ def contrast(adapter: SubspaceAdapter, split: Split) -> Tensor:
 # ---------------------------------------------------------------------- runs
 
 
-def trial(bench: Bench, name: str, label: str) -> float:
+def trial(bench: Bench, name: str, row: Row, label: str) -> float:
     """Validation NLL of one trial."""
-    row = ROWS[name]
 
     def run() -> dict:
-        fitted = bench.fit(row.trials[label](STEPS), TUNING_SEED, subspace=row.subspace)
+        fitted = bench.fit(row.trials[label], TUNING_SEED, subspace=row.subspace)
         return bench.validate(fitted.predictor)
 
     return bench.cached(f"{name} {label} trial", run)["nll"]
 
 
-def tested(bench: Bench, name: str, label: str, seed: int) -> dict[str, dict[str, Tensor]]:
+def tested(bench: Bench, name: str, row: Row, label: str, seed: int) -> dict[str, dict]:
     """The scores of each question, by the rows that one training run gives."""
-    row = ROWS[name]
     files = {
         other: run_file(bench, f"{other} {label} seed {seed}") for other in (name, *row.derive)
     }
     if not all(file.exists() for file in files.values()):
         print(f"running {name} {label} seed {seed}", flush=True)
-        fitted = bench.fit(row.trials[label](STEPS), seed, subspace=row.subspace)
+        fitted = bench.fit(row.trials[label], seed, subspace=row.subspace)
         # The row's own file is the last, so that what is there is whole.
         for other, derive in row.derive.items():
-            write(files[other], scores(bench, derive(bench, fitted), None))
-        write(files[name], scores(bench, fitted.predictor, fitted if row.features else None))
+            write(files[other], scores(bench, derive(bench, fitted)))
+        further = row.of_features(bench, fitted) if row.of_features else {}
+        write(files[name], scores(bench, fitted.predictor) | further)
     return {other: load_file(file) for other, file in files.items()}
 
 
-def known(bench: Bench) -> dict[str, Tensor]:
-    """:func:`controls`, kept as a run is."""
+def known(bench: Bench, controls: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The controls, kept as a run is."""
     file = run_file(bench, "controls")
     if not file.exists():
-        write(file, controls(bench))
+        write(file, controls())
     return load_file(file)
 
 
@@ -376,22 +377,28 @@ def bootstrapped(
     return {"mean": float(each.mean()), "low": float(low), "high": float(high)}
 
 
-def table(bench: Bench, names: Sequence[str], seeds: int, resamples: int) -> dict[str, Any]:
+def table(
+    bench: Bench,
+    rows: Mapping[str, Row],
+    controls: Callable[[], dict[str, Tensor]],
+    seeds: int,
+    resamples: int,
+) -> dict[str, Any]:
     """All figures of some rows; seed by seed, so that what an interruption leaves can be
     compared."""
     trials: dict[str, dict[str, float]] = {}
     chosen: dict[str, str] = {}
-    fixed = known(bench)
+    fixed = known(bench, controls)
     runs: dict[str, list[dict[str, Tensor]]] = {}
     for seed in SEEDS[:seeds]:
-        for name in names:
-            labels = list(ROWS[name].trials)
+        for name, row in rows.items():
+            labels = list(row.trials)
             if name not in chosen and len(labels) > 1:
-                trials[name] = {label: trial(bench, name, label) for label in labels}
+                trials[name] = {label: trial(bench, name, row, label) for label in labels}
             if name not in chosen:
                 nlls = trials.get(name, {})
                 chosen[name] = min(nlls, key=nlls.__getitem__) if nlls else labels[0]
-            for other, run in tested(bench, name, chosen[name], seed).items():
+            for other, run in tested(bench, name, row, chosen[name], seed).items():
                 runs.setdefault(other, []).append(run)
     return {
         "trials": trials,
@@ -437,7 +444,8 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.data, args.runs / "runs.jsonl")
     add_others(bench, args.data)
-    summary = table(bench, args.rows, args.seeds, args.resamples)
+    rows = {name: ROWS[name] for name in args.rows}
+    summary = table(bench, rows, partial(controls, bench), args.seeds, args.resamples)
     print_table(summary["rows"])
     report("quality.unknown", summary, save=args.save)
 

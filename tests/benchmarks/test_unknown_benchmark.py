@@ -25,8 +25,7 @@ def unknown():
 
 def test_labels_say_what_a_trial_trains(unknown):
     for row in unknown.ROWS.values():
-        for label, make in row.trials.items():
-            method = make(10)
+        for label, method in row.trials.items():
             for part in label.split():
                 name, value = part.split("=")
                 places = (method, method.config, getattr(method.config.kl, "weight", None))
@@ -115,7 +114,8 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path, monkeypatch
         scores = {"log_probs": log_probs.contiguous(), "novelty": high_for_physics}
         save_file(scores, file)
     save_file({"tokens": torch.ones(16)}, unknown.run_file(bench, "controls"))
-    contents = unknown.table(bench, ["V random, s_perp"], 2, 10)
+    rows = {"V random, s_perp": unknown.ROWS["V random, s_perp"]}
+    contents = unknown.table(bench, rows, dict, 2, 10)
     assert contents["chosen"] == {"V random, s_perp": "perp_scale=1"}
     row = contents["rows"]["V random, s_perp"]
     wrong = torch.arange(10) < 4
@@ -135,7 +135,7 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path, monkeypatch
     assert (found, alarms) == (1.0, 0.0)
     assert row["tokens"]["wrong"]["auroc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     with pytest.raises(AssertionError, match="seed 2 was run again"):
-        unknown.table(bench, ["V random, s_perp"], 3, 10)
+        unknown.table(bench, rows, dict, 3, 10)
 
 
 @pytest.mark.parametrize("kind", ["point", "s", "s_perp"])
@@ -152,8 +152,13 @@ def test_every_question_has_every_score(unknown, make_choice, monkeypatch, kind)
         model = ScalaBLModel(adapter, num_data=8)
         guide = AutoSubspaceNormal(model)
         predictor = Predictor(adapter, draw(guide, 3, seed=0))
-    bench = SimpleNamespace(splits={"train": train, "all": new})
-    by_score = unknown.scores(bench, predictor, Fitted(predictor, None, model, guide))
+    bench = SimpleNamespace(splits={"train": train, "all": new}, batch_size=3)
+    by_score = unknown.scores(bench, predictor)
+    further = unknown.of_features(bench, Fitted(predictor, None, model, guide))
+    assert further.keys() == {"mahalanobis", "weight_novelty"} | (
+        set() if guide is None else {"novelty"}
+    )
+    by_score |= further
     of_draws = {"mutual_information", "noise_to_signal", "novelty"}
     names = {"log_probs", "max_probability", "entropy", "mahalanobis", "weight_novelty"}
     assert by_score.keys() == names | (set() if kind == "point" else of_draws)
@@ -164,8 +169,3 @@ def test_every_question_has_every_score(unknown, make_choice, monkeypatch, kind)
     torch.testing.assert_close(-by_score["max_probability"].float(), p.amax(-1))
     assert float(by_score["weight_novelty"].min()) > 0
     assert float(by_score["weight_novelty"].max()) < 1
-    assert unknown.scores(bench, predictor, None).keys() == by_score.keys() - {
-        "novelty",
-        "weight_novelty",
-        "mahalanobis",
-    }
