@@ -101,7 +101,7 @@ def controls(bench: Bench, encoder: str) -> dict[str, Tensor]:
     that was not trained on any of this."""
     config = ModelConfig(encoder, readout="multiple_choice", dtype="bfloat16", attention="eager")
     readout = load_readout(config, Classes(4))
-    settings = AdapterConfig(targets=("query",), subspace="random")
+    settings = AdapterConfig(targets=("query",), heads=("classifier",), subspace="random")
     adapter = make_adapter(config, settings, readout, svd=False)
     split = bench.splits["all"]
     alike = -contrast(adapter, readout.encode(split.records))

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_records, tiny_bert_config, write_jsonl
-from transformers import BertForMultipleChoice
+from transformers import BertModel
 
 from scalabl_pyro.infer import FitConfig
 from scalabl_pyro.prediction.mahalanobis import feature_distances
@@ -19,7 +19,7 @@ SIZES = {"test": 9, "chemistry": 4, "physics": 5, "openbookqa": 6}
 @pytest.fixture
 def encoder(tmp_path, tokenizer):
     folder = tmp_path / "encoder"
-    BertForMultipleChoice(tiny_bert_config()).save_pretrained(folder)
+    BertModel(tiny_bert_config()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
