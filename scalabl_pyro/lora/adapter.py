@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -407,8 +407,8 @@ class SubspaceAdapter:
         leaving = None
         if depth and not cached:
             try:
-                with self.bound(s[:1]) as llm:
-                    leaving = self.trunk.leaving(lambda: self.readout(llm, inputs), depth)
+                with self._reading(s[:1]):  # not whole: the blocks above are left out
+                    leaving = self.trunk.leaving(lambda: self.readout(self._llm, inputs), depth)
             except TrunkError as error:
                 self.trunk.stop_sharing(error)
         return partial(self._run, batch, leaving=leaving)
@@ -466,20 +466,18 @@ class SubspaceAdapter:
         if torch.is_grad_enabled():
             self._checkpointing.check()
         skipped = leaving or cached
-        *shape, T = inputs["input_ids"].shape
-        rows = math.prod(shape)
-        self._hooks.start_pass(rows, T)
+        rows = math.prod(inputs["input_ids"].shape[:-1])
         with (
             self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows),
             self._output_rows.in_place() if self._output_rows else nullcontext(),
         ):
             logits = self.readout(self._llm, inputs)  # (S·B, C)
+        if s is not None and not leaving:
+            self._hooks.check_calls()
         # Tensors without values, of an estimate of memory, cannot be compared.
         if self._rows.unclear and not isinstance(logits, FakeTensor):
             with self._hooks.rebound(Bound()):
                 self._rows.verify(one, partial(self.readout, self._llm))
-        if s is not None and not leaving:
-            self._hooks.check_calls()
         of_batch = batch.choices.shape[-1]  # more than C where a readout takes any number
         expected = (S * len(batch), max(self.readout.num_classes, of_batch))
         if (logits.shape[0], logits.shape[-1]) != expected:
@@ -493,11 +491,40 @@ class SubspaceAdapter:
         threads wait for its end.
 
         :param s: (S, M, r), for batches of S·B rows, draw-major. ``None`` is s = 1, plain LoRA.
-        :raises ValueError: if s has another shape.
+        :raises ValueError: if s has another shape; in a forward pass, if the rows of a draw cannot
+            be found in a layer's input, or a layer is not called once.
         """
+        with self._reading(s):
+            handle = self._llm.register_forward_hook(self._check_pass, with_kwargs=True)
+            try:
+                yield self._llm
+            finally:
+                handle.remove()
+
+    @contextmanager
+    def _reading(self, s: Tensor | None) -> Iterator[None]:
+        """Other threads wait, and the hooks read s, until the context ends."""
         with self._one_pass, self._hooks.rebound(self._hooks.bound):
             self._hooks.bind(s)
-            yield self._llm
+            yield
+
+    def _check_pass(
+        self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """After a forward pass of the model, that s acted in it as ΔW(s) says."""
+        bound = self._hooks.bound
+        if bound.s is None:
+            return
+        self._hooks.check_calls()
+        if self._rows.unclear:
+            shape = kwargs["input_ids"].shape
+            inputs = {
+                name: value[: shape[0] // len(bound.s[0])]
+                for name, value in kwargs.items()
+                if isinstance(value, Tensor) and value.shape == shape
+            }
+            with self._hooks.rebound(Bound()):
+                self._rows.verify(inputs, lambda inputs: llm(**inputs, use_cache=False))
 
     def cache_trunk(
         self, split: Split, *, batch_size: int = 64, folder: str | Path | None = None

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .trunk import Trunk
 
@@ -66,16 +67,22 @@ class RowCheck:
     def verify(self, inputs: dict[str, Tensor], run: Callable[[dict[str, Tensor]], Any]) -> None:
         """Compare what the unclear layers see of two examples with what they see of each alone.
 
+        A row of one token looks the same in every order, so two of it are read instead.
+
         :param inputs: of one draw.
         :param run: runs the model on such inputs, without s.
         :raises ValueError: if a layer sees something else, or in another order.
         """
+        if inputs["input_ids"].shape[-1] == 1:
+            inputs = {name: value.repeat_interleave(2, -1) for name, value in inputs.items()}
         first = {name: value[:1] for name, value in inputs.items()}
         second = {name: value[1:2] for name, value in inputs.items()}
         if not len(second["input_ids"]):
-            second = first | {"input_ids": first["input_ids"].roll(1, -1)}
+            embeddings = cast(PreTrainedModel, self._llm).get_input_embeddings()
+            vocabulary = cast(nn.Embedding, embeddings).num_embeddings
+            second = first | {"input_ids": (first["input_ids"] + 1) % vocabulary}
         both = {name: torch.cat([first[name], second[name]]) for name in inputs}
-        layers = self.unclear
+        layers, self.unclear = self.unclear, set()
         modes = [(module, module.training) for module in self._llm.modules()]
         self._llm.eval()  # masks of dropout would differ
         try:

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from scalabl_pyro import Predictor, SubspaceAdapter
-from scalabl_pyro.readouts import LabelTokens
+from scalabl_pyro.prediction import Decoding, generate, score
+from scalabl_pyro.readouts import CompletionTokens
 from scalabl_pyro.readouts.heads import MultipleChoice, SequenceClassification
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
@@ -174,15 +175,63 @@ def tiny() -> nn.Module:
     return LlamaForSequenceClassification(LlamaConfig(**LLAMA))
 
 
-def test_generation_with_rows_of_draws_looks_at_them_too():
+def causal(tokenizer, how: str | None) -> SubspaceAdapter:
     llm = tiny_llama()
-    llm.model.layers[0].self_attn.o_proj = Turned(
-        llm.model.layers[0].self_attn.o_proj, "time first"
-    )
-    adapter = SubspaceAdapter(llm, lora("inner"), LabelTokens.untokenized(4))
-    ids = torch.randint(3, 20, (4, 6))
+    if how:
+        for block in llm.model.layers:
+            block.self_attn.o_proj = Turned(block.self_attn.o_proj, how)
+    readout = CompletionTokens(tokenizer, num_classes=32, max_length=64, end_token=False)
+    adapter = SubspaceAdapter(llm, lora("inner" if how else "o_proj"), readout)
+    fill_lora_B(adapter)
+    return adapter
+
+
+def scored(predictor: Predictor) -> torch.Tensor:
+    texts = score(predictor, ["dog", "blue cat"], [" sleeps red", " tree"])
+    return torch.cat([text.draw_log_probs for text in texts], -1)
+
+
+def generated(predictor: Predictor) -> torch.Tensor:
+    texts = generate(predictor, ["dog", "blue cat"], Decoding(max_new_tokens=3))
+    return torch.cat([text.draw_log_probs for text in texts], -1)
+
+
+@pytest.mark.parametrize("run", [scored, generated])
+@pytest.mark.parametrize("how", ["time first", "flat, time first", "some"])
+def test_texts_look_at_the_rows_of_draws_too(tokenizer, run, how):
+    adapter = causal(tokenizer, how)
+    s = torch.rand(2, *adapter.shape)
+    with pytest.raises(ValueError, match="one draw at a time"):
+        run(Predictor(adapter, s))
+    assert scored(Predictor(adapter, s[:1])).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["flat", None])
+def test_texts_of_several_draws_are_those_of_one_at_a_time(tokenizer, how):
+    adapter = causal(tokenizer, how)
+    s = torch.rand(2, *adapter.shape)
+    alone = torch.cat([scored(Predictor(adapter, each[None])) for each in s])
+    torch.testing.assert_close(scored(Predictor(adapter, s)), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_one_row_of_one_token_is_enough_to_tell(tokenizer):
+    """It looks the same in every order, and later ones do not."""
+    adapter = causal(tokenizer, "flat, time first")
+    s = torch.rand(2, *adapter.shape)
     with (
-        adapter.bound(torch.rand(2, *adapter.shape)) as bound,
-        pytest.raises(ValueError, match="one draw at a time"),
+        adapter.bound(s) as llm,
+        pytest.raises(ValueError, match="does not hold row after row"),
     ):
-        bound(input_ids=ids)
+        llm(input_ids=torch.tensor([[5]]).repeat(2, 1))
+    served = causal(tokenizer, "flat")
+    with served.bound(s) as llm:
+        llm(input_ids=torch.tensor([[5]]).repeat(2, 1))
+
+
+def test_a_layer_that_texts_never_call_is_refused(tokenizer):
+    adapter = causal(tokenizer, None)
+    llm = adapter.peft_model.get_base_model()
+    last = llm.model.layers[-1].self_attn
+    last.o_proj = nn.Identity()
+    with pytest.raises(ValueError, match="not called once in a forward pass"):
+        scored(Predictor(adapter, torch.rand(2, *adapter.shape)))
