@@ -65,7 +65,7 @@ class Split(Sequence[Example]):
     :param records: the records, in order.
     :param examples: the same records tokenised.
     :param collate: stacks B examples to a :class:`Batch`.
-    :raises DataError: if there is no record.
+    :raises DataError: if there is no record, or another number of examples.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class Split(Sequence[Example]):
     ) -> None:
         if not records:
             raise DataError("the split holds no records: expected one or more")
+        if len(examples) != len(records):
+            raise DataError(
+                f"the split holds {len(records)} records and {len(examples)} examples: expected as"
+                " many, in the same order"
+            )
         self.records = tuple(records)
         self.examples = tuple(examples)
         self.collate = collate

@@ -131,7 +131,10 @@ class AutoSubspace(PyroModule):
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:
-        """(S, M, r) independent draws of s from :meth:`get_posterior`.
+        """(S, M, r) independent draws of s from :meth:`get_posterior`, by torch's random state.
+
+        :func:`~scalabl_pyro.prediction.draw` is what predictors take: it has a seed, and draws
+        s_perp beside s.
 
         :raises ValueError: if S < 1.
         """

@@ -26,7 +26,7 @@ class AutoSubspaceDelta(AutoSubspace):
         self, model: ScalaBLModel, *, init_loc: Tensor | None = None, init_scale: float = 0.05
     ) -> None:
         super().__init__(model, init_loc=init_loc, init_scale=init_scale)
-        loc = self._constrained(self._init_loc)
+        loc = self._constrained(self._init_loc).clone()
         self.loc = PyroParam(loc, model.prior.support, 2)  # type: ignore[assignment]
 
     def base(self) -> TorchDistribution:

@@ -63,7 +63,7 @@ class FitConfig:
             "lr": (0, torch.finfo(torch.float32).max),
             "lr_guide": (0, torch.finfo(torch.float32).max),
             "weight_decay": (0, torch.finfo(torch.float32).max),
-            "eps": (0, math.inf),
+            "eps": (0, torch.finfo(torch.float32).max),
             "warmup": (0, 1),
             "accumulation": (1, math.inf),
             "eval_every": (0, math.inf),
@@ -84,8 +84,10 @@ class FitConfig:
             raise ValueError(
                 f"clip_norm is {self.clip_norm}: expected a number above 0; inf is off"
             )
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise ValueError(f"kl_budget is {self.kl_budget!r}: expected a number of nats above 0")
+        if self.kl_budget is not None and not 0 < self.kl_budget < math.inf:
+            raise ValueError(
+                f"kl_budget is {self.kl_budget!r}: expected a finite number of nats above 0"
+            )
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay is {self.decay!r}: expected constant, linear or cosine")
         if self.keep not in ("last", "best"):

@@ -7,13 +7,27 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
 from ..data import Split
 from ..models.model import LoRAModel
 
-__all__ = ["check_moves", "make_parameters", "parameter_groups", "trained_parameters"]
+__all__ = [
+    "check_moves",
+    "make_parameters",
+    "num_idle",
+    "parameter_groups",
+    "trained_parameters",
+]
+
+#: constraints of triangular factors → whether their diagonal is free
+_DIAGONALS = {
+    type(constraints.lower_cholesky): True,
+    type(constraints.softplus_lower_cholesky): True,
+    type(constraints.unit_lower_cholesky): False,
+}
 
 
 def make_parameters(guide: Callable[..., Any], train: Split) -> None:
@@ -66,6 +80,20 @@ def parameter_groups(
         {"params": list(matrices.values()), "lr": lr, "weight_decay": weight_decay},
         {"params": list(numbers.values()), "lr": lr_guide, "weight_decay": 0.0},
     ]
+
+
+def num_idle(guide: Callable[..., Any]) -> int:
+    """How many numbers of a guide nothing depends on: a triangular factor is a square matrix, of
+    which the part above the diagonal stays, and of a unit one the diagonal too."""
+    idle = 0
+    for module in guide.modules() if isinstance(guide, nn.Module) else ():
+        for name, (constraint, _) in getattr(module, "_pyro_params", {}).items():
+            if type(constraint) in _DIAGONALS:
+                value = getattr(module, f"{name}_unconstrained")
+                D = value.shape[-1]
+                above = D * (D - 1) // 2 + D * (not _DIAGONALS[type(constraint)])
+                idle += value.numel() // D**2 * above
+    return idle
 
 
 def check_moves(optimizer: object, parameters: Sequence[nn.Parameter]) -> None:

@@ -26,7 +26,7 @@ from .checkpoints import (
 from .fit_config import FitConfig
 from .kl import KLBudget, kl_weight
 from .messengers import AllSites, LatentKL, ObservedNLL
-from .parameters import check_moves, parameter_groups, trained_parameters
+from .parameters import check_moves, num_idle, parameter_groups, trained_parameters
 
 __all__ = ["FitResult", "NonFiniteLossError", "Training", "no_guide"]
 
@@ -236,7 +236,8 @@ class Training:
         if self._config.keep == "best":
             self.best.restore()
         step = self.best_step if self._config.keep == "best" else self.step
-        return FitResult(self.history, step, sum(p.numel() for p in self.parameters))
+        trained = sum(p.numel() for p in self.parameters) - num_idle(self._guide)
+        return FitResult(self.history, step, trained)
 
     def state(self) -> TrainingState:
         """All of it, and torch's random state."""

@@ -92,14 +92,12 @@ def set_perp(adapter: SubspaceAdapter, prompts: Split) -> None:
     it is now: call :func:`set_subspace` first.
 
     :param adapter: with ``perp`` above 0.
-    :param prompts: training examples, of which up to 256, evenly spread, run through the model
-        once. Labels are not looked at.
+    :param prompts: training examples, of which up to 256, evenly spread, run through the model:
+        once, and once more for each GiB of second moments. Labels are not looked at.
     :raises ValueError: if a module has fewer than r + k inputs, or no token reaches it.
     """
     directions = []
-    for (name, C), A in zip(
-        second_moments(adapter, _sample(prompts)).items(), adapter.matrices.A.values(), strict=True
-    ):
+    for name, C, A in _moments_in_turn(adapter, _sample(prompts)):
         if not C.any():
             raise ValueError(
                 f"no token of {len(prompts)} prompts reaches {name}: give more, or leave it out of"
@@ -111,7 +109,8 @@ def set_perp(adapter: SubspaceAdapter, prompts: Split) -> None:
                 f" {adapter.perp}: expected a smaller perp"
             )
         V = A.weight.double()
-        outside = torch.linalg.svd(V).Vh[adapter.rank :].to(C)  # (d - r, d), orthonormal
+        Q = torch.linalg.qr(V.mT, mode="complete").Q  # its first r columns span the rows of V
+        outside = Q[:, adapter.rank :].mT.to(C)  # (d - r, d), orthonormal
         vectors = torch.linalg.eigh(outside @ C @ outside.mT).eigenvectors  # the least first
         directions.append(vectors[:, : adapter.perp].mT @ outside)
     copy_from_main(directions)
@@ -191,23 +190,30 @@ def _of_activations(adapter: SubspaceAdapter, prompts: Split | None) -> list[Ten
             " subspace='random'"
         )
     sample = _sample(prompts)
-    now = dict(zip(adapter.module_names, adapter.matrices.A.values(), strict=True))
-    directions: dict[str, Tensor] = {}
-    for names in _groups({name: A.in_features for name, A in now.items()}):
-        for name, C in second_moments(adapter, sample, names).items():
-            values, V = _leading(C, adapter.rank)
-            # Below it is what rounding of the inputs makes.
-            known = values > len(C) * torch.finfo(torch.float32).eps * values[0]
-            V = V[known] * (C.trace() / len(C) / values[known]).sqrt()[:, None]
-            directions[name] = V
-            if len(V) < adapter.rank:
-                log.info(
-                    "the inputs of %s at %d prompts have %d directions: the other %d of V stay"
-                    " random",
-                    *(name, len(sample), len(V), adapter.rank - len(V)),
-                )
-                directions[name] = _filled_up(V, now[name].weight)
-    return [directions[name] for name in now]
+    directions = []
+    for name, C, A in _moments_in_turn(adapter, sample):
+        values, V = _leading(C, adapter.rank)
+        # Below it is what rounding of the inputs makes.
+        known = values > len(C) * torch.finfo(torch.float32).eps * values[0]
+        V = V[known] * (C.trace() / len(C) / values[known]).sqrt()[:, None]
+        if len(V) < adapter.rank:
+            log.info(
+                "the inputs of %s at %d prompts have %d directions: the other %d of V stay random",
+                *(name, len(sample), len(V), adapter.rank - len(V)),
+            )
+            V = _filled_up(V, A.weight)
+        directions.append(V)
+    return directions
+
+
+def _moments_in_turn(
+    adapter: SubspaceAdapter, prompts: Split
+) -> Iterator[tuple[str, Tensor, nn.Linear]]:
+    """Name, second moments and A of each adapted module, with few moments held at once."""
+    modules = dict(zip(adapter.module_names, adapter.matrices.A.values(), strict=True))
+    for names in _groups({name: A.in_features for name, A in modules.items()}):
+        for name, C in second_moments(adapter, prompts, names).items():
+            yield name, C, modules[name]
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:

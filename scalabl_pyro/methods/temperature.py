@@ -69,5 +69,6 @@ class TemperatureScaling(LoRAMethod):
             )
         predictions = predict(fitted.predictor, validation, batch_size=self.eval_batch_size)
         assert predictions.labels is not None
-        temperature = best_temperature(predictions.logits[0], predictions.labels)
+        further = best_temperature(predictions.logits[0], predictions.labels)
+        temperature = fitted.predictor.temperature * further  # by which they are divided already
         return replace(fitted, predictor=replace(fitted.predictor, temperature=temperature))

@@ -210,7 +210,7 @@ def evaluate_texts(texts: Sequence[ScoredText]) -> dict[str, float]:
     return {
         "nll": -float(log_probs.sum()) / len(texts),
         "nll_token": nll_token,
-        "perplexity": math.exp(nll_token),
+        "perplexity": float(torch.tensor(nll_token, dtype=torch.float64).exp()),  # may be inf
         **means,
         "tokens": len(log_probs) / len(texts),
     }

@@ -259,6 +259,13 @@ def test_minibatches_cover_the_data_group_by_length_and_follow_the_seed(tokenize
     assert padded < sum(int((b.inputs["attention_mask"] == 0).sum()) for b in in_order)
 
 
+def test_a_split_has_an_example_for_each_record(tokenizer):
+    readout = LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64)
+    split = readout.encode(make_records(3))
+    with pytest.raises(DataError, match="3 records and 2 examples: expected as many"):
+        type(split)(split.records, split.examples[:2], split.collate)
+
+
 def test_batches_of_a_split_are_splits_in_its_order(tokenizer):
     split = MultipleChoice(tokenizer, num_classes=4, max_length=64).encode(make_records(7))
     assert [len(chunk) for chunk in split.batches(3)] == [3, 3, 1]

@@ -79,6 +79,10 @@ def test_the_point_guide_is_a_point(make_causal):
     assert torch.equal(guide.median()["s"], model.init_loc)
     assert torch.equal(guide.sample(2)[1], model.init_loc)
     assert sum(p.numel() for p in guide.parameters()) == model.init_loc.numel()
+    start = guide._init_loc.clone()
+    with torch.no_grad():
+        guide.loc += 1
+    assert torch.equal(guide._init_loc, start)
     with pytest.raises(TypeError, match="is a point"):
         guide.marginals()
 

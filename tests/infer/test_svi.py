@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro
@@ -14,6 +15,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoGuideList,
+    AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
 )
@@ -33,7 +35,9 @@ from scalabl_pyro import (
 )
 from scalabl_pyro.commands._configs import CONFIGS
 from scalabl_pyro.data import Batch, Example
+from scalabl_pyro.guides import AutoSubspaceMultivariateNormal
 from scalabl_pyro.infer import Callback, KLBudget, NonFiniteLossError, no_guide
+from scalabl_pyro.infer.parameters import make_parameters
 from scalabl_pyro.prediction import NonFinitePredictionsError
 from scalabl_pyro.readouts import LabelTokens
 
@@ -183,6 +187,29 @@ def test_fit_trains_a_point_estimate_and_pyros_own_guides(make_choice, records):
         assert not any(torch.equal(v, before[k]) for k, v in adapter.named_parameters().items())
         if make_guide is not AutoMultivariateNormal:
             assert result.history[0]["loss"] == pytest.approx(result.history[0]["nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make_guide",
+    [
+        AutoSubspaceNormal,
+        AutoSubspaceMultivariateNormal,
+        partial(AutoSubspaceMultivariateNormal, per_module=True),
+        AutoMultivariateNormal,
+        AutoLowRankMultivariateNormal,
+    ],
+)
+def test_the_numbers_trained_are_those_that_move(make_causal, records, make_guide):
+    adapter = make_causal(targets=("q_proj", "lm_head"))
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    guide = make_guide(model)
+    make_parameters(guide, split)
+    before = [parameter.detach().clone() for parameter in guide.parameters()]
+    result = fit(model, guide, split, FitConfig(steps=3, batch_size=4), progress=False)
+    moved = sum(int((p != b).sum()) for p, b in zip(guide.parameters(), before, strict=True))
+    matrices = sum(p.numel() for p in adapter.named_parameters().values())
+    assert result.num_trained == matrices + moved
 
 
 def test_history_adds_up(make_causal, records):
@@ -411,8 +438,9 @@ def test_a_kl_budget_is_reached(make_causal, records):
 
 
 def test_a_budget_must_be_positive():
-    with pytest.raises(ValueError, match="kl_budget is -1"):
-        FitConfig(kl_budget=-1)
+    for budget in (-1, 0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"kl_budget is {budget}: expected a finite number"):
+            FitConfig(kl_budget=budget)
 
 
 def test_a_point_has_no_kl_to_budget(make_causal, records):

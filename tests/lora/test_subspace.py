@@ -453,6 +453,18 @@ def test_second_moments_that_do_not_fit_are_computed_one_after_another(
     torch.testing.assert_close(V(apart), V(together), rtol=0, atol=0)
 
 
+def test_directions_for_s_perp_are_the_same_however_many_moments_fit(
+    make_causal, records, monkeypatch
+):
+    directions = []
+    for most in (2**30, 1):
+        monkeypatch.setattr("scalabl_pyro.lora.subspace._MOST_BYTES", most)
+        adapter = make_causal(perp=2, projections="frozen_v")
+        set_perp(adapter, adapter.encode(records))
+        directions.append([A.weight.detach().clone() for A in adapter.perp_A])
+    torch.testing.assert_close(*directions, rtol=0, atol=0)
+
+
 def test_the_first_eigenvectors_of_many_inputs_are_those_of_all(monkeypatch):
     Q = torch.linalg.qr(torch.randn(60, 60).double()).Q
     sizes = torch.arange(60, 0, -1).double() ** 2

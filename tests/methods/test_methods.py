@@ -236,6 +236,8 @@ def test_temperature_scaling_lowers_the_validation_nll_and_keeps_answers(
     nll = [evaluate(x, validation.labels)["nll"] for x in (before, after)]
     assert nll[1] < nll[0]
     assert torch.equal(before.argmax(-1), after.argmax(-1))
+    again = TemperatureScaling(config).temper(scaled, validation)
+    assert again.predictor.temperature == pytest.approx(best, rel=1e-4)
 
 
 def test_the_best_step_can_be_tempered(make_choice, over_confident):

@@ -12,9 +12,19 @@ from scalabl_pyro import generate
 from scalabl_pyro.prediction import score, semantic_entropy, sequence_rmi, token_scores
 from scalabl_pyro.prediction.generation import Decoding
 from scalabl_pyro.prediction.text_scores import equal_weights, posterior_weights
+from scalabl_pyro.prediction.texts import ScoredText, evaluate_texts
 
 S, C, T = 3, 3, 4
 TEXTS = list(itertools.product(range(C), repeat=T))
+
+
+def test_the_perplexity_of_a_hopeless_model_is_infinite():
+    zero = torch.zeros(1, 2)
+    log_probs = torch.tensor([[-2000.0, -800.0]])
+    text = ScoredText("ab", ("a", "b"), torch.arange(2), log_probs, zero, *torch.zeros(3, 2))
+    metrics = evaluate_texts([text])
+    assert metrics["nll_token"] == 1400.0
+    assert metrics["perplexity"] == math.inf
 
 
 def toy(sharpness):
