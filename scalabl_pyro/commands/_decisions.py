@@ -161,7 +161,7 @@ def calibrate(
     unlike = UNFAMILIARITY[config.unfamiliar](run) if config.unfamiliar is not None else None
     records = _calibration(config, run, columns)
     of = {"risk": config.risk, "coverage": config.conformal, "p": config.unfamiliar}
-    told = " and ".join(name for name, value in of.items() if value is not None)
+    told = ", ".join(name for name, value in of.items() if value is not None)
     warn_of_trained(run, records, f"what they say of {told} holds for no others")
     _warn_of_calibrated(answered, records, told)
     decided: dict[str, Any] = {"abstain_below": config.abstain_below, "seed": seed}
@@ -215,7 +215,8 @@ def _warn_of_calibrated(
     count = sum(key in known for key in asked(answered))
     if count:
         log.warning(
-            "%d of %d records are calibration records too: %s holds for others alone",
+            "%d of %d records are calibration records too: what is said of %s holds for others"
+            " alone",
             count,
             len(answered),
             told,

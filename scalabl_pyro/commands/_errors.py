@@ -40,7 +40,8 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
 
         similar = similar_settings(unknown[1], command[1])
         if unknown[1] in similar:
-            text = f"there is no setting {unknown[1]} beside the others that were given"
+            others = "method" if unknown[1].startswith("method.") else "other settings"
+            text = f"there is no setting {unknown[1]} with the {others} given"
         elif similar:
             text = f"there is no setting {unknown[1]}; did you mean {' or '.join(similar)}?"
     if unknown := _UNKNOWN_FILE.search(text):

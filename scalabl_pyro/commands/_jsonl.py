@@ -22,6 +22,8 @@ def new_jsonl(path: Path) -> Path:
     :raises ValueError: if its name is that of a table.
     :raises OSError: as :func:`~scalabl_pyro.files.new_path`.
     """
+    if str(path) == "-":
+        raise ValueError("output is '-', and what is written goes to files alone: name a file")
     if path.suffix in (".csv", ".tsv", ".parquet"):
         raise ValueError(
             f"output is {str(path)!r}, and what is written are JSON Lines: expected a name such as"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def write_report(
     for row in rows.values():
         for run, other in zip(row, next(iter(rows.values())), strict=True):
             _check_labels(run, first)
-            _check_records(run, other)
+            _check_records(run, first, splits)
+            _check_records(run, other, run.data)  # of one seed: those held out are the same too
     predictions = {name: [run.predictions for run in row] for name, row in rows.items()}
     values = {
         name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
@@ -213,9 +214,9 @@ def _check_labels(run: ReportedRun, first: ReportedRun) -> None:
             )
 
 
-def _check_records(run: ReportedRun, other: ReportedRun) -> None:
-    """Of two runs of one seed: that they had the same records, as far as is known."""
-    for split in run.data.keys() & other.data.keys():
+def _check_records(run: ReportedRun, other: ReportedRun, splits: Iterable[str]) -> None:
+    """That two runs had the same records of these splits, as far as is known."""
+    for split in sorted({*splits} & run.data.keys() & other.data.keys()):
         if run.data[split] != other.data[split]:
             raise ValueError(
                 f"{run.name} had other records of {split!r} than {other.name}: expected the same;"

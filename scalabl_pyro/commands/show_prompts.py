@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +52,7 @@ class ShowPromptsConfig(RunConfig):
     :param split: of data.
     :param run: a run folder, or ``owner/name`` on the Hub, whose prompts to show.
     :param input: a file of records as ``scalabl predict`` takes it, for a run.
+    :param columns: of ``input``, as for ``scalabl predict``.
     :raises ConfigError: if not exactly one of a model and a run is given, or what goes with the
         other one.
     """
@@ -61,6 +62,7 @@ class ShowPromptsConfig(RunConfig):
     split: str = "train"
     run: str | None = None
     input: str | None = None
+    columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
         if self.run is None:
@@ -70,6 +72,8 @@ class ShowPromptsConfig(RunConfig):
                 raise ConfigError(
                     f"input is {self.input!r}, a file for a run: give run too, or data.path"
                 )
+            if self.columns != Columns():
+                raise ConfigError("columns is given, and no run: give data.columns")
             if self.data is None:
                 DataConfig()  # which says what is needed
             RunConfig.__post_init__(self)
@@ -80,6 +84,8 @@ class ShowPromptsConfig(RunConfig):
             )
         elif self.input is not None and self.data is not None:
             raise ConfigError(f"input is {self.input!r}, and data is given too: give one of them")
+        elif self.input is None and self.columns != Columns():
+            raise ConfigError("columns is given, and no input, whose columns they are: give both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +142,8 @@ def _records(config: ShowPromptsConfig, reader: _Reader) -> Sequence[Record]:
     """
     if config.input is not None:
         if reader.readout.reads_texts:
-            return read_texts(config.input, reader.folder, Columns())  # type: ignore[return-value]
-        return read_input(config.input, reader, Columns())
+            return read_texts(config.input, reader.folder, config.columns)  # type: ignore[return-value]
+        return read_input(config.input, reader, config.columns)
     if config.data is None:
         return own_records(reader, config.split)
     source: DataSource = replace(config.data, classes=config.data.classes or reader.class_names)

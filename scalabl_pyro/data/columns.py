@@ -107,6 +107,15 @@ class Columns:
             return columns or self
         return replace(columns, labels=self.labels, keys=None)
 
+    def or_of_a_text(self, cells: Cells) -> Columns:
+        """These columns; where none is named, and a row has a text and no question, that text and
+        its class: the layout of most data sets for classification."""
+        fields = ("question", "choices", "prompt", "messages")
+        if not self.none_named or "text" not in cells or any(name in cells for name in fields):
+            return self
+        label = "class" if "class" in cells and "label" not in cells else None
+        return replace(self, question="text", label=label)
+
     def _within(self, cells: Cells) -> Columns | None:
         """These columns for a row that may lack those of the label, of its keys, of the completion
         and of the id; ``None`` if it lacks another of them."""

@@ -66,7 +66,7 @@ def csv_columns(path: Path) -> Columns:
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and the cells of rows that are not blank, all as many as the header's."""
-    delimiter, name = DELIMITERS[path.suffix]
+    delimiter, name = DELIMITERS[path.suffix.lower()]
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     width, line = 0, 1
     try:

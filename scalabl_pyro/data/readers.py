@@ -81,6 +81,11 @@ FORMATS = {
 }
 
 
+#: how a JSON array is written as lines
+_ONE_A_LINE = (
+    "JSON Lines hold one object a line, as pandas writes them by to_json(path, orient='records',"
+    " lines=True)"
+)
 #: files by which ``datasets`` tells what it saved by ``save_to_disk``: splits, and one table
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
@@ -97,15 +102,19 @@ def read_table(
     :raises DataError: if there is no such file, or it is of another kind, damaged or empty.
     """
     path = Path(path)
+    if str(path) == "-":
+        raise DataError("-: records are read from files alone, not from standard input")
     if path.is_dir():
         raise DataError(
             f"{path} is a folder: expected one file; data.root is for a folder of splits"
         )
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if path.suffix not in FORMATS:
-        raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
-    kind = FORMATS[path.suffix]
+    ending = path.suffix.lower()
+    if ending not in FORMATS:
+        hint = f"; {_ONE_A_LINE}" if ending == ".json" else ""
+        raise DataError(f"{path}: expected a file that ends in {', '.join(FORMATS)}{hint}")
+    kind = FORMATS[ending]
     columns = columns or Columns()
     asked = columns.labels
     if trained is not None:
@@ -121,8 +130,10 @@ def read_table(
     for count, (number, cells) in enumerate(kind.rows(path), start=1):
         place = f"{path}, {kind.unit} {number}"
         if not isinstance(cells, Mapping):
-            raise DataError(f"{place}: found {type(cells).__name__}: expected an object")
-        if path.suffix in DELIMITERS and is_completion(cells) and blank(cells.get("completion")):
+            raise DataError(
+                f"{place}: found {type(cells).__name__}: expected an object; {_ONE_A_LINE}"
+            )
+        if ending in DELIMITERS and is_completion(cells) and blank(cells.get("completion")):
             cells = {name: cell for name, cell in cells.items() if name != "completion"}
         rows.append(Row(place, str(count), cells))
     if not rows:
@@ -225,7 +236,7 @@ def read_folder_tables(
     :raises DataError: as :func:`read_folder`.
     """
     root = Path(root)
-    paths = sorted(path for path in root.glob("*") if path.suffix in FORMATS)
+    paths = sorted(path for path in root.glob("*") if path.suffix.lower() in FORMATS)
     if not paths and (saved := [n for n in SAVED_TO_DISK if (root / n).exists()]):
         raise DataError(
             f"{root} holds {saved[0]}, a data set saved by save_to_disk: give data.hub={root} if it"

@@ -12,7 +12,7 @@ from .hub import Task
 from .readers import read_folder_tables, read_table
 from .records import DataError, Record, class_set
 from .splits import check_split, subsample
-from .tables import Table, read_tables
+from .tables import Decided, Table, read_tables
 from .tasks import find_task
 
 __all__ = ["DataSource"]
@@ -124,24 +124,21 @@ class DataSource:
 
         :raises DataError: if a file is missing or bad.
         """
-        return self.read_decided()[0]
+        return self.read_decided().splits
 
-    def read_decided(
-        self, trained: Columns | None = None
-    ) -> tuple[dict[str, list[Record]], str | None]:
-        """The same, and how labels are read if the data decided it: a value of ``columns.labels``
-        by which they are read so again.
+    def read_decided(self, trained: Columns | None = None) -> Decided:
+        """The same, and what the data decided, of a ``task`` nothing.
 
         :param trained: as for :func:`~scalabl_pyro.data.read_table`.
         :raises DataError: as :meth:`read`.
         """
         if self.task is not None:
-            splits, reading = find_task(self.task).read(self.hub_path), None
+            decided = Decided(find_task(self.task).read(self.hub_path))
         else:
-            splits, reading = read_tables(self._tables("train", trained), self.classes)
-        for name, records in splits.items():
+            decided = read_tables(self._tables("train", trained), self.classes)
+        for name, records in decided.splits.items():
             self._check_choices(records, name)
-        return splits, reading
+        return decided
 
     def read_split(self, name: str, trained: Columns | None = None) -> list[Record]:
         """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
@@ -150,12 +147,20 @@ class DataSource:
 
         :param trained: as for :func:`~scalabl_pyro.data.read_table`.
         :raises DataError: if a file is missing or bad, or there is no such split.
+        :raises ValueError: if a split that ``path`` has not has a limit.
         """
+        limits = self.limit or {}
+        other = next((split for split in limits if split != name), None)
+        if self.path is not None and other is not None:
+            raise ValueError(
+                f"data.limit.{other} is {limits[other]}, and {self.path} is one split, {name}: give"
+                f" data.limit.{name}"
+            )
         if self.path is None:
-            records = check_split(self.read_decided(trained)[0], name)
+            records = check_split(self.read_decided(trained).splits, name)
         else:
             tables = self._tables(self.path, trained)
-            (records,) = read_tables(tables, self.classes)[0].values()
+            (records,) = read_tables(tables, self.classes).splits.values()
             self._check_choices(records, self.path)
         self.check_known(records, name)
         count = (self.limit or {}).get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -15,9 +15,13 @@ from .labels import Labelled, decide, read_label
 from .records import DataError, Record, class_set
 from .text import canonical, comparable
 
-__all__ = ["Row", "Table", "read_tables", "to_records"]
+__all__ = ["Decided", "Row", "Table", "read_tables", "to_records"]
 
 log = logging.getLogger(__name__)
+
+
+#: how other programs write that a cell holds nothing
+_NOTHING = ("nan", "NaN", "null", "NULL", "None", "N/A", "<NA>", "#N/A")
 
 
 class Row(NamedTuple):
@@ -69,15 +73,29 @@ def to_records(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> dict
     :raises DataError: at the first bad row, with its place, value and reason; if an id occurs twice
         in a split; if labels can be read in several ways.
     """
-    return read_tables(tables, classes)[0]
+    return read_tables(tables, classes).splits
 
 
-def read_tables(
-    tables: Mapping[str, Table], classes: Sequence[str] = ()
-) -> tuple[dict[str, list[Record]], str | None]:
-    """The same, and how labels are read if the data decided it, a key of ``READINGS``: by it alone
-    they are read again as they were."""
+class Decided(NamedTuple):
+    """Records, and what they decided, by which files of later are read as they were.
+
+    :param splits: the records of each split.
+    :param labels: how labels are read, a key of ``READINGS``; ``None`` where nothing is decided.
+    :param classes: the choices of all records, where rows have none of their own.
+    """
+
+    splits: dict[str, list[Record]]
+    labels: str | None = None
+    classes: tuple[str, ...] = ()
+
+
+def read_tables(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> Decided:
+    """The same, and what the data decided."""
     classes = class_set(classes)
+    tables = {
+        name: replace(table, columns=table.columns.or_of_a_text(table.first))
+        for name, table in tables.items()
+    }
     by_name = {
         name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
         for name, table in tables.items()
@@ -86,10 +104,26 @@ def read_tables(
     undecided = [row.label for row in labelled if row.label and row.reading == "auto"]
     decided = decide(undecided, list(_preferred(tables.values()))) if undecided else None
     splits = {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    return Decided(splits, _decided_labels(tables.values(), labelled, decided), _shared(by_name))
+
+
+def _decided_labels(
+    tables: Collection[Table], labelled: Sequence[_Read], decided: str | None
+) -> str | None:
+    if tables and all(table.columns.labels == "names" for table in tables):
+        return "names"  # as a layout of the format says
     # Of numbers that have names, those were read, which from_0 does not.
-    named = any((table.columns.label or "label") in table.class_labels for table in tables.values())
-    whole = len(undecided) == len(labelled) and not (named and decided == "from_0")
-    return splits, decided if whole else None
+    named = any((table.columns.label or "label") in table.class_labels for table in tables)
+    whole = all(row.reading == "auto" for row in labelled)
+    return decided if whole and not (named and decided == "from_0") else None
+
+
+def _shared(by_name: Mapping[str, Sequence[_Read]]) -> tuple[str, ...]:
+    """The choices of all records, if no row has some of its own."""
+    rows = [row for each in by_name.values() for row in each]
+    if any(row.own_choices or not isinstance(row.record, Record) for row in rows):
+        return ()
+    return rows[0].record.choices if rows else ()
 
 
 def _preferred(tables: Iterable[Table]) -> Iterator[str]:
@@ -102,10 +136,14 @@ def _preferred(tables: Iterable[Table]) -> Iterator[str]:
 
 
 class _Read(NamedTuple):
-    """A record, and the label that it gets once it is known how labels are read."""
+    """A record, and the label that it gets once it is known how labels are read.
+
+    :param own_choices: its choices stand in its row.
+    """
 
     place: str
     record: Record
+    own_choices: bool = False
     label: Labelled | None = None
     reading: str = ""
 
@@ -123,8 +161,9 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
             own = columns.has_choices(row.cells)
             if not own and not classes:
                 raise DataError(
-                    "the classes are not known, and no column has choices; give data.classes="
-                    "[name,name,…], or data.columns.choices, or of texts to go on with"
+                    "the classes are not known, and no column has choices; give"
+                    " data.columns.label, the column of their names, or data.classes=[name,name,…],"
+                    " or data.columns.choices, or of texts to go on with"
                     " data.columns.prompt, or of conversations the column messages, a list of"
                     f" {{role, content}}; found {sorted(row.cells)}"
                 )
@@ -134,7 +173,7 @@ def _read(table: Table, classes: Sequence[str]) -> Iterator[_Read]:
                 choices=columns.choices_of(row.cells) if own else tuple(classes),
             )
             names = table.class_labels.get(columns.label or "label", ())
-            yield _Read(row.place, record, *_label(row, record.choices, columns, names, own))
+            yield _Read(row.place, record, own, *_label(row, record.choices, columns, names, own))
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from error
 
@@ -148,12 +187,17 @@ def _text(name: str, columns: Columns, cells: Mapping[str, Any]) -> Completion:
 
 def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
     records, places = [], dict[str, str]()
-    for place, record, label, reading in rows:
+    for place, record, own_choices, label, reading in rows:
         if label is not None:
             try:
                 index = read_label(label, decided if decided and reading == "auto" else reading)
             except DataError as error:
-                if reading not in ("from_0", "from_1", "letters"):
+                if reading == "names" and not own_choices:
+                    raise DataError(
+                        f"{error}; or give data.classes, the names of all classes, and where labels"
+                        " are their numbers data.columns.labels=from_0 or from_1"
+                    ) from error
+                if reading == "auto":
                     raise
                 raise DataError(
                     f"{error}; labels are read as {reading}, as given or as the run was trained:"
@@ -162,8 +206,9 @@ def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
             record = replace(record, label=index)
         if record.id in places:
             raise DataError(
-                f"{place}: the id {record.id!r} occurs twice, first in {places[record.id]}; ids"
-                " name one record each"
+                f"{place}: the id {record.id!r} occurs twice, first in {places[record.id]}, and ids"
+                " name one record each: name another column by data.columns.id, or rename this one,"
+                " and rows are numbered"
             )
         places[record.id] = place
         records.append(record)
@@ -205,7 +250,14 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
     texts = columns.of_texts or (columns.none_named and is_completion(table.first))
     if train is None or table.has_choices or texts:
         return ()
-    labels = [as_text(row.cells.get(column)) for row in train.rows]
+    labels = [as_text(_label_in(row, columns)) for row in train.rows]
+    numbers = list(dict.fromkeys(x for x in labels if isinstance(x, bool | float)))
+    if numbers:
+        raise DataError(
+            f"{train.place}: the column {column} holds {numbers[:8]}: expected texts or whole"
+            " numbers; give data.classes=[name,name,…], the names of False and True or of the"
+            " numbers in their order, or correct the file"
+        )
     counts = Counter(canonical(label.strip()) for label in labels if isinstance(label, str))
     names = counts.keys() - {""}
     if not names and columns.labels != "names":
@@ -216,6 +268,7 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
             " more; correct the file, or give data.classes=[name,name,…]"
         )
     if table is train:
+        _warn_of_missing(train.place, column, names)
         _warn_of_alike(train.place, column, {name: counts[name] for name in names})
         if columns.labels != "names" and all(map(str.isdecimal, names)):
             log.warning(
@@ -227,6 +280,24 @@ def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
         return class_set(sorted(names))
     except DataError as error:
         raise DataError(f"{train.place}: {error}") from error
+
+
+def _label_in(row: Row, columns: Columns) -> Any:
+    try:
+        return columns.label_of(row.cells)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error}") from error
+
+
+def _warn_of_missing(place: str, column: str, names: Collection[str]) -> None:
+    """Tell of what other programs write into a cell that holds nothing."""
+    found = sorted(name for name in names if name in _NOTHING)
+    if found:
+        log.warning(
+            "%s: the column %s has %s, which become classes: empty these cells where the label is"
+            " not known",
+            *(place, column, found),
+        )
 
 
 def _warn_of_alike(place: str, column: str, counts: Mapping[str, int]) -> None:

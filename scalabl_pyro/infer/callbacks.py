@@ -32,7 +32,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """A bar with the NLL, the KL and its weight.
+    """A bar with the NLL and, where there is one, the KL and its weight.
 
     :param steps: T.
     :param initial: the steps that are done already.
@@ -42,12 +42,10 @@ class ProgressBar(Callback):
         self._bar = tqdm(total=steps, initial=initial)
 
     def on_step(self, row: Mapping[str, float]) -> None:
-        self._bar.set_postfix(
-            nll=f"{row['nll']:.3f}",
-            kl=f"{row['kl']:.1f}",
-            kl_weight=f"{row['kl_weight']:.3g}",
-            refresh=False,
-        )
+        shown = {"nll": f"{row['nll']:.4g}"}
+        if row["kl"]:  # 0 where nothing is random
+            shown |= {"kl": f"{row['kl']:.1f}", "kl_weight": f"{row['kl_weight']:.3g}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
     def on_end(self, history: Sequence[Mapping[str, float]]) -> None:

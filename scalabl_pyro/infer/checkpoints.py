@@ -126,10 +126,12 @@ class Checkpoints:
             with whole_file(path) as part:
                 save_file(tensors, part, metadata=header)
         except (OSError, SafetensorError) as error:
+            kept = f"; those before it are kept in {self.folder}" if self._paths() else ""
+            then = "go on with resume=true" if kept else "start again"
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
-                f"the checkpoint of step {state.step} could not be written: {error}; those before"
-                f" it are kept in {self.folder}: make room, then go on with resume=true",
+                f"the checkpoint of step {state.step} could not be written: {error}{kept}: make"
+                f" room, then {then}",
             ) from error
         paths = self._paths()
         end = paths.index(path) + 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import PROMPTS, Prompt, Record
-from .base import Classes
+from .base import Classes, common
 from .causal import CausalReadout, check_left_padding, last_logits, left_padded, templated
 from .config import ReadoutConfig
 
@@ -105,7 +105,7 @@ class LabelTokens(CausalReadout):
         if self.chat:
             anchor = templated(self.tokenizer, [("user", anchor)])
         before = self._ids(anchor)
-        pieces = {}
+        pieces: dict[str, Any] = {}
         # After a chat template that ends in a line break, an answer begins without a space.
         order = reversed(_FORMS) if anchor[-1:].isspace() else _FORMS
         for name in [form] if form else order:
@@ -115,10 +115,13 @@ class LabelTokens(CausalReadout):
                 ids = [ids[0] for ids in added]
                 if len(set(ids)) == len(ids):
                     return name, ids
-            pieces[name] = [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
+            pieces = {
+                word: self.tokenizer.convert_ids_to_tokens(row[common(before, row) :])
+                for word, row in zip(self.label_words, rows, strict=True)
+            }
         raise ValueError(
             f"the label words {list(self.label_words)} are not single, distinct tokens after"
-            f" {anchor!r}: {pieces}; choose words of one token each, as prompt=letters does, or"
+            f" {anchor!r}, but {pieces}; choose words of one token each, as prompt=letters does, or"
             " readout=choice_likelihood, which takes words of any length"
         )
 

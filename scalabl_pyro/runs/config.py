@@ -153,14 +153,6 @@ class RunConfig:
         records = [record for split in splits.values() for record in split]
         return self.model.classes(records, shots=shots)
 
-    def with_labels(self, reading: str | None) -> RunConfig:
-        """The same, with how labels are read if the data decided it: a file of later, which may not
-        decide, is then read as those that trained the run."""
-        if reading is None:
-            return self
-        columns = replace(self.data.columns, labels=reading)
-        return replace(self, data=replace(self.data, columns=columns))
-
     def attempts(self) -> list[RunConfig]:
         """The configurations to train, of which one is kept: those of the trials, or this one.
 
@@ -252,6 +244,8 @@ class RunConfig:
         labels = "data.columns.labels"
         if "auto" in (mine[labels], others[labels]):  # one before and one after the data decided
             keys -= {labels}
+        if not others["data.classes"]:  # before the data decided them; that records have them since
+            keys -= {"data.classes"}  # stands in their fingerprint
         return [
             f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
             for key in sorted(keys)

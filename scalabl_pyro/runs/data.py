@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ..data import DataError, DataSource, Record, check_split, disjoint, hold_out
 from .settings import ConfigError
@@ -37,9 +38,11 @@ class DataConfig(DataSource):
         """
         return self.decided_splits(seed=seed)[0]
 
-    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], str | None]:
-        """The same, and how labels are read if the data decided it (see ``read_decided``)."""
-        splits, reading = self.read_decided()
+    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], Self]:
+        """The same, and these settings with what the data decided (see ``read_decided``): a file of
+        later, which may not decide it, is then read as those that trained the run."""
+        decided = self.read_decided()
+        splits = decided.splits
         train = check_split(splits, "train")
         if "validation" not in splits:
             splits["train"], splits["validation"] = hold_out(
@@ -55,4 +58,8 @@ class DataConfig(DataSource):
                         " of another name has it, give data.columns.label, and leave out a split"
                         " of hidden labels by data.split_names"
                     )
-        return splits, reading
+        return splits, replace(
+            self,
+            columns=replace(self.columns, labels=decided.labels or self.columns.labels),
+            classes=self.classes or decided.classes,
+        )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import csv
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -178,10 +178,12 @@ def save_run(
     records: Mapping[str, Sequence[Record]],
     training: Passes | None,
     prediction: Passes,
+    before: Collection[str] = (),
 ) -> None:
     """Write the run folder that the configuration names, whole or not at all.
 
     :param records: by split; their hashes are kept.
+    :param before: hashes of what trained the run that this one goes on from.
     :param training: what it took; ``None`` if it is not known.
     :param prediction: what an example took.
     :raises FileExistsError: if the folder exists.
@@ -191,7 +193,7 @@ def save_run(
         cost = Cost(fitted.result.num_trained, stored, training, prediction)
         _write_json(part / "cost.json", asdict(cost))
         _write_json(part / "data.json", fingerprints(records))
-        _write_json(part / "trained_on.json", sorted(set(asked(records["train"]))))
+        _write_json(part / "trained_on.json", sorted({*before, *asked(records["train"])}))
         _write_cards(part, config, fitted, assessed)
 
 

@@ -32,7 +32,13 @@ from .config import RunConfig
 from .folder import posterior_median, save_run
 from .memory import MemoryConfig, explain_out_of_memory
 from .places import relative_places
-from .prior import load_prior_run, prior_fingerprint, read_data
+from .prior import (
+    load_prior_run,
+    prior_fingerprint,
+    read_data,
+    trained_before,
+    warn_of_trained_before,
+)
 from .reading import read_fingerprints, read_json, read_settings_placed
 from .settings import ConfigError
 
@@ -69,6 +75,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
 
 def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
     before = read_settings_placed(folder)
+    splits, _, config = read_data(config)
     differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
     if differences:
         raise ConfigError(
@@ -76,7 +83,7 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
             " another run_dir, or remove it"
         )
     had = read_fingerprints(folder)
-    now = fingerprints(read_data(config).splits) if had else {}
+    now = fingerprints(splits) if had else {}
     others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
     if others:
         raise ConfigError(
@@ -89,9 +96,10 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
-    splits, classes, reading = read_data(config)
-    config = config.with_labels(reading)
+    splits, classes, config = read_data(config)
     _check_inputs(config, splits, checkpoints)
+    if is_main():
+        warn_of_trained_before(config, splits)
     readout = load_readout(config.model, classes)
     encoded = {name: readout.encode(records) for name, records in splits.items()}
     trainer = _Trainer(config, readout, encoded.pop("train"), encoded["validation"], checkpoints)
@@ -118,6 +126,7 @@ def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:
             assessed,
             trials,
             records=splits,
+            before=trained_before(config),
             training=trainer.spent[name],
             prediction=prediction,
         )

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
             "no setting columns.question; did you mean data.columns.question?",
         ),
         (["method.guide.blocks=1"], "use +method.guide.blocks=1"),
-        (["method=mle", "method.draws=1"], "no setting method.draws beside the others"),
+        (["method=mle", "method.draws=1"], "no setting method.draws with the method given"),
         (["method.prior.scale=2"], "+method.prior.scale=2"),
         (["method=mle", "fit.kl_budget=5"], "fit.kl_budget is 5.0, and method mle has no KL"),
         (["+fit.kl.wait=1"], "no setting fit.kl.wait; did you mean fit.kl.weight"),

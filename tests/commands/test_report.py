@@ -249,11 +249,17 @@ def test_the_star_of_accuracy_is_at_the_highest_and_floors_are_means_over_seeds(
 def test_rows_of_other_records_make_no_table(tmp_path, rows):
     """Their labels are the same, and what was asked is not."""
     runs = {
-        name: [replace(run, data={"test": "a"}) for run in row] for name, row in read(rows).items()
+        name: [replace(run, data={"test": "a", "train": str(seed)}) for seed, run in enumerate(row)]
+        for name, row in read(rows).items()
     }
-    runs["ten"][1] = replace(runs["ten"][1], name="changed", data={"test": "b"})
-    with pytest.raises(ValueError, match=r"changed had other records of 'test' than .* #1"):
-        write_report(tmp_path, runs, chosen={}, trials={})
+    for row, data, message in (
+        ("ten", {"test": "b"}, r"'test' than .* #0"),
+        ("mle", {"test": "b"}, r"'test' than .* #0"),  # of another seed in the same row
+        ("ten", {"test": "a", "train": "0"}, r"'train' than .* #1"),  # held out by the same seed
+    ):
+        changed = [runs[row][0], replace(runs[row][1], name="changed", data=data), *runs[row][2:]]
+        with pytest.raises(ValueError, match=f"changed had other records of {message}"):
+            write_report(tmp_path, runs | {row: changed}, chosen={}, trials={})
 
 
 def test_costs_are_over_plain_lora_where_both_are_counted(written):

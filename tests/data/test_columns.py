@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
-from conftest import hub_copy, make_records, scalabl, write_jsonl
+import yaml
+from conftest import FAST, hub_copy, make_records, scalabl, write_jsonl
 
 from scalabl_pyro import Record
 from scalabl_pyro.data import (
@@ -603,3 +605,118 @@ def test_a_class_that_is_likely_a_slip_is_told(tmp_path, caplog):
         r"has ('.*?') (\d+) times, a class of its own beside ('.*?') \((\d+)", caplog.text
     )
     assert told == [("'Sad'", "2", "'sad'", "4"), ("'very hapy'", "1", "'very happy'", "5")]
+
+
+def test_a_text_and_its_class_are_a_layout_of_every_format(tmp_path):
+    rows = [{"text": f"text {i}", "class": "ab"[i % 2], "more": i} for i in range(4)]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    pandas.DataFrame(rows).to_json(tmp_path / "a.JSONL", orient="records", lines=True)
+    expected = [Record(str(i + 1), f"text {i}", ("a", "b"), i % 2) for i in range(4)]
+    for name in ("a.csv", "a.parquet", "a.JSONL"):
+        assert DataSource(path=str(tmp_path / name)).read()["train"] == expected, name
+    # As most data sets of the Hub have it.
+    frame = pandas.DataFrame(rows).rename(columns={"class": "label"})
+    frame.to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    assert DataSource(path=str(tmp_path / "b.jsonl")).read()["train"] == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([True, False], r"holds \[True, False\]: expected texts or whole .* names of False and"),
+        ([1.0, 2.0], r"holds \[1\.0, 2\.0\]: expected texts or whole numbers; give data\.classes"),
+    ],
+)
+def test_labels_that_are_no_names_are_named(tmp_path, labels, message):
+    rows = [{"text": "x", "meta": {"spam": label}} for label in labels]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(question="text", label="meta.spam")
+    with pytest.raises(DataError, match=f"the column meta.spam {message}"):
+        DataSource(path=str(path), columns=columns).read()
+    named = DataSource(path=str(path), columns=columns, classes=("no", "yes")).read()["train"]
+    assert [record.label for record in named] == ([1, 0] if labels[0] is True else [0, 1])
+
+
+def test_the_classes_of_a_nested_column_are_known(tmp_path):
+    rows = [{"text": "x", "meta": {"kind": kind}} for kind in ("b", "a", "b")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(question="text", label="meta.kind")
+    records = DataSource(path=str(path), columns=columns).read()["train"]
+    assert [(record.choices, record.label) for record in records] == [
+        (("a", "b"), 1),
+        (("a", "b"), 0),
+        (("a", "b"), 1),
+    ]
+
+
+def test_what_other_programs_write_for_nothing_is_told(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_text("text,class\nx,a\ny,b\nz,NaN\nu,null\nv,none\n")
+    DataSource(path=str(path)).read()
+    assert "the column class has ['NaN', 'null'], which become classes: empty these" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ("text,class\nx,1\n", {"classes": ("a", "b")}, "numbers data.columns.labels=from_0"),
+        ("text,class\nx,c\n", {"classes": ("a", "b")}, "or give data.classes, the names of all"),
+        ("id,text,class\n7,x,a\n7,y,b\n", {}, "name another column by data.columns.id"),
+    ],
+)
+def test_errors_of_labels_and_ids_say_what_helps(tmp_path, rows, settings, message):
+    path = tmp_path / "a.csv"
+    path.write_text(rows)
+    with pytest.raises(DataError, match=message):
+        DataSource(path=str(path), **settings).read()
+
+
+def test_a_file_has_the_limit_of_the_split_that_it_is(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", make_records(9))
+    assert len(DataSource(path=str(path), limit={"test": 4}).read_split("test")) == 4
+    source = DataSource(path=str(path), limit={"train": 4})
+    with pytest.raises(ValueError, match=r"data.limit.train is 4, and .* is one split, test: give"):
+        source.read_split("test")
+
+
+@pytest.mark.parametrize("prompt", ["letters", "classes"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_run_keeps_the_classes_and_how_labels_were_read(
+    tmp_path, local_model, monkeypatch, capsys, ending, prompt
+):
+    """Files of later are read as those that trained it, or refused."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"text": f"the {word} runs", "class": word} for word in ["dog", "cat"] * 20 + ["blue"] * 10
+    ]
+    frame = pandas.DataFrame(rows)
+    for name in ("own.csv", "new.csv"):
+        frame.to_csv(name, index=False)
+    for name in ("own.jsonl", "new.jsonl"):
+        frame.to_json(name, orient="records", lines=True)
+    model = [f"model.name={local_model}", f"model.prompt={prompt}", *FAST]
+    assert scalabl("train", *model, f"data.path=own.{ending}", "run_dir=out") == 0
+    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert settings["data"]["classes"] == ["blue", "cat", "dog"]
+    assert settings["data"]["columns"]["labels"] == "names"
+    (tmp_path / "in.jsonl").write_text('{"question": "the dog runs"}\n')
+    quiet = ["run=out", "progress=false"]
+    assert scalabl("predict", *quiet, "input=in.jsonl", "output=o.jsonl") == 0
+    answer = json.loads((tmp_path / "o.jsonl").read_text())
+    assert answer["answer"] in ("blue", "cat", "dog")
+    capsys.readouterr()
+    metrics = []
+    for name in ("new.csv", "new.jsonl"):
+        assert scalabl("evaluate", *quiet, f"data.path={name}") == 0
+        metrics.append(json.loads(capsys.readouterr().out)["nll"])
+    assert metrics[0] == metrics[1]
+    # Codes of one's own are not the numbers of the sorted names.
+    frame["class"] = frame["class"].map({"dog": 0, "cat": 1, "blue": 2})
+    frame.to_json("codes.jsonl", orient="records", lines=True)
+    assert scalabl("evaluate", *quiet, "data.path=codes.jsonl") == 1
+    assert "class is 0: expected one of ['blue', 'cat', 'dog']" in capsys.readouterr().err
+    again = [*model, f"data.path=own.{ending}", "run_dir=out", "resume=true"]
+    assert scalabl("train", *again) == 0

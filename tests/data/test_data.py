@@ -375,7 +375,9 @@ def test_label_words_share_one_form(shared, tokenizer):
     assert readout.form == "plain"
     assert sentencepiece.convert_ids_to_tokens(readout.label_ids) == ["A", "B", "C", "D"]
     assert LabelTokens(tokenizer, PROMPTS["letters"], "ABCD", max_length=64).form == "space"
-    with pytest.raises(ValueError, match=r"are not single, distinct tokens after 'Answer:'.*plain"):
+    with pytest.raises(
+        ValueError, match=r"are not single, distinct tokens after 'Answer:', but .*'red cat': "
+    ):
         LabelTokens(tokenizer, PROMPTS["classes"], ["red cat", "dog"], max_length=64)
 
 

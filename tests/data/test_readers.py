@@ -456,6 +456,10 @@ def test_own_texts_are_trained_on_evaluated_and_predicted(own, tmp_path, capsys)
     write_jsonl(tmp_path / "other" / "test.jsonl", other)
     capsys.readouterr()
     assert scalabl("evaluate", *quiet, "data.root=other") == 1
+    error = capsys.readouterr().err
+    assert "labels are read as names, as given or as the run was trained: data.columns" in error
+    indices = "data.columns.labels=from_0"
+    assert scalabl("evaluate", *quiet, "data.root=other", indices) == 1
     assert "but the classes are ['cat', 'dog']" in capsys.readouterr().err
 
 

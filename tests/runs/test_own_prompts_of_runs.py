@@ -249,6 +249,13 @@ def test_show_prompts_of_a_run_reads_by_its_columns(words, local_model, capsys):
         shown = capsys.readouterr().out
         assert f"record {first.id!r}" in shown
         assert f"| {first.question} A . {first.choices[0]}" in shown
+    renamed = Path("other/test.jsonl").read_text().replace('"stem"', '"asked"')
+    Path("renamed.jsonl").write_text(renamed)
+    named = [
+        f"columns.{column}" for column in ("id=ref", "question=asked", "choices=x", "label=gold")
+    ]
+    assert scalabl("show-prompts", "run=run", "input=renamed.jsonl", *named) == 0
+    assert capsys.readouterr().out == shown.replace("test, record", "renamed.jsonl, record")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +266,7 @@ def test_show_prompts_of_a_run_reads_by_its_columns(words, local_model, capsys):
         (["model.name=x", "data.root=data", "input=i.jsonl"], "a file for a run"),
         (["run=run", "model.chat=true"], "run is 'run', which keeps its own"),
         (["run=run", "input=i.jsonl", "data.root=data"], "data is given too: give one of them"),
+        (["run=run", "columns.label=x"], "columns is given, and no input, whose columns they are"),
         (["run=run", "data.limit.test=3"], "settings of data are given without a source"),
         (["run=run", "data.columns.label=x"], "which says something about data.path"),
         (["run=nowhere"], "nowhere"),

@@ -93,6 +93,29 @@ def test_s_alone_moves_and_the_first_run_is_not_needed_any_more(folder):
     torch.testing.assert_close(p.scale, expected)
 
 
+@pytest.mark.parametrize("how", ["prior", "start"])
+def test_what_trained_the_run_before_trained_this_one_too(folder, capsys, how):
+    """Its validation records are two that trained the first run, and its training ones six."""
+    first = read_records("first/train.jsonl")
+    own = read_records("second/train.jsonl")
+    write_jsonl(Path("second/train.jsonl"), [*own[:2], *first[:6]])
+    write_jsonl(Path("second/validation.jsonl"), [*first[6:], *own[2:4]])
+    if how == "prior":
+        assert second() == 0
+    else:
+        start = ["lora.start=runs/first/adapter", "data.root=second", "run_dir=runs/second"]
+        assert scalabl("train", *EMBEDDED, ELBO, *STEPS, *start) == 0
+    told = capsys.readouterr().err
+    before = "trained the run that this one goes on from"
+    assert f"2 of the 4 records of validation {before}: what is chosen by them" in told
+    # An adapter is trained further, and no prior is made of it.
+    counted = f"6 of the 8 records of train {before}: the posterior counts them twice" in told
+    assert counted == (how == "prior")
+    write_jsonl(Path("asked.jsonl"), [*first, *own[:2], *own[4:8]])
+    assert scalabl("evaluate", "run=runs/second", "data.path=asked.jsonl", "progress=false") == 0
+    assert "10 of 14 records trained the run" in capsys.readouterr().err
+
+
 def test_by_hand_in_python_it_is_the_same_to_the_bit(folder):
     assert second() == 0
     run = sp.load_run("runs/first")
