@@ -130,7 +130,7 @@ class Bench:
             for rows in records.values()
         )
         # Only the last position is read, and the MLP of the last block needs no other.
-        llm = self.adapter.peft_model.get_base_model()
+        llm = self.adapter.llm
         llm.set_attn_implementation("last_query")
         norm = llm.model.layers[-1].post_attention_layernorm
         norm.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))

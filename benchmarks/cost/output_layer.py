@@ -27,7 +27,7 @@ from scalabl_pyro.readouts import LabelTokens
 
 def measure(adapter: SubspaceAdapter, batch: Batch, pairs: int, draws: int) -> dict:
     """Median milliseconds of each way, and the ratio to the first."""
-    llm = adapter.peft_model.get_base_model()
+    llm = adapter.llm
     head = llm.get_output_embeddings()
     hooks, rows = dict(head._forward_pre_hooks), adapter._output_rows
 

@@ -499,7 +499,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 def _trunk_seconds(adapter: SubspaceAdapter, batch: Batch, depth: int) -> float:
     """From the start of a pass to the end of its first ``depth`` blocks."""
-    llm = adapter.peft_model.get_base_model()
+    llm = adapter.llm
     blocks = next(m for m in llm.modules() if isinstance(m, nn.ModuleList))
     ends: list[float] = []
     with blocks[depth - 1].register_forward_hook(lambda *_: ends.append(time.perf_counter())):

@@ -409,7 +409,7 @@ def bench_cached(bench: Bench, name: str, run: Callable[[], dict]) -> dict:
 
 
 def kappa(bench: Bench, fitted: Fitted) -> float:
-    llm = fitted.model.adapter.peft_model.get_base_model()
+    llm = fitted.model.adapter.llm
     return float(bench.readout.kappa(llm).detach())
 
 

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from benchmarks._report import report
 from scalabl_pyro import embedded
 from scalabl_pyro.commands._configs import CONFIGS
-from scalabl_pyro.commands.compare import compare
-from scalabl_pyro.commands.demo import DemoConfig
+from scalabl_pyro.commands.compare import CompareConfig, compare
 from scalabl_pyro.runs.settings import build
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -29,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         settings = compose("demo", [f"out={args.out}", f"seeds={SEEDS}", f"jobs={args.jobs}"])
-    config = build(DemoConfig, OmegaConf.to_container(settings, resolve=True))
+    config = build(CompareConfig, OmegaConf.to_container(settings, resolve=True))
     folder = Path(embedded.__file__).parent
     report("quality.demo", compare(config), save=args.save, folder=folder)
 

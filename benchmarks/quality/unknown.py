@@ -179,7 +179,7 @@ def contrast(adapter: SubspaceAdapter, split: Split) -> Tensor:
     """(N,), the mean squared distance of a question's choices from their mean, each as the mean of
     its row's last hidden states."""
     adapter.eval()
-    backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
+    backbone = cast(nn.Module, adapter.llm.base_model)
     distances, hidden = [], []
     handle = backbone.register_forward_hook(lambda _, args, output: hidden.append(output[0]))
     try:

@@ -28,8 +28,12 @@ __all__ = [
 ]
 
 
-def plot_reliability(axis: Axes, runs: Sequence[Predictions], *, bins: int = 10) -> None:
-    """Accuracy against confidence in equal-width bins, over several runs.
+#: of a reliability diagram
+_BINS = 10
+
+
+def plot_reliability(axis: Axes, runs: Sequence[Predictions]) -> None:
+    """Accuracy against confidence in ten bins of equal width, over several runs.
 
     A bar below the diagonal is over-confident. Bars are as dark as their share of the examples.
     Black lines are where 95 % of a calibrated model's bins would end, with the probabilities and
@@ -39,24 +43,28 @@ def plot_reliability(axis: Axes, runs: Sequence[Predictions], *, bins: int = 10)
     labels = torch.cat([run.labels for run in runs if run.labels is not None])
     confidence, answer = probs.max(-1)
     right = (answer == labels).float()
-    index = bin_of(confidence, bins)
-    count = torch.bincount(index, minlength=bins).float()
-    accuracy = torch.bincount(index, right, minlength=bins) / count.clamp(min=1)
-    mean = torch.bincount(index, confidence, minlength=bins) / count.clamp(min=1)
-    bands = torch.stack([calibration_band(average(run.logits).exp(), bins) for run in runs])
+    index = bin_of(confidence, _BINS)
+    count = torch.bincount(index, minlength=_BINS).float()
+    accuracy = torch.bincount(index, right, minlength=_BINS) / count.clamp(min=1)
+    mean = torch.bincount(index, confidence, minlength=_BINS) / count.clamp(min=1)
+    bands = torch.stack([calibration_band(average(run.logits).exp(), _BINS) for run in runs])
     low, high = bands.nanmean(0)
     for i in torch.nonzero(count).flatten().tolist():
         share = float(count[i] / count.max())
         axis.bar(
-            (i + 0.5) / bins, float(accuracy[i]), 0.9 / bins, color="C0", alpha=0.15 + 0.75 * share
+            (i + 0.5) / _BINS,
+            float(accuracy[i]),
+            0.9 / _BINS,
+            color="C0",
+            alpha=0.15 + 0.75 * share,
         )
         axis.plot(float(mean[i]), float(accuracy[i]), ".", color="black", markersize=3)
-        axis.vlines((i + 0.5) / bins, float(low[i]), float(high[i]), color="black", linewidth=1)
+        axis.vlines((i + 0.5) / _BINS, float(low[i]), float(high[i]), color="black", linewidth=1)
     axis.plot([0, 1], [0, 1], "--", color="gray", linewidth=1)
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
-def plot_entropy(axis: Axes, runs: Mapping[str, Sequence[Predictions]], *, bins: int = 25) -> None:
+def plot_entropy(axis: Axes, runs: Mapping[str, Sequence[Predictions]]) -> None:
     """Histograms of predictive entropy, one a split, told apart by colour and by dashes."""
     for (name, predictions), dashes in zip(
         runs.items(), cycle(("-", "--", ":", "-.")), strict=False
@@ -65,7 +73,7 @@ def plot_entropy(axis: Axes, runs: Mapping[str, Sequence[Predictions]], *, bins:
         top = float(torch.log(torch.tensor(float(predictions[0].logits.shape[-1]))))
         axis.hist(
             values,
-            bins=bins,
+            bins=25,
             range=(0, top),
             density=True,
             histtype="step",

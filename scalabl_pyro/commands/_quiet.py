@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 import torch
 import transformers
 
-__all__ = ["data_is_told", "quiet_libraries", "quiet_worker"]
+__all__ = ["data_log_muted", "quiet_libraries", "quiet_worker"]
 
 _DATA = logging.getLogger("scalabl_pyro.data")
 
@@ -25,7 +25,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def data_is_told() -> Iterator[None]:
+def data_log_muted() -> Iterator[None]:
     """Say nothing of the data in here, of which all has been said."""
     before = _DATA.level
     _DATA.setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from ..prediction.mahalanobis import feature_distances
 from ..prediction.novelty import novelty
 from ..prediction.outliers import conformal_p_values
 from ..prediction.predictor import Predictor
-from ..runs.folder import Run, posterior_median
+from ..runs.folder import Run, point_of
 from ..runs.settings import ConfigError
 from ._input import own_records, warn_of_trained
 from ._jsonl import significant
@@ -91,7 +91,7 @@ def _mahalanobis(run: Run) -> Scores:
             f" {run.config.method['name']} predicts by several models: leave it out, or take a run"
             " of another method, such as mle"
         )
-    adapter, s = run.predictor.adapter, posterior_median(run.predictor, run.guide)
+    adapter, s = run.predictor.adapter, point_of(run.predictor, run.guide)
 
     def scores(train: Split, split: Split, batch_size: int) -> Tensor:
         (distances,) = feature_distances(adapter, train, [split], s, batch_size=batch_size)

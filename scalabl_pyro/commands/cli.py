@@ -57,7 +57,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("demo", "DemoConfig", "demonstrate"),
+    "demo": Command("demo", "CompareConfig", "demonstrate"),
     "train": Command("train", "RunConfig", "train"),
     "evaluate": Command("evaluate", "EvaluateConfig", "evaluate_run"),
     "predict": Command("predict", "PredictConfig", "predict_file"),

@@ -31,7 +31,7 @@ from ..runs.settings import ConfigError, build, merged
 from ..runs.training import train_run, unfinished_folder
 from ._errors import message
 from ._formats import format_table
-from ._quiet import data_is_told, quiet_worker
+from ._quiet import data_log_muted, quiet_worker
 from ._report import write_report, written
 from ._runs import ReportedRun
 
@@ -268,7 +268,7 @@ def _outcomes(
     """Each run and what it failed with, as they end: one after another here, or several at a time
     in processes of their own."""
     if jobs == 1:
-        with data_is_told():
+        with data_log_muted():
             for run in runs:
                 gc.collect()  # one language model in memory at a time
                 try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,10 @@ from ._formats import format_table
 from ._report import written
 from .compare import CompareConfig, compare
 
-__all__ = ["DemoConfig", "demonstrate"]
+__all__ = ["demonstrate"]
 
 
-@dataclass(frozen=True, slots=True)
-class DemoConfig(CompareConfig):
-    """Settings of ``scalabl demo``, described in configs/demo.yaml."""
-
-
-def demonstrate(config: DemoConfig) -> str:
+def demonstrate(config: CompareConfig) -> str:
     """``scalabl demo``: the table of the seeds that run now, and that of five seeds, as text."""
     table = compare(config)
     five_seeds = json.loads((files(embedded) / "demo.json").read_text())["figures"]

@@ -6,10 +6,9 @@ import gc
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..data import Columns, Split
 from ..files import new_path, whole_folder
@@ -90,8 +89,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
         )
     summary: dict[str, Any] = {"output": str(output), "kl_before": before, "kl_after": after}
     if isinstance(readout, ChoiceLikelihood):
-        llm = cast(PreTrainedModel, student.peft_model.get_base_model())
-        summary["kappa"] = float(readout.kappa(llm).detach())
+        summary["kappa"] = float(readout.kappa(student.llm).detach())
     with whole_folder(output) as part:
         save_adapter(student, student.identity(), part)
         about = {"run": config.run, "input": config.input, "records": len(split)} | summary

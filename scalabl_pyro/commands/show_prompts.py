@@ -16,9 +16,9 @@ from ..readouts import Classes, Readout
 from ..runs.config import RunConfig
 from ..runs.data import DataConfig
 from ..runs.folder import read_posterior_info
-from ..runs.prior import read_data
 from ..runs.reading import find_run, read_settings_placed
 from ..runs.settings import ConfigError, build
+from ..runs.training_data import read_data
 from ._input import own_records, read_input, read_texts
 
 __all__ = ["ShowPromptsConfig", "show_prompts"]

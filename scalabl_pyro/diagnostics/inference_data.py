@@ -21,9 +21,10 @@ from ..arviz_versions import az, dataset
 from ..arviz_versions import groups as to_groups
 from ..data import Split
 from ..guides import AutoSubspace
-from ..infer.messengers import ObservedNLL
+from ..infer.messengers import ScaledToAll
 from ..models.model import ScalaBLModel, check_model, check_observes
 from ..prediction.predictor import Predictor, predict
+from ..rng import forked_rng
 
 __all__ = ["to_inference_data"]
 
@@ -109,8 +110,7 @@ def to_inference_data(
     draws: dict[str, dict[str, Tensor]] = {}  # variables (S, ...) by group
     densities: dict[str, dict[str, Tensor]] = {}  # variables (S,) by group
     observed: dict[str, np.ndarray] = {}
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(seed)
+    with forked_rng(seed), torch.no_grad():
         if split is not None:
             log_likelihood, replicated, labels = _predictions(predictor, split, batch_size, model)
             draws["log_likelihood"] = {"label": log_likelihood}
@@ -188,7 +188,7 @@ def _predictions(
         batch = chunk.collate(chunk.examples)
         logits = part.to(predictor.adapter.device)
         observe = poutine.trace(model.observe)
-        with ObservedNLL(model.num_data, len(batch)):
+        with ScaledToAll(model.num_data, len(batch)):
             sites: Any = observe.get_trace(batch, logits).nodes.values()
         of_data = [n for n in sites if n["type"] == "sample" and not site_is_subsample(n)]
         wrong = [node["name"] for node in of_data if isinstance(node["fn"], dist.Unit)]

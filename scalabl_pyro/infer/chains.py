@@ -17,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data import Batch, Split
 from ..models.model import ScalaBLModel, check_model
-from .messengers import ObservedNLL
+from ..rng import forked_rng
+from .batches import whole_split
+from .messengers import ScaledToAll
 
 if TYPE_CHECKING:
     import arviz as az
 
-__all__ = ["KERNELS", "Chains", "mcmc", "whole_split"]
+__all__ = ["KERNELS", "Chains", "mcmc"]
 
 #: Pyro's kernels by name
 KERNELS = {"hmc": HMC, "nuts": NUTS}
@@ -140,7 +142,7 @@ def mcmc(
     with (
         _frozen(model),
         model.projections.one_site(),
-        torch.random.fork_rng(range(torch.cuda.device_count())),
+        forked_rng(),
     ):
         potential, transforms, start = _potential(model, batches)
         start["s"] = transforms["s"](loc.to(start["s"]))
@@ -178,23 +180,6 @@ def mcmc(
     )
 
 
-def whole_split(model: ScalaBLModel, split: Split, batch_size: int | None) -> list[Batch]:
-    """All N examples in batches, or in one, for a likelihood without a minibatch's noise.
-
-    :raises ValueError: if a label is missing, N is not ``model.num_data``, or ``batch_size`` is
-        below 1.
-    """
-    if split.labels is None:
-        raise ValueError("a posterior needs a label in every record")
-    if len(split) != model.num_data:
-        raise ValueError(
-            f"the split holds {len(split)} examples, but the model's num_data is"
-            f" {model.num_data}: the posterior is that of all the data, so give all of it"
-        )
-    size = len(split) if batch_size is None else batch_size
-    return [chunk.collate(chunk.examples) for chunk in split.batches(size)]
-
-
 def _potential(
     model: ScalaBLModel, batches: list[Batch]
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Any], dict[str, Tensor]]:
@@ -204,7 +189,7 @@ def _potential(
     at_zero = poutine.condition(model, fixed)
     made = []
     for batch in batches:
-        with ObservedNLL(model.num_data, len(batch)):
+        with ScaledToAll(model.num_data, len(batch)):
             made.append(initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn))
     start, potential, transforms, _ = made[0]
     if len(batches) == 1:

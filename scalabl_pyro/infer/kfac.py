@@ -14,6 +14,7 @@ from torch.autograd import grad
 from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
 from ..lora.padding import real_tokens
+from ..rng import forked_rng
 
 __all__ = ["Kronecker", "kfac", "logit_moments", "weight_jacobian"]
 
@@ -186,8 +187,6 @@ def _extended(root: Tensor | None, rows: Tensor, rank: int) -> Tensor:
         rows = torch.linalg.qr(rows, mode="r").R
         _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
         return sizes[:, None] * directions
-    # Seeding touches every device, wherever the rows are.
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
+    with forked_rng(0):
         _, sizes, directions = torch.svd_lowrank(rows, q=min(2 * rank, *rows.shape), niter=3)
     return sizes[:rank, None] * directions.mT[:rank]

@@ -16,9 +16,9 @@ from ..data import Batch, Split
 from ..guides import AutoSubspaceMultivariateNormal
 from ..lora.jacobian import derivatives, jacobian
 from ..models.model import ScalaBLModel, check_model, check_observes
-from .chains import whole_split
+from .batches import whole_split
 from .evidence import log_det_by_eigenvalues, precision_by_evidence
-from .messengers import ObservedNLL
+from .messengers import ScaledToAll
 
 __all__ = [
     "CURVATURES",
@@ -178,7 +178,7 @@ CURVATURES = {"ggn": ggn, "hessian": hessian}
 
 def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor:
     """Σ log p(y_n | f_n) over a batch, of whatever likelihood the model observes."""
-    scaled = ObservedNLL(model.num_data, len(batch))
+    scaled = ScaledToAll(model.num_data, len(batch))
     with pyro.poutine.block(), pyro.poutine.trace() as seen, scaled:
         model.observe(batch, logits)
     log_likelihood = cast(Tensor, seen.trace.log_prob_sum())

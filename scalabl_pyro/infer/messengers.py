@@ -14,37 +14,58 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, kl_divergence
 
-__all__ = ["AllSites", "LatentKL", "ObservedNLL"]
+__all__ = ["AllSites", "LatentKL", "ObservedNLL", "ScaledToAll"]
 
 
 class ObservedNLL(Messenger):
-    """Records −log p(y | x, s) of the observed sites that pass, as the ELBO scales it.
+    """Records −log p(y | x, s) of the observed sites that pass, as the ELBO scales it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._terms: dict[str | None, list[Tensor]] = {}
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        # In the data plate: a factor outside it is no likelihood.
+        plates = _plates(msg)
+        particles = plates.pop("num_particles_vectorized", 1)
+        if msg["is_observed"] and plates:
+            distribution: Any = msg["fn"]
+            log_prob = distribution.log_prob(msg["value"]).detach()
+            log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            self._terms.setdefault(msg["name"], []).append(log_prob.sum() / particles)
+
+    def total(self) -> float:
+        """−Σ_n E_q[log p(y_n | x_n, s)] of all N examples, as the minibatch estimates it.
+
+        :raises ValueError: if no observed site passed.
+        """
+        if not self._terms:
+            raise ValueError(
+                "the model observes nothing in a plate: sample the labels within"
+                " self.data_plate(batch), as LoRAModel.observe does"
+            )
+        # Particles that do not run as one batch pass one by one.
+        return -float(sum(torch.stack(passes).mean() for passes in self._terms.values()))
+
+
+class ScaledToAll(Messenger):
+    """Refuses a batch that counts as if it were all data: an observed site in a plate of the
+    batch's own size, and none that is scaled.
 
     :param num_data: N.
     :param rows: B of the batch.
-    :raises ValueError: at the end, if the batch counts as if it were all data.
+    :raises ValueError: at the end.
     """
 
     def __init__(self, num_data: int, rows: int) -> None:
         super().__init__()
         self._num_data, self._rows = num_data, rows
         self._scaled, self._unscaled = False, cast(str | None, None)
-        self._terms: dict[str | None, list[Tensor]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        # In the data plate: a factor outside it is no likelihood.
-        plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
-        particles = plates.pop("num_particles_vectorized", 1)
-        if msg["is_observed"] and plates:
-            self._look(msg, plates)
-            distribution: Any = msg["fn"]
-            log_prob = distribution.log_prob(msg["value"]).detach()
-            log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
-            self._terms.setdefault(msg["name"], []).append(log_prob.sum() / particles)
-
-    def _look(self, msg: Message, plates: dict[str, int]) -> None:
-        """Whether a site is scaled to all data; or stands in a plate of the batch's own size."""
-        if (msg["infer"] or {}).get("_deterministic"):
+        plates = _plates(msg)
+        plates.pop("num_particles_vectorized", None)
+        if not (msg["is_observed"] and plates) or (msg["infer"] or {}).get("_deterministic"):
             return
         scaled = not isinstance(msg["scale"], (int, float)) or msg["scale"] != 1
         self._scaled |= scaled or self._num_data in plates.values()
@@ -60,18 +81,10 @@ class ObservedNLL(Messenger):
                 " self.data_plate(batch), which scales it to all"
             )
 
-    def total(self) -> float:
-        """−Σ_n E_q[log p(y_n | x_n, s)] of all N examples, as the minibatch estimates it.
 
-        :raises ValueError: if no observed site passed.
-        """
-        if not self._terms:
-            raise ValueError(
-                "the model observes nothing in a plate: sample the labels within"
-                " self.data_plate(batch), as LoRAModel.observe does"
-            )
-        # Particles that do not run as one batch pass one by one.
-        return -float(sum(torch.stack(passes).mean() for passes in self._terms.values()))
+def _plates(msg: Message) -> dict[str, int]:
+    """The sizes of the plates around a site, by name."""
+    return {frame.name: frame.size for frame in msg["cond_indep_stack"]}
 
 
 class LatentKL(Messenger):
@@ -101,8 +114,7 @@ class LatentKL(Messenger):
                 self._of_guide[name] = fn, value
                 return
             p = fn
-        plates = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
-        particles = plates.get("num_particles_vectorized", 1)
+        particles = _plates(msg).get("num_particles_vectorized", 1)
         scale = msg["scale"] / self._beta / particles  # that of plates
         self._terms.setdefault(name, []).append(_Term(q, p, value, scale, msg["mask"]))
 

@@ -121,17 +121,17 @@ def fit(
     )
     bars = [ProgressBar(config.steps, initial=run.step)] if progress and is_main() else []
     callbacks = [*bars, *callbacks] if is_main() else []
-    model.adapter.train()
+    model.train()
     with (
         model.projections.one_site(),
         checkpoints.interruptible() if checkpoints else nullcontext(),
         ExitStack() as ends,
     ):
-        ends.callback(model.adapter.eval)  # however training ends
+        ends.callback(model.eval)  # however training ends
         for callback in callbacks:
             ends.callback(callback.on_end, run.history)
         while not run.over:
-            beta = run.kl_weight()
+            beta = run.beta
             loss, nll, kl = run.gradients(elbo, minibatches, beta)
             loss, nll, kl, stop = run.over_ranks(loss, nll, kl, checkpoints)
             run.clip(loss)

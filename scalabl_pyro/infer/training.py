@@ -25,7 +25,7 @@ from .checkpoints import (
 )
 from .fit_config import FitConfig
 from .kl import KLBudget, kl_weight
-from .messengers import AllSites, LatentKL, ObservedNLL
+from .messengers import AllSites, LatentKL, ObservedNLL, ScaledToAll
 from .parameters import check_moves, num_idle, parameter_groups, trained_parameters
 
 __all__ = ["FitResult", "NonFiniteLossError", "Training", "no_guide"]
@@ -103,8 +103,9 @@ class Training:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def kl_weight(self) -> float:
-        """β of the next step."""
+    @property
+    def beta(self) -> float:
+        """The KL weight of the next step."""
         factor = 1.0 if self._budget is None else self._budget.factor
         return factor * self._config.kl(self.step, self._config.steps)
 
@@ -121,8 +122,8 @@ class Training:
             for _ in range(self._config.accumulation):
                 # Once: adapter and likelihood each need it there.
                 batch = next(minibatches).to(self._device)
-                observed = ObservedNLL(self._model.num_data, len(batch))
-                with observed, latents:
+                observed = ObservedNLL()
+                with ScaledToAll(self._model.num_data, len(batch)), observed, latents:
                     negative_elbo = elbo.loss_and_grads(self._model, self._guide, batch)
                 loss += negative_elbo * self._per_example
                 nll += observed.total() * self._per_example
@@ -186,17 +187,18 @@ class Training:
         self._scheduler.step()
         self.step += 1
 
-    def validate(self, validate: Callable[[], float] | None) -> None:
+    def validate(self, nll: Callable[[], float] | None) -> None:
         """Where a validation is due, remember the current parameters if they are the best so far.
 
+        :param nll: of the validation examples; ``None`` where there is nothing to validate.
         :raises NonFiniteLossError: if the NLL is no number.
         """
         every = self._config.eval_every
-        if validate is None or not every or not (self.over or self.step % every == 0):
+        if nll is None or not every or not (self.over or self.step % every == 0):
             return
-        self._model.adapter.eval()
+        self._model.eval()
         try:
-            validation_nll = self.history[-1]["validation_nll"] = validate()
+            validation_nll = self.history[-1]["validation_nll"] = nll()
             if math.isnan(validation_nll):
                 raise NonFiniteLossError(f"the validation NLL is {validation_nll}")
         except NonFiniteLossError as error:
@@ -205,7 +207,7 @@ class Training:
                 f"{error}; this was after step {self.step}, and the parameters are those of step"
                 f" {self.step - 1}; lower lr or lr_guide"
             ) from error
-        self._model.adapter.train()
+        self._model.train()
         if validation_nll < self.best_nll or math.isinf(self.best_nll):
             self.best_nll, self.best_step = validation_nll, self.step
             self.best.take()

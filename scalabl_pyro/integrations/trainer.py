@@ -214,7 +214,7 @@ class ELBOTrainer(transformers.Trainer):
 
 
 def _check_arguments(args: transformers.TrainingArguments, options: dict[str, Any]) -> None:
-    """Refuse what would have no effect, or another one than it says.
+    """Refuse what would train something else than it says.
 
     :raises TypeError: for an option.
     :raises ValueError: for an argument.

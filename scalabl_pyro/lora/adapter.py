@@ -137,24 +137,25 @@ class SubspaceAdapter:
         self.rank: int = lora.r
         self.scaling: float = next(iter(self.layers.values())).scaling[ADAPTER]
         hold_float32_heads(self.peft_model)
-        self._llm = cast(PreTrainedModel, self.peft_model.get_base_model())
-        self.trunk = Trunk(self._llm, self.module_names)
+        #: the language model, with the LoRA layers in it
+        self.llm = cast(PreTrainedModel, self.peft_model.get_base_model())
+        self.trunk = Trunk(self.llm, self.module_names)
         self.trunk.sharing = share_trunk
         A_of = dict(zip(self.module_names, self._A, strict=True))
-        self._rows = RowCheck(self._llm, A_of, self.trunk)
+        self._rows = RowCheck(self.llm, A_of, self.trunk)
         perp_layers = self.layers.values() if perp else ()
         #: M matrices V⊥ (k, d_m), and ``perp_B`` B⊥ (d_out, k); none if k is 0
         self.perp_A = [cast(nn.Linear, layer.lora_A[PERP]) for layer in perp_layers]
         self.perp_B = [cast(nn.Linear, layer.lora_B[PERP]) for layer in perp_layers]
         self._hooks = Hooks(
-            self._llm, A_of, self._rows, unit=self.unit, full=core == "full", perp=self.perp_A
+            self.llm, A_of, self._rows, unit=self.unit, full=core == "full", perp=self.perp_A
         )
         # What hooks and trunk read stands in the modules: threads take turns.
         self._one_pass = OnePass()
-        self._checkpointing = Checkpointing(self._llm, self._hooks)
+        self._checkpointing = Checkpointing(self.llm, self._hooks)
         self.peft_model.eval()
         #: what the readout trains of its own, by name; part of :meth:`state`
-        self.readout_parameters = readout.attach(self._llm)
+        self.readout_parameters = readout.attach(self.llm)
         self._readout_at_first = [p.detach().clone() for p in self.readout_parameters.values()]
         self._fingerprint: str | None = None
         self._base_dropout = base_dropout
@@ -169,7 +170,7 @@ class SubspaceAdapter:
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        self._output_rows = prepare_output_layer(self._llm, readout, self.device)
+        self._output_rows = prepare_output_layer(self.llm, readout, self.device)
         self._init_loc = self._hooks.identity()
         if svd and start is None:
             self._init_loc = self._hooks.diagonal(self.matrices.decompose_A())
@@ -299,7 +300,7 @@ class SubspaceAdapter:
             (p != q.to(p.device)).any() for p, q in zip(now, self._readout_at_first, strict=True)
         ):
             return
-        starts = self.readout.start(self._llm, partial(self, s=self.init_loc), train)
+        starts = self.readout.start(self.llm, partial(self, s=self.init_loc), train)
         for name, value in starts.items():
             self.readout_parameters[name].fill_(value)
 
@@ -346,7 +347,7 @@ class SubspaceAdapter:
         """Spread the base model over the processes that train together (see ``distributed``)."""
         self._fingerprint = self.base_fingerprint()  # while the weights are all here
         self._output_rows = None
-        shard(self._llm, self._stored.values())
+        shard(self.llm, self._stored.values())
 
     def base_fingerprint(self) -> str:
         """A hash of the frozen base model: names, shapes and the first values of its parameters."""
@@ -408,7 +409,7 @@ class SubspaceAdapter:
         if depth and not cached:
             try:
                 with self._reading(s[:1]):  # not whole: the blocks above are left out
-                    leaving = self.trunk.leaving(lambda: self.readout(self._llm, inputs), depth)
+                    leaving = self.trunk.leaving(lambda: self.readout(self.llm, inputs), depth)
             except TrunkError as error:
                 self.trunk.stop_sharing(error)
         return partial(self._run, batch, leaving=leaving)
@@ -471,13 +472,13 @@ class SubspaceAdapter:
             self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows),
             self._output_rows.in_place() if self._output_rows else nullcontext(),
         ):
-            logits = self.readout(self._llm, inputs)  # (S·B, C)
+            logits = self.readout(self.llm, inputs)  # (S·B, C)
         if s is not None and not leaving:
             self._hooks.check_calls()
         # Tensors without values, of an estimate of memory, cannot be compared.
         if self._rows.unclear and not isinstance(logits, FakeTensor):
             with self._hooks.rebound(Bound()):
-                self._rows.verify(one, partial(self.readout, self._llm))
+                self._rows.verify(one, partial(self.readout, self.llm))
         of_batch = batch.choices.shape[-1]  # more than C where a readout takes any number
         expected = (S * len(batch), max(self.readout.num_classes, of_batch))
         if (logits.shape[0], logits.shape[-1]) != expected:
@@ -495,9 +496,9 @@ class SubspaceAdapter:
             be found in a layer's input, or a layer is not called once.
         """
         with self._reading(s):
-            handle = self._llm.register_forward_hook(self._check_pass, with_kwargs=True)
+            handle = self.llm.register_forward_hook(self._check_pass, with_kwargs=True)
             try:
-                yield self._llm
+                yield self.llm
             finally:
                 handle.remove()
 

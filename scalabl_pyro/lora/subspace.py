@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data import Batch, Split
 from ..distributed import copy_from_main
+from ..rng import forked_rng
 from .adapter import SubspaceAdapter
 from .padding import real_tokens
 
@@ -170,8 +171,7 @@ def second_moments(
 def _leading(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r largest eigenvalues (r,) and their eigenvectors as rows (r, d)."""
     if len(C) > _DENSE:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(0)
+        with forked_rng(0):
             vectors, values, _ = torch.svd_lowrank(C, q=4 * r, niter=16)
         return values[:r], vectors[:, :r].mT
     values, vectors = torch.linalg.eigh(C)

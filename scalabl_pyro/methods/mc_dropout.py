@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Batch
 from ..lora.adapter import SubspaceAdapter
 from ..models.model import LoRAModel
+from ..rng import forked_rng
 from .base import LoRAMethod
 
 __all__ = ["DropoutAverage", "MCDropout"]
@@ -37,9 +38,7 @@ class DropoutAverage:
     def logits(self, batch: Batch) -> Tensor:
         """(S, B, C) in float32, −inf where a choice does not exist."""
         logits = []
-        # Seeding touches every device, wherever the adapter is.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(self.seed)
+        with forked_rng(self.seed):
             self.adapter.train()
             try:
                 for _ in range(self.num_draws):

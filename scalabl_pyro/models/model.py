@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
 from ..readouts.completion_tokens import NO_TOKEN
+from ..rng import forked_rng
 from .priors import FixedPrior, Prior
 
 __all__ = [
@@ -116,10 +117,10 @@ class LoRAModel(PyroModule):
     Under any ELBO, with a guide that samples nothing, its loss is the negative log-likelihood: the
     same ``fit`` trains point estimates and posteriors.
 
-    :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
-    :param num_data: N, which scales a minibatch to the data set.
     In training mode, ``model.train()``, which ``fit`` sets, LoRA's dropout acts if there is some.
 
+    :param adapter: ``adapter(batch, s) → logits``; held out of Pyro's sight.
+    :param num_data: N, which scales a minibatch to the data set.
     :raises TypeError: if the adapter is a module, such as the language model itself.
     :raises RuntimeError: if ``module_local_params`` is off.
     """
@@ -148,7 +149,7 @@ class LoRAModel(PyroModule):
     def train(self, mode: bool = True) -> LoRAModel:
         """Training mode of the adapter too, on or off."""
         # Any function of s may stand in the adapter's place.
-        getattr(self.adapter, "train", lambda mode: None)(mode)
+        getattr(self.adapter, "train" if mode else "eval", lambda: None)()
         super().train(mode)
         return self
 
@@ -319,7 +320,7 @@ def _check_support(prior: Prior) -> None:
     except RuntimeError:  # what was computed from parameters has no copy: it is not looked at
         return
     # It may sample its latent scales, which must not move the global random state.
-    with torch.random.fork_rng(range(torch.cuda.device_count())), pyro.poutine.block():
+    with forked_rng(), pyro.poutine.block():
         p = copy()
         far = torch.full_like(p.sample(), 1e6)
     support: Any = p.support

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from ..registry import named
+from ..rng import forked_rng
 
 # Before any PyroModule is built: parameters belong to their modules, not to a global store.
 pyro.settings.set(module_local_params=True)
@@ -234,7 +235,7 @@ def _normals(scale: Tensor, shape: tuple[int, int]) -> TorchDistribution:
 
 def _device(distribution: TorchDistribution) -> torch.device:
     """Where the distribution's draws are."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with forked_rng():
         return distribution.sample().device
 
 

@@ -1,4 +1,4 @@
-"""Banks of draws of s: independent, antithetic or quasi-random, and which modules stay random."""
+"""Draws of s: independent, antithetic or quasi-random, and which modules stay random."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.quasirandom import SobolEngine
 from ..data import Batch
 from ..guides import AutoSubspace
 from ..guides.base import check_is_guide
+from ..rng import forked_rng
 
 __all__ = ["KINDS", "draw", "hold", "signal_to_noise"]
 
@@ -56,9 +57,7 @@ def draw(
     if kind not in KINDS:
         raise ValueError(f"the kind of draws is {kind!r}: expected one of {sorted(KINDS)}")
     check_is_guide(guide)
-    # Seeding touches every device, wherever the guide lives.
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(seed)
+    with forked_rng(seed), torch.no_grad():
         draws = KINDS[kind](guide, num_draws, seed, batch)
         if isinstance(guide, AutoSubspace) and guide.draws_from_posterior:
             return guide.with_perp(draws)

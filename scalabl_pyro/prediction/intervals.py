@@ -113,7 +113,7 @@ def paired_difference(first: Tensor, second: Tensor, *, level: float = 0.95) -> 
     return crossed_interval(first.double() - second.double(), level=level)
 
 
-def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, Tensor]:
+def per_question(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What each question adds to ``acc``, ``ece``, ``nll``, ``brier`` and ``aurc``, whose mean each
     is; (N,).
 
@@ -132,7 +132,7 @@ def per_question(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str,
     right = log_probs.argmax(-1) == labels
     return {
         "acc": right.double(),
-        "ece": calibration_gaps(probs, labels, bins),
+        "ece": calibration_gaps(probs, labels),
         "nll": torch.nn.functional.nll_loss(log_probs, labels, reduction="none"),
         "brier": (probs - one_hot).square().sum(-1),
         "aurc": aurc_per_question(summary.uncertainty, ~right),

@@ -95,7 +95,7 @@ def pooled_features(
     :param s: (M, r), such as ``guide.median()["s"]``; plain LoRA if left out.
     """
     adapter.eval()
-    backbone = cast(nn.Module, adapter.peft_model.get_base_model().base_model)
+    backbone = cast(nn.Module, adapter.llm.base_model)
     ordered, place = split.by_length()
     features = []
     for chunk in ordered.batches(batch_size):

@@ -112,9 +112,7 @@ def noise_to_signal(logits: Tensor) -> Tensor:
     return torch.where(noise == 0, 0.0, noise / signal).to(logits)
 
 
-def evaluate(
-    logits: Tensor, labels: Tensor | Sequence[int] | None = None, *, bins: int = 15
-) -> dict[str, float]:
+def evaluate(logits: Tensor, labels: Tensor | Sequence[int] | None = None) -> dict[str, float]:
     """Metrics of the model average over S draws.
 
     * ``acc``: accuracy; ``ece``: expected calibration error, see :func:`ece`
@@ -156,7 +154,7 @@ def evaluate(
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     ratio = noise_to_signal(logits)
     wrong = log_probs.argmax(-1) != labels
-    error, floor = ece(probs, labels, bins), ece_floor(probs, bins).mean
+    error, floor = ece(probs, labels), ece_floor(probs).mean
     values: dict[str, Tensor | float] = {
         "acc": (~wrong).double().mean(),
         "ece": error,
@@ -167,7 +165,7 @@ def evaluate(
         "noise_to_signal": float(np.median(ratio.double().cpu())),
         "ece_floor": floor,
         "ece_debiased": error - floor,
-        "adaptive_ece": adaptive_ece(probs, labels, bins),
+        "adaptive_ece": adaptive_ece(probs, labels),
         "aurc": aurc(summary.uncertainty, wrong),
         "prr": prr(summary.uncertainty, wrong),
     }
@@ -230,10 +228,10 @@ def _numbers(values: Tensor) -> Tensor:
     return values
 
 
-def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
+def half_width(logits: Tensor) -> Tensor:
     r"""How far the averaged probabilities may be from those of infinitely many draws, (N,).
 
-    Half the width of Student's confidence interval, for the class where it is widest:
+    Half the width of Student's 95 % confidence interval, for the class where it is widest:
 
     .. math:: \max_c \; t_{S-1} \; \mathrm{sd}_k\big(p_c(x; s_k)\big) / \sqrt{S}
 
@@ -246,5 +244,5 @@ def half_width(logits: Tensor, *, level: float = 0.95) -> Tensor:
     S = len(logits)
     if logits.dim() < 3 or S < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (S, N, C), S ≥ 2")
-    t = float(stats.t.ppf((1 + level) / 2, S - 1))
+    t = float(stats.t.ppf(0.975, S - 1))
     return _numbers(logits.softmax(-1)).std(0).amax(-1) * t / math.sqrt(S)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, Split
-from ..infer.chains import whole_split
+from ..infer.batches import whole_split
 from ..infer.kfac import weight_jacobian
 from ..infer.laplace_approximation import ggn, normal_prior
 from ..lora.adapter import SubspaceAdapter

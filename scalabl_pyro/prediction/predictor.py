@@ -70,9 +70,10 @@ class Predictor:
     :param draws: (S, M, r), or (S, M, r + k) with s_perp, or ``None`` for a deterministic plain
         LoRA.
     :param temperature: divides the logits of the answers; a model's own texts are read without it.
-    :param max_rows: most sequences in one forward pass; more draws than fit run in chunks. If
-        ``None``, 256, and on a CPU no more than hold 4,096 tokens, so that activations stay in its
-        cache. Where memory runs out it is halved, with a line in the log.
+    :param max_rows: as many draws run in one forward pass as have so many sequences together, and
+        one at least: a batch is never split. If ``None``, 256, and on a CPU no more than hold 4,096
+        tokens, so that activations stay in its cache. Where memory runs out it is halved, with a
+        line in the log.
     :raises ValueError: if the draws have another shape or hold NaN or infinity, or the temperature
         is not above 0.
 

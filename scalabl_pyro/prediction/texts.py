@@ -270,7 +270,7 @@ def _scored(
 
 def language_model(predictor: Predictor) -> PreTrainedModel:
     """:raises ValueError: if it cannot continue a text."""
-    llm = cast(PreTrainedModel, predictor.adapter.peft_model.get_base_model())
+    llm = predictor.adapter.llm
     if not llm.can_generate() or llm.config.is_encoder_decoder:
         raise ValueError(
             f"{type(llm).__name__}, read by {type(predictor.adapter.readout).__name__}, cannot"

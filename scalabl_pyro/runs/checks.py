@@ -127,7 +127,7 @@ class Candidate:
 
 def bound(adapter: SubspaceAdapter) -> float:
     """The share of the largest logit by which what must be the same may differ."""
-    dtype = cast(PreTrainedModel, adapter.peft_model.get_base_model()).dtype
+    dtype = adapter.llm.dtype
     return 1e-4 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
 
 
@@ -327,7 +327,7 @@ def exported(candidate: Candidate) -> str:
 def generates(candidate: Candidate) -> str:
     """Probabilities of generated tokens equal those of a pass over the finished text."""
     adapter = candidate.make()
-    llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
+    llm = adapter.llm
     if not candidate.prompts or not llm.can_generate():
         raise Needless(f"{type(llm).__name__} does not continue texts")
     s, decoding = draws_of(adapter), Decoding(max_new_tokens=6)

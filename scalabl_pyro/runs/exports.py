@@ -31,7 +31,7 @@ from ..lora.loading import load_llm
 from ..lora.saving import save_peft, write_weights
 from ..readouts.base import Readout
 from .card import Figure, about, head, plain, results, settings
-from .folder import Run, posterior_median
+from .folder import Run, point_of
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
 
@@ -69,7 +69,7 @@ def export(
     """
     check_output_layer(output_layer)
     predictor = run.subspace_predictor()
-    adapter, bank = predictor.adapter, predictor.draws
+    adapter, draws_of_s = predictor.adapter, predictor.draws
     head = _output_layer(adapter)
     if output_layer == "merge" and head is None:
         raise ValueError("output_layer is 'merge', but no output layer is adapted: set it to keep")
@@ -78,12 +78,12 @@ def export(
             f"output_layer is {output_layer!r}, but nothing else is adapted, so that no adapter"
             " would be left: set it to keep"
         )
-    points = {"median": posterior_median(run.predictor, run.guide)}
-    available = 0 if bank is None else len(bank)
+    points = {"median": point_of(run.predictor, run.guide)}
+    available = 0 if draws_of_s is None else len(draws_of_s)
     if draws is not None and draws > available:
         raise ValueError(f"draws is {draws}, but the run has {available}: export at most those")
     for index in range(available if draws is None else draws):
-        points[f"draw_{index:02d}"] = bank[index]  # type: ignore[index]
+        points[f"draw_{index:02d}"] = draws_of_s[index]  # type: ignore[index]
     drop = set() if output_layer == "keep" or head is None else {head}
     with whole_folder(Path(folder)) as part:
         for name, s in points.items():
@@ -154,7 +154,7 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = True) -> str:
 
 def _output_layer(adapter: SubspaceAdapter) -> str | None:
     """The name of the adapted output layer, where there is one."""
-    head = cast(PreTrainedModel, adapter.peft_model.get_base_model()).get_output_embeddings()
+    head = adapter.llm.get_output_embeddings()
     return next((name for name, layer in adapter.layers.items() if layer is head), None)
 
 
@@ -231,7 +231,7 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
     }
     if gguf_file is not None:
         manifest["base_model"]["gguf_file"] = gguf_file
-    llm = cast(PreTrainedModel, adapter.peft_model.get_base_model())
+    llm = adapter.llm
     if model.quantization is not None:
         unquantized = llm.config.quantization_config.llm_int8_skip_modules
         manifest["base_model"]["unquantized"] = list(unquantized)

@@ -62,7 +62,7 @@ __all__ = [
     "Run",
     "RunFolderError",
     "load_run",
-    "posterior_median",
+    "point_of",
     "read_posterior_info",
     "restore",
     "save_run",
@@ -209,7 +209,7 @@ def _write_run(
     predictor, adapter = fitted.predictor, fitted.predictor.adapter
     history = fitted.result.history  # empty where nothing was trained
     guide_state = fitted.guide.state_dict() if fitted.guide is not None else {}
-    median = posterior_median(predictor, fitted.guide)
+    median = point_of(predictor, fitted.guide)
     with adapter.folded(median) as peft_model:
         save_peft(peft_model, part / "adapter")
     projections = _tensors(adapter.state())
@@ -342,7 +342,7 @@ def restore(folder: Path, config: RunConfig, info: PosteriorInfo) -> Run:
     return Run(folder, config, classes, predictor, model, guide)
 
 
-def posterior_median(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
+def point_of(predictor: Predicts, guide: AutoSubspace | None) -> Tensor:
     """(M, r), the s of one pass: the guide's median, the mean of the draws, or 1 without either."""
     if guide is not None:
         return guide.median()["s"]

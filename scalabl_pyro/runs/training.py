@@ -29,18 +29,13 @@ from ..prediction.mahalanobis import feature_distances
 from ..prediction.predictor import Predictor
 from ..readouts import Readout
 from .config import RunConfig
-from .folder import posterior_median, save_run
+from .folder import point_of, save_run
 from .memory import MemoryConfig, explain_out_of_memory
 from .places import relative_places
-from .prior import (
-    load_prior_run,
-    prior_fingerprint,
-    read_data,
-    trained_before,
-    warn_of_trained_before,
-)
+from .prior import load_prior_run, prior_fingerprint
 from .reading import read_fingerprints, read_json, read_settings_placed
 from .settings import ConfigError
+from .training_data import read_data, trained_before, warn_of_trained_before
 
 __all__ = ["train_run", "unfinished_folder"]
 
@@ -149,7 +144,7 @@ def _add_distances(
         return
     if not isinstance(predictor, Predictor) or predictor.adapter.readout.reads_texts:
         return
-    s = posterior_median(predictor, fitted.guide)
+    s = point_of(predictor, fitted.guide)
     try:
         names = ("test", *others)
         distances = feature_distances(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from scalabl_pyro import embedded
 from scalabl_pyro.commands._configs import CONFIGS
-from scalabl_pyro.commands.demo import DemoConfig, confidence, demonstrate
+from scalabl_pyro.commands.compare import CompareConfig
+from scalabl_pyro.commands.demo import confidence, demonstrate
 from scalabl_pyro.data.tasks import find_task
 from scalabl_pyro.runs.settings import build
 
@@ -25,10 +26,10 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
-def demo_config(*overrides: str) -> DemoConfig:
+def demo_config(*overrides: str) -> CompareConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         settings = compose("demo", list(overrides))
-    return build(DemoConfig, OmegaConf.to_container(settings, resolve=True))
+    return build(CompareConfig, OmegaConf.to_container(settings, resolve=True))
 
 
 @needs_minilm

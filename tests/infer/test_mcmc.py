@@ -9,7 +9,8 @@ from conftest import make_records, whole
 
 from benchmarks.correctness._linear import LinearAdapter, LinearGaussian, make_split
 from scalabl_pyro import Predictor, ScalaBLModel
-from scalabl_pyro.infer.chains import Chains, _potential, mcmc, whole_split
+from scalabl_pyro.infer.batches import whole_split
+from scalabl_pyro.infer.chains import Chains, _potential, mcmc
 from scalabl_pyro.models.priors import Horseshoe
 
 

@@ -485,6 +485,23 @@ def test_a_validation_that_is_no_number_stops_training(make_causal, records, rai
     assert not any(module.training for module in adapter.peft_model.modules())
 
 
+def test_a_likelihood_of_ones_own_knows_whether_it_trains(make_causal, records):
+    modes = []
+
+    class Watched(ScalaBLModel):
+        def observe(self, batch, logits):
+            modes.append(self.training)
+            return super().observe(batch, logits)
+
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = Watched(adapter, num_data=len(split))
+    model.eval()
+    fit(model, AutoSubspaceNormal(model), split, FitConfig(steps=2), progress=False)
+    assert modes == [True, True]
+    assert not model.training
+
+
 def test_dropout_is_on_again_after_a_validation(make_causal, records):
     adapter = make_causal()
     adapter.set_dropout(0.5)
