@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with arc_easy/ and openbookqa/")
     parser.add_argument("--runs", default=str(RESULTS / "causal"), help="folder of finished runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--save", action="store_true", help="write results/zero_shot.json")
+    parser.add_argument("--save", action="store_true", help="write results/causal_zero_shot.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -117,7 +117,7 @@ def main() -> None:
         run = partial(zero_shot, args.model, args.data, task)
         measured = cached(Path(args.runs) / "runs.jsonl", f"{task} scores before training", run)
         figures[task] = measured | {"published": PUBLISHED[task]}
-    report("quality.zero_shot", figures, save=args.save)
+    report("quality.zero_shot", figures, save=args.save, name="causal_zero_shot")
 
 
 if __name__ == "__main__":

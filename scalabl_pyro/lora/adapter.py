@@ -518,11 +518,11 @@ class SubspaceAdapter:
             return
         self._hooks.check_calls()
         if self._rows.unclear:
-            shape = kwargs["input_ids"].shape
+            ids: Any = kwargs.get("input_ids", args[0] if args else None)
             inputs = {
-                name: value[: shape[0] // len(bound.s[0])]
-                for name, value in kwargs.items()
-                if isinstance(value, Tensor) and value.shape == shape
+                name: value[: len(ids) // len(bound.s[0])]
+                for name, value in {**kwargs, "input_ids": ids}.items()
+                if isinstance(value, Tensor) and value.shape == ids.shape
             }
             with self._hooks.rebound(Bound()):
                 self._rows.verify(inputs, lambda inputs: llm(**inputs, use_cache=False))

@@ -222,7 +222,7 @@ def test_one_row_of_one_token_is_enough_to_tell(tokenizer):
         adapter.bound(s) as llm,
         pytest.raises(ValueError, match="does not hold row after row"),
     ):
-        llm(input_ids=torch.tensor([[5]]).repeat(2, 1))
+        llm(torch.tensor([[5]]).repeat(2, 1))  # by its place
     served = causal(tokenizer, "flat")
     with served.bound(s) as llm:
         llm(input_ids=torch.tensor([[5]]).repeat(2, 1))
