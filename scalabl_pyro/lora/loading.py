@@ -267,14 +267,8 @@ def _quantization(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
 
 
 _POSITIONS_AFTER_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "longformer",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
+    *("markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
     "xmod",
 }
 

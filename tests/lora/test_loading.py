@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from conftest import fill_lora_B, lora, make_records, scalabl, tiny_bert_config,
 from conftest import write_jsonl as write
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import BertForMultipleChoice, PreTrainedTokenizerFast, RobertaConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    BertForMultipleChoice,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 from scalabl_pyro import load_run, predict
 from scalabl_pyro.lora import loading
@@ -298,6 +306,29 @@ def test_the_context_of_roberta_leaves_out_the_positions_of_padding(tmp_path, to
     tokenizer.save_pretrained(tmp_path)
     config = ModelConfig(str(tmp_path), readout="sequence_classification")
     assert load_readout(config, LETTERS).max_length == 18
+
+
+def test_every_model_that_counts_positions_from_the_padding_is_known():
+    """By what its own embeddings say, of all encoders that transformers knows."""
+    classes = dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.items())
+    classes |= dict(MODEL_FOR_MASKED_LM_MAPPING.items())
+    generative = {config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}
+    others = {config.model_type for config in classes} - generative - {"layoutlmv2"}  # detectron2
+    looked_at, after = set(), set()
+    for config_class, model_class in classes.items():
+        if config_class.model_type not in others | loading._POSITIONS_AFTER_PADDING:
+            continue
+        config = config_class(pad_token_id=1, vocab_size=33)
+        with suppress(NotImplementedError):  # funnel has block sizes
+            config.num_hidden_layers = 1
+        with torch.device("meta"):
+            embeddings = getattr(model_class(config).base_model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        looked_at.add(config.model_type)
+        if getattr(table, "padding_idx", None) is not None:
+            after.add(config.model_type)
+    assert after == loading._POSITIONS_AFTER_PADDING
+    assert len(looked_at) > 40
 
 
 @pytest.mark.parametrize("change", [{"r": 2}, {"lora_alpha": 4}, {"use_rslora": True}])
