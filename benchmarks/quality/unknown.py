@@ -9,9 +9,9 @@ answers among the test questions, or the questions of another subject beside the
 physics of MMLU, all their splits, and ARC-Challenge. Other subjects are told apart at equal length
 (``auroc``) and at any (``auroc_any_length``). ``found`` is the share of another subject's questions
 whose conformal p is at most 0.05, and ``false_alarms`` that of test questions: one half of these is
-what p compares with, and the other is asked. Intervals are of a bootstrap over questions and
-seeds; the NLL stands beside them. Finished runs are kept in ``--runs``, a folder, and not run
-again.
+what p compares with, and the other is asked. Intervals are of a bootstrap over questions and seeds;
+``auroc_minus`` are paired differences, and the NLL stands beside them. Finished runs are kept in
+``--runs``, a folder, and not run again.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ SUBJECTS = (*OTHERS, "arc", "openbookqa")
 PRECISION, KNOWN = 1.0, 250
 #: k of s_perp
 PERP = 64
+#: what the AUROC of each score is compared with
+AGAINST = ("entropy", "tokens", "alike")
 #: up to this p a question is called unfamiliar
 LEVEL = 0.05
 
@@ -271,6 +273,16 @@ def figures(
             there = [run[score][other] for run in each]
             apart = (theirs[:, None] - lengths[0]).abs() <= 2
             by_score[score][other] = of_other(here, there, apart, resamples)
+            by_score[score][other]["auroc_minus"] = {
+                rival: auroc_minus(
+                    (here, there),
+                    ([run[rival]["test"] for run in each], [run[rival][other] for run in each]),
+                    apart,
+                    resamples,
+                )
+                for rival in AGAINST
+                if rival in each[0] and rival != score
+            }
     return by_score
 
 
@@ -336,6 +348,28 @@ def of_other(
         ),
         "fpr95": bootstrapped(fpr95, len(here), sizes, resamples),
     }
+
+
+def auroc_minus(
+    score: tuple[Sequence[Tensor], Sequence[Tensor]],
+    rival: tuple[Sequence[Tensor], Sequence[Tensor]],
+    apart: Tensor,
+    resamples: int,
+) -> dict[str, float]:
+    """The AUROC at equal length less that of another score, on the same questions and seeds.
+
+    :param score: as ``here`` and ``there`` of :func:`of_other`, and so ``rival``.
+    """
+    (here, there), (here_too, there_too) = score, rival
+    return bootstrapped(
+        lambda k, i, j: (
+            area(there[k][i], here[k][j], apart[i][:, j])
+            - area(there_too[k][i], here_too[k][j], apart[i][:, j])
+        ),
+        len(here),
+        [len(there[0]), len(here[0])],
+        resamples,
+    )
 
 
 def area(positive: Tensor, negative: Tensor, pairs: Tensor) -> float:

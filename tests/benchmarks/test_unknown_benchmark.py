@@ -133,6 +133,10 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path, monkeypatch
     # Of the first five test questions two have 0.75 or more: p = 3/6. The others have at most 0.3.
     found, alarms = (row["novelty"]["physics"][name]["mean"] for name in ("found", "false_alarms"))
     assert (found, alarms) == (1.0, 0.0)
+    minus = row["novelty"]["physics"]["auroc_minus"]
+    assert minus.keys() == {"tokens"}
+    assert minus["tokens"]["mean"] == pytest.approx(auroc(high_for_physics, other) - 0.5)
+    assert "auroc_minus" not in row["novelty"]["wrong"]
     assert row["tokens"]["wrong"]["auroc"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     with pytest.raises(AssertionError, match="seed 2 was run again"):
         unknown.table(bench, rows, dict, 3, 10)
