@@ -14,7 +14,7 @@ from ..data import Columns, Split
 from ..files import new_path, whole_folder
 from ..infer.fit_config import FitConfig
 from ..lora.loading import make_adapter
-from ..prediction.distillation import distill
+from ..prediction.distillation import distill, divergence
 from ..prediction.metrics import average
 from ..prediction.predictor import Predictor, predict
 from ..readouts.choice_likelihood import ChoiceLikelihood
@@ -101,6 +101,4 @@ def _divergence(
     student: Predictor, split: Split, log_probs: Tensor, config: DistillConfig
 ) -> float:
     log_q = average(predict(student, split, batch_size=config.batch_size).logits)
-    # A choice that does not exist has probability 0 on both sides, and adds nothing.
-    terms = log_probs.exp() * (log_probs - log_q).masked_fill(log_probs.isinf(), 0.0)
-    return float(terms.sum(-1).mean())
+    return float(divergence(log_probs, log_q).mean())

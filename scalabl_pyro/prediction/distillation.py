@@ -17,7 +17,18 @@ from ..lora.layers import PERP
 from ..models.model import LoRAModel
 from .predictor import Predictor
 
-__all__ = ["distill", "fold_into"]
+__all__ = ["distill", "divergence", "fold_into"]
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats, (…): Σ_c p_c (log p_c − log q_c), to which a choice that does not exist,
+    with −∞ on both sides, adds nothing.
+
+    :param log_p: (…, C); ``log_q`` of the same shape.
+    """
+    missing = log_p.isneginf()
+    log_p, log_q = log_p.masked_fill(missing, 0.0), log_q.masked_fill(missing, 0.0)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 @torch.no_grad()
@@ -102,9 +113,7 @@ class _SoftLabels(LoRAModel):
 
     def observe(self, batch: Batch, logits: Tensor) -> Tensor:
         batch = batch.to(logits.device)
-        # A choice that does not exist has probability 0 on both sides, and adds nothing.
-        log_p = self._log_probs[batch.labels].masked_fill(~batch.choices, 0.0)
-        log_q = logits.log_softmax(-1).masked_fill(~batch.choices, 0.0)
         with self.data_plate(batch):
-            pyro.factor("label", -(log_p.exp() * (log_p - log_q)).sum(-1))
+            kl = divergence(self._log_probs[batch.labels], logits.log_softmax(-1))
+            pyro.factor("label", -kl)
         return logits
