@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -130,11 +130,14 @@ def put(part: Path, path: Path) -> None:
     makes files that nobody else can read, a server under another account among them
     (safetensors issue 782).
     """
-    mask = os.umask(0o077)
+    mask = os.umask(0o022)  # which cannot be asked for alone
     os.umask(mask)
     for inside in [*part.rglob("*"), part]:
         if inside.is_file():
-            inside.chmod(inside.stat().st_mode | (0o666 & ~mask))
+            mode = inside.stat().st_mode
+            if mode | (0o666 & ~mask) != mode:
+                with suppress(OSError):  # some mounts know no modes
+                    inside.chmod(mode | (0o666 & ~mask))
         _sync(inside)
     os.replace(part, path)
     _sync(path.parent)

@@ -109,9 +109,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _of_run(config: EvaluateConfig, run: str) -> tuple[Predicts, Split]:
     trained = load_run(run)
-    classes = config.data.classes or trained.class_names
-    source = replace(config.data, classes=classes)
-    records = source.read_split(config.split, trained.config.data.columns)
+    source = replace(config.data, classes=config.data.classes or trained.readout.class_names)
+    records = source.read_split(
+        config.split, trained.config.data.columns, trained.config.data.classes
+    )
     warn_of_trained(trained, records, "these metrics say nothing of other records")
     split = _encode(config, trained.readout, records)
     return make_predictor(trained, config.prediction), split

@@ -141,7 +141,7 @@ def _check_same_settings(a: Path, b: Path, runs: dict[Path, RunConfig]) -> None:
 
 
 def _source(run: RunConfig) -> dict[str, Any]:
-    # How labels are read, as given or as the data decided, is seen in the records themselves.
-    data = replace(run.data, columns=replace(run.data.columns, labels="auto"))
+    # How labels are read and the classes, given or decided by the data, are seen in the records.
+    data = replace(run.data, classes=(), columns=replace(run.data.columns, labels="auto"))
     names = [field.name for field in fields(DataSource)]
     return resolved({f"data.{name}": getattr(data, name) for name in names})

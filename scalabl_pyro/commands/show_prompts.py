@@ -146,8 +146,10 @@ def _records(config: ShowPromptsConfig, reader: _Reader) -> Sequence[Record]:
         return read_input(config.input, reader, config.columns)
     if config.data is None:
         return own_records(reader, config.split)
-    source: DataSource = replace(config.data, classes=config.data.classes or reader.class_names)
-    return source.read_split(config.split, reader.config.data.columns)
+    classes = config.data.classes or reader.readout.class_names
+    source: DataSource = replace(config.data, classes=classes)
+    trained = reader.config.data
+    return source.read_split(config.split, trained.columns, trained.classes)
 
 
 def _heading(reader: _Reader) -> Iterator[str]:

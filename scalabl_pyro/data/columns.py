@@ -113,8 +113,7 @@ class Columns:
         fields = ("question", "choices", "prompt", "messages")
         if not self.none_named or "text" not in cells or any(name in cells for name in fields):
             return self
-        label = "class" if "class" in cells and "label" not in cells else None
-        return replace(self, question="text", label=label)
+        return replace(self, question="text", label="class" if "class" in cells else None)
 
     def _within(self, cells: Cells) -> Columns | None:
         """These columns for a row that may lack those of the label, of its keys, of the completion

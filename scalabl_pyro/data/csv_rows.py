@@ -17,6 +17,8 @@ _LONGEST_CELL = 2**31 - 1
 #: what stands between two columns, and its name
 DELIMITERS = {".csv": (",", "comma"), ".tsv": ("\t", "tab")}
 
+_QUOTES = "a double quote at the beginning of a cell encloses it: put it in quotes, and double it"
+
 EXPECTED = (
     "expected id, question, choice_1, choice_2, …, label, or id, text, class (its name), or id,"
     " prompt, completion; id may be left out, and label, class or completion where it is not known;"
@@ -77,11 +79,18 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
                     f"{path}, line {line}: {len(cells)} cells, but the header has {width}; put"
                     f" cells that hold a {name} in double quotes"
                 )
+            swallowed = next((c for c in cells if delimiter == "\t" and {*"\t\n"} <= {*c}), None)
+            if swallowed is not None:
+                raise DataError(
+                    f"{path}, line {line}: a quote begins a cell that holds lines and tabs,"
+                    f" {swallowed[:40]!r}…; {_QUOTES}"
+                )
             if cells:
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not {path.suffix[1:].upper()} ({error})") from error
+        kind = path.suffix[1:].upper()
+        raise DataError(f"{path}, line {line}: not {kind} ({error}); {_QUOTES}") from error
 
 
 def _next(rows: Iterator[list[str]]) -> list[str] | None:

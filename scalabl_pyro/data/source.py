@@ -126,26 +126,31 @@ class DataSource:
         """
         return self.read_decided().splits
 
-    def read_decided(self, trained: Columns | None = None) -> Decided:
+    def read_decided(self, trained: Columns | None = None, default: Sequence[str] = ()) -> Decided:
         """The same, and what the data decided, of a ``task`` nothing.
 
         :param trained: as for :func:`~scalabl_pyro.data.read_table`.
+        :param default: the choices of rows that have none, where neither ``classes`` nor the file
+            names them.
         :raises DataError: as :meth:`read`.
         """
         if self.task is not None:
             decided = Decided(find_task(self.task).read(self.hub_path))
         else:
-            decided = read_tables(self._tables("train", trained), self.classes)
+            decided = read_tables(self._tables("train", trained), self.classes, default)
         for name, records in decided.splits.items():
             self._check_choices(records, name)
         return decided
 
-    def read_split(self, name: str, trained: Columns | None = None) -> list[Record]:
+    def read_split(
+        self, name: str, trained: Columns | None = None, default: Sequence[str] = ()
+    ) -> list[Record]:
         """The records to evaluate on, no more than their limit: of ``path``, or the split ``name``.
 
         The class names of a file of texts must be given: those it holds may be some of them.
 
         :param trained: as for :func:`~scalabl_pyro.data.read_table`.
+        :param default: as for :meth:`read_decided`.
         :raises DataError: if a file is missing or bad, or there is no such split.
         :raises ValueError: if a split that ``path`` has not has a limit.
         """
@@ -157,10 +162,10 @@ class DataSource:
                 f" data.limit.{name}"
             )
         if self.path is None:
-            records = check_split(self.read_decided(trained).splits, name)
+            records = check_split(self.read_decided(trained, default).splits, name)
         else:
             tables = self._tables(self.path, trained)
-            (records,) = read_tables(tables, self.classes).splits.values()
+            (records,) = read_tables(tables, self.classes, default).splits.values()
             self._check_choices(records, self.path)
         self.check_known(records, name)
         count = (self.limit or {}).get(name)

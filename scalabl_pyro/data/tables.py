@@ -89,21 +89,27 @@ class Decided(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
-def read_tables(tables: Mapping[str, Table], classes: Sequence[str] = ()) -> Decided:
-    """The same, and what the data decided."""
-    classes = class_set(classes)
+def read_tables(
+    tables: Mapping[str, Table], classes: Sequence[str] = (), default: Sequence[str] = ()
+) -> Decided:
+    """The same, and what the data decided.
+
+    :param default: the choices of rows that have none of their own, where the file names none.
+    """
+    classes, default = class_set(classes), class_set(default)
     tables = {
         name: replace(table, columns=table.columns.or_of_a_text(table.first))
         for name, table in tables.items()
     }
+    train = tables.get("train")
     by_name = {
-        name: list(_read(table, classes or _classes_in_files(table, tables.get("train"))))
+        name: list(_read(table, classes or _named(table) or default or _found(table, train)))
         for name, table in tables.items()
     }
     labelled = [row for rows in by_name.values() for row in rows if row.label]
     undecided = [row.label for row in labelled if row.label and row.reading == "auto"]
     decided = decide(undecided, list(_preferred(tables.values()))) if undecided else None
-    splits = {name: _distinct(rows, decided) for name, rows in by_name.items()}
+    splits = {n: _distinct(rows, decided, trains=train is not None) for n, rows in by_name.items()}
     return Decided(splits, _decided_labels(tables.values(), labelled, decided), _shared(by_name))
 
 
@@ -185,20 +191,24 @@ def _text(name: str, columns: Columns, cells: Mapping[str, Any]) -> Completion:
     return Completion.from_mapping(dict(cells) | {"id": name})
 
 
-def _distinct(rows: Sequence[_Read], decided: str | None) -> list[Record]:
+def _distinct(rows: Sequence[_Read], decided: str | None, *, trains: bool) -> list[Record]:
+    """:param trains: whether there is a split ``train``, whose classes can be given."""
     records, places = [], dict[str, str]()
     for place, record, own_choices, label, reading in rows:
         if label is not None:
             try:
                 index = read_label(label, decided if decided and reading == "auto" else reading)
             except DataError as error:
+                by_keys = tuple(label.choices) != record.choices
+                if reading == "auto" or by_keys:
+                    raise
                 if reading == "names" and not own_choices:
+                    if not trains:
+                        raise
                     raise DataError(
                         f"{error}; or give data.classes, the names of all classes, and where labels"
                         " are their numbers data.columns.labels=from_0 or from_1"
                     ) from error
-                if reading == "auto":
-                    raise
                 raise DataError(
                     f"{error}; labels are read as {reading}, as given or as the run was trained:"
                     " data.columns.labels says otherwise"
@@ -241,15 +251,19 @@ def _label(
     return Labelled(row.place, column, label, choices), reading
 
 
-def _classes_in_files(table: Table, train: Table | None) -> tuple[str, ...]:
-    """The names of the classes, if the files give them: see :func:`to_records`."""
-    columns = table.columns
-    column = columns.label or "label"
-    if column in table.class_labels:
-        return class_set(table.class_labels[column])
-    texts = columns.of_texts or (columns.none_named and is_completion(table.first))
+def _named(table: Table) -> tuple[str, ...]:
+    """The names that the file gives to the numbers of its labels."""
+    return class_set(table.class_labels.get(table.columns.label or "label", ()))
+
+
+def _found(table: Table, train: Table | None) -> tuple[str, ...]:
+    """The names of the classes in the split ``train``, for rows that need them: see
+    :func:`to_records`."""
+    texts = table.columns.of_texts or (table.columns.none_named and is_completion(table.first))
     if train is None or table.has_choices or texts:
         return ()
+    columns = train.columns
+    column = columns.label or "label"
     labels = [as_text(_label_in(row, columns)) for row in train.rows]
     numbers = list(dict.fromkeys(x for x in labels if isinstance(x, bool | float)))
     if numbers:

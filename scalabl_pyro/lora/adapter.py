@@ -467,7 +467,9 @@ class SubspaceAdapter:
         if torch.is_grad_enabled():
             self._checkpointing.check()
         skipped = leaving or cached
-        rows = math.prod(inputs["input_ids"].shape[:-1])
+        *shape, T = inputs["input_ids"].shape
+        rows = math.prod(shape)
+        self._hooks.start_pass(rows, T)  # here too, for a readout may call a part of the model
         with (
             self.trunk.replaced(skipped, draws=S) if skipped else self._shared_trunk(s, S, rows),
             self._output_rows.in_place() if self._output_rows else nullcontext(),

@@ -89,7 +89,7 @@ class Hooks:
             matrix.register_forward_hook(partial(self._scale, index))
         for index, matrix in enumerate(perp):
             matrix.register_forward_hook(partial(self._scale_perp, index))
-        llm.register_forward_pre_hook(self._start_pass, with_kwargs=True)
+        llm.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last pass left bound may be part of a graph, which has no copy.
@@ -178,6 +178,17 @@ class Hooks:
         finally:
             self.bound = before
 
+    def start_pass(self, rows: int, T: int) -> None:
+        """Count the calls of each A from here on, unless :meth:`check_calls` has passed.
+
+        :param rows: S·R of the model's input.
+        :param T: its tokens in a row.
+        """
+        self.add(tokens=(rows, T))
+        self._rows.unclear = set()
+        if self._calls is not None:
+            self._calls = [0] * len(self._A)
+
     def check_calls(self) -> None:
         """Refuse a model that does not call each adapted module once in a forward pass.
 
@@ -216,15 +227,12 @@ class Hooks:
         each = self.bound.s
         return output if each is None else _times(output, each[index][:, -output.shape[-1] :])
 
-    def _start_pass(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note how many rows and tokens the model is called on, and count the calls of each A from
-        here on, unless :meth:`check_calls` has passed."""
+    def _see_tokens(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = None if ids is None else (math.prod(ids.shape[:-1]), ids.shape[-1])
-        self.add(tokens=tokens)
-        self._rows.unclear = set()
-        if self._calls is not None:
-            self._calls = [0] * len(self._A)
+        if ids is None:
+            self.add(tokens=None)
+        else:
+            self.start_pass(math.prod(ids.shape[:-1]), ids.shape[-1])
 
 
 def _times(output: Tensor, s: Tensor) -> Tensor:

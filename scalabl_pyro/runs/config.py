@@ -244,8 +244,8 @@ class RunConfig:
         labels = "data.columns.labels"
         if "auto" in (mine[labels], others[labels]):  # one before and one after the data decided
             keys -= {labels}
-        if not others["data.classes"]:  # before the data decided them; that records have them since
-            keys -= {"data.classes"}  # stands in their fingerprint
+        if not (mine["data.classes"] and others["data.classes"]):  # so too
+            keys -= {"data.classes"}
         return [
             f"{key}: {mine.get(key)!r}, was {others.get(key)!r}"
             for key in sorted(keys)

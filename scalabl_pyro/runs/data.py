@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -38,10 +39,15 @@ class DataConfig(DataSource):
         """
         return self.decided_splits(seed=seed)[0]
 
-    def decided_splits(self, *, seed: int) -> tuple[dict[str, list[Record]], Self]:
+    def decided_splits(
+        self, *, seed: int, default: Sequence[str] = ()
+    ) -> tuple[dict[str, list[Record]], Self]:
         """The same, and these settings with what the data decided (see ``read_decided``): a file of
-        later, which may not decide it, is then read as those that trained the run."""
-        decided = self.read_decided()
+        later, which may not decide it, is then read as those that trained the run.
+
+        :param default: as for ``read_decided``.
+        """
+        decided = self.read_decided(default=default)
         splits = decided.splits
         train = check_split(splits, "train")
         if "validation" not in splits:

@@ -70,14 +70,17 @@ def train_run(config: RunConfig) -> dict[str, Any]:
 
 def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
     before = read_settings_placed(folder)
-    splits, _, config = read_data(config)
-    differences = min((attempt.differences(before) for attempt in config.attempts()), key=len)
+    differences = _differences(config, before)
+    had = read_fingerprints(folder)
+    splits: dict[str, list[Record]] = {}
+    if had and not differences:
+        splits, _, decided = read_data(config)
+        differences = _differences(decided, before)
     if differences:
         raise ConfigError(
             f"the finished run in {folder} has other settings ({'; '.join(differences)}): choose"
             " another run_dir, or remove it"
         )
-    had = read_fingerprints(folder)
     now = fingerprints(splits) if had else {}
     others = sorted(split for split in had.keys() | now.keys() if had.get(split) != now.get(split))
     if others:
@@ -88,6 +91,11 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
     metrics = read_json(folder / "metrics.json")
     trials = folder / "trials.json"
     return {**metrics, "trials": read_json(trials, list)} if trials.exists() else metrics
+
+
+def _differences(config: RunConfig, before: RunConfig) -> list[str]:
+    """Settings that differ from those of a run, of the trial that has the fewest."""
+    return min((attempt.differences(before) for attempt in config.attempts()), key=len)
 
 
 def _run(config: RunConfig, checkpoints: Checkpoints) -> dict[str, Any]:

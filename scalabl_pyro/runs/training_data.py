@@ -45,8 +45,9 @@ def read_data(config: RunConfig) -> TrainingData:
         return TrainingData(splits, config.classes(splits), replace(config, data=data))
     _, info = find_prior_run(config)
     given = class_names(config, info)
-    names = given or load_readout(config.model, info.classes).class_names
-    splits, data = replace(config.data, classes=names).decided_splits(seed=config.seed)
+    names = config.data.classes or load_readout(config.model, info.classes).class_names
+    source = replace(config.data, classes=names)
+    splits, data = source.decided_splits(seed=config.seed, default=given)
     data = replace(data, classes=given)  # as that run's settings have them
     return TrainingData(splits, info.classes, replace(config, data=data))
 
@@ -68,13 +69,17 @@ def trained_before(config: RunConfig) -> set[str]:
 def warn_of_trained_before(config: RunConfig, splits: Mapping[str, Sequence[Record]]) -> None:
     """Tell of records of this run that trained the one before it."""
     known = trained_before(config)
-    consequences = {"validation": "what is chosen by them, and said of them, is too good"}
-    if config.prior_run is not None:
-        consequences["train"] = "the posterior counts them twice"
-    for split, consequence in consequences.items():
-        count = sum(key in known for key in asked(splits[split]))
+    for split, records in splits.items():
+        consequence = "what is said of them is too good"
+        if split == "validation":
+            consequence = "what is chosen by them, and said of them, is too good"
+        if split == "train":
+            if config.prior_run is None:
+                continue  # an adapter is trained further, and no prior made of it
+            consequence = "the posterior counts them twice"
+        count = sum(key in known for key in asked(records))
         if count:
             log.warning(
                 "%d of the %d records of %s trained the run that this one goes on from: %s",
-                *(count, len(splits[split]), split, consequence),
+                *(count, len(records), split, consequence),
             )

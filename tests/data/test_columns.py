@@ -615,6 +615,19 @@ def test_a_text_and_its_class_are_a_layout_of_every_format(tmp_path):
     expected = [Record(str(i + 1), f"text {i}", ("a", "b"), i % 2) for i in range(4)]
     for name in ("a.csv", "a.parquet", "a.JSONL"):
         assert DataSource(path=str(tmp_path / name)).read()["train"] == expected, name
+    # A name and its code: the name is what all formats take.
+    both = pandas.DataFrame(rows).assign(label=[7, 9, 7, 9])
+    both.to_csv(tmp_path / "c.csv", index=False)
+    both.to_json(tmp_path / "c.jsonl", orient="records", lines=True)
+    for name in ("c.csv", "c.jsonl"):
+        assert DataSource(path=str(tmp_path / name)).read()["train"] == expected, name
+    # Of another split nothing may be known.
+    (tmp_path / "root").mkdir()
+    pandas.DataFrame(rows).to_json(tmp_path / "root/train.jsonl", orient="records", lines=True)
+    (tmp_path / "root/test.jsonl").write_text('{"text": "new"}\n')
+    splits = read_folder(tmp_path / "root")
+    assert splits["test"] == [Record("1", "new", ("a", "b"))]
+    assert splits["train"] == expected
     # As most data sets of the Hub have it.
     frame = pandas.DataFrame(rows).rename(columns={"class": "label"})
     frame.to_json(tmp_path / "b.jsonl", orient="records", lines=True)
@@ -713,6 +726,16 @@ def test_a_run_keeps_the_classes_and_how_labels_were_read(
         assert scalabl("evaluate", *quiet, f"data.path={name}") == 0
         metrics.append(json.loads(capsys.readouterr().out)["nll"])
     assert metrics[0] == metrics[1]
+    (tmp_path / "wrong.csv").write_text("text,class\nthe dog runs,dogs\n")
+    assert scalabl("predict", *quiet, "input=wrong.csv", "output=w.jsonl") == 1
+    error = capsys.readouterr().err
+    assert "did you mean 'dog'?" in error
+    assert "data.classes" not in error  # a run has its classes
+    if prompt == "letters":  # which answer other questions too
+        write_jsonl(tmp_path / "other.jsonl", make_records(4, choices=3))
+        own = [*quiet, "data.path=other.jsonl", "data.columns.labels=from_0"]
+        assert scalabl("evaluate", *own) == 0
+        capsys.readouterr()
     # Codes of one's own are not the numbers of the sorted names.
     frame["class"] = frame["class"].map({"dog": 0, "cat": 1, "blue": 2})
     frame.to_json("codes.jsonl", orient="records", lines=True)
@@ -720,3 +743,12 @@ def test_a_run_keeps_the_classes_and_how_labels_were_read(
     assert "class is 0: expected one of ['blue', 'cat', 'dog']" in capsys.readouterr().err
     again = [*model, f"data.path=own.{ending}", "run_dir=out", "resume=true"]
     assert scalabl("train", *again) == 0
+
+
+def test_a_label_that_is_no_key_is_told_plainly(tmp_path):
+    row = {"question": "q", "choices": ["x", "y"], "names": ["A", "B"], "label": "C"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="label is 'C': expected one of") as caught:
+        DataSource(path=str(path), columns=Columns(keys="names")).read()
+    assert "data.columns.labels" not in str(caught.value)

@@ -116,6 +116,11 @@ def test_tabs_may_separate_the_columns_as_pandas_writes_them(tmp_path):
     path = write(tmp_path / "q.tsv", "text\tclass\nfine\ta\tb\n")
     with pytest.raises(DataError, match=r"line 2: 3 cells, but the header has 2; .*hold a tab"):
         read_records(path)
+    # Elsewhere quotes are often left as they are, and would take whole lines into a cell.
+    for rows in ('"open\tpos\nx\tneg\nbad"\tneg\n', '"Good" movie\tpos\n'):
+        write(path, "text\tclass\n" + rows)
+        with pytest.raises(DataError, match=r"line 2: .*put it in quotes, and double it"):
+            read_records(path)
 
 
 def test_labels_that_may_count_from_0_or_1_are_indices_in_our_own_fields(tmp_path, caplog):

@@ -506,3 +506,41 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
         key = f"{kind} by mutual information"
         values = [row[key]["mean"] for row in of_methods.values() if key in row]
         assert f"{min(values):.2f} to {max(values):.2f}{said}" in " ".join(section.split())
+
+
+def test_the_scores_of_what_a_causal_model_does_not_know_are_those_measured():
+    """docs/results.md and README say what results/unknown_causal.json says."""
+    path = ROOT / "benchmarks" / "results" / "unknown_causal.json"
+    figures = json.loads(path.read_text())["figures"]
+    scores = {
+        "largest probability": "max_probability",
+        "entropy": "entropy",
+        "mutual information": "mutual_information",
+        "noise to signal": "noise_to_signal",
+        "Mahalanobis": "mahalanobis",
+        "number of tokens": "tokens",
+        "likeness of the choices to an encoder": "alike",
+    }
+    kinds = ("wrong", "physics", "chemistry", "openbookqa")
+    text = page("results")
+    section = text.partition("## What a causal model does not know")[2].partition("\n## ")[0]
+    said = " ".join(section.split())
+
+    def shown(value):
+        numbers = (f"{value[key]:.2f}" for key in ("mean", "low", "high"))
+        return "{} ({} to {})".format(*numbers).replace("-", "−")
+
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
+    rows = [row for row in rows if row[0] in ("MLE", "V activations", "control")]
+    assert [row[0] for row in rows] == ["MLE"] * 3 + ["V activations"] * 5 + ["control"] * 2
+    for row, score, *cells in rows:
+        by_kind = figures["rows"]["V activations" if row == "control" else row][scores[score]]
+        assert cells == [shown(by_kind[kind]["auroc"]) for kind in kinds]
+    ours = figures["rows"]["V activations"]
+    for kind in ("physics", "chemistry"):
+        for name in ("mutual_information", "mahalanobis"):
+            minus = ours[name][kind]["auroc_minus"]
+            assert shown(minus["entropy"]) in said
+            assert all(minus[rival]["low"] > 0 for rival in ("entropy", "tokens"))
+        assert ours["mahalanobis"][kind]["auroc_minus"]["alike"]["low"] > 0
+        assert ours["mahalanobis"][kind]["auroc"]["mean"] >= 0.8

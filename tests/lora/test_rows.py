@@ -214,6 +214,22 @@ def test_texts_of_several_draws_are_those_of_one_at_a_time(tokenizer, how):
     torch.testing.assert_close(scored(Predictor(adapter, s)), alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_readout_that_calls_parts_of_the_model_is_looked_at_too(tokenizer):
+    class Parts(SequenceClassification):
+        def __call__(self, llm, inputs):
+            hidden = llm.model(**inputs).last_hidden_state
+            return llm.score(hidden[:, 0])
+
+    torch.manual_seed(1)
+    llm, target = turned("time first")
+    readout = Parts(tokenizer, num_classes=4, max_length=64)
+    adapter = SubspaceAdapter(llm.eval(), lora(target), readout)
+    batch, s = batch_of(adapter, 3), torch.rand(2, *adapter.shape)
+    assert adapter(batch, s[0]).shape == (3, 4)
+    with pytest.raises(ValueError, match="one draw at a time"):
+        adapter(batch, s)
+
+
 def test_one_row_of_one_token_is_enough_to_tell(tokenizer):
     """It looks the same in every order, and later ones do not."""
     adapter = causal(tokenizer, "flat, time first")

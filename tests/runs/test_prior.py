@@ -95,11 +95,13 @@ def test_s_alone_moves_and_the_first_run_is_not_needed_any_more(folder):
 
 @pytest.mark.parametrize("how", ["prior", "start"])
 def test_what_trained_the_run_before_trained_this_one_too(folder, capsys, how):
-    """Its validation records are two that trained the first run, and its training ones six."""
+    """One of its validation records trained the first run, one of test, and six of train."""
     first = read_records("first/train.jsonl")
     own = read_records("second/train.jsonl")
-    write_jsonl(Path("second/train.jsonl"), [*own[:2], *first[:6]])
-    write_jsonl(Path("second/validation.jsonl"), [*first[6:], *own[2:4]])
+    test = read_records("second/test.jsonl")
+    write_jsonl(Path("second/test.jsonl"), [*test[:3], first[0]])
+    write_jsonl(Path("second/train.jsonl"), [*own[:2], *first[1:7]])
+    write_jsonl(Path("second/validation.jsonl"), [first[7], *own[2:5]])
     if how == "prior":
         assert second() == 0
     else:
@@ -107,13 +109,14 @@ def test_what_trained_the_run_before_trained_this_one_too(folder, capsys, how):
         assert scalabl("train", *EMBEDDED, ELBO, *STEPS, *start) == 0
     told = capsys.readouterr().err
     before = "trained the run that this one goes on from"
-    assert f"2 of the 4 records of validation {before}: what is chosen by them" in told
+    assert f"1 of the 4 records of validation {before}: what is chosen by them" in told
+    assert f"1 of the 4 records of test {before}: what is said of them is too good" in told
     # An adapter is trained further, and no prior is made of it.
     counted = f"6 of the 8 records of train {before}: the posterior counts them twice" in told
     assert counted == (how == "prior")
-    write_jsonl(Path("asked.jsonl"), [*first, *own[:2], *own[4:8]])
+    write_jsonl(Path("asked.jsonl"), [*first, *own[:2], *own[5:8]])
     assert scalabl("evaluate", "run=runs/second", "data.path=asked.jsonl", "progress=false") == 0
-    assert "10 of 14 records trained the run" in capsys.readouterr().err
+    assert "10 of 13 records trained the run" in capsys.readouterr().err
 
 
 def test_by_hand_in_python_it_is_the_same_to_the_bit(folder):
