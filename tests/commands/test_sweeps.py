@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_records, scalabl, write_jsonl
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,6 +110,27 @@ def test_one_folder_of_data_under_two_names_is_the_same_data(train, tmp_path):
     (tmp_path / "other").symlink_to("data")
     assert train("method=mle") == 0
     assert train("method=scalabl", "data.root=other") == 0
+    assert scalabl("report") == 0
+
+
+@pytest.mark.parametrize("old", ["mle-seed0", "mle-seed1", "scalabl-seed0"])
+def test_runs_from_before_the_data_decided_make_a_table_with_newer_ones(train, tmp_path, old):
+    for name in ("train", "validation", "test"):
+        records = make_records(16)
+        rows = "".join(f"{record.question},{'ab'[i % 2]}\n" for i, record in enumerate(records))
+        (tmp_path / "data" / f"{name}.jsonl").unlink()
+        (tmp_path / "data" / f"{name}.csv").write_text(f"text,class\n{name} {rows}")
+    for words in (["method=mle", "seed=0"], ["method=mle", "seed=1"], ["method=scalabl"]):
+        assert train(*words) == 0
+    settings = tmp_path / "runs" / old / "config.yaml"
+    before = OmegaConf.load(settings)
+    assert list(before.data.classes) == ["a", "b"]
+    before.data.classes, before.data.columns.labels = [], "auto"
+    OmegaConf.save(before, settings)
+    shutil.copytree(tmp_path / "runs/scalabl-seed0", tmp_path / "runs/scalabl-seed1")
+    later = OmegaConf.load(tmp_path / "runs/scalabl-seed1/config.yaml")
+    later.seed = 1
+    OmegaConf.save(later, tmp_path / "runs/scalabl-seed1/config.yaml")
     assert scalabl("report") == 0
 
 
