@@ -70,14 +70,16 @@ def plot_forest(data: az.InferenceData, *, rows: int = 30) -> Figure:
     return figure
 
 
-def plot_signal_to_noise(axis: Axes, data: az.InferenceData) -> None:
+def plot_signal_to_noise(data: az.InferenceData, *, ax: Axes | None = None) -> Axes:
     r"""\|μ\| / σ of each coordinate by the depth of its block, with the median of each module.
 
     The scale of s is not identified while V is learned; this ratio is. Modules outside of the
     blocks, such as ``lm_head``, stand at the right.
 
     :param data: with ``posterior``; 100 draws or more, for σ is theirs.
+    :param ax: where to draw; new axes if left out.
     """
+    axis = plt.subplots()[1] if ax is None else ax
     s = _draws(data, "posterior")
     ratio = np.abs(s.mean(0)) / s.std(0, ddof=1)  # (M, r)
     places = _places(data)
@@ -100,6 +102,7 @@ def plot_signal_to_noise(axis: Axes, data: az.InferenceData) -> None:
     axis.set_xticks([*shown, *positions.values()], [*map(str, shown), *positions])
     axis.set(xlabel="block", ylabel="|μ| / σ", ylim=(0, None))
     axis.legend(fontsize="small")
+    return axis
 
 
 def plot_history(data: az.InferenceData) -> Figure:
@@ -140,14 +143,16 @@ def plot_history(data: az.InferenceData) -> Figure:
     return figure
 
 
-def plot_correlation(axis: Axes, data: az.InferenceData) -> None:
+def plot_correlation(data: az.InferenceData, *, ax: Axes | None = None) -> Axes:
     """Correlations of all M·r coordinates, module after module; the diagonal is left blank.
 
     Correlations of S draws scatter by 1/√S about those of the guide. Colours reach to the largest,
     but at least to 10/√S, so that this noise stays pale.
 
     :param data: with ``posterior``; 1,000 draws or more.
+    :param ax: where to draw; new axes if left out.
     """
+    axis = plt.subplots()[1] if ax is None else ax
     s = _draws(data, "posterior")
     rank = s.shape[2]
     correlation = np.corrcoef(s.reshape(len(s), -1), rowvar=False)
@@ -166,6 +171,7 @@ def plot_correlation(axis: Axes, data: az.InferenceData) -> None:
     axis.set_yticks(middles, labels, fontsize=7)
     axis.tick_params(length=2)
     axis.figure.colorbar(image, ax=axis, label="correlation", shrink=0.8)
+    return axis
 
 
 def plot_prior_posterior(

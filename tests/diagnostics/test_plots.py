@@ -74,7 +74,7 @@ def test_labels_of_modules_are_as_long_as_they_need_to_be():
 
 
 def test_signal_to_noise_by_depth_and_kind(axis):
-    plot_signal_to_noise(axis, posterior([*LLAMA, "lm_head"]))
+    plot_signal_to_noise(posterior([*LLAMA, "lm_head"]), ax=axis)
     lines = {line.get_label(): line for line in axis.lines}
     median = np.median(1 / np.arange(1, 9))
     np.testing.assert_allclose(lines["q_proj"].get_ydata(), median * np.arange(1, 57, 2))
@@ -91,7 +91,8 @@ def test_signal_to_noise_by_depth_and_kind(axis):
     ids=["top blocks", "head"],
 )
 def test_signal_to_noise_of_some_modules_shows_no_others(axis, names, ticks):
-    plot_signal_to_noise(axis, posterior(names))
+    plot_signal_to_noise(posterior(names), ax=axis)
+    assert plot_signal_to_noise(posterior(names)) is not axis
     assert [label.get_text() for label in axis.get_xticklabels()] == ticks
 
 
@@ -99,7 +100,7 @@ def test_correlation_is_that_of_the_draws_without_its_diagonal(axis):
     data = posterior(LLAMA[:3], rank=2)
     s = data.posterior["s"].values
     s[..., 1, 0] = -s[..., 0, 0]
-    plot_correlation(axis, data)
+    assert plot_correlation(data, ax=axis) is axis
     correlations = axis.images[0].get_array().filled(np.nan)
     assert correlations.shape == (6, 6)
     assert correlations[0, 2] == correlations[2, 0] == pytest.approx(-1)
