@@ -34,6 +34,18 @@ def percent(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
+def half_width(value: dict[str, float], unit: float, digits: int) -> str:
+    """The mean ± half of its interval."""
+    half = unit * (value["high"] - value["low"]) / 2
+    return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
+
+
+def bounds(value: dict[str, float], digits: int = 2) -> str:
+    """The mean and the ends of its interval."""
+    numbers = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return "{} ({} to {})".format(*numbers).replace("-", "−")
+
+
 def nats(value: float, error: float) -> str:
     return f"{value:.3f} ± {error:.3f}"
 
@@ -214,19 +226,15 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
     rows = {row[0]: row[1:] for row in rows if row[0] in names}
     assert rows.keys() == names.keys()
 
-    def shown(value, unit, digits):
-        half = unit * (value["high"] - value["low"]) / 2
-        return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
-
     for name, cells in rows.items():
         metrics = figures["test"][names[name]]
         errors = (100 * metrics[key]["mean"] for key in ("ece", "ece_floor"))
         assert cells == [
-            shown(metrics["acc"], 100, 1),
+            half_width(metrics["acc"], 100, 1),
             "{:.1f} ({:.1f})".format(*errors),
-            shown(metrics["nll"], 1, 3),
-            shown(metrics["brier"], 1, 3),
-            shown(metrics["auroc_wrong_entropy"], 1, 2),
+            half_width(metrics["nll"], 1, 3),
+            half_width(metrics["brier"], 1, 3),
+            half_width(metrics["auroc_wrong_entropy"], 1, 2),
         ]
     scores = [
         f"{score}_{of}"
@@ -234,7 +242,7 @@ def test_the_table_of_the_causal_model_is_that_of_its_runs():
         for of in ("entropy", "noise_to_signal", "mutual_information")
     ]
     for score in (*scores, "auroc_other_tokens"):
-        assert shown(figures["test"]["V frozen"][score], 1, 2) in section
+        assert half_width(figures["test"]["V frozen"][score], 1, 2) in section
     for name, digits in (("MLE, fixed recipe", 2), ("MLE, fixed recipe, tempered", 3)):
         nll = figures["minus MLE, tempered"][name]["nll"]
         mean, low, high = (f"{nll[key]:.{digits}f}" for key in ("mean", "low", "high"))
@@ -335,10 +343,6 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     order = [figures["metrics"][names[row]]["test"]["nll"]["mean"] for row in rows]
     assert order == sorted(order)
 
-    def shown(value, unit, digits):
-        half = unit * (value["high"] - value["low"]) / 2
-        return f"{unit * value['mean']:.{digits}f} ± {half:.{digits}f}"
-
     def difference(value, unit=1, digits=3):
         mean, low, high = (f"{unit * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
         return f"{mean} ({low} to {high})".replace("-", "−")
@@ -349,11 +353,11 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         less = figures["minus ScalaBL"].get(names[name])
         assert cells == [
             figures["chosen"][names[name]].replace("kl_weight=", "β ").replace("lr=", "lr "),
-            shown(metrics["acc"], 100, 1),
+            half_width(metrics["acc"], 100, 1),
             f"{100 * metrics['ece']['mean']:.1f} ({100 * floor:.1f})",
-            shown(metrics["nll"], 1, 3),
-            shown(metrics["brier"], 1, 3),
-            shown(metrics["aurc"], 1, 3),
+            half_width(metrics["nll"], 1, 3),
+            half_width(metrics["brier"], 1, 3),
+            half_width(metrics["aurc"], 1, 3),
             "–" if less is None else difference(less["nll"]),
         ]
     plain = " ".join(section.split())
@@ -464,15 +468,11 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
     rows = [row for row in rows if row[0] in ("MLE", "V random", "V activations", "control")]
     assert len(rows) == 20 + 7
 
-    def shown(value, digits):
-        numbers = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
-        return "{} ({} to {})".format(*numbers).replace("-", "−")
-
     for row, score, *cells in rows[20:]:
         by_kind = figures["rows"]["MLE" if row == "control" else row][scores[score]]
         found = [by_kind[kind]["found"] for kind in ("physics", "chemistry", "arc")]
         values = [by_kind["physics"]["false_alarms"], *found]
-        assert cells == [shown(value, 2) for value in values]
+        assert cells == [bounds(value, 2) for value in values]
         assert values[0]["low"] < 0.05
     for kind in ("physics", "chemistry"):
         found = [
@@ -485,11 +485,11 @@ def test_the_scores_of_what_is_unknown_are_those_measured():
     for row, score, *cells in rows[:20]:
         by_kind = figures["rows"]["MLE" if row == "control" else row][scores[score]]
         kinds = ("wrong", "physics", "chemistry", "arc")
-        assert cells == [shown(by_kind[kind]["auroc"], 2) for kind in kinds]
+        assert cells == [bounds(by_kind[kind]["auroc"], 2) for kind in kinds]
     for row in ("V activations", "V random", "MLE tempered"):
-        assert shown(figures["nll"]["rows"][row], 3) in " ".join(section.split())
+        assert bounds(figures["nll"]["rows"][row], 3) in " ".join(section.split())
     for other in ("MLE tempered", "V random"):
-        assert shown(figures["nll"]["minus"]["V activations"][other], 3) in section
+        assert bounds(figures["nll"]["minus"]["V activations"][other], 3) in section
     tokens = figures["rows"]["MLE"]["tokens"]["physics"]["auroc_any_length"]["mean"]
     assert f"with {tokens:.2f}" in section
     # README: mutual information finds neither, the Mahalanobis distance other subjects.
@@ -526,27 +526,27 @@ def test_the_scores_of_what_a_causal_model_does_not_know_are_those_measured():
     section = text.partition("## What a causal model does not know")[2].partition("\n## ")[0]
     said = " ".join(section.split())
 
-    def shown(value):
-        numbers = (f"{value[key]:.2f}" for key in ("mean", "low", "high"))
-        return "{} ({} to {})".format(*numbers).replace("-", "−")
-
     rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
     rows = [row for row in rows if row[0] in ("MLE", "V activations", "control")]
     assert [row[0] for row in rows] == ["V activations"] * 5 + ["control"] * 2
     for row, score, *cells in rows:
         by_kind = figures["rows"]["V activations" if row == "control" else row][scores[score]]
-        assert cells == [shown(by_kind[kind]["auroc"]) for kind in kinds]
+        assert cells == [bounds(by_kind[kind]["auroc"]) for kind in kinds]
     ours = figures["rows"]["V activations"]
     for kind in ("physics", "chemistry"):
         for name in ("mutual_information", "noise_to_signal", "mahalanobis"):
             minus = ours[name][kind]["auroc_minus"]
-            assert shown(minus["entropy"]) in said
+            assert bounds(minus["entropy"]) in said
             apart = minus["entropy"]["low"] > 0
             assert apart == ((name, kind) != ("mutual_information", "physics"))
-        assert shown(ours["mutual_information"][kind]["auroc_minus"]["tokens"]) in said
+        assert bounds(ours["mutual_information"][kind]["auroc_minus"]["tokens"]) in said
         assert ours["mutual_information"][kind]["auroc_minus"]["tokens"]["low"] > 0
+        # README: both find other subjects here, and mutual information less well.
+        assert ours["mutual_information"][kind]["auroc"]["low"] > 0.5
+        distance = ours["mahalanobis"][kind]["auroc"]["low"]
+        assert distance > ours["mutual_information"][kind]["auroc"]["high"]
         likeness = ours["mutual_information"][kind]["auroc_minus"]["alike"]
-        assert (shown(likeness) in said) == (likeness["low"] > 0) == (kind == "chemistry")
+        assert (bounds(likeness) in said) == (likeness["low"] > 0) == (kind == "chemistry")
         assert all(rival["low"] > 0 for rival in ours["mahalanobis"][kind]["auroc_minus"].values())
     other = {
         name: ours[name]["openbookqa"]["auroc_minus"]["entropy"]
