@@ -34,18 +34,17 @@ class Bench:
     :param model: folder of the encoder.
     :param data: folder with ``openbookqa/`` and ``mmlu/``, JSON Lines of records.
     :param runs: JSON Lines of finished runs, which are not run again.
+    :param dtype: of the frozen weights.
     """
 
     #: of a forward pass in prediction, before draws multiply it
     batch_size = 64
 
-    def __init__(self, model: str, data: str, runs: str | Path) -> None:
+    def __init__(self, model: str, data: str, runs: str | Path, *, dtype: str = "bfloat16") -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.runs = Path(runs)
-        self.config = ModelConfig(
-            model, readout="multiple_choice", dtype="bfloat16", attention="eager"
-        )
+        self.config = ModelConfig(model, readout="multiple_choice", dtype=dtype, attention="eager")
         # The runs that are kept had a random V where nothing else is said.
         self.adapter = AdapterConfig(
             targets=("query", "value"), heads=("classifier",), subspace="random"

@@ -10,7 +10,8 @@ serves the temperature, the checkpoint ensemble, both kinds of Laplace and TFB, 
 learning rate that is best for itself. The five seeds of maximum likelihood are also an ensemble:
 one predictor, which stands in the table as if each seed had it, so that its intervals are those
 over questions. Finished runs are kept in ``--runs``, a folder, and not run again, so that rows may
-be run apart (``--rows``) and put together later. ``--save`` writes the page and tables of
+be run apart (``--rows``) and put together later. On a CPU without instructions for bfloat16 take
+``--dtype float32``: what ran so is named in the figures. ``--save`` writes the page and tables of
 ``scalabl compare`` beside the figures.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -295,7 +297,7 @@ def trial(bench: Bench, family: str, label: str, names: Sequence[str]) -> dict[s
             f"{name}|{v}": bench.validate(ROWS[name].derive[v](bench, fitted))["nll"]
             for name, v in todo
         }
-        bench.keep(run, nlls)
+        bench.keep(run, nlls | {"dtype": bench.config.dtype})
     return nlls
 
 
@@ -306,7 +308,26 @@ def train(bench: Bench, family: str, label: str, seed: int) -> Fitted:
 
 def run_file(bench: Bench, name: str, choice: tuple[str, str], seed: int) -> Path:
     words = " ".join(filter(None, (name, *choice, f"seed {seed}")))
-    return bench.runs.parent / (words.replace(",", "").replace(" ", "_") + ".safetensors")
+    return bench.runs.parent / f"{_words(words)}.safetensors"
+
+
+def _words(text: str) -> str:
+    return text.replace(",", "").replace(" ", "_")
+
+
+def in_float32(bench: Bench, names: Sequence[str]) -> list[str]:
+    """The trials and the files of these rows' seeds that ran in float32, as the others did not."""
+    runs = {f"{ROWS[name].family} {label} trial" for name in names for label in ROWS[name].labels}
+    known = bench.finished()
+    trials = [run for run in runs if known.get(run, {}).get("dtype") == "float32"]
+    files = []
+    for name in names:
+        for path in bench.runs.parent.glob(f"{_words(name)}_lr=*_seed_*.safetensors"):
+            with safe_open(path, "pt") as file:
+                # The first runs, all in bfloat16, have no such note.
+                if (file.metadata() or {}).get("dtype") == "float32":
+                    files.append(path.stem)
+    return sorted(trials) + sorted(files)
 
 
 def run_missing(bench: Bench, choices: Mapping[str, Sequence[tuple[str, str]]], seed: int) -> None:
@@ -330,7 +351,7 @@ def run_missing(bench: Bench, choices: Mapping[str, Sequence[tuple[str, str]]], 
                 "validation": average(validation).contiguous(),
             }
             with whole_file(run_file(bench, name, (label, variant), seed)) as part:
-                save_file(tensors, part)
+                save_file(tensors, part, metadata={"dtype": bench.config.dtype})
 
 
 def ensemble(bench: Bench, name: str, choice: tuple[str, str]) -> dict[str, Tensor]:
@@ -452,13 +473,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", required=True, help="folder with openbookqa/, mmlu/ and more")
     parser.add_argument("--runs", type=Path, default=RESULTS / "methods", help="finished runs")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--save", action="store_true", help="write results/methods.json, and more")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.model, args.data, args.runs / "runs.jsonl")
+    bench = Bench(args.model, args.data, args.runs / "runs.jsonl", dtype=args.dtype)
     add_others(bench, args.data)
     figures, runs = table(bench, args.rows)
+    figures["float32"] = in_float32(bench, args.rows)
     trials = {
         name: [{"trial": {"settings": t}, "validation_nll": nll} for t, nll in nlls.items()]
         for name, nlls in figures["trials"].items()

@@ -22,6 +22,7 @@ from ..embedded import MODEL_HASH, model_hash, model_path
 from ..files import check_writable
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import AdapterConfig, ModelConfig
+from ..lora.dtypes import slow_on_cpu
 from ..lora.loading import load_llm, load_readout
 from ..readouts import READOUTS, Classes, LabelTokens
 from ..runs import checks
@@ -177,9 +178,11 @@ def _versions() -> Finding:
 
 def _cpu() -> Finding:
     capability = torch.backends.cpu.get_cpu_capability()
-    return Finding(
-        "ok", f"{os.cpu_count()} cores, torch takes {torch.get_num_threads()} threads, {capability}"
-    )
+    threads = f"{os.cpu_count()} cores, torch takes {torch.get_num_threads()} threads, {capability}"
+    slow = [name for name in ("bfloat16", "float16") if slow_on_cpu(getattr(torch, name))]
+    if slow:
+        threads += f"; no instructions for {' and '.join(slow)}, which are slow here"
+    return Finding("ok", threads)
 
 
 def _cuda() -> Finding:

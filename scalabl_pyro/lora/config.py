@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from peft import LoraConfig
 
 from ..data import PROMPTS, Record
 from ..readouts import READOUTS, Classes, ReadoutConfig
 from ..readouts.base import check_records
+from .dtypes import DTYPES, resolved
 from .start import read_config, start_fingerprint
 from .subspace import SUBSPACES
 
@@ -27,7 +29,8 @@ class ModelConfig(ReadoutConfig):
         :mod:`scalabl_pyro.embedded`.
     :param readout: a name in ``READOUTS``: ``label_tokens``, ``choice_likelihood``,
         ``completion_tokens``, ``sequence_classification`` or ``multiple_choice``.
-    :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
+    :param dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``; ``auto`` becomes
+        ``bfloat16`` where the device has instructions for it, and ``float32`` elsewhere.
     :param quantization: of the frozen linear layers, by bitsandbytes: ``4bit`` (NF4 with double
         quantisation; Dettmers et al. 2023, arXiv 2305.14314) or ``8bit`` (Dettmers et al. 2022,
         arXiv 2208.07339). Embeddings, the output layer and heads stay in ``dtype``, in which 4-bit
@@ -54,7 +57,7 @@ class ModelConfig(ReadoutConfig):
     def __post_init__(self) -> None:
         allowed: dict[str, list[Any]] = {
             "readout": sorted(READOUTS),
-            "dtype": ["float32", "bfloat16", "float16"],
+            "dtype": list(DTYPES),
             "quantization": [None, "4bit", "8bit"],
             "device_map": [None, "auto", "balanced", "balanced_low_0", "sequential"],
         }
@@ -80,6 +83,8 @@ class ModelConfig(ReadoutConfig):
                 )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}: expected auto, cpu, cuda or cuda:N")
+        gpu = self.device != "cpu" and torch.cuda.is_available()
+        object.__setattr__(self, "dtype", resolved(self.dtype, cpu=not gpu))
 
     def classes(self, records: Sequence[Record], *, shots: Sequence[Record] = ()) -> Classes:
         """The classes that these records need: those of all splits that will be read.

@@ -45,10 +45,14 @@ def _check_numbers(lora: LoraConfig, *, trained: bool) -> None:
     ranks = set((lora.rank_pattern or {}).values()) | {lora.r}
     if len(ranks) > 1:
         raise ValueError(
-            f"rank_pattern gives ranks {sorted(ranks)}: one rank r for all modules is needed"
+            f"rank_pattern gives ranks {sorted(ranks)}: expected one rank r for all modules, of"
+            " which s has r coordinates in each; train an adapter without rank_pattern"
         )
     if lora.alpha_pattern:
-        raise ValueError("alpha_pattern is not supported: one scaling α for all modules is needed")
+        raise ValueError(
+            f"alpha_pattern is {lora.alpha_pattern}: expected one scaling α for all modules; train"
+            " an adapter without alpha_pattern"
+        )
     if lora.inference_mode and not trained:
         raise ValueError("inference_mode is true, which trains nothing: set it to false")
     if not (math.isfinite(lora.lora_alpha) and lora.lora_alpha != 0):

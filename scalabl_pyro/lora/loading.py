@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..embedded import model_folder
 from ..readouts import READOUTS, Classes, Readout
 from .adapter import Core, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
+from .dtypes import slow_on_cpu
 from .gguf import find_gguf
 from .subspace import set_subspace
 
@@ -45,6 +47,8 @@ __all__ = [
     "prepare",
     "unquantized",
 ]
+
+log = logging.getLogger(__name__)
 
 
 class UntrainedHeadError(ValueError):
@@ -121,6 +125,13 @@ def load_llm(
                 " which is unpacked to plain weights: set quantization=null"
             )
         options["quantization_config"] = GgufConfig(dequantize=True)
+    if options["device_map"] == {"": "cpu"} and slow_on_cpu(options["dtype"]):
+        log.warning(
+            "model.dtype is %s on a CPU that has no instructions for it, which takes up to a"
+            " hundred times as long as float32: train with model.dtype=float32, or auto, for twice"
+            " the memory of the weights",
+            config.dtype,
+        )
     llm, loading_info = _load(
         config, auto_class, output_loading_info=True, use_safetensors=True, **options
     )

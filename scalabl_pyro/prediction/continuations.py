@@ -137,7 +137,4 @@ def _check_finite(logits: Tensor, there: Tensor, numbers: Sequence[int]) -> None
     bad = (~logits.isfinite()).any(-1).any(0) & there  # (B, K)
     if bad.any():
         number = numbers[int(bad.any(-1).nonzero()[0])]
-        raise NonFinitePredictionsError(
-            f"pair {number} has logits that are not finite: train again with a lower lr; so does"
-            " float16, which ends at 65,504: take model.dtype=bfloat16 or float32"
-        )
+        raise NonFinitePredictionsError(f"pair {number} has logits that are not finite")

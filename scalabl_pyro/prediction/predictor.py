@@ -41,7 +41,21 @@ _FEWEST = 4
 
 
 class NonFinitePredictionsError(NonFiniteLossError, ValueError):
-    """Logits that are NaN or infinite: what is averaged over them would be no probabilities."""
+    """Logits that are NaN or infinite: what is averaged over them would be no probabilities.
+
+    :param found: where they were found.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.found}. Weights or draws that are NaN or far too large give this: train again"
+            " with a lower lr; so does float16, which ends at 65,504: take model.dtype=bfloat16 or"
+            " float32"
+        )
 
 
 class Predicts(Protocol):
@@ -275,9 +289,7 @@ def _finite(logits: Tensor, batch: Batch, split: Split) -> Tensor:
     raise NonFinitePredictionsError(
         f"{int(bad.any(-1).any(0).sum())} of {len(split)} examples have logits that are not"
         f" finite, such as record {split.records[b].id!r}: {float(logits[k, b, c])} for"
-        f" choice {c} at draw {k}. Weights or draws that are NaN or far too large give this: train"
-        " again with a lower lr; so does float16, which ends at 65,504: take model.dtype=bfloat16"
-        " or float32"
+        f" choice {c} at draw {k}"
     )
 
 

@@ -247,8 +247,7 @@ def _scored(
         bad = (~tokens.isfinite()).any(-1).any(0).nonzero()[0]
         row = int(there.nonzero()[bad, 0])
         raise NonFinitePredictionsError(
-            f"record {split.records[row].id!r} has logits that are not finite: train again with a"
-            " lower lr; so does float16, which ends at 65,504: take model.dtype=bfloat16 or float32"
+            f"record {split.records[row].id!r} has logits that are not finite"
         )
     ids, lengths = batch.labels[there], there.sum(-1).tolist()
     log_probs = log_probs_of(ids, tokens)

@@ -50,7 +50,7 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
     model = BertForMultipleChoice(tiny_bert_config(hidden_size=32))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    for split, count in (("train", 16), ("validation", 4), ("test", 6)):
+    for split, count in (("train", 16), ("validation", 4), ("test", 12)):
         write_jsonl(tmp_path / "data" / "openbookqa" / f"{split}.jsonl", make_records(count))
     for subject in ("physics", "chemistry"):
         place = tmp_path / "data" / "mmlu" / f"college_{subject}" / "test.jsonl"
@@ -59,6 +59,7 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
     monkeypatch.setattr(methods, "SEEDS", range(2))
     rows = [name for name, row in methods.ROWS.items() if row.family == "MLE"]
     places = [f"--{name}={tmp_path / name}" for name in ("model", "data", "runs")]
+    places.append("--dtype=float32")
     outputs = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["methods.py", *places, "--rows", *rows])
@@ -67,14 +68,17 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
     figures = [json.loads(lines[-1])["figures"] for lines in outputs]
     assert figures[0] == figures[1]
     assert list(figures[0]["metrics"]) == rows
+    files = {path.stem for path in (tmp_path / "runs").glob("*.safetensors")}
+    trials = {f"MLE {label} trial" for label in methods.ALL["MLE"]}
+    assert set(figures[0]["float32"]) == files | trials
     assert all(line.startswith("running") for line in outputs[0][:1])
     assert not any(line.startswith("running") for line in outputs[1])
     # Against a loop over the files that the runs left.
-    labels = torch.tensor([record.label for record in make_records(6)])
+    labels = torch.tensor([record.label for record in make_records(12)])
     row = "MLE, checkpoint ensemble"
     label = figures[0]["chosen"][row]
     nll = [
-        -load_file(path)["log_probs"][torch.arange(6), labels].mean()
+        -load_file(path)["log_probs"][torch.arange(12), labels].mean()
         for path in (tmp_path / "runs").glob(f"MLE_checkpoint_ensemble_{label}_seed_*.safetensors")
     ]
     assert len(nll) == 2
@@ -84,7 +88,7 @@ def test_one_family_runs_and_is_kept(methods, monkeypatch, capsys, tmp_path, tok
         for label in [figures[0]["chosen"]["ensemble of 5"]]
         for seed in range(2)
     ]
-    p = sum(m["log_probs"].exp() for m in members)[torch.arange(6), labels] / 2
+    p = sum(m["log_probs"].exp() for m in members)[torch.arange(12), labels] / 2
     ensemble = figures[0]["metrics"]["ensemble of 5"]["test"]["nll"]
     assert ensemble["mean"] == pytest.approx(float(-p.log().mean()))
     assert {f"{what} by entropy" for what in ("wrong", "physics", "chemistry")} <= set(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import platform
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from scalabl_pyro import load_run, predict
-from scalabl_pyro.lora import loading
+from scalabl_pyro.lora import dtypes, loading
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
 from scalabl_pyro.lora.loading import (
     Classes,
@@ -358,3 +359,22 @@ def test_a_gpu_that_is_not_there_is_told(folder):
     config = ModelConfig(str(folder), device="cuda:63")
     with pytest.raises(ValueError, match=r"device is 'cuda:63', but torch .* sees \d+ GPUs"):
         load_llm(config, load_readout(config, LETTERS))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 CPUs")
+def test_auto_is_bfloat16_where_the_cpu_has_avx_512():
+    """With its instructions for bytes and words, from which on oneDNN has such products."""
+    flags = torch.cpu.get_capabilities()
+    expected = "bfloat16" if flags["avx512_bw"] else "float32"
+    assert ModelConfig("m", device="cpu", dtype="auto").dtype == expected
+    assert not dtypes.slow_on_cpu(torch.float32)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_number_format_that_the_cpu_is_slow_with_is_told(slow, folder, monkeypatch, caplog):
+    for module in (loading, dtypes):
+        monkeypatch.setattr(module, "slow_on_cpu", lambda dtype: slow and dtype != torch.float32)
+    assert load(folder, dtype="auto").llm.dtype == (torch.float32 if slow else torch.bfloat16)
+    assert not caplog.records
+    load(folder, dtype="bfloat16")
+    assert ["bfloat16 on a CPU" in record.message for record in caplog.records] == [True] * slow
