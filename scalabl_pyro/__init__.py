@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         runs,
     )
     from .data import Record, Split
-    from .diagnostics import from_pyro_svi, loo, pareto_k, to_inference_data
+    from .diagnostics import loo, pareto_k, to_inference_data
     from .guides import (
         AutoSubspaceDelta,
         AutoSubspaceLowRankMultivariateNormal,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         make_guide,
     )
     from .infer import FitConfig, KLSchedule, fit, kl_weight, laplace, mcmc
-    from .lora import SubspaceAdapter, from_pretrained
+    from .lora import SubspaceAdapter, from_pretrained, save_adapter
     from .models import LoRAModel, ScalaBLModel, make_prior, priors
     from .prediction import (
         Predictions,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         save_predictor,
         select,
     )
+    from .pyro_svi import from_pyro_svi
     from .runs import load_run
 
 __all__ = [
@@ -103,6 +104,7 @@ __all__ = [
     "priors",
     "readouts",
     "runs",
+    "save_adapter",
     "save_predictor",
     "select",
     "to_inference_data",
@@ -110,7 +112,7 @@ __all__ = [
 
 _HOMES = {
     "data": ["Record", "Split"],
-    "diagnostics": ["from_pyro_svi", "loo", "pareto_k", "to_inference_data"],
+    "diagnostics": ["loo", "pareto_k", "to_inference_data"],
     "guides": [
         "AutoSubspaceDelta",
         "AutoSubspaceLowRankMultivariateNormal",
@@ -121,7 +123,7 @@ _HOMES = {
         "make_guide",
     ],
     "infer": ["FitConfig", "KLSchedule", "fit", "kl_weight", "laplace", "mcmc"],
-    "lora": ["SubspaceAdapter", "from_pretrained"],
+    "lora": ["SubspaceAdapter", "from_pretrained", "save_adapter"],
     "methods": [],
     "models": ["LoRAModel", "ScalaBLModel", "make_prior", "priors"],
     "prediction": [
@@ -141,6 +143,7 @@ _HOMES = {
         "save_predictor",
         "select",
     ],
+    "pyro_svi": ["from_pyro_svi"],
     "readouts": [],
     "runs": ["load_run"],
 }

@@ -30,19 +30,21 @@ def dataset(
     variables: Mapping[str, np.ndarray],
     *,
     coords: Mapping[str, Any] | None = None,
-    dims: Mapping[str, Sequence[str]] | None = None,
+    dims: Mapping[str, Sequence[str | None]] | None = None,
     first: Sequence[str] = ("chain", "draw"),
 ) -> xr.Dataset:
     """Variables (chain, draw, …) with named dimensions.
 
     :param coords: of dimensions; of one that no variable has they are left out.
-    :param dims: names of a variable's further dimensions; NAME_dim_0, … if left out.
+    :param dims: names of a variable's further dimensions; NAME_dim_0, … if left out. Where a name
+        is ``None``, the dimension has size 1 and is dropped.
     :param first: names of the first dimensions of every variable.
     """
     named: dict[str, tuple[list[str], np.ndarray]] = {}
     for name, values in variables.items():
         own = (dims or {}).get(name, [f"{name}_dim_{i}" for i in range(values.ndim - len(first))])
-        named[name] = [*first, *own], values
+        dropped = tuple(len(first) + place for place, dim in enumerate(own) if dim is None)
+        named[name] = [*first, *filter(None, own)], values.squeeze(dropped)
     arrays = xr.Dataset(named, attrs={"inference_library": "pyro"})
     places = {dim: range(size) for dim, size in arrays.sizes.items()}
     places |= {dim: place for dim, place in (coords or {}).items() if dim in arrays.sizes}

@@ -14,11 +14,11 @@ from ..data import Columns, Split
 from ..files import new_path, whole_folder
 from ..infer.fit_config import FitConfig
 from ..lora.loading import make_adapter
+from ..lora.saving import write_adapter
 from ..prediction.distillation import distill, divergence
 from ..prediction.metrics import average
 from ..prediction.predictor import Predictor, predict
 from ..readouts.choice_likelihood import ChoiceLikelihood
-from ..runs.exports import save_adapter
 from ..runs.folder import load_run
 from ._input import read_input
 
@@ -91,7 +91,7 @@ def distill_run(config: DistillConfig) -> dict[str, Any]:
     if isinstance(readout, ChoiceLikelihood):
         summary["kappa"] = float(readout.kappa(student.llm).detach())
     with whole_folder(output) as part:
-        save_adapter(student, student.identity(), part)
+        write_adapter(student, student.identity(), part)
         about = {"run": config.run, "input": config.input, "records": len(split)} | summary
         (part / "distilled.json").write_text(json.dumps(about, indent=2) + "\n")
     return summary

@@ -9,10 +9,8 @@ from .plots import (
     plot_signal_to_noise,
 )
 from .psis import loo, pareto_k
-from .pyro_svi import from_pyro_svi
 
 __all__ = [
-    "from_pyro_svi",
     "loo",
     "pareto_k",
     "plot_correlation",

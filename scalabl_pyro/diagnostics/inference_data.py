@@ -23,6 +23,7 @@ from ..data import Split
 from ..guides import AutoSubspace
 from ..infer.messengers import ScaledToAll
 from ..models.model import ScalaBLModel, check_model, check_observes
+from ..models.priors import latent_dims
 from ..prediction.predictor import Predictor, predict
 from ..rng import forked_rng
 
@@ -99,7 +100,7 @@ def to_inference_data(
         "rank": range(width),
         "direction": range(predictor.draws.shape[-1] - width),
     }
-    dims = {
+    dims: dict[str, list[str | None]] = {
         "s": ["module", "rank"],
         "s_perp": ["module", "direction"],
         "label": ["example"],
@@ -126,7 +127,7 @@ def to_inference_data(
 
             draws["prior"], _ = _trace(prior, num_draws)
             for name, latent in model.prior.latents.items():
-                dims[name] = _latent_dims(latent.shape)
+                dims[name] = latent_dims(latent.shape, predictor.adapter.shape)
             if guide is not None:
                 sites, log_q = _trace(guide, num_draws, sites)
                 _, log_prior = _trace(prior, num_draws, sites)
@@ -234,24 +235,17 @@ def _trace(
     )
 
 
-def _latent_dims(shape: tuple[int, int]) -> list[str]:
-    """Names for the dimensions of a further latent site; those of size 1 are dropped later."""
-    return [d if size > 1 else f"{d}_1" for d, size in zip(("module", "rank"), shape, strict=True)]
-
-
 def _dataset(
     variables: Mapping[str, Tensor],
     chains: int,
     coords: dict[str, Any] | None = None,
-    dims: dict[str, list[str]] | None = None,
+    dims: dict[str, list[str | None]] | None = None,
 ) -> xr.Dataset:
     """Variables (chains · S, ...) as (chain, draw, ...)."""
     arrays = {
         name: value.unflatten(0, (chains, -1)).cpu().numpy() for name, value in variables.items()
     }
-    return dataset(arrays, coords=coords, dims=dims).isel(
-        module_1=0, rank_1=0, drop=True, missing_dims="ignore"
-    )
+    return dataset(arrays, coords=coords, dims=dims)
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> xr.Dataset:

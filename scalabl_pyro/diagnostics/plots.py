@@ -155,9 +155,10 @@ def plot_correlation(data: az.InferenceData, *, ax: Axes | None = None) -> Axes:
     axis = plt.subplots()[1] if ax is None else ax
     s = _draws(data, "posterior")
     rank = s.shape[2]
-    correlation = np.corrcoef(s.reshape(len(s), -1), rowvar=False)
+    correlation = np.atleast_2d(np.corrcoef(s.reshape(len(s), -1), rowvar=False))
+    np.fill_diagonal(correlation, 0.0)
+    end = min(1.0, max(float(np.abs(correlation).max()), 10 / len(s) ** 0.5))
     np.fill_diagonal(correlation, np.nan)
-    end = min(1.0, max(float(np.nanmax(np.abs(correlation))), 10 / len(s) ** 0.5))
     image = axis.imshow(correlation, cmap="RdBu_r", vmin=-end, vmax=end, interpolation="nearest")
     places = _places(data)
     if len(places) <= 32:

@@ -15,12 +15,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..lora.adapter import SubspaceAdapter
-from ..models.model import (
-    LoRAModel,
-    ScalaBLModel,
-    check_model,
-    require_module_local_params,
-)
+from ..models.local_parameters import require_local_parameters
+from ..models.model import LoRAModel, ScalaBLModel, check_model
 from ..models.priors import Prior
 
 __all__ = ["AutoSubspace", "JointNormal", "PosteriorPrior", "check_is_guide"]
@@ -69,7 +65,7 @@ class AutoSubspace(PyroModule):
         init_loc: Tensor | None = None,
         init_scale: float = 0.05,
     ) -> None:
-        require_module_local_params()
+        require_local_parameters()
         check_model(model)
         super().__init__()
         if not (init_loc is None or isinstance(init_loc, Tensor)):
@@ -140,7 +136,8 @@ class AutoSubspace(PyroModule):
         """
         if num_draws < 1:
             raise ValueError(f"the number of draws is {num_draws}: expected 1 or more")
-        return self.get_posterior().sample(torch.Size([num_draws]))
+        # A copy: a point's draws are its parameter itself, which training would move.
+        return self.get_posterior().sample(torch.Size([num_draws])).detach().clone()
 
     def with_perp(self, draws: Tensor) -> Tensor:
         """(S, M, r + k): draws of s, each beside one of s_perp, if the model has it.

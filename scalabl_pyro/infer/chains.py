@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data import Batch, Split
 from ..models.model import ScalaBLModel, check_model
+from ..models.priors import latent_dims
 from ..rng import forked_rng
 from .batches import whole_split
 from .messengers import ScaledToAll
@@ -89,7 +90,9 @@ class Chains:
         sites = {"s": self.draws, **self.latents}
         coords = {"module": list(self.module_names), "rank": range(self.draws.shape[-1])}
         draws = {name: values.cpu().numpy() for name, values in sites.items()}
-        posterior = dataset(draws, coords=coords, dims={"s": ["module", "rank"]})
+        of_s = self.draws.shape[2:]
+        dims = {name: latent_dims(values.shape[2:], of_s) for name, values in draws.items()}
+        posterior = dataset(draws, coords=coords, dims=dims)
         diverging = dataset({"diverging": self.diverging.numpy()})
         return groups({"posterior": posterior, "sample_stats": diverging})
 

@@ -21,6 +21,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDelta
 from pyro.nn import PyroModule
+from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from ..data import Split
@@ -153,6 +154,11 @@ def _check(
     callbacks: Sequence[Callback],
 ) -> None:
     """Refuse what cannot be trained, before anything is."""
+    if isinstance(guide, GuideMessenger):
+        raise TypeError(
+            f"the guide is a {type(guide).__name__}, which runs the model inside itself: expected a"
+            " guide that runs beside the model, such as AutoNormal; pyro.infer.SVI trains this one"
+        )
     for name, value, kind, made in (
         ("train", train, Split, "adapter.encode(records)"),
         ("config", config, FitConfig, "FitConfig(steps=…)"),
@@ -206,8 +212,9 @@ def _check_elbo(elbo: Any) -> None:
     name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
     raise TypeError(
         f"elbo is {name if isinstance(elbo, type) else repr(elbo)}: expected an object, such as"
-        " Trace_ELBO(num_particles=4), TraceMeanField_ELBO() or RenyiELBO(alpha=0.5); compiled"
-        " ones, ReweightedWakeSleep and TraceTailAdaptive_ELBO need a loop of their own"
+        " Trace_ELBO(num_particles=4), TraceMeanField_ELBO() or RenyiELBO(alpha=0.5);"
+        " ReweightedWakeSleep and TraceTailAdaptive_ELBO need a loop of their own, and compiled"
+        " ones a global store of parameters, which is empty here"
     )
 
 

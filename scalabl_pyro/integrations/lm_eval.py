@@ -33,7 +33,7 @@ from ..prediction.continuations import average_log_prob, score_tokens
 from ..prediction.generation import Decoding, continue_tokens
 from ..prediction.predictor import Predictor
 from ..prediction.texts import language_model
-from ..readouts.causal import DATE
+from ..readouts.causal import dated
 from ..runs.folder import Run, load_run
 from ..runs.predictors import PredictionConfig, make_predictor
 
@@ -132,7 +132,7 @@ class ModelAverageLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            date_string=DATE,
+            **dated(self.tokenizer),
         )
         return str(rendered)
 

@@ -238,6 +238,12 @@ def _check_arguments(args: transformers.TrainingArguments, options: dict[str, An
     }.items():
         if value := getattr(args, name):
             raise ValueError(f"args.{name} is {value}: {fix}")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise ValueError(
+                f"args.{name} is 'epoch', and training is counted in steps (max_steps): set it to"
+                " 'steps', and how many of them"
+            )
     if args.world_size > 1:
         raise ValueError(
             f"args.world_size is {args.world_size}, and each process would train on the same"

@@ -4,6 +4,7 @@ from .adapter import CORES, PROJECTIONS, Core, ProjectionMode, SubspaceAdapter
 from .config import AdapterConfig, ModelConfig
 from .loading import Classes, load_llm, load_readout, make_adapter
 from .pretrained import LoadOptions, from_pretrained
+from .saving import save_adapter
 from .subspace import SUBSPACES, second_moments, set_perp, set_subspace
 from .trunk import Trunk
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_llm",
     "load_readout",
     "make_adapter",
+    "save_adapter",
     "second_moments",
     "set_perp",
     "set_subspace",

@@ -32,6 +32,7 @@ from .layers import ADAPTER, PERP, add_lora, add_perp
 from .matrices import LoRAMatrices
 from .output_layer import prepare_output_layer
 from .rows import RowCheck
+from .saving import guard_saving
 from .trunk import Trunk, TrunkError, TrunkOutput
 from .trunk_cache import cached_split
 
@@ -177,6 +178,9 @@ class SubspaceAdapter:
         elif svd:
             self.matrices.decompose_product()
         self._B_at_start = self.matrices.norms_of_B()
+        self._is_folded = False
+        if svd:
+            guard_saving(self.peft_model, self._holds_s)
 
     # ------------------------------------------------------------------ shape and parameters
 
@@ -319,11 +323,16 @@ class SubspaceAdapter:
             try:
                 for A, scale in zip(matrices, scales, strict=True):
                     A.weight.copy_(_scaled_rows(A.weight, scale.to(A.weight)))
+                self._is_folded = True
                 with self._hooks.rebound(Bound()):
                     yield self.peft_model
             finally:
+                self._is_folded = False
                 for A, weight in zip(matrices, originals, strict=True):
                     A.weight.copy_(weight)
+
+    def _holds_s(self) -> bool:
+        return self._is_folded
 
     @contextmanager
     @torch.no_grad()
@@ -391,8 +400,9 @@ class SubspaceAdapter:
             further dimensions before C.
         :raises ValueError: if s has another shape.
 
-        s and the shift stay bound until the next call, for a checkpointed backward pass runs the
-        model again. Threads take turns, a pass each; they cannot train one adapter at once.
+        Outside of a pass no s is bound: the language model itself, called directly, is plain LoRA
+        with A and B as they are stored. Threads take turns, a pass each; they cannot train one
+        adapter at once.
         """
         return self._run(batch, s, per_example=per_example, shift=shift)
 
@@ -423,7 +433,7 @@ class SubspaceAdapter:
         shift: Tensor | None = None,
         leaving: TrunkOutput | None = None,
     ) -> Tensor:
-        with self._one_pass:
+        with self._one_pass, self._hooks.rebound(self._hooks.bound):
             try:
                 return self._pass(batch, s, per_example=per_example, shift=shift, leaving=leaving)
             except TrunkError as error:
@@ -549,8 +559,8 @@ class SubspaceAdapter:
             )
 
         def run(batch: Batch) -> Tensor:
-            with self.bound(None) as llm:
-                return self.readout(llm, batch.to(self.device).inputs)
+            with self._reading(None):  # not whole: the blocks above are left out
+                return self.readout(self.llm, batch.to(self.device).inputs)
 
         return cached_split(
             self.trunk,

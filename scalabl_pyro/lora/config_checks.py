@@ -21,6 +21,10 @@ _HEADS_OF_TASKS = {
 }
 
 
+#: beginnings of PEFT's names of such starts of A and B
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def check_lora(llm: PreTrainedModel, lora: LoraConfig, *, trained: bool) -> None:
     """Refuse what would bypass ``lora_A``, train nothing, or match nothing of the model.
 
@@ -52,6 +56,14 @@ def _check_numbers(lora: LoraConfig, *, trained: bool) -> None:
         raise ValueError(
             f"alpha_pattern is {lora.alpha_pattern}: expected one scaling α for all modules; train"
             " an adapter without alpha_pattern"
+        )
+    init = str(lora.init_lora_weights).lower()
+    if init.startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights is {lora.init_lora_weights!r}, by which PEFT changes the base"
+            " model's own weights wherever it loads the adapter: expected true, or one that leaves"
+            " them alone; of a trained adapter, PEFT's save_pretrained(folder,"
+            " path_initial_model_for_weight_conversion=...) makes plain LoRA"
         )
     if lora.inference_mode and not trained:
         raise ValueError("inference_mode is true, which trains nothing: set it to false")

@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 __all__ = ["ADAPTER", "load_start", "read_config", "start_fingerprint"]
@@ -49,16 +51,23 @@ def start_fingerprint(start: str | None) -> str:
         return ""
     config = read_config(start)
     _check_safe(start)
+    weights = _weights(start).read_bytes()
+    scaling = f"{config.r} {config.lora_alpha} {config.use_rslora}"
+    return hashlib.sha256(scaling.encode() + weights).hexdigest()
+
+
+def _weights(start: str | Path) -> Path:
     name = "adapter_model.safetensors"
     try:
-        path = Path(start, name) if Path(start).is_dir() else hf_hub_download(start, name)
-        weights = Path(path).read_bytes()
+        path = Path(start, name)
+        if not path.parent.is_dir():
+            path = Path(hf_hub_download(str(start), name))
+        path.stat()
     except OSError as error:
         raise ValueError(
             f"the adapter {start} has no {name}: copy it again from where it was made ({error})"
         ) from error
-    scaling = f"{config.r} {config.lora_alpha} {config.use_rslora}"
-    return hashlib.sha256(scaling.encode() + weights).hexdigest()
+    return path
 
 
 def load_start(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> PeftModel:
@@ -67,8 +76,9 @@ def load_start(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> Pef
     lora.inference_mode = False
     if Path(lora.base_model_name_or_path or "").name == Path(llm.name_or_path or "").name:
         lora.base_model_name_or_path = None  # PEFT warns of one model in two places as of two
-    model = cast(PeftModel, get_peft_model(llm, lora))
     try:
+        _check_embeddings(llm, lora, start)
+        model = cast(PeftModel, get_peft_model(llm, lora))
         loaded = model.load_adapter(str(start), ADAPTER, is_trainable=True)
         wrong = [*loaded.missing_keys, *loaded.unexpected_keys]
         if wrong:
@@ -92,6 +102,28 @@ def load_start(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> Pef
                 " failed; take an earlier checkpoint of it"
             )
     return model
+
+
+def _check_embeddings(llm: PreTrainedModel, lora: LoraConfig, start: str | Path) -> None:
+    """:raises ValueError: if the adapter holds other embeddings than the base model, as PEFT writes
+    where there are new tokens: they would be no part of what is trained and saved here."""
+    layers = (llm.get_input_embeddings(), llm.get_output_embeddings())
+    with safe_open(_weights(start), "pt") as file:
+        written = set(file.keys())
+        for name, layer in llm.named_modules():
+            whole = name.rpartition(".")[2] in (lora.modules_to_save or ())
+            if whole or layer not in layers or not isinstance(layer.weight, Tensor):
+                continue
+            for key in (f"base_model.model.{name}{part}.weight" for part in ("", ".base_layer")):
+                if key not in written:
+                    continue
+                weight = file.get_tensor(key).to(layer.weight)
+                if weight.shape == layer.weight.shape and not torch.equal(weight, layer.weight):
+                    raise ValueError(
+                        f"the adapter {start} holds other weights of {name} than the base model:"
+                        " merge it into the base model, and train on that; or train an adapter with"
+                        f" modules_to_save=[{name.rpartition('.')[2]!r}], which are part of it"
+                    )
 
 
 def _check_safe(start: str | Path) -> None:

@@ -17,7 +17,7 @@ from .iterates import IterateAveraging, Iterates
 __all__ = ["SWAG", "swag_draws"]
 
 
-def swag_draws(iterates: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
+def swag_draws(iterates: Tensor, num_draws: int, *, seed: int) -> Tensor:
     r"""S draws of a normal with the moments of K iterates, (S, D).
 
     .. math::
@@ -27,6 +27,7 @@ def swag_draws(iterates: Tensor, num_draws: int, generator: torch.Generator) -> 
     :param iterates: (K, D), the oldest first.
     """
     K = len(iterates)
+    generator = torch.Generator().manual_seed(seed)
     counts = torch.arange(1, K + 1, device=iterates.device)[:, None]
     deviations = iterates - iterates.cumsum(0) / counts  # D, (K, D)
     spread = iterates.var(0, unbiased=False).sqrt()
@@ -68,7 +69,7 @@ class SWAG(IterateAveraging):
         device = model.adapter.device  # of the first layer; the others may be elsewhere
         rows = [value.reshape(len(value), -1).to(device) for value in iterates.values()]
         flat = torch.cat(rows, 1)
-        draws = swag_draws(flat, self.draws, torch.Generator().manual_seed(seed))
+        draws = swag_draws(flat, self.draws, seed=seed)
         parts = draws.split([value[0].numel() for value in iterates.values()], 1)
         weights = {
             name: part.reshape(-1, *value.shape[1:])

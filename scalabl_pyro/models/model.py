@@ -22,6 +22,7 @@ from ..data import Batch, Split
 from ..lora.adapter import SubspaceAdapter
 from ..readouts.completion_tokens import NO_TOKEN
 from ..rng import forked_rng
+from .local_parameters import require_local_parameters
 from .priors import FixedPrior, Prior
 
 __all__ = [
@@ -30,18 +31,7 @@ __all__ = [
     "ScalaBLModel",
     "check_model",
     "check_observes",
-    "require_module_local_params",
 ]
-
-
-def require_module_local_params() -> None:
-    """:raises RuntimeError: unless Pyro keeps parameters in their modules."""
-    if not pyro.settings.get("module_local_params"):
-        raise RuntimeError(
-            "Pyro's module_local_params is off, so a second model would silently inherit the first"
-            " one's parameters; call pyro.settings.set(module_local_params=True) first"
-            " (making a prior, model or guide of scalabl_pyro did)"
-        )
 
 
 class Projections(PyroModule):
@@ -67,7 +57,7 @@ class Projections(PyroModule):
     """
 
     def __init__(self, adapter: SubspaceAdapter) -> None:
-        require_module_local_params()
+        require_local_parameters()
         super().__init__()
         self._held: dict[str, nn.Parameter] = {}  # by attribute, the tensors of the layers
         self._declared = slice(None)
@@ -126,7 +116,7 @@ class LoRAModel(PyroModule):
     """
 
     def __init__(self, adapter: SubspaceAdapter, *, num_data: int) -> None:
-        require_module_local_params()
+        require_local_parameters()
         if isinstance(adapter, nn.Module) or not callable(adapter):
             raise TypeError(
                 f"adapter is a {type(adapter).__name__}: expected a SubspaceAdapter, such as"
@@ -301,7 +291,8 @@ class ScalaBLModel(LoRAModel):
         self.projections()
         s = pyro.sample("s", self.prior())  # (*draws, M, r)
         if self.prior_perp is not None:
-            s = torch.cat([s, pyro.sample("s_perp", self.prior_perp)], -1)  # (*draws, M, r + k)
+            s_perp = pyro.sample("s_perp", self.prior_perp)  # (*draws, M, k)
+            s = _side_by_side(s, s_perp)  # (*draws, M, r + k)
         if self.scale_B is not None:
             pyro.factor("prior_B", self.log_prior_B())
         logits = self.adapter(batch, s)  # (*draws, B, C)
@@ -309,6 +300,24 @@ class ScalaBLModel(LoRAModel):
             # Vectorised particles keep a dimension of size 1 where the data plate goes.
             logits = logits.squeeze(s.dim() - 3)
         return self.observe(batch, logits)
+
+
+def _side_by_side(s: Tensor, s_perp: Tensor) -> Tensor:
+    """(\\*draws, M, r + k), where one of them may be conditioned on a value without draws, or with
+    draws but without the dimension of size 1 that the data plate has in those of the other.
+
+    :param s: (\\*draws, M, r).
+    :param s_perp: (\\*draws, M, k).
+    """
+    draws = [part.shape[:-2] for part in (s, s_perp)]
+    longest = max(draws, key=len)
+    if longest[-1:] == (1,):
+        s, s_perp = (
+            part.unsqueeze(-3) if own and len(own) < len(longest) else part
+            for part, own in zip((s, s_perp), draws, strict=True)
+        )
+    shape = torch.broadcast_shapes(s.shape[:-2], s_perp.shape[:-2])
+    return torch.cat([part.expand(*shape, *part.shape[-2:]) for part in (s, s_perp)], -1)
 
 
 def _check_support(prior: Prior) -> None:

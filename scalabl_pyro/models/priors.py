@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..registry import named
 from ..rng import forked_rng
+from .local_parameters import make_parameters_local
 
-# Before any PyroModule is built: parameters belong to their modules, not to a global store.
-pyro.settings.set(module_local_params=True)
+make_parameters_local()  # before a first model or guide of this package can be made
 
 __all__ = [
     "PRIORS",
@@ -29,6 +29,7 @@ __all__ = [
     "Latent",
     "LearnedNormal",
     "Prior",
+    "latent_dims",
     "make_prior",
 ]
 
@@ -38,6 +39,16 @@ class Latent(NamedTuple):
 
     shape: tuple[int, int]
     support: constraints.Constraint
+
+
+def latent_dims(shape: Sequence[int], of_s: Sequence[int]) -> list[str | None]:
+    """The names of a further latent site's two dimensions; none where its size is 1 and that of s
+    is not.
+
+    :param of_s: the shape of s.
+    """
+    sizes = zip(("module", "rank"), shape, of_s, strict=True)
+    return [name if size == size_of_s else None for name, size, size_of_s in sizes]
 
 
 class Prior(PyroModule):
@@ -66,7 +77,8 @@ class FixedPrior(Prior):
 
     :param coordinate: with a batch shape that expands to (M, r), on an interval of the real line.
     :raises ValueError: if it is a distribution of more than one number, of another shape, or
-        discrete, or a parameter of it is no finite number.
+        discrete; if a parameter of it is no finite number; or if it says that its support is the
+        real line, and it is not.
     """
 
     def __init__(self, shape: tuple[int, int], coordinate: TorchDistribution) -> None:
@@ -76,6 +88,7 @@ class FixedPrior(Prior):
         reals = torch.tensor([-1e6, 0.0, 1e6], device=_device(coordinate))
         if not coordinate.event_shape and self.support.check(reals).all():
             self.support = Prior.support  # by whatever name, as a mixture's
+            _check_on_the_line(coordinate)
         if coordinate.event_shape or self.support.is_discrete:
             raise ValueError(
                 f"the prior is {coordinate} with event shape {tuple(coordinate.event_shape)} and"
@@ -216,6 +229,29 @@ def _positive(name: str, value: float, *, below: float = math.inf) -> float:
     if not (isinstance(value, (int, float)) and 0 < value < below):
         raise ValueError(f"{name} is {value!r}: expected a number above 0 and below {below:g}")
     return float(value)
+
+
+def _check_on_the_line(coordinate: TorchDistribution) -> None:
+    """:raises ValueError: if it has no density somewhere on the real line. The support of a
+    transformed distribution is the range of its last transform, wherever the base may be."""
+    sizes = [10.0**exponent for exponent in range(-6, 7)]
+    # Torch's by itself, too: torch.compile, which other libraries call, turns it off for good.
+    validated = pyro.settings.context(
+        validate_distributions_pyro=True, validate_distributions_torch=True
+    )
+    with validated, torch.no_grad():
+        for value in (sign * size for size in sizes for sign in (1, -1)):
+            try:
+                density = coordinate.log_prob(torch.tensor(value, device=_device(coordinate)))
+                bad = bool(density.isnan().any())
+            except ValueError:  # of the base, which knows its own support
+                bad = True
+            if bad:
+                raise ValueError(
+                    f"the prior is {coordinate}, whose support is said to be the real line, and it"
+                    f" has no density at {value:g}: expected a distribution with the right"
+                    " support, such as a subclass that overrides it"
+                )
 
 
 def _check_finite(distribution: TorchDistribution) -> None:

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
@@ -69,10 +70,11 @@ def _independent(
 ) -> Tensor:
     if isinstance(guide, AutoSubspace) and guide.draws_from_posterior:
         return guide.sample(num_draws)
-    if isinstance(guide, AutoGuide) and guide.prototype_trace is None and batch is None:
+    unmade = isinstance(guide, AutoGuide) and guide.prototype_trace is None
+    if batch is None and (unmade or isinstance(guide, GuideMessenger)):
         raise ValueError(
-            f"{type(guide).__name__} is made at its first call, with what the model is called"
-            " with: give batch=, a batch of the training split"
+            f"{type(guide).__name__} runs the model, which needs a batch: give batch=, one of the"
+            " training split"
         )
     drawn = [_sites(guide, batch) for _ in range(num_draws)]
     return torch.cat([torch.stack([sites[name] for sites in drawn]) for name in drawn[0]], -1)

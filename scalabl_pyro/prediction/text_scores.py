@@ -113,6 +113,10 @@ def _token_scores(logits: Tensor, log_weights: Tensor) -> TokenScores:
     """In float64: mutual information is the difference of two entropies that are nearly the
     same."""
     alike = all_alike(logits)
+    if alike.all():  # of one draw, above all
+        log_mean = average(logits[:1].double())
+        nothing = torch.zeros_like(log_mean[:, 0])
+        return TokenScores(log_mean, torch.special.entr(log_mean.exp()).sum(-1), nothing, nothing)
     logits, log_weights = logits.double(), log_weights.double().log_softmax(0)
     log_mean = average(logits, log_weights)
     mean = log_mean.exp()

@@ -17,10 +17,10 @@ from ..data import GAP, DataError, Prompt, Record
 from .base import Readout
 
 __all__ = [
-    "DATE",
     "CausalReadout",
     "check_chat",
     "check_left_padding",
+    "dated",
     "in_template",
     "keeps_logits",
     "last_logits",
@@ -121,6 +121,7 @@ class CausalReadout(Readout):
                 "letters": prompt.letters,
                 "gap": prompt.gap,
                 "chat": self.chat,
+                "add_special_tokens": not self.chat,
                 **before,
             }
         }
@@ -166,8 +167,16 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(whole) - begin - len(bare) if begin < len(whole) else 0
 
 
-#: some chat templates write today's date, and the same record would be another prompt tomorrow.
+#: instead of today, which some chat templates write: the same record would be another prompt
+#: tomorrow
 DATE = "26 Jul 2024"
+# transformers lets no argument take the place of the function that other templates ask.
+_CLOCK = "{% macro strftime_now(form) %}" + DATE + "{% endmacro %}{{ '' }}"
+
+
+def dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Arguments of ``apply_chat_template`` that fix the date."""
+    return {"chat_template": _CLOCK + tokenizer.get_chat_template(), "date_string": DATE}
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> str:
@@ -207,7 +216,7 @@ def in_template(
                     [{"role": role, "content": form(text)} for role, text in messages],
                     add_generation_prompt=not answered,
                     tokenize=False,
-                    date_string=DATE,
+                    **dated(tokenizer),
                 )
             )
         except (TemplateError, TypeError, AttributeError, LookupError) as error:

@@ -32,12 +32,12 @@ from ..infer.svi import fit
 from ..lora.adapter import SubspaceAdapter
 from ..lora.layers import ADAPTER
 from ..lora.padding import real_tokens
+from ..lora.saving import save_adapter
 from ..lora.subspace import set_subspace
 from ..models.model import ScalaBLModel
 from ..prediction.generation import Decoding, encode_prompts, generate
 from ..prediction.predictor import Predictor
 from ..readouts.completion_tokens import NO_TOKEN
-from .exports import save_adapter
 
 __all__ = ["CHECKS", "Candidate", "Finding", "Needless", "bound", "examine"]
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..embedded import model_folder
@@ -26,14 +25,14 @@ from ..files import whole_folder
 from ..lora.adapter import SubspaceAdapter
 from ..lora.config import ModelConfig
 from ..lora.gguf import find_gguf
-from ..lora.layers import quiet_peft
+from ..lora.layers import ADAPTER, quiet_peft
 from ..lora.loading import load_llm
-from ..lora.saving import save_peft, write_weights
+from ..lora.saving import write_adapter
 from ..readouts.base import Readout
 from .card import Figure, about, head, plain, results, settings
 from .folder import Run, point_of
 
-__all__ = ["check_output_layer", "export", "merge", "push_to_hub", "save_adapter"]
+__all__ = ["check_output_layer", "export", "merge", "push_to_hub"]
 
 FORMAT = 1
 OUTPUT_LAYER = ("keep", "drop", "merge")
@@ -63,8 +62,8 @@ def export(
     :param output_layer: ``keep``, ``drop`` or ``merge``.
     :param metrics: for the model card, as in ``metrics.json`` of a run, or with intervals.
     :returns: the manifest.
-    :raises ValueError: if the run has fewer draws, or draws of more than s, or ``merge`` finds no
-        adapted output layer.
+    :raises ValueError: if the run has fewer draws, or draws of more than s; if ``merge`` finds no
+        adapted output layer; or if there are several adapters that train biases.
     :raises FileExistsError: if the folder exists.
     """
     check_output_layer(output_layer)
@@ -84,12 +83,18 @@ def export(
         raise ValueError(f"draws is {draws}, but the run has {available}: export at most those")
     for index in range(available if draws is None else draws):
         points[f"draw_{index:02d}"] = draws_of_s[index]  # type: ignore[index]
+    bias = cast(LoraConfig, adapter.peft_model.peft_config[ADAPTER]).bias
+    if bias != "none" and len(points) > 1:
+        raise ValueError(
+            f"the adapter trains biases (bias is {bias!r}), and PEFT holds one such adapter at a"
+            " time: set draws=0, for the median alone, or make one adapter by scalabl distill"
+        )
     drop = set() if output_layer == "keep" or head is None else {head}
     with whole_folder(Path(folder)) as part:
         for name, s in points.items():
-            save_adapter(adapter, s, part / name, drop=drop)
+            write_adapter(adapter, s, part / name, drop=drop)
         if output_layer == "merge":
-            save_adapter(adapter, points["median"], part / "head", drop=set(adapter.layers) - drop)
+            write_adapter(adapter, points["median"], part / "head", drop=set(adapter.layers) - drop)
             merge(run.config.model, run.readout, part / "head", part / "base")
             shutil.rmtree(part / "head")
         manifest = _manifest(run, part, list(points), output_layer)
@@ -156,45 +161,6 @@ def _output_layer(adapter: SubspaceAdapter) -> str | None:
     """The name of the adapted output layer, where there is one."""
     head = adapter.llm.get_output_embeddings()
     return next((name for name, layer in adapter.layers.items() if layer is head), None)
-
-
-def save_adapter(
-    adapter: SubspaceAdapter, s: Tensor, folder: Path, *, drop: Collection[str] = ()
-) -> None:
-    """Write one ordinary PEFT adapter, A = diag(s)·V (or R·V) and B.
-
-    :param s: (M, r), or (M, r + k) with s_perp; the adapter then has rank r + k.
-    :param drop: adapted modules to leave out.
-    """
-    with adapter.folded(s) as peft_model:
-        tensors = save_peft(peft_model, folder)
-        perp = zip(
-            adapter.layers if adapter.perp else (), adapter.perp_A, adapter.perp_B, strict=True
-        )
-        for module, A, B in perp:
-            for part, more, dim in (("lora_A", A, 0), ("lora_B", B, 1)):
-                name = f"base_model.model.{module}.{part}.weight"
-                tensors[name] = torch.cat([tensors[name], more.weight.detach().cpu()], dim)
-    (folder / "README.md").unlink()  # PEFT's template; the exported folder has a card of its own
-    if not (drop or adapter.perp):
-        return
-    remaining = {
-        name: value
-        for name, value in tensors.items()
-        if not any(name.startswith(f"base_model.model.{module}.lora_") for module in drop)
-    }
-    write_weights(remaining, folder)
-    config = folder / "adapter_config.json"
-    values = json.loads(config.read_text())
-    if drop:
-        names = {module.rpartition(".")[2] for module in adapter.layers if module not in drop}
-        values["target_modules"] = sorted(names)
-    if adapter.perp:
-        # PEFT divides α by the rank, or its root, and the scaling is to stay what it was.
-        rank = adapter.rank + adapter.perp
-        values |= {"r": rank, "rank_pattern": {}}
-        values["lora_alpha"] = adapter.scaling * (rank**0.5 if values["use_rslora"] else rank)
-    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _untie(llm: PreTrainedModel) -> None:

@@ -165,3 +165,8 @@ def test_pictures_are_written_whole(tmp_path):
     save_figure(plt.figure(), path)
     assert [p.name for p in path.parent.iterdir()] == ["comparison.png"]
     assert not plt.get_fignums()
+
+
+def test_one_coordinate_correlates_with_nothing(axis):
+    plot_correlation(posterior(LLAMA[:1], rank=1), ax=axis)
+    assert axis.images[0].get_array().shape == (1, 1)

@@ -302,6 +302,7 @@ ALIKE = {
     "MLE early-stopped, A from activations, temperature",
     "BLoB mean",
     "ScalaBL, V random",
+    "reference",
 }
 
 
@@ -331,10 +332,11 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         "ScalaBL with a random V": "ScalaBL, V random",
         "its point: V random, s a number": "V random, point s",
         "its point: V from activations, s a number": "V from activations, point s",
+        "reference, the published algorithm": "reference",
     }
     assert set(names.values()) == set(figures["metrics"])
-    assert len(names) == 17
-    assert "seventeen rows" in (ROOT / "README.md").read_text()
+    assert len(names) == 18
+    assert "eighteen rows" in (ROOT / "README.md").read_text()
     text = page("results")
     section = text.partition("## Methods beside each other")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
@@ -364,7 +366,13 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
     readme = " ".join((ROOT / "README.md").read_text().split("## Results")[1].split())
     less = figures["minus ScalaBL"]
     compared = ("MLE, temperature", "MLE, Laplace-LoRA", "ScalaBL, V random", "BLoB")
-    for name in (*compared, "MLE early-stopped, temperature", FROM_DATA, "ensemble of 5"):
+    for name in (
+        *compared,
+        "MLE early-stopped, temperature",
+        FROM_DATA,
+        "ensemble of 5",
+        "reference",
+    ):
         assert plain.count(difference(less[name]["nll"])) == 2, "in the table, and in words"
     point = figures["minus ScalaBL, V random"]["V random, point s"]
     same_V = less["V from activations, point s"]
@@ -389,9 +397,14 @@ def test_the_table_of_all_methods_is_that_of_its_runs():
         assert f"{mean['nll'][name]:.3f}" in plain.partition("Directions from the data alone")[2]
     lines = (path.parent / "methods" / "runs.jsonl").read_text().splitlines()
     trials = [trial for line in lines for trial in json.loads(line).values()]
-    for name in ("MC dropout", "BLoB", "ScalaBL"):
+    for name in ("MC dropout", "BLoB", "ScalaBL", "reference"):
         best = min(trial[f"{name}|"] for trial in trials if f"{name}|" in trial)
         assert f"{best:.3f}" in plain
+    best = [
+        min(t[f"{name}|"] for t in trials if f"{name}|" in t) for name in ("reference", "ScalaBL")
+    ]
+    assert "validation NLL was lower, {:.3f} against {:.3f}".format(*best) in plain
+    assert figures["float32"] == ["reference_lr=0.002_seed_3", "reference_lr=0.002_seed_4"]
     assert difference(point["ece"], 100, 1) in plain
     assert difference(point["brier"]) in plain
 

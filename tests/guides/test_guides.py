@@ -14,7 +14,7 @@ from conftest import keeps_the_contract, whole
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroParam
 
@@ -371,3 +371,24 @@ def test_medians_take_what_those_of_pyros_guides_take(make_causal, records):
         guide = make_guide(model, name)
         assert torch.equal(guide.median(batch)["s"], guide.median()["s"])
         assert torch.equal(guide.quantiles([0.5], batch)["s"], guide.quantiles([0.5])["s"])
+
+
+def test_draws_of_a_point_stay_when_it_is_trained_on(model, split):
+    guide = AutoSubspaceDelta(model)
+    draws = draw(guide, 2, seed=0)
+    before = draws.clone()
+    fit(model, guide, split, FitConfig(steps=3, lr_guide=0.5), progress=False)
+    assert not torch.equal(guide.median()["s"], before[0])
+    assert torch.equal(draws, before)
+    assert not draws.requires_grad
+
+
+def test_a_guide_that_runs_the_model_inside_itself_is_for_svi(model, split):
+    guide = AutoNormalMessenger(model)
+    with pytest.raises(TypeError, match="AutoNormalMessenger, which runs the model inside itself"):
+        fit(model, guide, split, FitConfig(steps=1), progress=False)
+    batch = whole(split)
+    guide(batch)
+    with pytest.raises(ValueError, match="AutoNormalMessenger runs the model, which needs a batch"):
+        draw(guide, 2, seed=0)
+    assert draw(guide, 2, seed=0, batch=batch).shape == (2, *model.adapter.shape)

@@ -8,7 +8,14 @@ import torch
 from conftest import make_records, whole
 
 from benchmarks.correctness._linear import LinearAdapter, LinearGaussian, make_split
-from scalabl_pyro import Predictor, ScalaBLModel
+from scalabl_pyro import (
+    AutoSubspaceNormal,
+    Predictor,
+    ScalaBLModel,
+    draw,
+    make_prior,
+    to_inference_data,
+)
 from scalabl_pyro.infer.batches import whole_split
 from scalabl_pyro.infer.chains import Chains, _potential, mcmc
 from scalabl_pyro.models.priors import Horseshoe
@@ -173,3 +180,17 @@ def test_the_split_must_be_the_labelled_data_of_the_model(make_causal):
         mcmc(model, adapter.readout.encode(make_records(4)))
     with pytest.raises(ValueError, match="needs a label in every record"):
         mcmc(model, adapter.readout.encode(make_records(5, labelled=False)))
+
+
+@pytest.mark.parametrize("prior", ["horseshoe", "hierarchical_normal"])
+def test_latent_scales_have_the_dimensions_that_a_guide_gives_them(make_causal, records, prior):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split), prior=make_prior(adapter.shape, prior))
+    options = dict(num_samples=4, warmup_steps=2, num_chains=1, progress=False)
+    chains = mcmc(model, split, max_tree_depth=1, **options).to_inference_data()
+    guide = AutoSubspaceNormal(model)
+    predictor = Predictor(adapter, draw(guide, 2, seed=0))
+    ours = to_inference_data(predictor, split, model=model, guide=guide)
+    for name in model.prior.latents:
+        assert chains.posterior[name].dims == ours.posterior[name].dims

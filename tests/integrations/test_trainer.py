@@ -361,3 +361,13 @@ def test_an_adapter_that_was_frozen_since_is_saved_and_old_checkpoints_are_told(
     save_file(without, checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(RuntimeError, match=r"Missing key.*frozen\."):
         ELBOTrainer(model, guide, args, split).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("strategy", ["eval_strategy", "save_strategy", "logging_strategy"])
+def test_epochs_are_refused_where_steps_are_counted(make_causal, records, tmp_path, strategy):
+    adapter = make_causal()
+    split = adapter.encode(records)
+    model = ScalaBLModel(adapter, num_data=len(split))
+    args = arguments(tmp_path, **{strategy: "epoch"})
+    with pytest.raises(ValueError, match=f"args.{strategy} is 'epoch', and training is counted in"):
+        ELBOTrainer(model, AutoSubspaceNormal(model), args, split, eval_dataset=split)

@@ -150,7 +150,8 @@ def test_no_library_warns_of_another_when_layers_are_added(letters, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = SubspaceAdapter(tiny_llama(), lora("q_proj"), letters)
-        first.peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+        with first.folded(first.init_loc) as peft_model:
+            peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
         SubspaceAdapter(tiny_llama(), lora("q_proj"), letters, start=tmp_path)
         with pytest.warns(FutureWarning, match="^`is_gradient_checkpointing`"):
             tiny_llama().is_gradient_checkpointing  # noqa: B018  in sight again

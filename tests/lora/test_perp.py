@@ -361,3 +361,32 @@ def test_bad_values_are_refused(make, make_causal, records):
         adapter(whole(adapter.encode(records)), torch.ones(5, 6))
     with pytest.raises(ValueError, match=r"or \(S, 5, 7\) with s_perp"):
         sp.Predictor(adapter, torch.ones(2, 5, 6))
+
+
+def test_a_value_without_draws_stands_beside_draws(make, records):
+    """Conditioned on one part while the other has draws, against one particle after the other."""
+    adapter = make(K)
+    model = sp.ScalaBLModel(adapter, num_data=3)
+    split = adapter.encode(records)
+    batch = whole(split)
+    draws = {"s": torch.randn(4, *adapter.shape), "s_perp": torch.randn(4, len(adapter.layers), K)}
+    for given in draws:
+        one = {given: draws[given][0]}
+        conditioned = poutine.condition(model, one)
+        guide = poutine.block(sp.AutoSubspaceNormal(model), hide=[given])
+        elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+        assert elbo.loss(conditioned, guide, batch) > 0
+        with pyro.plate("many", 2, dim=-2):
+            trace = poutine.trace(conditioned).get_trace(batch)
+        for k in range(2):
+            parts = {name: trace.nodes[name]["value"] for name in draws}
+            flat = [v.reshape(-1, *v.shape[-2:]) for v in parts.values()]
+            s = torch.cat([v[min(k, len(v) - 1)] for v in flat], -1)
+            torch.testing.assert_close(trace.nodes["_RETURN"]["value"][k], adapter(batch, s))
+    for parallel in (False, True):
+        sampled = Predictive(
+            model, posterior_samples=draws, parallel=parallel, return_sites=["_RETURN"]
+        )
+        logits = sampled(batch)["_RETURN"]
+        expected = adapter(batch, torch.cat([*draws.values()], -1))
+        torch.testing.assert_close(logits.reshape(expected.shape), expected)

@@ -405,3 +405,14 @@ def test_a_real_llama_shares_and_caches_its_trunk(shared):
     torch.testing.assert_close(adapter(whole(split), s), expected, atol=1e-5, rtol=1e-6)
     cached = whole(adapter.cache_trunk(split))
     torch.testing.assert_close(adapter(cached, s), expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"perp": 2}, {"projections": "unit"}], ids=str)
+def test_the_first_pass_may_be_that_which_caches_the_trunk(make_causal, records, options):
+    from conftest import longer_and_longer
+
+    adapter = make_causal(targets=("lm_head",), **options)
+    split = adapter.encode(longer_and_longer(records))
+    cached = adapter.cache_trunk(split)
+    s = torch.randn(3, *adapter.shape)
+    torch.testing.assert_close(adapter(whole(cached), s), adapter(whole(split), s))

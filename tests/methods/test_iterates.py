@@ -56,7 +56,7 @@ def test_what_a_readout_trains_moves_as_in_plain_training(make_likelihood, recor
 def test_swag_has_the_moments_of_the_iterates():
     torch.manual_seed(1)
     iterates = torch.randn(4, 3).cumsum(0)
-    draws = swag_draws(iterates, 400_000, torch.Generator().manual_seed(0))
+    draws = swag_draws(iterates, 400_000, seed=0)
     columns = [iterates[k] - iterates[: k + 1].mean(0) for k in range(4)]
     covariance = 0.5 * ((iterates**2).mean(0) - iterates.mean(0) ** 2).diag()
     covariance += sum(torch.outer(c, c) for c in columns) / (2 * 3)

@@ -241,3 +241,22 @@ def test_a_prior_goes_where_its_module_goes(name):
     moved = make_prior((3, 2), name).to("meta")
     with pyro.validation_enabled(False), pyro.poutine.block():
         assert moved().sample().device.type == "meta"
+
+
+def test_a_prior_that_is_not_on_the_whole_line_as_it_says_is_refused(make_causal):
+    """The support of a transformed distribution is that of its transform's values."""
+    below_one = dist.TransformedDistribution(
+        dist.Exponential(1.0), [dist.transforms.AffineTransform(1.0, -1.0)]
+    )
+    shifted = dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0),
+        [dist.transforms.ExpTransform(), dist.transforms.AffineTransform(-1.0, 1.0)],
+    )
+    for prior, where in ((below_one, "10"), (shifted, "-1")):
+        with pytest.raises(ValueError, match=f"real line, and it has no density at {where}:"):
+            ScalaBLModel(make_causal(), num_data=3, prior=prior)
+    scaled = dist.TransformedDistribution(
+        dist.StudentT(3.0), [dist.transforms.AffineTransform(1.0, -2.0)]
+    )
+    for prior in (scaled, dist.Cauchy(0.0, 1e-3), dist.Normal(5.0, 1e-4)):
+        ScalaBLModel(make_causal(), num_data=3, prior=prior)

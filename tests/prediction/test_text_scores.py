@@ -195,3 +195,17 @@ def test_one_meaning_takes_entailment_both_ways():
 def test_bad_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_draws_that_are_alike_are_one():
+    logits = torch.randn(1, 3, 7)
+    one = token_scores(logits, torch.zeros(1, 3))
+    many = token_scores(logits.expand(4, -1, -1), torch.full((4, 3), 0.25).log())
+    # Beside a row of draws that differ, which are averaged.
+    differing = torch.cat([logits.expand(4, -1, -1), torch.randn(4, 1, 7)], 1)
+    beside = token_scores(differing, torch.full((4, 4), 0.25).log())
+    p = logits[0].double().softmax(-1)
+    torch.testing.assert_close(one.entropy.double(), -(p * p.log()).sum(-1), rtol=1e-6, atol=0)
+    for name in ("log_probs", "entropy", "mutual_information", "epkl"):
+        torch.testing.assert_close(getattr(many, name), getattr(one, name))
+        torch.testing.assert_close(getattr(beside, name)[:3], getattr(one, name))

@@ -242,3 +242,11 @@ def test_predict_of_completions_is_refused_in_words(tokenizer, end, count):
             ValueError, match=r"reads texts, such as CompletionTokens: .* take score"
         ):
             predict(predictor, split)
+
+
+@pytest.mark.parametrize("date", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"])
+def test_a_chat_template_that_writes_the_date_writes_one(tokenizer, date):
+    """Whatever it reads it from: tomorrow the same record is the same prompt."""
+    template = date + " {{ messages[0]['content'] }} dog :"
+    text = chat(tokenizer, template)._text(QUESTION, QUESTION.question)
+    assert text.startswith("26 Jul 2024 ")

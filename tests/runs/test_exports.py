@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ import torch
 from conftest import blocks, lora, make_records, tiny_bert_config, tiny_llama, whole, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
-from scalabl_pyro import FitConfig, SubspaceAdapter, load_run, predict
+from scalabl_pyro import FitConfig, SubspaceAdapter, load_run, predict, save_adapter
 from scalabl_pyro.commands.export import ExportConfig, export_run
 from scalabl_pyro.data import PROMPTS
 from scalabl_pyro.lora.config import AdapterConfig, ModelConfig
@@ -115,18 +117,30 @@ def test_plain_peft_computes_our_logits_for_a_draw_without_this_package(make_run
     assert difference < 1e-5 < spread
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "chat"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+    ids=str,
+)
 def test_the_snippet_of_the_documentation_serves_the_average_as_one_mixed_batch(
-    make_run, tmp_path, monkeypatch, stored
+    make_run, tmp_path, monkeypatch, tokenizer, stored, chat
 ):
-    run = make_run(stored=stored)
+    """Also where tokenizer and chat template both begin a text, and there is no padding token."""
+    tokenizer.bos_token = tokenizer.eos_token = "dog"
+    tokenizer.pad_token = None
+    begin = processors.TemplateProcessing(
+        single="dog $A", special_tokens=[("dog", tokenizer.convert_tokens_to_ids("dog"))]
+    )
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.chat_template = "{{ bos_token }} {{ messages[0].content }} cat :"
+    run = make_run(stored=stored, model={"chat": chat})
     export(run, tmp_path / "exported")
     monkeypatch.chdir(tmp_path)
     code = blocks(ROOT / "docs" / "serving.md", "python")[0]
     names: dict = {}
     exec(compile(code, "serving.md", "exec"), names)
     records = make_records(6)
-    answers = names["answer"]([PROMPTS["letters"].render(record) for record in records])
+    answers = names["answer"]([run.readout._text(record, record.question) for record in records])
     logits = predict(run.predictor, run.readout.encode(records)).logits
     torch.testing.assert_close(answers, average(logits).exp(), rtol=0, atol=1e-5)
     assert (logits.softmax(-1).std(0) > 1e-3).any()  # the draws do differ
@@ -301,7 +315,8 @@ def test_a_classifier_with_a_trained_head_is_merged_whole(tmp_path, make_choice,
 
 def test_heads_that_came_with_an_adapter_are_merged(tmp_path, make_classifier, tokenizer):
     trained = make_classifier()
-    trained.peft_model.save_pretrained(str(tmp_path / "adapter"))
+    with trained.folded(trained.init_loc) as peft_model:
+        peft_model.save_pretrained(str(tmp_path / "adapter"))
     trained.peft_model.unload().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = ModelConfig(str(tmp_path / "base"), readout="sequence_classification", device="cpu")
@@ -444,6 +459,86 @@ def test_an_adapter_of_several_ranks_is_refused(trained_by_peft):
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"rank_pattern gives ranks \[2, 4\]"):
         started(folder)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_changes_the_base_model_is_refused(trained_by_peft, init):
+    """PEFT would change the base under an exported adapter, and under each further one again."""
+    folder = trained_by_peft[0]
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(ValueError, match=f"init_lora_weights is '{init}', by which PEFT changes"):
+        started(folder)
+
+
+def test_an_adapter_with_embeddings_of_its_own_is_refused(trained_by_peft):
+    folder, batch, expected = trained_by_peft
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    name = "model.embed_tokens"
+    base = load_file(folder / "model" / "model.safetensors")[f"{name}.weight"]
+    written = load_file(weights)
+    save_file(written | {f"base_model.model.{name}.weight": base}, weights)
+    adapter = started(folder)  # those of the base model itself
+    torch.testing.assert_close(adapter(batch, adapter.init_loc), expected, rtol=1e-5, atol=1e-5)
+    save_file(written | {f"base_model.model.{name}.weight": base + 0.1}, weights)
+    with pytest.raises(ValueError, match=f"other weights of {name} than the base model"):
+        started(folder)
+
+
+def test_several_adapters_that_train_biases_are_refused(trained_by_peft, tmp_path):
+    folder = trained_by_peft[0]
+    model = get_peft_model(tiny_llama(), lora("q_proj", bias="lora_only", init_lora_weights=False))
+    model.save_pretrained(str(folder / "biased"))
+    write_jsonl(tmp_path / "data" / "train.jsonl", make_records(12))
+    config = RunConfig(
+        model=ModelConfig(str(folder / "model"), device="cpu"),
+        lora=AdapterConfig(start=str(folder / "biased")),
+        data=DataConfig(root=str(tmp_path / "data")),
+        run_dir=str(tmp_path / "run"),
+        method={"name": "scalabl", "draws": S, "projections": "fixed"},
+        fit=FitConfig(steps=2, batch_size=4),
+        progress=False,
+    )
+    train_run(config)
+    run = load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"trains biases \(bias is 'lora_only'\).*draws=0"):
+        export(run, tmp_path / "exported")
+    assert export(run, tmp_path / "exported", draws=0)["draws"] == []
+
+
+def test_a_saved_adapter_holds_s_and_pefts_own_ways_to_save_refuse_to_lose_it(
+    trained_by_peft, tmp_path
+):
+    folder, batch, _ = trained_by_peft
+    adapter = started(folder)
+    s = torch.rand(adapter.shape) + 0.5
+    expected = adapter(batch, s)
+    save_adapter(adapter, s, tmp_path / "saved")
+    with pytest.raises(FileExistsError):
+        save_adapter(adapter, s, tmp_path / "saved")
+    llm = AutoModelForCausalLM.from_pretrained(folder / "model")
+    plain = PeftModel.from_pretrained(llm, str(tmp_path / "saved")).eval()
+    with torch.no_grad():
+        logits = adapter.readout(plain, batch.inputs)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for way in ("save_pretrained", "merge_and_unload", "merge_adapter"):
+        with pytest.raises(ValueError, match=f"{way} of PEFT's model would lose s"):
+            getattr(adapter.peft_model, way)()
+    with adapter.folded(s) as peft_model:
+        merged = deepcopy(peft_model).merge_and_unload()
+    with torch.no_grad():
+        logits = adapter.readout(merged, batch.inputs)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_called_directly_does_not_depend_on_the_pass_before(trained_by_peft):
+    folder, batch, expected = trained_by_peft
+    adapter = started(folder)
+    for draws in (1, 5):
+        adapter(batch, torch.randn(draws, *adapter.shape))
+        with torch.no_grad():  # s = 1 is where it started
+            logits = adapter.readout(adapter.llm, batch.inputs)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_exported_draw_is_a_start(make_run, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import arviz as az
 import numpy as np
@@ -224,3 +226,61 @@ def test_a_point_is_a_posterior_of_equal_draws(data):
     converted = from_pyro_svi(svi, model_kwargs=data, log_likelihood=True, num_samples=3)
     assert np.ptp(converted.posterior["slope"].values) == 0
     assert math.isfinite(float(converted.log_likelihood["y"].sum()))
+
+
+def test_a_plate_that_draws_its_own_subsample_draws_it_once():
+    """Against the density of the very values that it was to have drawn, column by column."""
+    y = torch.arange(30.0)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 100.0))
+        with pyro.plate("n", 30, subsample_size=6) as some:
+            pyro.sample("y", dist.Normal(mean, 10.0), obs=y[some])
+
+    svi = fitted(model, AutoNormal(model), y=y)
+    converted = from_pyro_svi(svi, model_args=(y,), log_likelihood=True, num_samples=5)
+    observed = converted.observed_data["y"]
+    np.testing.assert_array_equal(observed.values, y.numpy()[observed["n"].values])
+    assert len(set(observed.values)) == 6
+    mean = converted.posterior["mean"].values[0][:, None]
+    expected = stats.norm(mean, 10.0).logpdf(observed.values)
+    np.testing.assert_allclose(converted.log_likelihood["y"].values[0], expected, rtol=1e-5)
+
+
+EARLIER = """
+import pyro, torch
+import pyro.distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+import scalabl_pyro as sp
+
+def model(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+y = torch.tensor([0.5, 1.0, 1.5])
+pyro.param("of no module", torch.tensor(2.0))
+guide = AutoNormal(model)
+svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=20))
+for _ in range(100):
+    svi.step(y)
+before = float(guide.median()["mean"])
+sp.from_pyro_svi(svi, model_args=(y,), num_samples=3)
+assert not pyro.settings.get("module_local_params"), "for others it changes nothing"
+sp.ScalaBLModel
+assert pyro.settings.get("module_local_params")
+assert float(guide.median()["mean"]) == before
+for _ in range(300):
+    svi.step(y)
+assert abs(float(guide.median()["mean"]) - 0.75) < 0.1  # 3/4 of the mean, in closed form
+assert list(pyro.get_param_store()) == ["of no module"]
+"""
+
+
+def test_what_was_fitted_before_goes_on():
+    """In a process of its own, where no model of this package was made yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLIER], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

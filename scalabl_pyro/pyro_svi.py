@@ -16,7 +16,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..arviz_versions import az, dataset, groups
+from .arviz_versions import az, dataset, groups
 
 __all__ = ["from_pyro_svi"]
 
@@ -60,7 +60,8 @@ def from_pyro_svi(
 
     Draws stand in one chain: dimensions (chain, draw, …), which all of arviz can read. They are
     independent, so R-hat and effective sample size say nothing about the guide. The log-likelihood
-    is that of each example: masks count, the scale of a subsampled plate does not.
+    is that of each example: masks count, the scale of a subsampled plate does not. A plate that
+    draws its own subsample draws it once, and its indices are the coordinates of its dimension.
 
     :param svi: after its last step. Without it there is no posterior.
     :param model_args: what the model and the guide are called with; ``model_kwargs`` likewise.
@@ -102,9 +103,12 @@ def from_pyro_svi(
     if svi is not None:
         args, kwargs = tuple(model_args), dict(model_kwargs or {})
         with torch.no_grad():
-            sites = _sites(svi.model, args, kwargs)
-            draws = _draws(svi.guide, sites, args, kwargs, num_samples)
-            likelihood = _log_likelihood(svi.model, draws, args, kwargs) if log_likelihood else {}
+            sites, subsamples = _sites(svi.model, args, kwargs)
+            # One subsample for all: the guide, and each run of the model.
+            model, guide = (poutine.condition(p, subsamples) for p in (svi.model, svi.guide))
+            draws = _draws(guide, sites, args, kwargs, num_samples)
+            likelihood = _log_likelihood(model, draws, args, kwargs) if log_likelihood else {}
+        coords = {name: each.tolist() for name, each in subsamples.items()} | dict(coords or {})
         own = {name: _dims(site) for name, site in sites.items()} | own
         latent = draws.keys()
         observed = {name: site["value"] for name, site in sites.items() if name not in latent}
@@ -128,20 +132,24 @@ def from_pyro_svi(
     return groups(datasets)
 
 
-def _sites(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The sample sites of a model by name, but for what :func:`pyro.deterministic`,
-    :func:`pyro.factor` and subsampled plates leave in a trace."""
+def _sites(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The sample sites of a model by name, but for what :func:`pyro.deterministic` and
+    :func:`pyro.factor` leave in a trace; and the indices that plates have drawn, by plate."""
     # A start for priors that cannot be sampled, such as an improper one.
     started = InitMessenger(init_to_sample)(model)
     nodes: dict[str, Any] = poutine.trace(started).get_trace(*args, **kwargs).nodes
-    return {
+    subsamples = {n: node["value"] for n, node in nodes.items() if site_is_subsample(node)}
+    sites = {
         name: node
         for name, node in nodes.items()
         if node["type"] == "sample"
-        and not site_is_subsample(node)
+        and name not in subsamples
         and not node["infer"].get("_deterministic")
         and not isinstance(node["fn"], dist.Unit)
     }
+    return sites, subsamples
 
 
 def _draws(
@@ -164,7 +172,8 @@ def _log_likelihood(
     terms: dict[str, list[Tensor]] = {}
     for k in range(len(next(iter(draws.values()), ()))):
         values = {name: value[k] for name, value in draws.items()}
-        for name, site in _sites(poutine.condition(model, values), args, kwargs).items():
+        sites, _ = _sites(poutine.condition(model, values), args, kwargs)
+        for name, site in sites.items():
             if name not in draws:
                 log_prob = site["fn"].log_prob(site["value"])
                 terms.setdefault(name, []).append(scale_and_mask(log_prob, 1.0, site["mask"]))
