@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -84,18 +85,25 @@ def _check_name(path: Path) -> None:
             ) from error
 
 
+def _beside(path: Path) -> Path:
+    """A name for what is not finished, which no other process takes, and nobody has taken."""
+    while (part := path.with_name(f"{path.name}.{token_hex(2)}.part")).exists():
+        pass
+    return part
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the context ends, and is
     removed where it ends by an error.
 
-    :raises FileExistsError: if the folder exists.
+    :raises FileExistsError: if the folder exists, or another process has made it meanwhile.
     """
-    part = new_path(folder).with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = _beside(new_path(folder))
     part.mkdir(parents=True)
     try:
         yield part
+        new_path(folder)
         put(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -107,7 +115,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the context ends, and is removed
     where it ends by an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = _beside(path)
     try:
         yield part
         put(part, path)

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from scalabl_pyro.files import json_text, put, whole_file, whole_folder, write_w
 from scalabl_pyro.infer import Checkpoints
 from scalabl_pyro.infer.checkpoints import TrainingState
 
+#: what names of unfinished files and folders end in
+UNIQUE = re.compile(r"\.[0-9a-f]{4}\.part$")
+
 
 @pytest.fixture
 def events(monkeypatch):
@@ -28,7 +32,7 @@ def events(monkeypatch):
 
     def note_open(path, *args, **options):
         descriptor = open_(path, *args, **options)
-        opened[descriptor] = Path(path).name
+        opened[descriptor] = UNIQUE.sub(".part", Path(path).name)
         return descriptor
 
     def note_sync(descriptor):
@@ -143,3 +147,24 @@ def test_finite_values_are_written_as_by_json():
     value = {"a": [1, 2.5, True, "é"], "b": {}}
     assert json_text(value) == json.dumps(value)
     assert json_text(value, indent=1) == json.dumps(value, indent=1)
+
+
+def test_what_others_named_so_stays_and_two_writers_do_not_meet(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()
+
+    def write(name, meanwhile=lambda: None):
+        with whole_folder(out) as part:
+            (part / name).touch()
+            meanwhile()
+
+    with pytest.raises(FileExistsError, match="out exists"):
+        write("late", lambda: write("early"))
+    assert [p.name for p in out.iterdir()] == ["early"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.part"]
+    assert (tmp_path / "out.part" / "mine").exists()
+    with whole_file(tmp_path / "file") as one, whole_file(tmp_path / "file") as two:
+        one.write_text("first")
+        two.write_text("second")
+    assert (tmp_path / "file").read_text() == "first"  # whose context ended last

@@ -146,6 +146,7 @@ def test_no_folder_imports_one_to_its_right():
     place = {name: i for i, group in enumerate(groups) for name in group}
     alone = {"arviz_versions", "distributed", "files", "pyro_svi", "registry", "rng"}
     place |= dict.fromkeys(alone | {"embedded"}, -1)
+    place["pyro_svi"] = 0  # it may use those that serve all
     package = ROOT / "scalabl_pyro"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     assert place.keys() == folders | alone

@@ -7,6 +7,7 @@ The first word picks a command; everything after it but ``--help`` is Hydra's ow
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -73,6 +74,10 @@ COMMANDS = {
 }
 
 
+#: what an interrupted command says of how to go on; others write whole or not at all
+GOES_ON = {"train": "go on with resume=true"} | dict.fromkeys(
+    ("compare", "demo", "generate", "predict"), "the same command goes on"
+)
 #: settings that are texts, whatever they hold, in which Hydra would look for its own grammar
 TEXTS = ("model.template=", "model.system=")
 #: those of generate, which are taken as they stand
@@ -88,6 +93,25 @@ _PLAIN = re.compile(r"""[\w./:@%?~ +-]*|'.*'|".*"|.*\$\{.*""", re.ASCII)
 
 def main() -> None:
     """Entry point of ``scalabl``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal without Greek letters
+    try:
+        _main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_writing()
+    except OSError as error:  # of what is shown: a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _stop_writing() -> None:
+    """Whoever read has enough, as head has; nothing is left to flush at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"scalabl_pyro {_version()}")
         return
@@ -95,7 +119,7 @@ def main() -> None:
         asked = len(sys.argv) == 2 and sys.argv[1] in ("-h", "--help", "help")
         if len(sys.argv) > 1 and not asked:
             print(f"error: there is no command {sys.argv[1]!r}\n", file=sys.stderr)
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        print(USAGE, file=sys.stdout if asked else sys.stderr, flush=True)
         sys.exit(0 if asked else 2)
     command = list(sys.argv)  # what is kept with a run; Hydra reads the rest alone
     name = sys.argv.pop(1)
@@ -131,7 +155,8 @@ def main() -> None:
             config = COMMANDS[name].module
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(task)()
     except KeyboardInterrupt:
-        print("error: interrupted; predict and generate go on if called again", file=sys.stderr)
+        then = GOES_ON.get(name, "nothing was written")
+        print(f"error: interrupted; {then}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         _fail(error, command)
@@ -225,8 +250,7 @@ def _run(command: Command, overrides: DictConfig, words: Sequence[str]) -> None:
             return
         print(answer if isinstance(answer, str) else json_text(answer, indent=2), flush=True)
     except BrokenPipeError:
-        # Whoever read has enough, as head has; nothing is left to flush at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_writing()
     except Exception as error:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         if sweep and not isinstance(error, Interrupted):

@@ -50,6 +50,7 @@ def csv_columns(path: Path) -> Columns:
     line, header = next(_cells(path), (1, None))
     if header is None:
         raise DataError(f"{path}: holds no header; {EXPECTED}")
+    _check_header(path, line, header)
     numbered = [name for name in header if re.fullmatch(r"choice_[0-9]+", name)]
     if not numbered and "prompt" in header:
         return Columns()
@@ -64,6 +65,20 @@ def csv_columns(path: Path) -> Columns:
     if numbered != required[1:]:
         raise DataError(f"{path}, line {line}: found {numbered}: expected the choices in order")
     return Columns(choices=tuple(numbered))
+
+
+def _check_header(path: Path, line: int, header: list[str]) -> None:
+    """:raises DataError: if something else separates the columns, as in what Excel writes where
+    commas stand in numbers, or there are spaces behind what does."""
+    other = next((mark for mark in ";\t," if mark in header[0]), None)
+    if other is not None and len(header) == 1:
+        raise DataError(
+            f"{path}, line {line}: {other!r} separates the columns: commas do in .csv, and tabs in"
+            " .tsv; save it so"
+        )
+    spaced = [name for name in header if name != name.strip()]
+    if spaced:
+        raise DataError(f"{path}, line {line}: spaces around the columns {spaced}: leave them out")
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -66,7 +66,7 @@ class Prompt:
             count = max(len(record.choices) for record in records)
             if count > len(ascii_uppercase):
                 raise DataError(
-                    f"{count} choices cannot be labelled by letters; use prompt=classes"
+                    f"{count} choices cannot be labelled by letters; use model.prompt=classes"
                 )
             return tuple(ascii_uppercase[:count])
         names = {record.choices for record in records}
@@ -74,7 +74,7 @@ class Prompt:
             first, second = sorted(names)[:2]
             raise DataError(
                 "prompt=classes needs the same choices in every record, but found"
-                f" {list(first)} and {list(second)}; use prompt=letters"
+                f" {list(first)} and {list(second)}; use model.prompt=letters"
             )
         return names.pop()
 

@@ -109,7 +109,8 @@ def read_table(
             f"{path} is a folder: expected one file; data.root is for a folder of splits"
         )
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        pipe = "is no regular file: records are read more than once, so write them to one first"
+        raise DataError(f"{path}: {pipe if path.exists() else 'no such file'}")
     ending = path.suffix.lower()
     if ending not in FORMATS:
         hint = f"; {_ONE_A_LINE}" if ending == ".json" else ""

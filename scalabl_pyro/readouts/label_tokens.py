@@ -121,8 +121,8 @@ class LabelTokens(CausalReadout):
             }
         raise ValueError(
             f"the label words {list(self.label_words)} are not single, distinct tokens after"
-            f" {anchor!r}, but {pieces}; choose words of one token each, as prompt=letters does, or"
-            " readout=choice_likelihood, which takes words of any length"
+            f" {anchor!r}, but {pieces}; choose words of one token each, as model.prompt=letters"
+            " does, or model.readout=choice_likelihood, which takes words of any length"
         )
 
     def _answer(self, shot: Record) -> str:

@@ -7,7 +7,6 @@ them; and ``README.md``, a model card.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from ..lora.saving import write_adapter
 from ..readouts.base import Readout
 from .card import Figure, about, head, plain, results, settings
 from .folder import Run, point_of
+from .reading import file_hash
 
 __all__ = ["check_output_layer", "export", "merge", "push_to_hub"]
 
@@ -204,13 +204,10 @@ def _manifest(run: Run, folder: Path, names: list[str], output_layer: str) -> di
     if run.class_names:
         manifest["classes"] = list(run.class_names)
     manifest |= readout.manifest(llm)
-    manifest["sha256"] = {name: _sha256(folder / name) for name in names}
+    manifest["sha256"] = {
+        name: file_hash(folder / name / "adapter_model.safetensors") for name in names
+    }
     return manifest
-
-
-def _sha256(folder: Path) -> str:
-    with (folder / "adapter_model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(

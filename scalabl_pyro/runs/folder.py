@@ -22,7 +22,7 @@ import csv
 import platform
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from .cost import Cost
 from .places import place, relative_places
 from .reading import (
     RunFolderError,
+    file_hash,
     find_run,
     read_json,
     read_places,
@@ -87,6 +88,7 @@ class PosteriorInfo:
     :param settings: on which the trained function depends, see ``RunConfig.function_settings``.
     :param modules: M names.
     :param temperature: that divides the logits.
+    :param sha256: of the files of tensors, by name; of runs from before it was kept, of none.
     """
 
     format: int
@@ -100,6 +102,7 @@ class PosteriorInfo:
     temperature: float
     classes: Classes
     base_model: BaseModel
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ def _write_run(
         temperature=predictor.temperature if isinstance(predictor, Predictor) else 1.0,
         classes=replace(classes, form=adapter.readout.form),
         base_model=BaseModel(config.model.name, adapter.base_fingerprint()),
+        sha256={path.name: file_hash(path) for path in sorted(part.glob("*.safetensors"))},
     )
     _write_json(part / "posterior.json", asdict(info))
     tensors = {
@@ -339,6 +343,11 @@ def restore(folder: Path, config: RunConfig, info: PosteriorInfo) -> Run:
         )
     except ValueError as error:
         raise RunFolderError.damaged(posterior, error) from error
+    for name, known in info.sha256.items():
+        if file_hash(folder / name) != known:
+            raise RunFolderError.damaged(
+                folder / name, "it is not the file that was saved with posterior.json"
+            )
     return Run(folder, config, classes, predictor, model, guide)
 
 

@@ -22,6 +22,7 @@ from .settings import ConfigError, build
 
 __all__ = [
     "RunFolderError",
+    "file_hash",
     "find_run",
     "read_fingerprints",
     "read_json",
@@ -55,16 +56,23 @@ def find_run(name: str | Path) -> Path:
     :raises RunFolderError: if there is neither.
     """
     folder, on_the_hub = Path(name), _ON_THE_HUB.fullmatch(str(name))
-    if folder.exists() or on_the_hub is None:
+    begun = folder.with_name(folder.name + ".unfinished").exists()
+    if folder.exists() or begun or on_the_hub is None:
         return folder
     repo, revision = on_the_hub.groups()
     try:
         return Path(snapshot_download(repo, revision=revision))
     except (OSError, ValueError) as error:
         raise RunFolderError(
-            f"there is no folder {name}, and no run to be had from the Hub by this name:"
-            f" {' '.join(str(error).split())}"
+            f"there is no folder {name}{_beside(folder)}, and no run to be had from the Hub by this"
+            f" name: {' '.join(str(error).split())}"
         ) from error
+
+
+def _beside(folder: Path) -> str:
+    """What there is where the folder is not."""
+    there = sorted(p.parent.name for p in folder.parent.glob("*/posterior.json"))
+    return f" ({folder.parent} holds {', '.join(there[:8])})" if there else ""
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -146,9 +154,14 @@ def weights_fingerprint(folder: Path) -> str:
     for name in ("projections.safetensors", "posterior.safetensors", "posterior.json"):
         path = folder / name
         if path.exists():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -137,14 +137,17 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, data, cap
         assert "/proc/nope/x cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["predict.load_run", "_quiet.quiet_libraries"])
+@pytest.mark.parametrize("where", ["predict.load_run", "_quiet.quiet_libraries", "export.load_run"])
 def test_an_interruption_is_one_line(run, capsys, monkeypatch, where):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"scalabl_pyro.commands.{where}", interrupted)
-    assert scalabl("predict", f"run={run}", "input=in.jsonl", "output=o.jsonl") == 130
-    assert only_line(capsys).startswith("error: interrupted; ")
+    command = "export" if where.startswith("export") else "predict"
+    given = [] if command == "export" else ["input=in.jsonl"]
+    assert scalabl(command, f"run={run}", *given, "output=o.jsonl") == 130
+    then = "nothing was written" if command == "export" else "the same command goes on"
+    assert only_line(capsys) == f"error: interrupted; {then}"
 
 
 def test_a_sweep_ends_in_one_line_for_a_run_that_failed(local_model, data, capsys, monkeypatch):

@@ -153,6 +153,27 @@ def test_a_reader_that_has_enough_is_no_error(local_model):
     assert "Broken pipe" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["--help", "train --help"])
+def test_help_that_nobody_reads_or_that_does_not_fit_is_no_traceback(words):
+    """A reader that is gone, a full disk, and a terminal without Greek letters."""
+    for code, status in ((f"{words} | true", {0, 1}), (f"{words} > /dev/full", {1})):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -u -m scalabl_pyro {code}; exit ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in status
+        assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "scalabl_pyro", *words.split()],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_command_that_is_not_there_is_named(capsys):
     assert scalabl("nothing") == 2
     assert "there is no command 'nothing'" in capsys.readouterr().err

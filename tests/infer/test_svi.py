@@ -470,7 +470,7 @@ def test_a_validation_that_is_no_number_stops_training(make_causal, records, rai
         def on_step(self, row):
             seen.append({name: p.detach().clone() for name, p in adapter.state().items()})
 
-    with pytest.raises(NonFiniteLossError, match=r"nan; this was after step 2, .* those of step 1"):
+    with pytest.raises(NonFiniteLossError, match=r"nan.*; this was after step 2, .* step 1"):
         fit(
             model,
             AutoSubspaceNormal(model),

@@ -24,8 +24,10 @@ def test_each_example_sees_the_shift_at_its_own_signs(plain, records):
     batch = whole(plain.readout.encode(records))
     shift = torch.randn_like(plain.matrices.flat_A())
     with torch.no_grad():
-        logits = plain(batch, shift=shift)
-        signs = plain._hooks.bound.shift
+        seen = []
+        with plain.llm.register_forward_hook(lambda *_: seen.append(plain._hooks.bound.shift)):
+            logits = plain(batch, shift=shift)
+        signs = seen[0]
         rows_each = len(signs[0].u) // len(batch)
         for b in range(len(batch)):
             weights = {

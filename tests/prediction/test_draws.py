@@ -161,5 +161,5 @@ def test_draws_on_a_gpu_leave_its_random_state(model):
 
 def test_a_guide_of_pyro_needs_a_batch(make_causal):
     model = ScalaBLModel(make_causal(), num_data=4)
-    with pytest.raises(ValueError, match="give batch=, a batch of the training split"):
+    with pytest.raises(ValueError, match="give batch=, one of the training split"):
         draw(AutoNormal(model), 2, seed=0)

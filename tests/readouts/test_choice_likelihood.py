@@ -598,6 +598,7 @@ def test_an_export_says_how_to_score(run_folder, tmp_path):
         "letters": False,
         "gap": False,
         "chat": False,
+        "add_special_tokens": True,
         "shots": [],
     }
     assert "log p(choice" in (tmp_path / "export" / "README.md").read_text()

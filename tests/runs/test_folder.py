@@ -105,12 +105,18 @@ def unknown_key(path: Path) -> None:
         save_file(load_file(path) | {"surprise": torch.ones(1)}, path, {"format": "pt"})
 
 
+def of_another_run(path: Path) -> None:
+    """All is there, and of the right shape."""
+    tensors = load_file(path)
+    save_file({name: value + 0.1 for name, value in tensors.items()}, path, {"format": "pt"})
+
+
 BYTES, KEYS = [cut, empty, noise], [missing_key, unknown_key]
 DAMAGES: dict[str, tuple[str, list[Callable[[Path], None]]]] = {
     "posterior.json": ("evaluate", [*BYTES, *KEYS, listed]),
     "config.yaml": ("evaluate", [*BYTES, *KEYS, listed]),
-    "projections.safetensors": ("evaluate", [*BYTES, *KEYS, wrong_shape]),
-    "posterior.safetensors": ("evaluate", [*BYTES, *KEYS, wrong_shape]),
+    "projections.safetensors": ("evaluate", [*BYTES, *KEYS, wrong_shape, of_another_run]),
+    "posterior.safetensors": ("evaluate", [*BYTES, *KEYS, wrong_shape, of_another_run]),
     "adapter/adapter_config.json": ("distill", [*BYTES, missing_key, listed]),
     "adapter/adapter_model.safetensors": ("distill", [*BYTES, *KEYS, wrong_shape]),
     "predictions.safetensors": ("report", [*BYTES, missing_key, wrong_shape]),
@@ -164,6 +170,25 @@ def test_a_missing_file_is_named(trained, run, tmp_path, monkeypatch, capsys, na
     assert scalabl(*(words or ["export", f"run={run}", "output=exported"])) == 1
     shown = capsys.readouterr().err
     assert str(run / name) in shown or (name.startswith("adapter/") and str(run) in shown)
+
+
+def test_a_run_from_before_hashes_were_kept_is_read(trained, run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    values = json.loads((run / "posterior.json").read_text())
+    assert values.pop("sha256").keys() == {"posterior.safetensors", "projections.safetensors"}
+    (run / "posterior.json").write_text(json.dumps(values))
+    assert scalabl(*words_for("evaluate", trained, run)) == 0
+
+
+def test_what_is_beside_a_run_that_is_not_there_is_named(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent.parent)
+    name = run.parent.name
+    assert scalabl("export", f"run={name}/nope", "output=exported") == 1
+    shown = capsys.readouterr().err
+    assert f"there is no folder {name}/nope ({name} holds {run.name}" in shown
+    (run.parent / "begun.unfinished").mkdir()
+    assert scalabl("export", f"run={name}/begun", "output=exported") == 1
+    assert "begun.unfinished: go on with resume=true" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["history.csv", "environment.json", "adapter/README.md"])

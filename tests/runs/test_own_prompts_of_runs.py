@@ -80,6 +80,7 @@ def test_a_run_with_a_prompt_of_its_own_reloads_and_predicts_the_same(words, rea
         "letters": letters,
         "gap": False,
         "chat": True,
+        "add_special_tokens": False,
         "system": "the cat",
         "shots": [
             {
