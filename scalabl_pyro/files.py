@@ -14,11 +14,14 @@ from secrets import token_hex
 from tempfile import TemporaryFile
 from typing import Any
 
+from safetensors import SafetensorError
+
 __all__ = [
     "check_writable",
     "json_text",
     "new_path",
     "put",
+    "room_for",
     "whole_file",
     "whole_folder",
     "write_whole",
@@ -85,6 +88,23 @@ def _check_name(path: Path) -> None:
             ) from error
 
 
+@contextmanager
+def room_for(path: Path, then: str = "") -> Iterator[None]:
+    """Whatever is written in here for ``path``: if the disk is full, an error that names it, which
+    that of safetensors does not, and is no ``OSError``.
+
+    :param then: what to do about it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+            raise
+        message = f"the disk is full: {path} could not be written{then}"
+        raise OSError(errno.ENOSPC, message) from error
+
+
 def _beside(path: Path) -> Path:
     """A name for what is not finished, which no other process takes, and nobody has taken."""
     while (part := path.with_name(f"{path.name}.{token_hex(2)}.part")).exists():
@@ -102,7 +122,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     part = _beside(new_path(folder))
     part.mkdir(parents=True)
     try:
-        yield part
+        with room_for(folder):
+            yield part
         new_path(folder)
         put(part, folder)
     except BaseException:
@@ -117,7 +138,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     try:
-        yield part
+        with room_for(path):
+            yield part
         put(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import scalabl_pyro
@@ -116,6 +118,36 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
     with pytest.raises(FileNotFoundError):
         put(tmp_path / "gone.part", tmp_path / "gone")
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["of the system", "of safetensors"])
+def test_a_full_disk_is_told_with_what_was_to_be_written(tmp_path, error):
+    for whole in (whole_file, whole_folder):
+        told = pytest.raises(OSError, match=f"the disk is full: {tmp_path}/new could not be")
+        with told as caught, whole(tmp_path / "new"):
+            raise error
+        assert caught.value.errno == errno.ENOSPC
+        with pytest.raises(SafetensorError, match="another"), whole(tmp_path / "new"):
+            raise SafetensorError("another")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_the_midst_of_lines_says_how_to_go_on(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise FULL[0]
+
+    with ResumableJsonl(tmp_path / "a.jsonl", ["1", "2"], {}) as file:
+        file.write([{"id": "1"}])
+        with monkeypatch.context() as context:
+            context.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="could not be written; make room, and the same comm"):
+                file.write([{"id": "2"}])
 
 
 def test_nothing_else_in_the_package_renames_a_file():

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..files import json_text, new_path, put, write_whole
+from ..files import json_text, new_path, put, room_for, write_whole
 
 __all__ = ["ResumableJsonl", "new_jsonl", "significant"]
 
@@ -111,15 +111,19 @@ class ResumableJsonl:
         os.truncate(self._part, whole)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append the lines of the next records; they are on the disk when this returns."""
-        if self._file is None:
-            self._file = self._open()
-        for row in rows:
-            assert row["id"] == self.ids[self.done], "rows come in the order of the records"
-            self._file.write(json_text(row, ensure_ascii=False).encode() + b"\n")
-            self.done += 1
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append the lines of the next records; they are on the disk when this returns.
+
+        :raises OSError: if the disk is full.
+        """
+        with room_for(self.path, "; make room, and the same command goes on behind what is there"):
+            if self._file is None:
+                self._file = self._open()
+            for row in rows:
+                assert row["id"] == self.ids[self.done], "rows come in the order of the records"
+                self._file.write(json_text(row, ensure_ascii=False).encode() + b"\n")
+                self.done += 1
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _open(self) -> BinaryIO:
         if not self._part.exists():
