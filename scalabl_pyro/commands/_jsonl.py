@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,10 @@ def significant(value: float) -> float:
     """The number with six digits from the first that is not 0 on: scores may be small, and order
     is what they are for."""
     return float(f"{value:.6g}")
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 class ResumableJsonl:
@@ -74,15 +79,15 @@ class ResumableJsonl:
         known = self._settings_path.exists()
         begun = json.loads(self._settings_path.read_text(encoding="utf-8")) if known else {}
         asked = json.loads(json.dumps(self._settings))
-        differ = {
-            name: f"{begun.get(name)!r}, now {asked.get(name)!r}"
+        differ = [
+            f"other {name}" if _is_hash(then) and _is_hash(now) else f"{name} {then!r}, now {now!r}"
             for name in sorted(begun.keys() | asked.keys())
-            if begun.get(name) != asked.get(name)
-        }
+            if (then := begun.get(name)) != (now := asked.get(name))
+        ]
         if differ:
             raise ValueError(
-                f"{self._part} was begun with other settings: {differ}; go on with those, or remove"
-                " it to start again"
+                f"{self._part} was begun with other settings: {'; '.join(differ)}: go on with"
+                " those, or remove it to start again"
             )
 
     def _take_up(self) -> None:

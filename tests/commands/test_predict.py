@@ -226,14 +226,18 @@ def test_predict_goes_on_where_it_was_killed(run, tmp_path, capsys, monkeypatch)
     turned = [row | {"choices": row["choices"][::-1]} for row in rows]
     asked.write_text("".join(json.dumps(row) + "\n" for row in turned))
     assert scalabl("predict", *words, "output=out.jsonl") == 1
-    assert "'records': " in capsys.readouterr().err
+    assert "begun with other settings: other records: go on with" in capsys.readouterr().err
     asked.write_text(before)
     weights = Path(words[0].removeprefix("run=")) / "projections.safetensors"
     tensors = load_file(weights)
     save_file({name: value + 1 for name, value in tensors.items()}, weights)
+    info = weights.with_name("posterior.json")
+    kept = info.read_text()
+    info.write_text(json.dumps(json.loads(kept) | {"sha256": {}}))
     assert scalabl("predict", *words, "output=out.jsonl") == 1
-    assert "'weights': " in capsys.readouterr().err
+    assert "begun with other settings: other weights: go on with" in capsys.readouterr().err
     save_file(tensors, weights)
+    info.write_text(kept)
     assert scalabl("predict", *words, "output=out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [p.name for p in tmp_path.glob("out.jsonl*")] == ["out.jsonl"]
