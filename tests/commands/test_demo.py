@@ -34,7 +34,8 @@ def demo_config(*overrides: str) -> CompareConfig:
 
 @needs_minilm
 def test_the_demo_says_how_sure_each_row_is_and_how_often_it_is_right(tmp_path):
-    short = ["~methods.mle_tuned"]
+    limits = {"train": 40, "validation": 10, "test": 30}
+    short = ["~methods.mle_tuned", *(f"data.limit.{name}={n}" for name, n in limits.items())]
     for name, rest in (("mle", ""), ("scalabl", "lr:0.1,")):
         short.append(f"methods.{name}=[{{method:{{name:{name}}},fit:{{{rest}steps:1}}}}]")
     text = demonstrate(demo_config(f"out={tmp_path / 'demo'}", "jobs=1", *short))
