@@ -223,7 +223,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "csv": {
         "empty": (table(""), "holds no header"),
         "header alone": (table(HEADER), "holds no records"),
-        "semicolons": (table(HEADER.replace(",", ";")), "question;choice_1"),
+        "semicolons": (table(HEADER.replace(",", ";")), "';' separates the columns"),
         "one choice": (table("question,choice_1\n"), "choice_2"),
         "cells": (table(HEADER + "q,a\n"), "2 cells, but the header has 4"),
         "label": (table(HEADER + "q,a,b,C\n"), "label is 'C'"),

@@ -188,7 +188,7 @@ OTHERS = {
     "method.guide.name=multivariate_normal": "method.guide.name is 'multivariate_normal', expected",
     "method.prior.name=laplace": "method.prior.name is 'laplace', expected 'normal'",
     "trials=[{},{method:{projections:free}}]": "is 'free', expected 'frozen_v'",
-    "prior_run=runs/none": "there is no folder runs/none, and no run to be had from the Hub",
+    "prior_run=runs/none": "there is no folder runs/none (runs holds first), and no run to be",
     "prior_run=second": "second/posterior.json does not exist",
 }
 
