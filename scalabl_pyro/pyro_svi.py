@@ -108,16 +108,17 @@ def from_pyro_svi(
             model, guide = (poutine.condition(p, subsamples) for p in (svi.model, svi.guide))
             draws = _draws(guide, sites, args, kwargs, num_samples)
             likelihood = _log_likelihood(model, draws, args, kwargs) if log_likelihood else {}
-        coords = {name: each.tolist() for name, each in subsamples.items()} | dict(coords or {})
+        # Of these runs alone: samples that are given had subsamples of their own.
+        placed = {name: each.tolist() for name, each in subsamples.items()} | dict(coords or {})
         own = {name: _dims(site) for name, site in sites.items()} | own
         latent = draws.keys()
         observed = {name: site["value"] for name, site in sites.items() if name not in latent}
-        datasets["posterior"] = _dataset(draws, coords, own)
+        datasets["posterior"] = _dataset(draws, placed, own)
         if likelihood:
             batch = {name: list(own[name])[: value.ndim - 1] for name, value in likelihood.items()}
-            datasets["log_likelihood"] = _dataset(likelihood, coords, batch)
+            datasets["log_likelihood"] = _dataset(likelihood, placed, batch)
         if observed:
-            datasets["observed_data"] = _dataset(observed, coords, own, first=())
+            datasets["observed_data"] = _dataset(observed, placed, own, first=())
     if prior is not None:
         known = {name: value for name, value in prior.items() if latent is None or name in latent}
         further = {name: value for name, value in prior.items() if name not in known}

@@ -242,6 +242,9 @@ def test_a_plate_that_draws_its_own_subsample_draws_it_once():
     observed = converted.observed_data["y"]
     np.testing.assert_array_equal(observed.values, y.numpy()[observed["n"].values])
     assert len(set(observed.values)) == 6
+    given = {"mean": torch.zeros(5), "y": torch.zeros(5, 6)}
+    others = from_pyro_svi(svi, model_args=(y,), prior=given, num_samples=5).prior_predictive
+    assert list(others["n"].values) == list(range(6)), "which had a subsample of its own"
     mean = converted.posterior["mean"].values[0][:, None]
     expected = stats.norm(mean, 10.0).logpdf(observed.values)
     np.testing.assert_allclose(converted.log_likelihood["y"].values[0], expected, rtol=1e-5)

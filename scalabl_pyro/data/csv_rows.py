@@ -26,6 +26,10 @@ EXPECTED = (
 )
 
 
+#: names of the layouts' columns
+_OWN = re.compile(r"id|question|choice_[0-9]+|label|text|class|prompt|completion")
+
+
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers, and column → cell.
 
@@ -76,7 +80,7 @@ def _check_header(path: Path, line: int, header: list[str]) -> None:
             f"{path}, line {line}: {other!r} separates the columns: commas do in .csv, and tabs in"
             " .tsv; save it so"
         )
-    spaced = [name for name in header if name != name.strip()]
+    spaced = [n for n in header if n != n.strip() and _OWN.fullmatch(n.strip())]
     if spaced:
         raise DataError(f"{path}, line {line}: spaces around the columns {spaced}: leave them out")
 
