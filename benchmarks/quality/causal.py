@@ -91,10 +91,12 @@ class Bench:
     :param runs: folder of finished runs, which are not run again.
     """
 
-    def __init__(self, model: str, data: str, task: str, runs: str | Path) -> None:
+    def __init__(
+        self, model: str, data: str, task: str, runs: str | Path, dtype: str = "bfloat16"
+    ) -> None:
         self.task, self.runs = task, Path(runs)
         self.config = ModelConfig(
-            model, readout="choice_likelihood", dtype="bfloat16", attention="eager"
+            model, readout="choice_likelihood", dtype=dtype, attention="eager"
         )
         blocks = transformers.AutoConfig.from_pretrained(model).num_hidden_layers
         self.adapter = AdapterConfig(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -220,9 +221,9 @@ def tested(bench: Bench, name: str, row: Row, label: str, seed: int) -> dict[str
         fitted = bench.fit(row.trials[label], seed, subspace=row.subspace)
         # The row's own file is the last, so that what is there is whole.
         for other, derive in row.derive.items():
-            write(files[other], scores(bench, derive(bench, fitted)))
+            write(bench, files[other], scores(bench, derive(bench, fitted)))
         further = row.of_features(bench, fitted) if row.of_features else {}
-        write(files[name], scores(bench, fitted.predictor) | further)
+        write(bench, files[name], scores(bench, fitted.predictor) | further)
     return {other: load_file(file) for other, file in files.items()}
 
 
@@ -230,7 +231,7 @@ def known(bench: Bench, controls: Callable[[], dict[str, Tensor]]) -> dict[str, 
     """The controls, kept as a run is."""
     file = run_file(bench, "controls")
     if not file.exists():
-        write(file, controls())
+        write(bench, file, controls())
     return load_file(file)
 
 
@@ -238,9 +239,19 @@ def run_file(bench: Bench, name: str) -> Path:
     return bench.runs.parent / (name.replace(",", "").replace(" ", "_") + ".safetensors")
 
 
-def write(file: Path, tensors: dict[str, Tensor]) -> None:
+def write(bench: Bench, file: Path, tensors: dict[str, Tensor]) -> None:
     with whole_file(file) as part:
-        save_file(tensors, part)
+        save_file(tensors, part, metadata={"dtype": bench.config.dtype})
+
+
+def in_float32(bench: Bench) -> list[str]:
+    """The finished runs in float32; the first ones, all in bfloat16, have no such note."""
+    found = []
+    for path in bench.runs.parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("dtype") == "float32":
+                found.append(path.stem)
+    return sorted(found)
 
 
 # ---------------------------------------------------------------------- the table
@@ -439,6 +450,7 @@ def table(
         "chosen": chosen,
         "rows": {name: figures(bench, each, fixed, resamples) for name, each in runs.items()},
         "nll": likelihoods(bench, runs),
+        "float32": in_float32(bench),
     }
 
 

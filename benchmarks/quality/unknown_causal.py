@@ -6,7 +6,8 @@ SmolLM2-135M-Instruct on 1,000 questions of ARC-Easy, read by choice likelihood,
 :mod:`benchmarks.quality.causal`, each row at what was chosen there. Positives are the wrong answers
 among 500 test questions, or the questions of another subject beside these: chemistry and physics of
 MMLU, all their splits, and OpenBookQA. The likeness of the choices is that to an encoder which saw
-none of them. Finished runs are kept in ``--runs``, a folder, and not run again.
+none of them. Finished runs are kept in ``--runs``, a folder, and not run again. A CPU without
+instructions for bfloat16 needs ``--dtype float32``: what ran so is named in the figures.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Bench(causal.Bench):
 
     batch_size = BATCH
 
-    def __init__(self, model: str, data: str, runs: Path) -> None:
-        super().__init__(model, data, TASK, runs / "runs.jsonl")
+    def __init__(self, model: str, data: str, runs: Path, dtype: str = "bfloat16") -> None:
+        super().__init__(model, data, TASK, runs / "runs.jsonl", dtype=dtype)
         records = {name: self._records[name] for name in ("train", "validation")}
         records["test"] = spread(of_four(self._records["test"]), TEST)
         for name, place in OTHERS.items():
@@ -116,6 +117,7 @@ def main() -> None:
         "--data", required=True, help="folder with arc_easy/, mmlu/ and openbookqa/"
     )
     parser.add_argument("--runs", type=Path, default=RESULTS / "unknown_causal")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first so many")
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap")
@@ -125,7 +127,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.runs.mkdir(parents=True, exist_ok=True)
-    bench: Any = Bench(args.model, args.data, args.runs)
+    bench: Any = Bench(args.model, args.data, args.runs, dtype=args.dtype)
     rows = {name: ROWS[name] for name in args.rows}
     summary = table(bench, rows, partial(controls, bench, args.encoder), args.seeds, args.resamples)
     print_table(summary["rows"])

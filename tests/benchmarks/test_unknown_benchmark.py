@@ -112,11 +112,12 @@ def test_finished_runs_are_read_and_not_run_again(unknown, tmp_path, monkeypatch
     for seed in range(2):
         file = unknown.run_file(bench, f"V random, s_perp perp_scale=1 seed {seed}")
         scores = {"log_probs": log_probs.contiguous(), "novelty": high_for_physics}
-        save_file(scores, file)
+        save_file(scores, file, metadata={"dtype": "float32"} if seed else None)
     save_file({"tokens": torch.ones(16)}, unknown.run_file(bench, "controls"))
     rows = {"V random, s_perp": unknown.ROWS["V random, s_perp"]}
     contents = unknown.table(bench, rows, dict, 2, 10)
     assert contents["chosen"] == {"V random, s_perp": "perp_scale=1"}
+    assert contents["float32"] == ["V_random_s_perp_perp_scale=1_seed_1"]
     row = contents["rows"]["V random, s_perp"]
     wrong = torch.arange(10) < 4
     assert row["novelty"]["wrong"]["auroc"]["mean"] == pytest.approx(auroc(high_for_wrong, wrong))
