@@ -17,10 +17,11 @@ import pytest
 import yaml
 from conftest import ROOT, write_jsonl
 
+import scalabl_pyro as sp
 from scalabl_pyro.data.world import world
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAME = f"scalabl_pyro-{PROJECT['version']}"
+NAME = f"scalabl_pyro-{sp.__version__}"
 
 FOLDERS = ("scalabl_pyro", "configs", "tests", "docs", "benchmarks", "notebooks")
 
@@ -50,7 +51,7 @@ def files_of(*folders: str) -> set[str]:
 def test_the_citation_is_of_this_version_and_names_the_method():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # needed by CFF 1.2.0
-    assert str(citation["version"]) == PROJECT["version"]
+    assert str(citation["version"]) == sp.__version__
     assert citation["license"] == PROJECT["license"]
     method = citation["preferred-citation"]
     names = [author["family-names"] for author in method["authors"]]
@@ -119,7 +120,7 @@ def test_the_wheel_trains_in_an_environment_of_its_own_without_a_network(built, 
     assert places == [str(installed / f"scalabl_pyro/{n}__init__.py") for n in ("", "configs/")]
 
     scalabl = home / "bin" / "scalabl"
-    assert PROJECT["version"] in run(scalabl, "--version", **options)
+    assert sp.__version__ in run(scalabl, "--version", **options)
     train = ["model.name=embedded", "model.prompt=classes", "data.task=embedded"]
     train += ["lora.targets=[q_proj,v_proj]", "fit.steps=2", "data.limit.test=8", "run_dir=run"]
     run(scalabl, "train", *train, "progress=false", **options)

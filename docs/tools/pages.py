@@ -7,12 +7,14 @@ that a page links to are copied into the site.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import posixpath
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -225,16 +227,18 @@ def _commands() -> str:
 
 def _api() -> Iterator[tuple[str, str]]:
     """A page for the names of the package itself, and one for each of its folders."""
-    homes = {name: home for home, names in sp._HOMES.items() for name in names}
+    stub = ast.parse(Path(sp.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    homes = {a.name: node.module for node in imports if node.module for a in node.names}
     names = "\n".join(f"| `sp.{name}` | [{home}]({home}.md) |" for name, home in homes.items())
     yield (
         "index",
         "# API\n\nNames of the package itself, with `import scalabl_pyro as sp`, and where they"
         f" come from.\n\n| name | folder |\n|---|---|\n{names}\n",
     )
-    for home in sp._HOMES:
+    for home in sorted(set(sp.__all__) - homes.keys() | set(homes.values())):
         parts = [f"# scalabl_pyro.{home}", f"::: scalabl_pyro.{home}"]
-        folder = getattr(sp, home)
+        folder = import_module(f"scalabl_pyro.{home}")
         for name in folder.__all__:
             # A file of the same name hides a function from who reads the code without running it.
             if (Path(folder.__file__).parent / f"{name}.py").exists():

@@ -7,7 +7,6 @@ import io
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .. import __version__
 from ..prediction.metrics import entropy, summarise
 from ..prediction.predictor import Predictions
 from ..prediction.rejection import risk_coverage_curve
@@ -89,7 +89,7 @@ def to_html(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     return template.render(
-        version=version("scalabl_pyro"),
+        version=__version__,
         rows=list(runs),
         lost=left_out(table),
         links={

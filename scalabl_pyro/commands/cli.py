@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from .. import __version__
 from ..files import json_text
 from ._configs import CONFIGS
 
@@ -113,7 +114,7 @@ def _stop_writing() -> None:
 
 def _main() -> None:
     if sys.argv[1:] == ["--version"]:
-        print(f"scalabl_pyro {_version()}")
+        print(f"scalabl_pyro {__version__}")
         return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked = len(sys.argv) == 2 and sys.argv[1] in ("-h", "--help", "help")
@@ -199,15 +200,6 @@ def _as_text(word: str) -> str:
     # Not a reference to another setting.
     value = value.replace("${", r"\${")
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("scalabl_pyro")
-    except PackageNotFoundError:  # a checkout on the path
-        return "not installed"
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from .. import __version__
 from ..embedded import model_folder
 from ..lora.gguf import find_gguf
 from ..prediction.intervals import Interval, crossed_interval, per_question, per_text
@@ -93,7 +93,7 @@ def about(config: RunConfig, sizes: Mapping[str, int], rank: int) -> list[str]:
     :param rank: r of the adapter.
     """
     lines = [
-        f"Method `{config.method['name']}` of scalabl_pyro {version('scalabl_pyro')}, seed"
+        f"Method `{config.method['name']}` of scalabl_pyro {__version__}, seed"
         f" {config.seed}, LoRA of rank {rank} on {plain(config.model.name)}."
     ]
     if sizes:
