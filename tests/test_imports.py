@@ -123,8 +123,7 @@ def test_what_another_file_imports_is_listed():
         path: set(ast.literal_eval(node.value))
         for path, tree in trees.items()
         for node in tree.body
-        if isinstance(node, (ast.Assign, ast.AnnAssign))
-        and ast.unparse(node).startswith("__all__")
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and ast.unparse(node).startswith("__all__")
     }
     missing = {}
     for path, tree in trees.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 from benchmarks._report import IMAGES, RESULTS, report
 from benchmarks.quality._openbookqa import Bench
@@ -44,6 +45,7 @@ from scalabl_pyro.methods import (
     TemperatureScaling,
 )
 from scalabl_pyro.methods.reference import Reference
+from scalabl_pyro.prediction.calibration import ece_floor
 from scalabl_pyro.prediction.predictor import Predictor
 
 BATCH, DRAWS, STEPS = 16, 10, 400
@@ -252,6 +254,12 @@ LONGER: dict[str, tuple[str, ...]] = {
     "trained, then s on fresh data": ("scale=0.3 kl_weight=1", "scale=1 kl_weight=1"),
     "reference": ("lr=0.001", "lr=0.002"),
 }
+
+
+def mean_floor(each: Sequence[Tensor]) -> float:
+    """The mean ECE floor of several seeds' probabilities (N, C), by up to which their ECE is too
+    high."""
+    return sum(ece_floor(probabilities).mean for probabilities in each) / len(each)
 
 
 def summary(fitted: Fitted) -> dict[str, float]:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks._report import RESULTS, report
 from benchmarks._runs import cached
-from benchmarks.quality.calibration import posterior_mean, summary, tempered
+from benchmarks.quality.calibration import mean_floor, posterior_mean, summary, tempered
 from scalabl_pyro.data import Record, Split, disjoint, read_folder
 from scalabl_pyro.files import whole_file
 from scalabl_pyro.infer import FitConfig, FitResult
@@ -440,8 +440,10 @@ def choose(bench: Bench, name: str) -> dict[str, dict[str, float]]:
 def metrics(runs: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Figures of a row, from one run a seed, with intervals over seeds and questions."""
     each = [by_question(run) for run in runs]
+    bias = {"ece": (floor_of(runs), 0.0)}
     figures: dict[str, Any] = {
-        name: interval(crossed_interval(values)) for name, values in stacked(each).items()
+        name: without_p(crossed_interval(values, bias=bias.get(name, (0.0, 0.0))))
+        for name, values in stacked(each).items()
     }
     several: dict[str, list[float]] = {}
     for run in runs:
@@ -461,6 +463,11 @@ def of_one_run(run: dict[str, Tensor]) -> dict[str, float]:
         "ece_floor": ece_floor(probs).mean,
         "confidence_minus_acc": float(probs.amax(-1).mean() - (~wrong).float().mean()),
     }
+
+
+def floor_of(runs: list[dict[str, Tensor]]) -> float:
+    """By up to how much the ECE of a row is too high."""
+    return mean_floor([answers(run)[0] for run in runs])
 
 
 def answers(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -490,8 +497,9 @@ def by_question(run: dict[str, Tensor]) -> dict[str, Tensor]:
     return by_name
 
 
-def interval(estimate: Interval) -> dict[str, float]:
-    return estimate._asdict()
+def without_p(estimate: Interval) -> dict[str, float]:
+    """Of a figure, which no one expects to be 0: chance is 0.5 of an AUROC, for one."""
+    return {name: value for name, value in estimate._asdict().items() if name != "p"}
 
 
 def table(bench: Bench, names: list[str]) -> dict[str, Any]:
@@ -519,7 +527,13 @@ def table(bench: Bench, names: list[str]) -> dict[str, Any]:
         if other in runs:
             figures[f"minus {other}"] = {
                 row: {
-                    key: interval(paired_difference(values[key], each_row[other][key]))
+                    key: paired_difference(
+                        values[key],
+                        each_row[other][key],
+                        bias=(floor_of(runs[row]), floor_of(runs[other]))
+                        if key == "ece"
+                        else (0.0, 0.0),
+                    )._asdict()
                     for key in sorted(values.keys() & each_row[other].keys())
                 }
                 for row, values in each_row.items()

@@ -30,7 +30,15 @@ from torch import Tensor
 
 from benchmarks._report import RESULTS, report
 from benchmarks.quality._openbookqa import Bench
-from benchmarks.quality.calibration import DRAWS, SEEDS, STEPS, TUNING_SEED, fit_config, tempered
+from benchmarks.quality.calibration import (
+    DRAWS,
+    SEEDS,
+    STEPS,
+    TUNING_SEED,
+    fit_config,
+    mean_floor,
+    tempered,
+)
 from benchmarks.quality.unknown import add_others, subjects
 from scalabl_pyro.commands._report import write_report
 from scalabl_pyro.commands._runs import ReportedRun
@@ -61,7 +69,13 @@ from scalabl_pyro.prediction.intervals import (
     per_question,
     stacked,
 )
-from scalabl_pyro.prediction.metrics import average, entropy, evaluate, mutual_information
+from scalabl_pyro.prediction.metrics import (
+    average,
+    entropy,
+    evaluate,
+    mutual_information,
+    summarise,
+)
 from scalabl_pyro.prediction.predictor import Predictions, Predictor, Predicts, predict
 
 #: what a row predicts with, of a training run
@@ -391,13 +405,18 @@ def predictions(bench: Bench, run: Mapping[str, Tensor]) -> dict[str, Prediction
 
 def differences(runs: Mapping[str, Sequence[ReportedRun]], reference: str) -> dict[str, Any]:
     """Row → metric of ``test`` → its difference from a reference, paired by seed and question."""
-    values = {}
+    values, floors = {}, {}
     for name, row in runs.items():
         tests = [run.predictions["test"] for run in row]
         values[name] = stacked([per_question(test.logits, known(test)) for test in tests])
+        floors[name] = mean_floor([summarise(test.logits).probabilities for test in tests])
     return {
         name: {
-            metric: paired_difference(of_row[metric], values[reference][metric])._asdict()
+            metric: paired_difference(
+                of_row[metric],
+                values[reference][metric],
+                bias=(floors[name], floors[reference]) if metric == "ece" else (0.0, 0.0),
+            )._asdict()
             for metric in of_row
         }
         for name, of_row in values.items()

@@ -19,9 +19,8 @@ import torch
 
 from benchmarks._report import RESULTS, report
 from benchmarks.quality._openbookqa import Bench, auroc_between
-from benchmarks.quality.calibration import SEEDS, STEPS, TUNING_SEED, scalabl, summary
+from benchmarks.quality.calibration import SEEDS, STEPS, TUNING_SEED, mean_floor, scalabl, summary
 from scalabl_pyro.methods import Fitted
-from scalabl_pyro.prediction.calibration import ece_floor
 from scalabl_pyro.prediction.detection import auroc, auroc_at_equal_length
 from scalabl_pyro.prediction.intervals import (
     crossed_interval,
@@ -110,20 +109,29 @@ def table(bench: Bench, rows: list[str], part: str, seeds: int) -> dict[str, Any
         for row in rows:
             runs[row].append(tested(bench, row, chosen[row], seed))
     contents: dict[str, Any] = {"trials": trials, "chosen": chosen, "test": {}, "minus random": {}}
-    values = {}
+    values, floors = {}, {}
     for row in rows:
         logits = [torch.tensor(run["log_probabilities"])[None] for run in runs[row]]
         values[row] = stacked([per_question(each, labels) for each in logits])
-        floors = [ece_floor(each[0].softmax(-1)).mean for each in logits]
+        floors[row] = mean_floor([each[0].softmax(-1) for each in logits])
         contents["test"][row] = {
-            **{name: crossed_interval(x)._asdict() for name, x in values[row].items()},
-            "ece_floor": sum(floors) / len(floors),
+            **{
+                name: crossed_interval(
+                    x, bias=(floors[row] if name == "ece" else 0.0, 0.0)
+                )._asdict()
+                for name, x in values[row].items()
+            },
+            "ece_floor": floors[row],
             "kl": sum(run["kl"] for run in runs[row]) / len(runs[row]),
             "auroc": _mean([run["auroc"] for run in runs[row]]),
         }
         if row != "random" and "random" in values:
             contents["minus random"][row] = {
-                name: paired_difference(x, values["random"][name])._asdict()
+                name: paired_difference(
+                    x,
+                    values["random"][name],
+                    bias=(floors[row], floors["random"]) if name == "ece" else (0.0, 0.0),
+                )._asdict()
                 for name, x in values[row].items()
             }
     return contents

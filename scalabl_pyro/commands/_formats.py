@@ -18,6 +18,7 @@ __all__ = [
     "COST",
     "DIFFERENCES",
     "HEADER",
+    "HIGHER_IS_BETTER",
     "METRICS",
     "TITLES",
     "UNITS",
@@ -28,23 +29,27 @@ __all__ = [
     "cost_cells",
     "cost_ratio",
     "cost_titles",
+    "difference_cell",
     "differences",
     "format_table",
     "left_out",
     "mark",
+    "metric_cells",
     "p_value",
     "to_csv",
     "to_markdown",
 ]
 
 METRICS = ("acc", "ece", "nll", "brier", "aurc")
-#: those that a terminal has room for
-NARROW = METRICS[:4]
+HIGHER_IS_BETTER = {"acc"}
+#: those that a terminal has room for, and how much
+NARROW = {"acc": 13, "ece": 25, "nll": 18, "brier": 16}
 BASELINE = "mle"
 
 HEADER = """\
 mean ± half of its 95 % interval over seeds and questions (Student's t; one seed: over questions)
-ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show
+ECE: beside it in brackets its floor, what calibrated models with the same probabilities would show,
+which it is too high by at most; ± is chance alone, and intervals of differences allow for floors
 """
 AURC = "AURC: area under the risk–coverage curve, lower is better"
 AUROC = (
@@ -74,24 +79,31 @@ COST = (
 
 def format_table(table: Mapping[str, Any]) -> str:
     """The table as text, for a terminal."""
-    head = f"{'':32s}{'ACC %':>14s}{'ECE % (floor)':>20s}{'NLL':>18s}{'Brier':>16s}"
-    lines = [*HEADER.splitlines(), *filter(None, [left_out(table)]), head]
-    for split in next(iter(table["metrics"].values())):
-        for name, row in table["metrics"].items():
-            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
-            lines.append(f"{split:12s}{name:20s}{_cells(row[split], floor)}")
+    minus = differences(table)
+    splits = list(next(iter(table["metrics"].values())))
+    names = [*table["metrics"], *(f"{name} − {BASELINE}" for _, name, _ in minus)]
+    widths = [2 + max(map(len, each)) for each in (splits, names)]
+
+    def line(split: str, name: str, cells: str) -> str:
+        return f"{split:{widths[0]}s}{name:{widths[1]}s}{cells}"
+
+    lines = [*HEADER.splitlines(), *filter(None, [left_out(table)]), line("", "", _columns(TITLES))]
+    for split in splits:
+        for name in table["metrics"]:
+            lines.append(line(split, name, _columns(metric_cells(table, name, split))))
     if scores := auroc_scores(table):
         titles = "".join(f"{AUROC_OF[score]:>24s}" for score in scores)
-        lines += [auroc_note(table), f"{'':32s}{titles}"]
+        lines += [auroc_note(table), line("", "", titles)]
     for split, name, cells in aurocs(table):
-        lines.append(f"{split:12s}{name:20s}{''.join(f'{text:>24s}' for text in cells)}")
-    if differences(table):
+        lines.append(line(split, name, "".join(f"{text:>24s}" for text in cells)))
+    if minus:
         lines.append("differences, paired by seed and question, and p of none (two-sided)")
-    for split, name, by_metric in differences(table):
-        lines.append(f"{split:12s}{name + ' − ' + BASELINE:20s}{_cells(by_metric)}")
+    for split, name, by_metric in minus:
+        of_row = {m: difference_cell(by_metric[m], m) for m in NARROW}
+        lines.append(line(split, f"{name} − {BASELINE}", _columns(of_row)))
         p = {m: p_value(by_metric[m]["p"]) for m in NARROW}
-        lines.append(f"{'':32s}{p['acc']:>14s}{p['ece']:>20s}{p['nll']:>18s}{p['brier']:>16s}")
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(line("", "", _columns(p)))
+    return "\n".join(each.rstrip() for each in lines)
 
 
 def left_out(table: Mapping[str, Any]) -> str:
@@ -140,14 +152,9 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     for split in next(iter(table["metrics"].values())):
         heads = ["", *TITLES.values(), *cost_titles(table)]
         lines += [f"## {plain(split)}", "", _line(heads), "|---" * len(heads) + "|"]
-        for name, row in table["metrics"].items():
-            floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})"
-            cells = [
-                cell(row[split][m], *UNITS[m])
-                + (floor if m == "ece" else "")
-                + mark(table, split, m, name)
-                for m in METRICS
-            ]
+        for name in table["metrics"]:
+            values = metric_cells(table, name, split)
+            cells = [values[m] + mark(table, split, m, name) for m in METRICS]
             lines.append(_line([plain(name), *cells, *cost_cells(table, name).values()]))
         lines.append("")
     lines += [f"{AURC}.", *([f"{COST}."] if cost_titles(table) else [])]
@@ -163,7 +170,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
         lines.append("|---" * len(heads) + "|")
     for split, name, by_metric in differences(table):
         cells = [
-            f"{cell(by_metric[m], *UNITS[m])} ({p_value(by_metric[m]['p']) or '–'})"
+            f"{difference_cell(by_metric[m], m)} ({p_value(by_metric[m]['p']) or '–'})"
             for m in METRICS
         ]
         lines.append(_line([plain(name), plain(split), *cells]))
@@ -238,10 +245,19 @@ def _costs(row: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
 
 
 def cell(value: Mapping[str, float], unit: float, digits: int) -> str:
-    """A mean ± half of its interval."""
-    half = (value["high"] - value["low"]) / 2
+    """A mean ± half of its interval; of a mean that may be too high, ± the upper half."""
+    half = value["high"] - value["mean"]
     known = "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
     return f"{unit * value['mean']:.{digits}f}{known}"
+
+
+def difference_cell(value: Mapping[str, float], metric: str) -> str:
+    """A difference ± half of its interval or, where that is not even, with its ends."""
+    unit, digits = UNITS[metric]
+    if metric != "ece" or math.isnan(value["low"]):
+        return cell(value, unit, digits)
+    mean, low, high = (f"{unit * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def p_value(value: float) -> str:
@@ -251,10 +267,15 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def _cells(row: Mapping[str, Mapping[str, float]], floor: str = "") -> str:
-    accuracy, error = (cell(row[m], 100, 1) for m in ("acc", "ece"))
-    nll, brier = (cell(row[m], 1, 3) for m in ("nll", "brier"))
-    return f"{accuracy:>14s}{error + floor:>20s}{nll:>18s}{brier:>16s}"
+def metric_cells(table: Mapping[str, Any], name: str, split: str) -> dict[str, str]:
+    """A row's metrics on a split; the ECE with its floor."""
+    cells = {m: cell(table["metrics"][name][split][m], *UNITS[m]) for m in METRICS}
+    return cells | {"ece": f"{cells['ece']} ({100 * table['ece_floor'][name][split]['mean']:.1f})"}
+
+
+def _columns(cells: Mapping[str, str]) -> str:
+    """Texts by metric, below those of other rows."""
+    return "".join(f"{cells[metric]:>{width}s}" for metric, width in NARROW.items())
 
 
 def _line(cells: list[str]) -> str:

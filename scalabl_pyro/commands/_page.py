@@ -34,17 +34,17 @@ from ._formats import (
     HEADER,
     METRICS,
     TITLES,
-    UNITS,
     auroc_note,
     auroc_scores,
     aurocs,
-    cell,
     cost_cells,
     cost_ratio,
     cost_titles,
+    difference_cell,
     differences,
     left_out,
     mark,
+    metric_cells,
     p_value,
 )
 from ._plots import plot_cost, plot_entropy, plot_reliability, plot_risk_coverage
@@ -127,12 +127,8 @@ def _link(folder: Path, out: Path) -> str:
 
 def _cells(table: Mapping[str, Any], split: str, name: str) -> list[tuple[str, str]]:
     """A row's metrics, each with its mark."""
-    cells = []
-    for metric in METRICS:
-        floor = f" ({100 * table['ece_floor'][name][split]['mean']:.1f})" if metric == "ece" else ""
-        text = cell(table["metrics"][name][split][metric], *UNITS[metric]) + floor
-        cells.append((text, mark(table, split, metric, name).strip()))
-    return cells
+    texts = metric_cells(table, name, split)
+    return [(texts[metric], mark(table, split, metric, name).strip()) for metric in METRICS]
 
 
 def _by_split(rows: Iterable[tuple[str, str, list[Any]]]) -> dict[str, list[tuple[str, list[Any]]]]:
@@ -144,7 +140,7 @@ def _by_split(rows: Iterable[tuple[str, str, list[Any]]]) -> dict[str, list[tupl
 
 
 def _signed(difference: Mapping[str, float], metric: str) -> str:
-    return cell(difference, *UNITS[metric]).replace("-", "−")
+    return difference_cell(difference, metric).replace("-", "−")
 
 
 # ---------------------------------------------------------------------- pictures

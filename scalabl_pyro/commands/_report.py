@@ -23,7 +23,7 @@ from ..prediction.intervals import (
 from ..prediction.metrics import entropy, summarise
 from ..prediction.predictor import Predictions
 from ..runs.cost import Cost
-from ._formats import BASELINE, METRICS, format_table, to_csv, to_markdown
+from ._formats import BASELINE, HIGHER_IS_BETTER, METRICS, format_table, to_csv, to_markdown
 from ._page import to_html
 from ._plots import plot_comparison
 from ._runs import ReportedRun
@@ -53,13 +53,14 @@ def write_report(
         is not that of the others, ``seed``.
     :param lost: rows that are left out, as their training diverged.
     :returns: by row and split each metric's ``mean``, ``standard_error`` and 95 % interval ``low``
-        to ``high``, over seeds and questions; the same and ``p`` for differences to ``mle``, paired
-        by seed and question; ``confidence``, the probability of the answer; ``ece_floor``, the ECE
-        of calibrated models with the same probabilities; and ``auroc_of_entropy`` for telling the
-        examples of a further split from ``test``, with ``auroc_of_mahalanobis`` of the rows whose
-        runs keep such distances. Where the runs keep how many tokens their questions have, pairs of
-        about equal length alone count there, and ``auroc_of_tokens`` has by split what the number
-        of tokens would reach, a control.
+        to ``high``, over seeds and questions, which for ``ece`` allow for its floor; the same and
+        ``p`` for differences to ``mle``, paired by seed and question; ``confidence``, the
+        probability of the answer; ``ece_floor``, the ECE of calibrated models with the same
+        probabilities; and ``auroc_of_entropy`` for telling the examples of a further split from
+        ``test``, with ``auroc_of_mahalanobis`` of the rows whose runs keep such distances. Where
+        the runs keep how many tokens their questions have, pairs of about equal length alone count
+        there, and ``auroc_of_tokens`` has by split what the number of tokens would reach, a
+        control.
         ``best`` has for each split and metric the ``row`` with the best mean, and those that are
         ``not_told_apart`` from it: the interval of their paired difference holds 0. ``cost`` is
         the mean over seeds of what runs cost, ``None`` where one of them does not say; ``lost`` are
@@ -79,19 +80,28 @@ def write_report(
         for name, row in predictions.items()
     }
     tokens = {s: _tokens(rows, s) for s in splits if s != "test"}
+    floors = {
+        name: {s: _floor([run[s] for run in row]) for s in splits}
+        for name, row in predictions.items()
+    }
+
+    def too_high(metric: str, name: str, split: str) -> float:
+        """How far an estimate may be beyond the truth on average."""
+        return floors[name][split]["mean"] if metric == "ece" else 0.0
+
     table: dict[str, Any] = {
         "metrics": {
-            name: {s: {m: _mean(row[s][m]) for m in METRICS} for s in splits}
+            name: {
+                s: {m: _mean(row[s][m], bias=(too_high(m, name, s), 0.0)) for m in METRICS}
+                for s in splits
+            }
             for name, row in values.items()
         },
         "confidence": {
             name: {s: _mean(torch.stack([_confidence(run[s]) for run in row])) for s in splits}
             for name, row in predictions.items()
         },
-        "ece_floor": {
-            name: {s: _floor([run[s] for run in row]) for s in splits}
-            for name, row in predictions.items()
-        },
+        "ece_floor": floors,
         "auroc_of_entropy": {
             name: {
                 s: _mean(torch.stack([_auroc(_entropies(run, s), lengths) for run in row]))
@@ -113,7 +123,14 @@ def write_report(
             if lengths is not None
         },
         "best": {
-            s: {m: _best({n: row[s][m] for n, row in values.items()}, m) for m in METRICS}
+            s: {
+                m: _best(
+                    {n: row[s][m] for n, row in values.items()},
+                    {n: too_high(m, n, s) for n in values},
+                    higher_is_better=m in HIGHER_IS_BETTER,
+                )
+                for m in METRICS
+            }
             for s in splits
         },
         "cost": {name: _cost([run.cost for run in row]) for name, row in rows.items()},
@@ -125,7 +142,14 @@ def write_report(
         table[f"minus_{BASELINE}"] = {
             name: {
                 s: {
-                    m: _entry(paired_difference(row[s][m], values[BASELINE][s][m]), p=True)
+                    m: _entry(
+                        paired_difference(
+                            row[s][m],
+                            values[BASELINE][s][m],
+                            bias=(too_high(m, name, s), too_high(m, BASELINE, s)),
+                        ),
+                        p=True,
+                    )
                     for m in METRICS
                 }
                 for s in splits
@@ -143,8 +167,8 @@ def write_report(
     return table
 
 
-def _mean(values: Tensor) -> dict[str, float]:
-    return _entry(crossed_interval(values))
+def _mean(values: Tensor, *, bias: tuple[float, float] = (0.0, 0.0)) -> dict[str, float]:
+    return _entry(crossed_interval(values, bias=bias))
 
 
 def _entry(interval: Interval, *, p: bool = False) -> dict[str, float]:
@@ -163,12 +187,16 @@ def _floor(runs: Sequence[Predictions]) -> dict[str, float]:
     return CalibrationFloor(*floors.mean(0).tolist())._asdict()
 
 
-def _best(values: Mapping[str, Tensor], metric: str) -> dict[str, Any]:
-    """:param values: (K, N) by row."""
-    sign = -1.0 if metric == "acc" else 1.0
-    best = min(values, key=lambda name: sign * float(values[name].mean()))
+def _best(
+    values: Mapping[str, Tensor], too_high: Mapping[str, float], *, higher_is_better: bool
+) -> dict[str, Any]:
+    """:param values: (K, N) by row.
+    :param too_high: by row, how far its estimate may be above the truth.
+    """
+    choose = max if higher_is_better else min
+    best = choose(values, key=lambda name: float(values[name].mean()))
     differences = {
-        name: paired_difference(value, values[best])
+        name: paired_difference(value, values[best], bias=(too_high[name], too_high[best]))
         for name, value in values.items()
         if name != best
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import cast
 
 import pyro
 import torch
 from pyro import distributions as dist
 from pyro.distributions import TorchDistribution, constraints
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from ..lora.adapter import SubspaceAdapter
@@ -35,6 +36,24 @@ def check_is_guide(guide: object) -> None:
         fix = f"a guide, {kind}(model)" if isinstance(guide, type) else fixes.get(kind, "a guide")
         what = "the class " if isinstance(guide, type) else "a "
         raise TypeError(f"guide is {what}{kind}: expected {fix}")
+
+
+class Onto(dist.transforms.ComposeTransform):
+    """From the real line onto a support, which is what it says its values lie in.
+
+    Torch's own transform says of some supports, such as the numbers above 0, that its values are
+    any numbers, and with it every distribution that is transformed by it.
+
+    :param support: of one coordinate.
+    """
+
+    def __init__(self, support: constraints.Constraint) -> None:
+        super().__init__([biject_to(support)])
+        self._support = support
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]  # of torch a property too
+        return self._support
 
 
 class AutoSubspace(PyroModule):
@@ -80,8 +99,9 @@ class AutoSubspace(PyroModule):
             )
         if not (isinstance(init_scale, (int, float)) and 0 < init_scale < math.inf):
             raise ValueError(f"init_scale is {init_scale!r}: expected a finite number above 0")
-        support = model.prior.support
-        self._to_support = None if support is constraints.real else biject_to(support)
+        #: of each coordinate of s
+        self.support = support = model.prior.support
+        self._to_support = None if support is constraints.real else Onto(support)
         if self._to_support is not None and not support.check(loc).all():
             raise ValueError(f"init_loc leaves the support of the prior, {support}")
         # A buffer, so that it moves with the parameters; the state does not need it.
@@ -123,7 +143,7 @@ class AutoSubspace(PyroModule):
     def _of_latent(self, name: str) -> TorchDistribution:
         """q of a further latent site's coordinates."""
         q = dist.Normal(getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale"))
-        return dist.TransformedDistribution(q, [biject_to(self._latents[name].support)])
+        return dist.TransformedDistribution(q, [Onto(self._latents[name].support)])
 
     @torch.no_grad()
     def sample(self, num_draws: int) -> Tensor:
@@ -251,10 +271,13 @@ class PosteriorPrior(Prior):
     def __init__(self, guide: AutoSubspace) -> None:
         shape = guide._init_loc.shape
         super().__init__((shape[0], shape[1]))
-        if guide._to_support is not None:
-            self.support = guide._to_support.codomain
+        self.support = guide.support
         # A module, so that run folders keep its parameters.
         self.posterior = guide.of_s_alone().requires_grad_(False)
+
+    def __call__(self) -> TorchDistribution:
+        # As of a plain module: Pyro lets none with parts that it has called go into a model.
+        return cast(TorchDistribution, nn.Module.__call__(self))
 
     def forward(self) -> TorchDistribution:
         with pyro.poutine.block():  # its parameters are no sites: nothing trains them

@@ -248,7 +248,7 @@ class ScalaBLModel(LoRAModel):
                 "nothing depends on s: projections is 'fixed' and B is 0; start from a trained"
                 " adapter (lora.start)"
             )
-        _check_support(prior)
+        _check_prior(prior)
         self.prior = prior.to(adapter.device)
         self.scale_B = scale_B
         #: of ``"s_perp"``, with event shape (M, k); ``None`` where the adapter has none
@@ -320,10 +320,18 @@ def _side_by_side(s: Tensor, s_perp: Tensor) -> Tensor:
     return torch.cat([part.expand(*shape, *part.shape[-2:]) for part in (s, s_perp)], -1)
 
 
-def _check_support(prior: Prior) -> None:
-    """:raises ValueError: if a prior of part of the line does not say so: guides would leave it."""
-    if isinstance(prior, FixedPrior) or prior.support is not constraints.real:
+def _check_prior(prior: Prior) -> None:
+    """:raises ValueError: if s or another latent site has not two event dimensions, or a prior of
+    part of the line does not say so: guides would leave it."""
+    if isinstance(prior, FixedPrior):
         return
+    kind = type(prior).__name__
+    for name, latent in prior.latents.items():
+        if len(latent.shape) != 2:
+            raise ValueError(
+                f"{kind} has a latent site {name!r} of shape {tuple(latent.shape)}: expected two"
+                " dimensions, such as (1, 1), (M, 1) or (M, r)"
+            )
     try:
         copy = deepcopy(prior)  # Pyro names the sites of what has run
     except RuntimeError:  # what was computed from parameters has no copy: it is not looked at
@@ -332,12 +340,20 @@ def _check_support(prior: Prior) -> None:
     with forked_rng(), pyro.poutine.block():
         p = copy()
         far = torch.full_like(p.sample(), 1e6)
+    if p.event_shape != prior.shape:
+        raise ValueError(
+            f"{kind} gives a distribution of batch shape {tuple(p.batch_shape)} and event shape"
+            f" {tuple(p.event_shape)}: expected event shape (M, r) = {prior.shape}, as"
+            " dist.Normal(0.0, 1.0).expand(self.shape).to_event(2) has"
+        )
+    if prior.support is not constraints.real:
+        return
     support: Any = p.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if not (support.check(far).all() and support.check(-far).all()):
         raise ValueError(
-            f"{type(prior).__name__} has s in {support}, and its attribute support is the real"
+            f"{kind} has s in {support}, and its attribute support is the real"
             f" line: set support = constraints.{support} in the class"
         )
 

@@ -41,7 +41,8 @@ class Interval(NamedTuple):
     :param mean: over seeds and questions.
     :param standard_error: of it, ``nan`` of one number.
     :param low: end of the 95 % interval; ``high`` the other.
-    :param p: two-sided, of a true mean of 0.
+    :param p: two-sided, of a true mean of 0; with a bias, of the nearest true mean that is
+        possible.
     """
 
     mean: float
@@ -51,7 +52,9 @@ class Interval(NamedTuple):
     p: float
 
 
-def crossed_interval(values: Tensor, *, level: float = 0.95) -> Interval:
+def crossed_interval(
+    values: Tensor, *, level: float = 0.95, bias: tuple[float, float] = (0.0, 0.0)
+) -> Interval:
     r"""The mean over seeds and questions, with Student's interval for both as random.
 
     The mean squares of the seeds' means, of the questions' means and of what is left give
@@ -60,10 +63,15 @@ def crossed_interval(values: Tensor, *, level: float = 0.95) -> Interval:
 
     without bias; where chance makes it less than that of seeds or of questions alone, the larger of
     these. Degrees of freedom are Satterthwaite's (1946): about K − 1 where seeds decide and N − 1
-    where questions do. One seed leaves the questions alone, one question the seeds.
+    where questions do. One seed leaves the questions alone, one question the seeds. With two seeds
+    that differ as much as questions do, intervals of 95 % hold the truth in about 89 %; with three,
+    in 94 % and more.
 
     :param values: (K, N), such as the loss of seed k at question n.
     :param level: of the interval.
+    :param bias: how far the mean may be too high, and too low, beside chance. An ECE is too high by
+        up to its :func:`~scalabl_pyro.prediction.ece_floor`, which calibrated models reach, so
+        that its bias is ``(floor, 0)``.
     :raises ValueError: if values are not (K, N), or not finite.
     """
     if values.dim() != 2 or not values.numel():
@@ -91,18 +99,27 @@ def crossed_interval(values: Tensor, *, level: float = 0.95) -> Interval:
     spread = sum(square**2 / degrees for square, degrees in parts if degrees)
     if K * N == 1:
         return Interval(mean, math.nan, math.nan, math.nan, math.nan)
+    low, high = mean - bias[0], mean + bias[1]
+    away = max(0.0, low, -high)  # from 0, of the nearest mean that is possible
     if total <= 1e-24 * mean**2 * K * N or spread == 0:  # all alike, but for rounding
-        return Interval(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
+        return Interval(mean, 0.0, low, high, 1.0 if away == 0 else 0.0)
     error = math.sqrt(total / (K * N))
     degrees = total**2 / spread
     half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, degrees))
-    return Interval(mean, error, mean - half, mean + half, p)
+    p = float(2 * stats.t.sf(away / error, degrees))
+    return Interval(mean, error, low - half, high + half, p)
 
 
-def paired_difference(first: Tensor, second: Tensor, *, level: float = 0.95) -> Interval:
+def paired_difference(
+    first: Tensor,
+    second: Tensor,
+    *,
+    level: float = 0.95,
+    bias: tuple[float, float] = (0.0, 0.0),
+) -> Interval:
     """:func:`crossed_interval` of first − second, (K, N) each, on the same seeds and questions.
 
+    :param bias: of the difference; of ECEs the floor of the first, and that of the second.
     :raises ValueError: if their shapes differ.
     """
     if first.shape != second.shape:
@@ -110,16 +127,16 @@ def paired_difference(first: Tensor, second: Tensor, *, level: float = 0.95) -> 
             f"the shapes {tuple(first.shape)} and {tuple(second.shape)} differ: expected (K, N) of"
             " the same seeds and questions"
         )
-    return crossed_interval(first.double() - second.double(), level=level)
+    return crossed_interval(first.double() - second.double(), level=level, bias=bias)
 
 
 def per_question(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What each question adds to ``acc``, ``ece``, ``nll``, ``brier`` and ``aurc``, whose mean each
     is; (N,).
 
-    For ``ece`` the sign of a bin's gap is taken as known, which makes an interval rather too
-    wide where that gap is within its noise. For ``aurc`` answers are left out by their largest
-    probability, see :func:`aurc_per_question`.
+    For ``ece`` the sign of a bin's gap is taken as known. Where that gap is within its noise the
+    ECE is too high, which an interval has to allow for: see ``bias`` of :func:`crossed_interval`.
+    For ``aurc`` answers are left out by their largest probability, see :func:`aurc_per_question`.
 
     :param logits: (S, N, C).
     :param labels: (N,).

@@ -39,7 +39,11 @@ def with_intervals(
             if "logits" in known
             else per_text(known["log_probs"], known["lengths"])
         )
-        intervals = {name: crossed_interval(value[None]) for name, value in each.items()}
+        too_high = {"ece": values.get("ece_floor") or 0.0}
+        intervals = {
+            name: crossed_interval(value[None], bias=(too_high.get(name, 0.0), 0.0))
+            for name, value in each.items()
+        }
         figures[split] = {name: intervals.get(name, value) for name, value in values.items()}
     return figures
 
@@ -118,8 +122,8 @@ def results(figures: Mapping[str, Mapping[str, Figure]]) -> list[str]:
     splits = [plain(split) for split in figures]
     lines = [
         "Of the prediction with all draws. ± is half of the 95 % interval over the questions of"
-        " this one run (Student's t), to which another seed adds; for ECE, with the signs of the"
-        " gaps in its bins taken as known. Entropy and mutual information are in nats.",
+        " this one run (Student's t), to which another seed adds; an ECE may besides be too high by"
+        " up to ece_floor. Entropy and mutual information are in nats.",
         "",
         f"| | {' | '.join(splits)} |",
         "|---" * (len(splits) + 1) + "|",
@@ -138,7 +142,7 @@ def plain(text: str) -> str:
 def _cell(value: Figure) -> str:
     """A metric that was not a number is null in ``metrics.json``."""
     if isinstance(value, Interval):
-        half = (value.high - value.low) / 2
+        half = value.high - value.mean
         return f"{value.mean:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
     return "–" if value is None or math.isnan(value) else f"{value:.4g}"
 

@@ -372,7 +372,7 @@ def test_other_splits_are_told_apart_at_equal_length(tmp_path, rows):
         assert all(a.startswith(b) for a, b in zip(cells[1:], starts, strict=True))
     shown = (tmp_path / "table.txt").read_text()
     assert "pairs of equal length (± 2 tokens) alone count" in shown
-    line = next(line for line in shown.splitlines()[::-1] if line.startswith(f"{other}mle  "))
+    line = next(line for line in shown.splitlines()[::-1] if line.startswith(f"{other}  mle  "))
     assert f"{far_off:.3f} ±" in line
     assert line.rpartition("  ")[2].startswith(f"{control:.3f} ±")
     assert f"{far_off:.3f} ±" in (tmp_path / "table.md").read_text()

@@ -110,6 +110,26 @@ def test_a_language_model_goes_on_from_its_posterior(make_causal, records):
     assert not torch.equal(later.loc, guide.loc)
 
 
+def test_a_posterior_above_zero_is_a_prior_above_zero(make_causal):
+    """A log-normal of torch; the numbers of a next guide are those of the first, not their logs."""
+    adapter = make_causal()
+    model = ScalaBLModel(adapter, num_data=3, prior=dist.LogNormal(2.0, 0.3))
+    guide = make_guide(model, "normal", init_loc=torch.full(adapter.shape, 7.4), init_scale=0.2)
+    prior = guide.as_prior()
+    assert prior.support.check(torch.tensor([1e-3, 5.0])).all()
+    assert not prior.support.check(torch.tensor(-1.0))
+    assert not prior().support.check(torch.full(adapter.shape, -1.0))
+    assert prior().event_shape == adapter.shape, "a look, before a model takes it"
+    q = torch.distributions.LogNormal(torch.full(adapter.shape, 7.4).log(), 0.2)
+    s = q.sample()
+    torch.testing.assert_close(prior().log_prob(s), q.log_prob(s).sum())
+    later = ScalaBLModel(adapter, num_data=3, prior=prior)
+    start = make_guide(later, "normal")
+    start.load_state_dict(prior.posterior.state_dict())
+    torch.testing.assert_close(start.median()["s"], torch.full(adapter.shape, 7.4))
+    torch.testing.assert_close(start.get_posterior().log_prob(s), q.log_prob(s).sum())
+
+
 @pytest.mark.parametrize("options", [{"name": "delta"}, {"name": "top_normal", "blocks": 1}])
 def test_a_point_is_no_prior(make_causal, options):
     model = ScalaBLModel(make_causal(), num_data=3)

@@ -14,6 +14,7 @@ from scalabl_pyro.prediction import (
     auroc_at_equal_length,
     auroc_per_question,
     crossed_interval,
+    ece_floor,
     paired_difference,
     per_question,
 )
@@ -244,3 +245,48 @@ def test_intervals_of_an_auroc_cover_it(lengths):
         interval = crossed_interval(torch.stack(values))
         hits += interval.low <= truth <= interval.high
     assert hits / 300 >= 0.92
+
+
+def sure(confidence, right, classes=4):
+    """Log-probabilities (1, N, C) of an answer, the first class, and labels."""
+    probabilities = ((1 - confidence) / (classes - 1))[:, None].repeat(1, classes)
+    probabilities[:, 0] = confidence
+    return probabilities.log()[None], torch.where(right, 0, 1)
+
+
+@pytest.mark.parametrize("gap", [(0.0, 0.0), (0.2, 0.02), (0.05, 0.0)])
+def test_intervals_of_an_ece_hold_the_true_one(gap):
+    """Of models that are too sure by a known amount, and alike in nothing but their questions; with
+    a floor left out, those of calibrated models would hold the truth in almost no data set."""
+    generator = torch.Generator().manual_seed(0)
+    held, told_apart, without = [], [], []
+    for _ in range(60):
+        values, floors = [], []
+        chance = torch.rand(400, generator=generator)
+        for truth in gap:
+            confidence = 0.35 + 0.6 * torch.rand(400, generator=generator)
+            logits, labels = sure(confidence, chance < confidence - truth)
+            values.append(per_question(logits, labels)["ece"][None])
+            floors.append(ece_floor(logits[0].exp(), draws=200).mean)
+            one = crossed_interval(values[-1], bias=(floors[-1], 0.0))
+            held.append(one.low <= truth <= one.high)
+            alone = crossed_interval(values[-1])
+            without.append(alone.low <= truth <= alone.high)
+        both = paired_difference(*values, bias=(floors[0], floors[1]))
+        held.append(both.low <= gap[0] - gap[1] <= both.high)
+        told_apart.append(both.p < 0.05)
+    assert np.mean(held) >= 0.95
+    assert np.mean(told_apart) > 0.7 if gap[0] == 0.2 else np.mean(told_apart) <= 0.05
+    assert gap != (0.0, 0.0) or np.mean(without) < 0.5
+
+
+def test_a_bias_widens_an_interval_on_its_side():
+    x = torch.tensor([[1.0, 2.0, 4.0, 9.0]])
+    plain, biased = crossed_interval(x), crossed_interval(x, bias=(3.0, 0.5))
+    assert biased.low == pytest.approx(plain.low - 3)
+    assert biased.high == pytest.approx(plain.high + 0.5)
+    # Of a true mean of 0, the estimate would be 3 at most: 1 further is due to chance.
+    assert biased.p == pytest.approx(2 * stats.t.sf(1 / plain.standard_error, 3))
+    assert crossed_interval(x, bias=(5.0, 0.0)).p == 1
+    same = crossed_interval(torch.full((2, 3), 0.2), bias=(0.3, 0.0))
+    assert (same.low, same.high, same.p) == pytest.approx((-0.1, 0.2, 1.0))
