@@ -44,6 +44,15 @@ def explain_error(error: BaseException, command: Sequence[str]) -> str:
             text = f"there is no setting {unknown[1]} with the {others} given"
         elif similar:
             text = f"there is no setting {unknown[1]}; did you mean {' or '.join(similar)}?"
+    if type(error).__name__ == "OverrideParseException":
+        from ._overrides import as_hydra_reads, unreadable
+
+        words = [as_hydra_reads(word, sweep=False) for word in command[2:] if word[:1] != "-"]
+        text = (
+            f"cannot read {unreadable(words) or ' '.join(words)}: quote a value that holds commas,"
+            " equals signs, colons, parentheses or brackets, as in \"KEY='VALUE'\"; names of"
+            " settings are of ASCII letters"
+        )
     if unknown := _UNKNOWN_FILE.search(text):
         group, name, options = unknown[1], unknown[2], unknown[3].split()
         near = difflib.get_close_matches(name, options, n=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from .. import __version__
 from ..files import json_text
 from ._configs import CONFIGS
+from ._overrides import as_hydra_reads
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,17 +79,6 @@ COMMANDS = {
 GOES_ON = {"train": "go on with resume=true"} | dict.fromkeys(
     ("compare", "demo", "generate", "predict"), "the same command goes on"
 )
-#: settings that are texts, whatever they hold, in which Hydra would look for its own grammar
-TEXTS = ("model.template=", "model.system=")
-#: those of generate, which are taken as they stand
-GIVEN = ("prompt=", "messages=")
-#: those that name a file, a folder or a run, in which Hydra would look for its grammar too
-PLACES = (
-    *("input=", "output=", "run=", "runs=", "run_dir=", "out=", "calibration=", "prior_run="),
-    *("data.path=", "data.root=", "data.hub_path=", "model.name=", "lora.start="),
-)
-#: a place that Hydra reads as it stands, or one that is quoted or refers to another setting
-_PLAIN = re.compile(r"""[\w./:@%?~ +-]*|'.*'|".*"|.*\$\{.*""", re.ASCII)
 
 
 def main() -> None:
@@ -142,8 +131,8 @@ def _main() -> None:
         sys.argv.remove(flag)
         sys.argv.insert(1, flag)
 
-    sweep = {"--multirun", "-m"} & set(sys.argv)
-    sys.argv[1:] = [_as_text(word if sweep else _as_place(word)) for word in sys.argv[1:]]
+    sweep = bool({"--multirun", "-m"} & set(sys.argv))
+    sys.argv[1:] = [as_hydra_reads(word, sweep=sweep) for word in sys.argv[1:]]
 
     def task(overrides: DictConfig) -> None:
         sys.argv = command  # a sweep may run this in processes that were started otherwise
@@ -161,45 +150,6 @@ def _main() -> None:
         sys.exit(130)
     except Exception as error:
         _fail(error, command)
-
-
-def _as_place(word: str) -> str:
-    """A setting as Hydra reads it, of which the value is a place with parentheses, commas, equals
-    signs or letters that are not ASCII in its name. In a sweep commas part its values."""
-    if not word.startswith(PLACES):
-        return word
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    key, _, value = word.partition("=")
-    if _PLAIN.fullmatch(value) or (key == "runs" and _is_list(value)):
-        return word
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-
-
-def _is_list(value: str) -> bool:
-    """Whether it is a list of places, and no place of such a name."""
-    return value[:1] == "[" and value[-1:] == "]" and not os.path.exists(value)
-
-
-def _as_text(word: str) -> str:
-    """A setting as Hydra reads it, of which the value is a text.
-
-    It is taken as it stands, but in a template or a system message a backslash and n are a line
-    break, which shells do not make of them.
-    """
-    if not word.startswith(TEXTS + GIVEN) or word.endswith("=null"):
-        return word
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    key, _, value = word.partition("=")
-    if word.startswith(TEXTS):
-        for quote in ("'", '"'):  # as Hydra has it, for a shell that took its own quotes away
-            if len(value) > 1 and value[0] == value[-1] == quote and quote not in value[1:-1]:
-                value = value[1:-1]
-        value = value.replace("\\n", "\n")
-    # Not a reference to another setting.
-    value = value.replace("${", r"\${")
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..arviz_versions import groups as to_groups
 from ..data import Split
 from ..guides import AutoSubspace
 from ..infer.messengers import ScaledToAll
-from ..models.model import ScalaBLModel, check_model, check_observes
+from ..models.model import ScalaBLModel, check_latents_of_data, check_model, check_observes
 from ..models.priors import latent_dims
 from ..prediction.predictor import Predictor, predict
 from ..rng import forked_rng
@@ -191,6 +191,7 @@ def _predictions(
         observe = poutine.trace(model.observe)
         with ScaledToAll(model.num_data, len(batch)):
             sites: Any = observe.get_trace(batch, logits).nodes.values()
+        check_latents_of_data(model, sites, "the log-likelihood of an example is given s alone")
         of_data = [n for n in sites if n["type"] == "sample" and not site_is_subsample(n)]
         wrong = [node["name"] for node in of_data if isinstance(node["fn"], dist.Unit)]
         if wrong or "label" not in {node["name"] for node in of_data}:

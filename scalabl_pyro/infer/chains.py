@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..data import Batch, Split
-from ..models.model import ScalaBLModel, check_model
+from ..models.model import ScalaBLModel, check_latents_of_data, check_model
 from ..models.priors import latent_dims
 from ..rng import forked_rng
 from .batches import whole_split
+from .kl import is_enumerated
 from .messengers import ScaledToAll
 
 if TYPE_CHECKING:
@@ -194,9 +196,17 @@ def _potential(
     for batch in batches:
         with ScaledToAll(model.num_data, len(batch)):
             made.append(initialize_model(at_zero, (batch,), init_strategy=model.init_loc_fn))
-    start, potential, transforms, _ = made[0]
+    start, potential, transforms, trace = made[0]
     if len(batches) == 1:
         return potential, transforms, start
+    of_batch = [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and node["cond_indep_stack"] and not is_enumerated(node)
+    ]
+    check_latents_of_data(
+        model, of_batch, f"{len(batches)} passes (batch_size) would share them among their examples"
+    )
     # Each batch scales its likelihood to the data set, so that the mean over batches, weighted by
     # their sizes, is the whole: prior and Jacobian enter with weights that add up to 1.
     weights = torch.tensor([len(batch) / model.num_data for batch in batches])
@@ -234,7 +244,8 @@ def _check(
         ("num_samples", num_samples, 4),
         ("warmup_steps", warmup_steps, 0),
         ("num_chains", num_chains, 1),
-        ("dispersion", dispersion, 0),
     ):
-        if not value >= low:
-            raise ValueError(f"{name} is {value}: expected {low} or more")
+        if not (isinstance(value, int) and value >= low):
+            raise ValueError(f"{name} is {value!r}: expected a whole number, {low} or more")
+    if not 0 <= dispersion < math.inf:
+        raise ValueError(f"dispersion is {dispersion}: expected a finite number, 0 or more")

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 
-__all__ = ["KLBudget", "KLSchedule", "kl_weight"]
+__all__ = ["KLBudget", "KLSchedule", "is_enumerated", "kl_weight"]
+
+
+def is_enumerated(msg: Message) -> bool:
+    """Whether an ELBO sums a latent site out of the likelihood, so that no guide needs it."""
+    return bool((msg["infer"] or {}).get("enumerate"))
 
 
 class kl_weight(Messenger):
@@ -22,7 +27,8 @@ class kl_weight(Messenger):
 
     .. math:: \sum_n E_q[\log p(y_n \mid x_n, s)] - \beta \, KL(q(s) \,\|\, p(s)).
 
-    It works from outside, on any Pyro model and any guide. At β = 1 this is the ELBO; any other
+    It works from outside, on any Pyro model and any guide; sites that an ELBO enumerates are part
+    of the likelihood, and keep their scale too. At β = 1 this is the ELBO; any other
     value targets a tempered posterior, ∝ p(s)·p(y|x, s)^{1/β}.
 
     :param weight: β > 0.
@@ -36,7 +42,7 @@ class kl_weight(Messenger):
         self.weight = float(weight)
 
     def _pyro_sample(self, msg: Message) -> None:
-        if not msg["is_observed"]:
+        if not (msg["is_observed"] or is_enumerated(msg)):
             msg["scale"] = self.weight * msg["scale"]
 
 

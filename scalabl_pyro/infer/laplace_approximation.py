@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple, cast
 
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..data import Batch, Split
 from ..guides import AutoSubspaceMultivariateNormal
 from ..lora.jacobian import derivatives, jacobian
-from ..models.model import ScalaBLModel, check_model, check_observes
+from ..models.model import ScalaBLModel, check_latents_of_data, check_model, check_observes
 from .batches import whole_split
 from .evidence import log_det_by_eigenvalues, precision_by_evidence
 from .messengers import ScaledToAll
@@ -147,9 +148,16 @@ def ggn(model: ScalaBLModel, batch: Batch, loc: Tensor) -> Tensor:
     where Λ_n = diag(p_n) − p_n p_nᵀ for classes. Never negative; the Hessian without the curvature
     of f (Schraudolph 2002). The passes of :func:`~scalabl_pyro.lora.jacobian`.
 
-    :raises ValueError: if the readout reads texts, which have a logit for each token and word.
+    :raises ValueError: if the readout reads texts, which have a logit for each token and word, or
+        what stands in the adapter's place takes no s for each example.
     """
-    readout = getattr(model.adapter, "readout", None)  # any function of s may stand in its place
+    # Any function of s may stand in the adapter's place.
+    if "per_example" not in inspect.signature(model.adapter.__call__).parameters:
+        raise ValueError(
+            f"{type(model.adapter).__name__} takes no per_example=True, by which ggn gives an s to"
+            " each example for the Jacobian: use curvature='hessian'"
+        )
+    readout = getattr(model.adapter, "readout", None)
     if readout is not None and readout.reads_texts:
         raise ValueError(
             f"the readout {type(readout).__name__} reads texts, for which ggn would take a backward"
@@ -181,5 +189,7 @@ def _log_likelihood(model: ScalaBLModel, batch: Batch, logits: Tensor) -> Tensor
     scaled = ScaledToAll(model.num_data, len(batch))
     with pyro.poutine.block(), pyro.poutine.trace() as seen, scaled:
         model.observe(batch, logits)
+    nodes = seen.trace.nodes.values()
+    check_latents_of_data(model, nodes, "a Laplace approximation is of s alone")
     log_likelihood = cast(Tensor, seen.trace.log_prob_sum())
     return log_likelihood * len(batch) / model.num_data

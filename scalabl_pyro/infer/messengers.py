@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, kl_divergence
 
+from .kl import is_enumerated
+
 __all__ = ["AllSites", "LatentKL", "ObservedNLL", "ScaledToAll"]
 
 
@@ -23,8 +26,11 @@ class ObservedNLL(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self._terms: dict[str | None, list[Tensor]] = {}
+        #: whether a latent site is summed out, so that the terms are not the likelihood
+        self.given_more = False
 
     def _pyro_post_sample(self, msg: Message) -> None:
+        self.given_more |= is_enumerated(msg)
         # In the data plate: a factor outside it is no likelihood.
         plates = _plates(msg)
         particles = plates.pop("num_particles_vectorized", 1)
@@ -104,7 +110,7 @@ class LatentKL(Messenger):
         self._terms: dict[str | None, list[_Term]] = {}
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
+        if msg["is_observed"] or site_is_subsample(msg) or is_enumerated(msg):
             return
         name, fn, value = msg["name"], cast(Any, msg["fn"]), cast(Tensor, msg["value"])
         q, p = fn, None
@@ -118,12 +124,19 @@ class LatentKL(Messenger):
         scale = msg["scale"] / self._beta / particles  # that of plates
         self._terms.setdefault(name, []).append(_Term(q, p, value, scale, msg["mask"]))
 
-    @torch.no_grad()
     def total(self) -> float:
         """In nats, averaged over particles and passes."""
+        return self._sum(_kl)
+
+    def sampled(self) -> float:
+        """The same of log q − log p at the draws, whether or not there is a closed form."""
+        return self._sum(_log_ratio)
+
+    @torch.no_grad()
+    def _sum(self, kl: Callable[[Any, Any, Tensor], Tensor]) -> float:
         # Particles that do not run as one batch pass one by one, and so do minibatches.
         return float(
-            sum(torch.stack([_nats(t) for t in each]).mean() for each in self._terms.values())
+            sum(torch.stack([_nats(t, kl) for t in each]).mean() for each in self._terms.values())
         )
 
 
@@ -135,9 +148,10 @@ class _Term(NamedTuple):
     mask: Any
 
 
-def _nats(term: _Term) -> Tensor:
-    kl = term.q.log_prob(term.value) if term.p is None else _kl(term.q, term.p, term.value)
-    return scale_and_mask(kl, term.scale, term.mask).sum()
+def _nats(term: _Term, kl: Callable[[Any, Any, Tensor], Tensor]) -> Tensor:
+    q, p, value = term.q, term.p, term.value
+    nats = q.log_prob(value) if p is None else kl(q, p, value)
+    return scale_and_mask(nats, term.scale, term.mask).sum()
 
 
 def _kl(q: Any, p: Any, value: Tensor) -> Tensor:
@@ -149,6 +163,10 @@ def _kl(q: Any, p: Any, value: Tensor) -> Tensor:
     if not isinstance(base, dist.Delta):
         with suppress(NotImplementedError):
             return kl_divergence(q, p)
+    return _log_ratio(q, p, value)
+
+
+def _log_ratio(q: Any, p: Any, value: Tensor) -> Tensor:
     return q.log_prob(value) - p.log_prob(value)
 
 
@@ -163,7 +181,8 @@ class AllSites(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         # A guide's own, as in Pyro's joint guides.
         auxiliary = (msg["infer"] or {}).get("is_auxiliary")
-        if not (msg["is_observed"] or auxiliary or site_is_subsample(msg)):
+        covered = msg["is_observed"] or auxiliary or site_is_subsample(msg)
+        if not (covered or is_enumerated(msg)):
             # The model is handed the very tensor that the guide drew, once for each particle.
             key = msg["name"], id(msg["value"])
             if self._alone.pop(key, None) is None:

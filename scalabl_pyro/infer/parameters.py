@@ -60,7 +60,7 @@ def trained_parameters(
         if p.requires_grad and id(p) not in known
     }
     if isinstance(guide, nn.Module):
-        numbers |= {f"guide.{name}": p for name, p in guide.named_parameters()}
+        numbers |= {f"guide.{name}": p for name, p in guide.named_parameters() if p.requires_grad}
     if not (matrices or numbers):
         raise ValueError("nothing is trained: projections is 'fixed', and there is no guide")
     return matrices, numbers
@@ -90,6 +90,8 @@ def num_idle(guide: Callable[..., Any]) -> int:
         for name, (constraint, _) in getattr(module, "_pyro_params", {}).items():
             if type(constraint) in _DIAGONALS:
                 value = getattr(module, f"{name}_unconstrained")
+                if not value.requires_grad:
+                    continue
                 D = value.shape[-1]
                 above = D * (D - 1) // 2 + D * (not _DIAGONALS[type(constraint)])
                 idle += value.numel() // D**2 * above
@@ -103,6 +105,11 @@ def check_moves(optimizer: object, parameters: Sequence[nn.Parameter]) -> None:
             f"optimizer is a {type(optimizer).__name__}: expected one of torch over"
             " scalabl_pyro.infer.parameter_groups(model, guide, lr=…, lr_guide=…); those of"
             " Pyro are for pyro.infer.SVI"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "the optimizer is LBFGS, which evaluates the loss several times a step, and each would"
+            " be of other draws of s: expected one that takes a gradient, such as AdamW or SGD"
         )
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if moved != {id(parameter) for parameter in parameters}:

@@ -10,28 +10,18 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.infer import (
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
-    ReweightedWakeSleep,
-    Trace_ELBO,
-    TraceTailAdaptive_ELBO,
-)
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from pyro.nn import PyroModule
-from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 from ..data import Split
 from ..distributed import check_same, copy_from_main, is_main, rank, world_size
 from ..guides import AutoSubspaceDelta
-from ..guides.base import check_is_guide
-from ..models.model import LoRAModel, check_model
-from ..readouts.base import Readout
+from ..models.model import LoRAModel
 from .callbacks import Callback, ProgressBar
 from .checkpoints import Checkpoints
+from .checks import check_elbo, check_program
 from .fit_config import FitConfig
 from .parameters import make_parameters
 from .training import FitResult, Training, no_guide
@@ -39,12 +29,6 @@ from .training import FitResult, Training, no_guide
 __all__ = ["fit"]
 
 log = logging.getLogger(__name__)
-
-#: whose loss is infinite or several, or which trace a model that fit changes between steps
-_OTHER_LOOPS = (
-    *(JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO),
-    *(ReweightedWakeSleep, TraceTailAdaptive_ELBO),
-)
 
 
 def fit(
@@ -97,10 +81,9 @@ def fit(
         config = FitConfig(steps=20, batch_size=4, kl=KLSchedule(weight=10.0))
         history = fit(model, guide, train, config).history  # a dictionary of figures for each step
     """
-    check_model(model, plain=True)
-    check_is_guide(guide)
-    _check(model, guide, train, config, validate, callbacks)
-    _check_elbo(elbo)
+    check_program(model, guide, train)
+    check_elbo(elbo)
+    _check(model, guide, config, validate, callbacks)
     elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
     make_parameters(guide, train)
     _tell_reach(guide, config)
@@ -148,46 +131,22 @@ def fit(
 def _check(
     model: LoRAModel,
     guide: Callable[..., Any],
-    train: Split,
     config: FitConfig,
     validate: Callable[[], float] | None,
     callbacks: Sequence[Callback],
 ) -> None:
-    """Refuse what cannot be trained, before anything is."""
-    if isinstance(guide, GuideMessenger):
-        raise TypeError(
-            f"the guide is a {type(guide).__name__}, which runs the model inside itself: expected a"
-            " guide that runs beside the model, such as AutoNormal; pyro.infer.SVI trains this one"
-        )
+    """Refuse settings of this loop that do not go together."""
     for name, value, kind, made in (
-        ("train", train, Split, "adapter.encode(records)"),
         ("config", config, FitConfig, "FitConfig(steps=…)"),
         ("callbacks", callbacks, Sequence, "a list of Callback objects"),
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}: expected {made}")
-    reader = getattr(train.collate, "__self__", None)
-    readout = getattr(model.adapter, "readout", None)
-    both = isinstance(reader, Readout) and isinstance(readout, Readout)
-    if both and not (isinstance(reader, type(readout)) or isinstance(readout, type(reader))):
-        raise ValueError(
-            f"train was encoded by {type(reader).__name__}, and the adapter's readout is"
-            f" {type(readout).__name__}: expected adapter.encode(records)"
-        )
     if validate is not None and not callable(validate):
         raise TypeError(
             f"validate is a {type(validate).__name__}: expected a function that returns the NLL,"
             " such as lambda: sp.evaluate(answers.logits, answers.labels)['nll'] of answers ="
             " sp.predict(sp.Predictor(adapter, sp.draw(guide, 10, seed=0)), split)"
-        )
-    if train.labels is None:
-        raise ValueError("training needs a label in every record")
-    if len(train) != model.num_data:
-        log.warning(
-            "there are %d training examples, but the model's num_data is %d: it is N, which weighs"
-            " the likelihood against the prior",
-            len(train),
-            model.num_data,
         )
     if config.eval_every and validate is None:
         raise ValueError("eval_every is set, but no validate function was given")
@@ -202,20 +161,6 @@ def _check(
             "dropout leaves another random state in every process, so that s would not be shared:"
             " set lora.dropout=0 and lora.base_dropout=false, and train mc_dropout in one process"
         )
-
-
-def _check_elbo(elbo: Any) -> None:
-    """:raises TypeError: if it is none, or none whose loss this loop could use."""
-    runs = callable(getattr(elbo, "loss_and_grads", None)) and not isinstance(elbo, type)
-    if elbo is None or (runs and not isinstance(elbo, _OTHER_LOOPS)):
-        return
-    name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
-    raise TypeError(
-        f"elbo is {name if isinstance(elbo, type) else repr(elbo)}: expected an object, such as"
-        " Trace_ELBO(num_particles=4), TraceMeanField_ELBO() or RenyiELBO(alpha=0.5);"
-        " ReweightedWakeSleep and TraceTailAdaptive_ELBO need a loop of their own, and compiled"
-        " ones a global store of parameters, which is empty here"
-    )
 
 
 def _tell_reach(guide: Callable[..., Any], config: FitConfig) -> None:

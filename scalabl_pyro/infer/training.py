@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 from ..data import Batch
@@ -23,9 +23,10 @@ from .checkpoints import (
     random_state,
     set_random_state,
 )
+from .checks import first_step
 from .fit_config import FitConfig
 from .kl import KLBudget, kl_weight
-from .messengers import AllSites, LatentKL, ObservedNLL, ScaledToAll
+from .messengers import LatentKL, ObservedNLL, ScaledToAll
 from .parameters import check_moves, num_idle, parameter_groups, trained_parameters
 
 __all__ = ["FitResult", "NonFiniteLossError", "Training", "no_guide"]
@@ -113,20 +114,22 @@ class Training:
         self, elbo: Any, minibatches: Iterator[Batch], beta: float
     ) -> tuple[float, float, float]:
         """Leave the gradients of −ELBO in the parameters; the loss −ELBO/N, the NLL and the KL."""
-        loss, nll = 0.0, 0.0
+        loss, nll, given_more = 0.0, 0.0, False
         latents = LatentKL(beta)
-        # Checks are worth their time once: sites, shapes and supports do not change.
-        check = self.step == 0
-        sites = AllSites(self.parameters) if check else nullcontext()
-        with pyro.validation_enabled(check), sites, kl_weight(beta):
+        first = self.step == 0
+        checks = first_step(self.parameters) if first else pyro.validation_enabled(False)
+        with checks, kl_weight(beta):
             for _ in range(self._config.accumulation):
                 # Once: adapter and likelihood each need it there.
                 batch = next(minibatches).to(self._device)
                 observed = ObservedNLL()
                 with ScaledToAll(self._model.num_data, len(batch)), observed, latents:
                     negative_elbo = elbo.loss_and_grads(self._model, self._guide, batch)
-                loss += negative_elbo * self._per_example
+                loss += torch_item(negative_elbo) * self._per_example
                 nll += observed.total() * self._per_example
+                given_more |= observed.given_more
+        if given_more:  # the likelihood is what the ELBO has beside its own KL, of the draws
+            nll = loss - beta * latents.sampled() / self._model.num_data
         kl = _closed_form_kl(self._model, self._guide)
         return loss, nll, latents.total() if kl is None else kl
 

@@ -15,12 +15,12 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..data import Batch, Split
 from ..guides import AutoSubspaceDelta
-from ..guides.base import check_is_guide
+from ..infer.checks import check_elbo, check_program, first_step
 from ..infer.kl import KLSchedule, kl_weight
-from ..infer.messengers import AllSites
+from ..infer.messengers import ScaledToAll
 from ..infer.parameters import check_moves, make_parameters, parameter_groups
 from ..infer.training import no_guide
-from ..models.model import LoRAModel, ScalaBLModel, check_model
+from ..models.model import LoRAModel, ScalaBLModel
 from ..prediction.assessment import assess, check_labelled
 from ..prediction.draws import draw
 from ..prediction.metrics import average
@@ -48,7 +48,8 @@ class ELBOTrainer(transformers.Trainer):
         ``seed``.
     :param train: N labelled examples.
     :param lr_guide: learning rate of the guide, which follows the same schedule.
-    :param elbo: any ELBO of Pyro; ``Trace_ELBO`` with one particle if left out.
+    :param elbo: any ELBO of Pyro with a ``differentiable_loss``, for this loop runs the backward
+        pass itself; ``Trace_ELBO`` with one particle if left out.
     :param kl: schedule of the KL weight.
     :param eval_dataset: a labelled split, for ``args.eval_strategy`` and :meth:`evaluate`; or
         several by name.
@@ -56,8 +57,8 @@ class ELBOTrainer(transformers.Trainer):
         plain LoRA without a guide the matrices as they are.
     :param options: ``callbacks`` and ``optimizers`` of ``transformers.Trainer``; an optimizer is
         over the parameters of :func:`~scalabl_pyro.infer.parameter_groups`.
-    :raises TypeError: if model, guide or a split is something else, or ``kl`` is, or another option
-        is given.
+    :raises TypeError: if model, guide, ELBO or a split is something else, or ``kl`` is, or another
+        option is given.
     :raises ValueError: if ``max_steps`` is not set, a record has no label, nothing is trained,
         there is nothing that could be evaluated, ``args`` asks for what this loss has not, or it
         would run on another device than the adapter's or in several processes.
@@ -85,22 +86,19 @@ class ELBOTrainer(transformers.Trainer):
         predictor: Callable[[], Predicts] | None = None,
         **options: Any,
     ) -> None:
-        check_model(model, plain=True)
-        check_is_guide(guide)
+        check_program(model, guide, train)
+        check_elbo(elbo, "differentiable_loss")
         _check_arguments(args, options)
         if args.max_steps < 1:
             raise ValueError(
                 f"args.max_steps is {args.max_steps}: expected the number of steps, for batches are"
                 " drawn without an end, and num_train_epochs has no effect"
             )
-        _check_split(train, "train")
         for name, split in _by_name(eval_dataset).items():
             _check_split(split, name)
             check_labelled(split.records, name)
         if not (kl is None or isinstance(kl, KLSchedule)):
             raise TypeError(f"kl is {kl!r}: expected a KLSchedule, such as KLSchedule({kl!r})")
-        if train.labels is None:
-            raise ValueError("training needs a label in every record")
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         for name in eval_dataset if isinstance(eval_dataset, dict) else ():
             best = best.removeprefix(f"{name}_")
@@ -124,7 +122,7 @@ class ELBOTrainer(transformers.Trainer):
         given, _ = options.get("optimizers") or (None, None)
         if given is not None:
             check_moves(given, [p for group in self._groups for p in group["params"]])
-        self._train, self._adapter = train, model.adapter
+        self._train, self._adapter, self._num_data = train, model.adapter, model.num_data
         self._predictor = predictor or (lambda: _average(model, guide, train))
         self._kl = KLSchedule() if kl is None else kl
         elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
@@ -205,11 +203,12 @@ class ELBOTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any
     ) -> Tensor:
         """−ELBO/N of a batch, at the KL weight of this step."""
-        # As in fit: what nothing would train is refused at the first step.
+        batch, step = inputs["batch"], self.state.global_step
         moved = [p for group in self._groups for p in group["params"]]
-        sites = nullcontext() if self.state.global_step else AllSites(moved)
-        with sites, kl_weight(self._kl(self.state.global_step, self.args.max_steps)):
-            loss: Tensor = model(inputs["batch"])
+        checks = nullcontext() if step else first_step(moved)
+        scaled = ScaledToAll(self._num_data, len(batch))
+        with checks, scaled, kl_weight(self._kl(step, self.args.max_steps)):
+            loss: Tensor = model(batch)
         return loss
 
 

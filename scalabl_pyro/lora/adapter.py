@@ -157,6 +157,14 @@ class SubspaceAdapter:
         self.peft_model.eval()
         #: what the readout trains of its own, by name; part of :meth:`state`
         self.readout_parameters = readout.attach(self.llm)
+        known = set(map(id, self.llm.parameters()))
+        for name, parameter in self.readout_parameters.items():
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"{type(readout).__name__}.attach gives a parameter {name!r} that is none of"
+                    " the model's, which nothing would train or save: expected it to register it,"
+                    f" llm.register_parameter({name!r}, parameter)"
+                )
         self._readout_at_first = [p.detach().clone() for p in self.readout_parameters.values()]
         self._fingerprint: str | None = None
         self._base_dropout = base_dropout
@@ -331,6 +339,20 @@ class SubspaceAdapter:
                 for A, weight in zip(matrices, originals, strict=True):
                     A.weight.copy_(weight)
 
+    def _check_active(self) -> None:
+        """:raises ValueError: if PEFT leaves a layer out, so that s would be of no effect."""
+        for name, layer in self.layers.items():
+            if layer.merged:
+                why = "is merged into its base layer: undo it by unmerge_adapter()"
+            elif layer.disable_adapters:
+                why = "is switched off: leave disable_adapter(), or call enable_adapter_layers()"
+            elif ADAPTER not in layer.active_adapters:
+                others = ", ".join(layer.active_adapters)
+                why = f"is not active, but {others} is: call set_adapter({ADAPTER!r})"
+            else:
+                continue
+            raise ValueError(f"s would be of no effect: PEFT's adapter of {name} {why}")
+
     def _holds_s(self) -> bool:
         return self._is_folded
 
@@ -454,6 +476,7 @@ class SubspaceAdapter:
                 f"batch is a {type(batch).__name__}: expected a Batch, such as one of"
                 " adapter.encode(records).batches(64)"
             )
+        self._check_active()
         draws = self._hooks.bind(s)
         if per_example:
             whole = batch.choices.shape if batch.row_per_choice else ()
@@ -518,6 +541,7 @@ class SubspaceAdapter:
     def _reading(self, s: Tensor | None) -> Iterator[None]:
         """Other threads wait, and the hooks read s, until the context ends."""
         with self._one_pass, self._hooks.rebound(self._hooks.bound):
+            self._check_active()
             self._hooks.bind(s)
             yield
 

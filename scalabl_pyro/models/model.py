@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -15,6 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.provenance import detach_provenance
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -29,6 +31,7 @@ __all__ = [
     "LoRAModel",
     "Projections",
     "ScalaBLModel",
+    "check_latents_of_data",
     "check_model",
     "check_observes",
 ]
@@ -234,10 +237,10 @@ class ScalaBLModel(LoRAModel):
             prior = FixedPrior(adapter.shape, prior)
         if prior.shape != adapter.shape:
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
-        if scale_B is not None and not scale_B > 0:
-            raise ValueError(f"scale_B is {scale_B}: expected a number above 0")
-        if not perp_scale > 0:
-            raise ValueError(f"perp_scale is {perp_scale}: expected a number above 0")
+        scales = {"perp_scale": perp_scale} | ({} if scale_B is None else {"scale_B": scale_B})
+        for name, scale in scales.items():
+            if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+                raise ValueError(f"{name} is {scale!r}: expected a finite number above 0")
         # Any function of s may stand for the adapter; that of LoRA is constant while B is 0.
         if (
             isinstance(adapter, SubspaceAdapter)
@@ -366,6 +369,25 @@ def check_model(model: object, *, plain: bool = False) -> None:
             f"model is a {type(model).__name__}: expected a {kind.__name__}, such as"
             " ScalaBLModel(adapter, num_data=len(train)); a model written by hand is for"
             " pyro.infer.SVI, Predictive and Pyro's guides"
+        )
+
+
+def check_latents_of_data(model: LoRAModel, nodes: Iterable[Any], what: str) -> None:
+    """:raises ValueError: if the likelihood has latent sites of its own, which what is named would
+    take for data.
+
+    :param nodes: of a trace of ``observe``.
+    """
+    latent = [
+        node["name"]
+        for node in nodes
+        if node["type"] == "sample" and not (node["is_observed"] or site_is_subsample(node))
+    ]
+    if latent:
+        raise ValueError(
+            f"the likelihood of {type(model).__name__} has latent sites of its own, {latent}, and"
+            f" {what}: expected one that is summed over them in observe; fit trains such a model"
+            " with a guide that has these sites, or TraceEnum_ELBO"
         )
 
 

@@ -212,8 +212,9 @@ class Readout(ABC):
     def attach(self, llm: PreTrainedModel) -> dict[str, nn.Parameter]:
         """Prepare a model for this readout, once for each adapter, after its LoRA layers are there.
 
-        :returns: what the readout itself trains, by name, at its start. It belongs to this model:
-            a readout may serve several adapters.
+        :returns: what the readout itself trains, by name, at its start: parameters that it has
+            registered on the model, as ``llm.register_parameter(name, parameter)`` does. They
+            belong to this model: a readout may serve several adapters.
         """
         return {}
 

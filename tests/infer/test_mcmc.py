@@ -159,10 +159,12 @@ def test_starts_are_dispersed_about_the_given_one(linear):
     ("options", "message"),
     [
         ({"kernel": "gibbs"}, r"kernel is 'gibbs': expected one of \['hmc', 'nuts'\]"),
-        ({"num_samples": 3}, "num_samples is 3: expected 4 or more"),
+        ({"num_samples": 3}, "num_samples is 3: expected a whole number, 4 or more"),
+        ({"num_samples": 4.5}, r"num_samples is 4\.5: expected a whole number"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"num_chains": 0}, "num_chains is 0"),
         ({"dispersion": -1.0}, "dispersion is -1.0"),
+        ({"dispersion": float("inf")}, "dispersion is inf: expected a finite number"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"init_loc": torch.zeros(3)}, r"init_loc has shape \(3,\): expected \(M, r\) \(2, 2\)"),
     ],

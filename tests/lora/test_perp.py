@@ -355,7 +355,7 @@ def test_bad_values_are_refused(make, make_causal, records):
     with pytest.raises(ValueError, match=r"has 16 inputs, fewer than r \+ perp = 4 \+ 13"):
         make(13)
     adapter = make()
-    with pytest.raises(ValueError, match=r"perp_scale is 0\.0: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"perp_scale is 0\.0: expected a finite number above 0"):
         sp.ScalaBLModel(adapter, num_data=12, perp_scale=0.0)
     with pytest.raises(ValueError, match=r"or with s_perp \(\*draws, 5, 7\)"):
         adapter(whole(adapter.encode(records)), torch.ones(5, 6))
