@@ -555,10 +555,13 @@ def test_the_scores_of_what_a_causal_model_does_not_know_are_those_measured():
     said = " ".join(section.split())
 
     rows = [line.strip("| ").split(" | ") for line in section.splitlines()]
-    rows = [row for row in rows if row[0] in ("MLE", "V activations", "control")]
-    assert [row[0] for row in rows] == ["V activations"] * 5 + ["control"] * 2
+    names = {"MLE, temperature": "MLE tempered", "control": "V activations"}
+    names |= {name: name for name in ("MLE", "V activations")}
+    rows = [row for row in rows if row[0] in names]
+    counts = {"MLE": 3, "MLE, temperature": 2, "V activations": 5, "control": 2}
+    assert [row[0] for row in rows] == [name for name, n in counts.items() for _ in range(n)]
     for row, score, *cells in rows:
-        by_kind = figures["rows"]["V activations" if row == "control" else row][scores[score]]
+        by_kind = figures["rows"][names[row]][scores[score]]
         assert cells == [bounds(by_kind[kind]["auroc"]) for kind in kinds]
     ours = figures["rows"]["V activations"]
     for kind in ("physics", "chemistry"):
@@ -576,6 +579,14 @@ def test_the_scores_of_what_a_causal_model_does_not_know_are_those_measured():
         likeness = ours["mutual_information"][kind]["auroc_minus"]["alike"]
         assert (bounds(likeness) in said) == (likeness["low"] > 0) == (kind == "chemistry")
         assert all(rival["low"] > 0 for rival in ours["mahalanobis"][kind]["auroc_minus"].values())
+        of_mle = figures["rows"]["MLE"]["mahalanobis"][kind]["auroc_minus"]
+        assert bounds(of_mle["entropy"]) in said
+        assert all(rival["low"] > 0 for rival in of_mle.values())
+    largest = [
+        figures["rows"][n]["max_probability"]["wrong"]["auroc"] for n in ("MLE", "V activations")
+    ]
+    assert "{:.2f} against {:.2f}".format(*(each["mean"] for each in largest)) in said
+    assert figures["float32"] == ["MLE_lr=0.001_seed_3", "MLE_tempered_lr=0.001_seed_3"]
     other = {
         name: ours[name]["openbookqa"]["auroc_minus"]["entropy"]
         for name in scores.values()
