@@ -101,4 +101,6 @@ def _divergence(
     student: Predictor, split: Split, log_probs: Tensor, config: DistillConfig
 ) -> float:
     log_q = average(predict(student, split, batch_size=config.batch_size).logits)
-    return float(divergence(log_probs, log_q).mean())
+    # In float32 they add up to 1 but for rounding, which a small divergence would be lost in.
+    p, q = (each.double().log_softmax(-1) for each in (log_probs, log_q))
+    return float(divergence(p, q).mean())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -182,7 +181,5 @@ def test_doctor_tries_whether_the_cache_can_be_written(monkeypatch):
 
 
 def test_the_version_is_that_of_the_package(capsys):
-    root = Path(__file__).resolve().parents[2]
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert scalabl("--version") == 0
-    assert capsys.readouterr().out == f"scalabl_pyro {project['version']}\n"
+    assert capsys.readouterr().out == f"scalabl_pyro {version('scalabl_pyro')}\n"
