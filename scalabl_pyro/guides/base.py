@@ -271,7 +271,8 @@ class PosteriorPrior(Prior):
     def __init__(self, guide: AutoSubspace) -> None:
         shape = guide._init_loc.shape
         super().__init__((shape[0], shape[1]))
-        self.support = guide.support
+        if guide._to_support is not None:  # a copy of the real line would be another constraint
+            self.support = guide.support
         # A module, so that run folders keep its parameters.
         self.posterior = guide.of_s_alone().requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from copy import deepcopy
 
 import pyro.distributions as dist
 import pytest
@@ -101,7 +102,7 @@ def test_a_language_model_goes_on_from_its_posterior(make_causal, records):
     fit(model, guide, split, config, progress=False)
     adapter.freeze()
     before = {name: value.clone() for name, value in adapter.state().items()}
-    prior = guide.as_prior()
+    prior = deepcopy(guide).as_prior()
     again = ScalaBLModel(adapter, num_data=len(split), prior=prior)
     later = make_guide(again, "normal", init_loc=guide.median()["s"])
     assert later.kl(prior()) == pytest.approx(divergence(later, guide), rel=1e-4)
