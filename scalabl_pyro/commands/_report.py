@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,53 +67,83 @@ def write_report(
         the rows that are left out.
     :raises ValueError: if runs answer other questions than the first.
     """
-    first = next(iter(rows.values()))[0]
-    splits = list(first.predictions)
-    for row in rows.values():
-        for run, other in zip(row, next(iter(rows.values())), strict=True):
-            _check_labels(run, first)
-            _check_records(run, first, splits)
-            _check_records(run, other, run.data)  # of one seed: those held out are the same too
+    _check_alike(rows)
+    table = _table(rows) | {"chosen": dict(chosen), "trials": dict(trials), "lost": list(lost)}
+    page = to_html(table, rows, out)
+    write_whole(out / "table.json", json_text(table, indent=1) + "\n")
+    write_whole(out / "table.csv", to_csv(table))
+    write_whole(out / "table.md", to_markdown(table))
+    write_whole(out / "table.txt", format_table(table) + "\n")
     predictions = {name: [run.predictions for run in row] for name, row in rows.items()}
-    values = {
-        name: {s: stacked([per_question(*_known(run[s])) for run in row]) for s in splits}
-        for name, row in predictions.items()
-    }
-    tokens = {s: _tokens(rows, s) for s in splits if s != "test"}
-    floors = {
-        name: {s: _floor([run[s] for run in row]) for s in splits}
-        for name, row in predictions.items()
-    }
+    plot_comparison(predictions, out / "comparison.png")
+    write_whole(out / "report.html", page)
+    return table
 
-    def too_high(metric: str, name: str, split: str) -> float:
-        """How far an estimate may be beyond the truth on average."""
-        return floors[name][split]["mean"] if metric == "ece" else 0.0
+
+class _Row:
+    """What the runs of a row say of each question, by split.
+
+    :param runs: one a seed.
+    """
+
+    def __init__(self, runs: Sequence[ReportedRun]) -> None:
+        self.runs = runs
+        splits = runs[0].predictions
+        #: split → metric → (K, N)
+        self.values = {
+            s: stacked([per_question(*_known(run.predictions[s])) for run in runs]) for s in splits
+        }
+        self.floors = {s: _floor([run.predictions[s] for run in runs]) for s in splits}
+
+    def too_high(self, metric: str, split: str) -> float:
+        """How far an estimate may be above the truth on average."""
+        return self.floors[split]["mean"] if metric == "ece" else 0.0
+
+    def mean(self, metric: str, split: str) -> dict[str, float]:
+        bias = (self.too_high(metric, split), 0.0)
+        return _mean(self.values[split][metric], bias=bias)
+
+    def minus(self, other: _Row, metric: str, split: str) -> Interval:
+        """Paired by seed and question."""
+        return paired_difference(
+            self.values[split][metric],
+            other.values[split][metric],
+            bias=(self.too_high(metric, split), other.too_high(metric, split)),
+        )
+
+    def over_seeds(self, each: Callable[[ReportedRun], Tensor]) -> dict[str, float]:
+        """The mean of what each run has of each question."""
+        return _mean(torch.stack([each(run) for run in self.runs]))
+
+
+def _table(runs: Mapping[str, Sequence[ReportedRun]]) -> dict[str, Any]:
+    """What :func:`write_report` returns, but for what it is given."""
+    rows = {name: _Row(row) for name, row in runs.items()}
+    splits = list(next(iter(rows.values())).values)
+    tokens = {s: _tokens(runs, s) for s in splits if s != "test"}
+
+    def by_row(figure: Callable[[_Row, str], Any], of: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return {name: {s: figure(row, s) for s in of} for name, row in rows.items()}
+
+    def confidence(row: _Row, split: str) -> dict[str, float]:
+        return row.over_seeds(lambda run: _confidence(run.predictions[split]))
+
+    def of_entropy(row: _Row, split: str) -> dict[str, float]:
+        return row.over_seeds(lambda run: _auroc(_entropies(run, split), tokens[split]))
+
+    def of_distances(row: _Row, split: str) -> dict[str, float]:
+        return row.over_seeds(lambda run: _auroc(_distances(run, split), tokens[split]))
 
     table: dict[str, Any] = {
-        "metrics": {
-            name: {
-                s: {m: _mean(row[s][m], bias=(too_high(m, name, s), 0.0)) for m in METRICS}
-                for s in splits
-            }
-            for name, row in values.items()
-        },
-        "confidence": {
-            name: {s: _mean(torch.stack([_confidence(run[s]) for run in row])) for s in splits}
-            for name, row in predictions.items()
-        },
-        "ece_floor": floors,
-        "auroc_of_entropy": {
-            name: {
-                s: _mean(torch.stack([_auroc(_entropies(run, s), lengths) for run in row]))
-                for s, lengths in tokens.items()
-            }
-            for name, row in predictions.items()
-        },
+        "metrics": by_row(lambda row, s: {m: row.mean(m, s) for m in METRICS}, splits),
+        "confidence": by_row(confidence, splits),
+        "ece_floor": by_row(lambda row, s: row.floors[s], splits),
+        "auroc_of_entropy": by_row(of_entropy, tokens),
         "auroc_of_mahalanobis": {
             name: {
-                s: _mean(torch.stack([_auroc(_distances(run, s), lengths) for run in row]))
-                for s, lengths in tokens.items()
-                if all({"test", s} <= run.mahalanobis.keys() for run in row)
+                s: of_distances(row, s)
+                for s in tokens
+                if all({"test", s} <= run.mahalanobis.keys() for run in row.runs)
             }
             for name, row in rows.items()
         },
@@ -122,49 +152,26 @@ def write_report(
             for s, lengths in tokens.items()
             if lengths is not None
         },
-        "best": {
-            s: {
-                m: _best(
-                    {n: row[s][m] for n, row in values.items()},
-                    {n: too_high(m, n, s) for n in values},
-                    higher_is_better=m in HIGHER_IS_BETTER,
-                )
-                for m in METRICS
-            }
-            for s in splits
-        },
-        "cost": {name: _cost([run.cost for run in row]) for name, row in rows.items()},
-        "chosen": dict(chosen),
-        "trials": dict(trials),
-        "lost": list(lost),
+        "best": {s: {m: _best(rows, m, s) for m in METRICS} for s in splits},
+        "cost": {name: _cost([run.cost for run in row.runs]) for name, row in rows.items()},
     }
-    if BASELINE in values:
-        table[f"minus_{BASELINE}"] = {
-            name: {
-                s: {
-                    m: _entry(
-                        paired_difference(
-                            row[s][m],
-                            values[BASELINE][s][m],
-                            bias=(too_high(m, name, s), too_high(m, BASELINE, s)),
-                        ),
-                        p=True,
-                    )
-                    for m in METRICS
-                }
-                for s in splits
-            }
-            for name, row in values.items()
-            if name != BASELINE
-        }
-    page = to_html(table, rows, out)
-    write_whole(out / "table.json", json_text(table, indent=1) + "\n")
-    write_whole(out / "table.csv", to_csv(table))
-    write_whole(out / "table.md", to_markdown(table))
-    write_whole(out / "table.txt", format_table(table) + "\n")
-    plot_comparison(predictions, out / "comparison.png")
-    write_whole(out / "report.html", page)
+    if BASELINE in rows:
+        baseline = rows.pop(BASELINE)
+        table[f"minus_{BASELINE}"] = by_row(
+            lambda row, s: {m: _entry(row.minus(baseline, m, s), p=True) for m in METRICS}, splits
+        )
     return table
+
+
+def _best(rows: Mapping[str, _Row], metric: str, split: str) -> dict[str, Any]:
+    choose = max if metric in HIGHER_IS_BETTER else min
+    best = choose(rows, key=lambda name: float(rows[name].values[split][metric].mean()))
+    differences = {
+        name: row.minus(rows[best], metric, split) for name, row in rows.items() if name != best
+    }
+    # Of a single number there is no interval, and nothing is told apart.
+    close = [n for n, d in differences.items() if not (d.low > 0 or d.high < 0)]
+    return {"row": best, "not_told_apart": close}
 
 
 def _mean(values: Tensor, *, bias: tuple[float, float] = (0.0, 0.0)) -> dict[str, float]:
@@ -185,24 +192,6 @@ def _floor(runs: Sequence[Predictions]) -> dict[str, float]:
     """Of each seed; their mean."""
     floors = torch.tensor([ece_floor(summarise(run.logits).probabilities) for run in runs])
     return CalibrationFloor(*floors.mean(0).tolist())._asdict()
-
-
-def _best(
-    values: Mapping[str, Tensor], too_high: Mapping[str, float], *, higher_is_better: bool
-) -> dict[str, Any]:
-    """:param values: (K, N) by row.
-    :param too_high: by row, how far its estimate may be above the truth.
-    """
-    choose = max if higher_is_better else min
-    best = choose(values, key=lambda name: float(values[name].mean()))
-    differences = {
-        name: paired_difference(value, values[best], bias=(too_high[name], too_high[best]))
-        for name, value in values.items()
-        if name != best
-    }
-    # Of a single number there is no interval, and nothing is told apart.
-    close = [n for n, d in differences.items() if not (d.low > 0 or d.high < 0)]
-    return {"row": best, "not_told_apart": close}
 
 
 def _cost(costs: Sequence[Cost | None]) -> dict[str, Any] | None:
@@ -230,6 +219,17 @@ def _mean_passes(runs: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None
 def _known(run: Predictions) -> tuple[Tensor, Tensor]:
     assert run.labels is not None  # a run evaluates all its splits
     return run.logits, run.labels
+
+
+def _check_alike(rows: Mapping[str, Sequence[ReportedRun]]) -> None:
+    """:raises ValueError: if runs answer other questions than the first."""
+    of_first = next(iter(rows.values()))
+    first = of_first[0]
+    for row in rows.values():
+        for run, other in zip(row, of_first, strict=True):
+            _check_labels(run, first)
+            _check_records(run, first, first.predictions)
+            _check_records(run, other, run.data)  # of one seed: those held out are the same too
 
 
 def _check_labels(run: ReportedRun, first: ReportedRun) -> None:
@@ -270,8 +270,9 @@ def _tokens(rows: Mapping[str, Sequence[ReportedRun]], split: str) -> Pair | Non
     return pairs[0] if same and near else None
 
 
-def _entropies(run: Mapping[str, Predictions], split: str) -> Pair:
-    return entropy(run["test"].logits), entropy(run[split].logits)
+def _entropies(run: ReportedRun, split: str) -> Pair:
+    known, other = run.predictions["test"], run.predictions[split]
+    return entropy(known.logits), entropy(other.logits)
 
 
 def _distances(run: ReportedRun, split: str) -> Pair:
