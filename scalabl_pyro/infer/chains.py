@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,7 +246,7 @@ def _check(
         ("warmup_steps", warmup_steps, 0),
         ("num_chains", num_chains, 1),
     ):
-        if not (isinstance(value, int) and value >= low):
+        if not (isinstance(value, Integral) and value >= low):
             raise ValueError(f"{name} is {value!r}: expected a whole number, {low} or more")
     if not 0 <= dispersion < math.inf:
         raise ValueError(f"dispersion is {dispersion}: expected a finite number, 0 or more")

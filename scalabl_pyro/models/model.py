@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Real
 from typing import Any
 
 import pyro
@@ -239,7 +240,7 @@ class ScalaBLModel(LoRAModel):
             raise ValueError(f"the prior has shape {prior.shape}: expected (M, r) {adapter.shape}")
         scales = {"perp_scale": perp_scale} | ({} if scale_B is None else {"scale_B": scale_B})
         for name, scale in scales.items():
-            if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            if not (isinstance(scale, Real) and 0 < scale < math.inf):
                 raise ValueError(f"{name} is {scale!r}: expected a finite number above 0")
         # Any function of s may stand for the adapter; that of LoRA is constant while B is 0.
         if (
